@@ -1,0 +1,33 @@
+"""SegmentCost: all that the search needs to know of one distinct segment under one sharding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SegmentCost:
+    """Per instance, per microbatch, on one rank, under given placements. Seconds and bytes.
+
+    The compute figures exclude collectives; comm figures are collectives inside the segment (tensor axis, loss).
+    Parameters are counted after tensor sharding and before data-parallel (ZeRO) sharding.
+    """
+
+    forward_s: float
+    backward_input_s: float
+    backward_weight_s: float
+    forward_comm_s: float
+    backward_comm_s: float
+    param_elements: int  # trainable and frozen
+    trainable_elements: int
+    buffer_bytes: int
+    saved_bytes: int  # kept from forward to backward when nothing is recomputed (inputs included)
+    recompute_saved_bytes: int  # kept when the whole segment is recomputed (its inputs)
+    input_bytes: int  # boundary values that come in
+    output_bytes: int  # boundary values that go out
+    workspace_bytes: int  # most that is alive inside one forward or backward beyond saved
+    model_flops: float  # floating-point operations of forward + backward, no recomputation, this rank's share
+
+    @property
+    def backward_s(self) -> float:
+        return self.backward_input_s + self.backward_weight_s

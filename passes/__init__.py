@@ -1,0 +1,1 @@
+"""How does the graph become that? FX graph in, FX graph out."""

@@ -1,0 +1,64 @@
+"""What the passes hand to the runtime: one distinct segment, rewritten for the coordinates of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class SegmentProgram:
+    """Pure functions over this rank's local tensors.
+
+    forward(*params, *buffers, *inputs, key) -> (*outputs, *buffer_updates, *saved)
+    backward(*params, *buffers, key, *saved, *tangents) -> (*param_grads, *input_grads)
+
+    saved never holds a parameter or a buffer. Under full recomputation saved is just the inputs that the backward needs.
+    Gradients stand as None where nothing is differentiated. A gradient may be partial over the axes named in
+    grad_partial_axes: the runtime sums it there, once per step.
+    """
+
+    name: str
+    forward: fx.GraphModule
+    backward: fx.GraphModule | None  # None where no gradient flows
+    num_params: int
+    num_buffers: int
+    mutated_buffers: tuple[int, ...]
+    num_inputs: int
+    num_outputs: int
+    num_saved: int
+    tangent_outputs: tuple[int, ...]  # output slots that take a tangent, in the backward's order
+    input_grads: tuple[bool, ...]  # per input slot: is there a gradient
+    param_grads: tuple[bool, ...]
+    # how each parameter slot lies inside the segment: mesh axis -> tensor dim it is sharded on (absent: replicated)
+    param_shards: tuple[dict[str, int], ...]
+    # per parameter slot: mesh axes over which its gradient is a partial sum
+    grad_partial_axes: tuple[tuple[str, ...], ...]
+    # per output slot: local shape and dtype on this rank (for receive buffers)
+    output_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    input_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    saved_bytes: int = 0
+
+    def run_forward(
+        self, params: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], key: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """Returns (outputs, buffer_updates, saved)."""
+        out = list(self.forward(*params, *buffers, *inputs, key))
+        split = self.num_outputs + len(self.mutated_buffers)
+        return out[: self.num_outputs], out[self.num_outputs : split], out[split:]
+
+    def run_backward(
+        self,
+        params: Sequence[torch.Tensor],
+        buffers: Sequence[torch.Tensor],
+        key: torch.Tensor,
+        saved: Sequence[torch.Tensor],
+        tangents: Sequence[torch.Tensor],
+    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """Returns (param_grads, input_grads), one entry per slot."""
+        assert self.backward is not None
+        out = list(self.backward(*params, *buffers, key, *saved, *tangents))
+        return out[: self.num_params], out[self.num_params :]

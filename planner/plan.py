@@ -1,0 +1,200 @@
+"""The Plan: one JSON document that says everything the runtime needs and everything the planner claims.
+
+Versioned; loads without pickle; keys are in a fixed order so that two plans can be diffed as text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..shardwright.errors import ExitCode, ShardwrightError
+
+SCHEMA_VERSION = "shardwright.plan/1"
+MESH_AXES = ("pp", "dp", "cp", "ep", "tp")  # outermost (slowest links) first
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Hashes(_Document):
+    model: str
+    shapes: str
+    hardware: str
+    version: str
+
+
+class Mesh(_Document):
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    ep: int = 1
+    tp: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return self.pp * self.dp * self.cp * self.ep * self.tp
+
+
+class Microbatch(_Document):
+    """size: sequences in one global microbatch (all data-parallel ranks together); count: microbatches in a step."""
+
+    size: int
+    count: int
+
+
+class Schedule(_Document):
+    name: str  # gpipe | 1f1b | interleaved_1f1b
+    virtual_stages: int = 1  # stages on each pipeline rank
+
+
+class Stage(_Document):
+    """segments: indices of the segment instances it runs, in order. ranks: the global ranks that run it."""
+
+    segments: list[int]
+    ranks: list[int]
+
+
+class MemoryPolicy(_Document):
+    """recompute: for each distinct segment, 'none' or 'all' (its forward runs again in the backward)."""
+
+    recompute: dict[str, Literal["none", "all"]] = Field(default_factory=dict)
+
+
+class Predicted(_Document):
+    step_s: float
+    tokens_per_s_per_device: float
+    mfu: float
+    peak_bytes: list[int]  # the worst rank of each stage
+    bubble_fraction: float
+    exposed_comm_s: float
+    memory: dict[str, int] = Field(default_factory=dict)  # worst rank: parameters, gradients, optimizer, activations, ...
+    memory_limit_bytes: int = 0
+
+
+class Certificate(_Document):
+    """status: optimal (gap proven within tolerance) | feasible. lower_bound_s is a bound on any plan in the searched space."""
+
+    status: str
+    lower_bound_s: float
+    gap_fraction: float
+
+
+class PlanningTime(_Document):
+    capture: float
+    solve: float
+    total: float
+
+
+class Considered(_Document):
+    mesh: Mesh
+    microbatch: int
+    schedule: str
+    zero: int
+    recompute: str
+    step_s: float | None
+    peak_bytes: int | None
+    reason: str  # why it lost: 'slower by 3.1 %', 'needs 91.2 GiB of 80.0 GiB', 'bound 1.9 s is above the incumbent'
+
+
+class ConservativeOp(_Document):
+    op: str
+    node: str
+    source: str
+    cost_s: float
+
+
+class Plan(_Document):
+    schema_: str = Field(default=SCHEMA_VERSION, alias="schema")
+    hashes: Hashes
+    workload: dict[str, Any]  # enough for the command line to rebuild the Workload: model spec, batch, seq_len, dtype, ...
+    hardware: dict[str, Any]  # name, devices, sources of the figures
+    mesh: Mesh
+    microbatch: Microbatch
+    schedule: Schedule
+    stages: list[Stage]
+    # distinct segment -> joint-graph node -> one placement per axis of placement_axes: "R", "S(1)", "P"
+    placement_axes: list[str]
+    placements: dict[str, dict[str, list[str]]]
+    zero: int
+    memory_policy: MemoryPolicy
+    fusions: list[str] = Field(default_factory=list)  # fused kernels that the cost model says win
+    forced: dict[str, str] = Field(default_factory=dict)
+    predicted: Predicted
+    certificate: Certificate
+    planning_s: PlanningTime
+    considered: list[Considered] = Field(default_factory=list)
+    conservative_ops: list[ConservativeOp] = Field(default_factory=list)
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(by_alias=True), indent=1)
+
+    def save(self, path: str | Path) -> None:
+        """Write to a temporary name in the same folder, then rename: an old plan is never lost."""
+        path = Path(path)
+        try:
+            fd, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=path.name, suffix=".tmp")
+        except OSError as error:
+            raise ShardwrightError(
+                f"cannot write {path}: {error.strerror}",
+                means="the plan was made but could not be saved; nothing was overwritten",
+                change="-o PATH",
+                works=f"-o {Path(tempfile.gettempdir()) / 'plan.json'}",
+            ) from None
+        try:
+            with os.fdopen(fd, "w") as file:
+                file.write(self.to_json() + "\n")
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)
+            os.replace(temporary, path)
+        except OSError as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise ShardwrightError(f"cannot write {path}: {error.strerror}", change="-o PATH", works="-o plan.json") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ShardwrightError(f"cannot read plan {path}: {error}", change="the plan's path", works="plan.json") from None
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ShardwrightError(
+                f"{path} is not JSON: {error}", means="it is not a plan", change="the plan's path", works="plan.json",
+                exit_code=ExitCode.PLAN_MISMATCH,
+            ) from None
+        found = document.get("schema") if isinstance(document, dict) else None
+        if found != SCHEMA_VERSION:
+            raise ShardwrightError(
+                f"{path} has schema {found!r}; this version reads {SCHEMA_VERSION!r}",
+                means="it was made by another version, or is not a plan",
+                change="make the plan again",
+                works="shardwright plan MODEL --hardware NAME -o plan.json",
+                exit_code=ExitCode.PLAN_MISMATCH,
+            )
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ShardwrightError(
+                f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']} ({error.error_count()} problems)",
+                means="the document was edited or cut short",
+                change="make the plan again",
+                works="shardwright plan MODEL --hardware NAME -o plan.json",
+                exit_code=ExitCode.PLAN_MISMATCH,
+            ) from None
+
+
+def plan_json_schema() -> dict[str, Any]:
+    """The JSON schema of the document, as published in planner/plan.schema.json."""
+    return Plan.model_json_schema(by_alias=True)

@@ -1,0 +1,103 @@
+"""ModelGraph: the captured training step, cut into segments, each distinct segment stored once.
+
+Values that cross a segment edge have one name for the whole model:
+    input:NAME      an entry of the user's batch
+    SEGMENT.K/OUT   output OUT of instance K (unique; the first producer names it)
+Parameters and buffers keep their fully qualified names (FQNs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """One tensor that crosses segment edges. shape is that of the captured (global) microbatch."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """What one op does, at the captured shapes, before any sharding."""
+
+    node: str
+    op: str
+    flops: int
+    bytes_moved: int
+    output_bytes: int
+    source: str  # "file:line", or "" where the trace kept none
+    module_path: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A distinct piece of the forward graph with its joint forward+backward graph.
+
+    joint has placeholders in this order: params, buffers, inputs, key, tangents (one for each output that requires grad).
+    It returns outputs, buffer_updates (one for each name in mutated_buffers), param_grads (None where frozen),
+    input_grads (None where the input does not require grad), flattened into one tuple.
+    """
+
+    name: str
+    joint: fx.GraphModule
+    param_shapes: tuple[tuple[int, ...], ...]
+    param_dtypes: tuple[torch.dtype, ...]
+    param_requires_grad: tuple[bool, ...]
+    num_buffers: int
+    mutated_buffers: tuple[int, ...]  # slots among the buffers that the forward writes
+    inputs: tuple[ValueInfo, ...]  # names are those of the first instance
+    outputs: tuple[ValueInfo, ...]
+    has_random: bool
+    structure_hash: str
+    num_forward_nodes: int = 0  # the joint graph's first call nodes that belong to the forward
+    is_prologue: bool = False  # depends on inputs and buffers only: every stage that needs it runs it itself
+
+
+@dataclass(frozen=True)
+class SegmentInstance:
+    """One place in the model where a distinct segment stands. Slots follow the segment's own order."""
+
+    index: int  # position in execution order
+    segment: str
+    params: tuple[str, ...]
+    buffers: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    random_base: int  # number of random ops in the model before this instance
+    module_path: str
+
+
+@dataclass
+class ModelGraph:
+    """The whole training step: forward to the loss, folded."""
+
+    name: str
+    segments: dict[str, Segment]
+    instances: list[SegmentInstance]  # execution order; prologue instances first
+    values: dict[str, ValueInfo]
+    input_names: tuple[str, ...]  # user inputs, as "input:NAME"
+    params: dict[str, tuple[tuple[int, ...], torch.dtype, bool]]  # FQN -> shape, dtype, requires_grad (tied ones once)
+    buffers: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    tied: dict[str, str] = field(default_factory=dict)  # other FQN -> the FQN that stands for it
+    loss: str = ""  # value name of the scalar loss
+    outputs: tuple[str, ...] = ()  # value names of the model's outputs kept for evaluation
+    batch_size: int = 0  # sequences (or samples) in the captured microbatch
+    structure_hash: str = ""
+
+    @property
+    def num_params(self) -> int:
+        total = 0
+        for shape, _, _ in self.params.values():
+            size = 1
+            for dim in shape:
+                size *= dim
+            total += size
+        return total

@@ -1,0 +1,1 @@
+"""Who runs it? The Program of one rank on torch.distributed."""
