@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..shardwright.errors import ExitCode, ShardwrightError
+from ..errors import ExitCode, ShardwrightError
 
 SCHEMA_VERSION = "shardwright.plan/1"
 MESH_AXES = ("pp", "dp", "cp", "ep", "tp")  # outermost (slowest links) first

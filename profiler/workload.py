@@ -1,0 +1,57 @@
+"""Workload: the training job, with no hardware in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """name as in torch.optim; factory(params) -> Optimizer. state_tensors: tensors of a parameter's size that it keeps."""
+
+    name: str = "AdamW"
+    factory: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    options: Mapping[str, Any] = field(default_factory=dict)
+    state_tensors: int = 2
+    max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """compute: dtype of parameters and activations inside the graph. master: dtype of the optimizer's copy and state.
+
+    Where compute and master are the same, the shard that the optimizer steps over is the only copy.
+    """
+
+    compute: torch.dtype = torch.bfloat16
+    master: torch.dtype = torch.float32
+    grad_reduce: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Workload:
+    """model may live on meta. example_batch: tensors by name, dimension `batch_dim` of each is the batch where its size
+    equals batch_size; entries named after the model's forward arguments are passed to it.
+
+    loss(model_output, batch) -> scalar; None: the model's output is, or has, the loss (attribute or key 'loss', or a
+    scalar first element).
+    """
+
+    model: nn.Module
+    example_batch: Batch
+    global_batch: int
+    loss: Callable[[Any, Batch], torch.Tensor] | None = None
+    optimizer: OptimizerSpec = OptimizerSpec()
+    precision: Precision = Precision()
+    batch_size: int = 0  # of example_batch; 0: that of its first tensor
+    tokens_per_sample: int = 0  # sequence length; 0: dimension 1 of the first integer tensor, else 1
+    name: str = "model"
+    spec: Mapping[str, Any] = field(default_factory=dict)  # what rebuilds it: {"model": "preset:gpt2", "seq_len": 1024, ...}
+    seed: int = 0
