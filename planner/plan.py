@@ -119,6 +119,7 @@ class Plan(_Document):
     microbatch: Microbatch
     schedule: Schedule
     stages: list[Stage]
+    segments: list[str] = Field(default_factory=list)  # distinct segment of each instance, in execution order
     # distinct segment -> joint-graph node -> one placement per axis of placement_axes: "R", "S(1)", "P"
     placement_axes: list[str]
     placements: dict[str, dict[str, list[str]]]

@@ -5,6 +5,8 @@ Open to every folder; imports nothing of the package.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from enum import IntEnum
 
 
@@ -35,5 +37,17 @@ class ShardwrightError(ValueError):
         super().__init__("\n".join(self.lines()))
 
     def lines(self) -> list[str]:
-        parts = (("", self.what), ("what it means: ", self.means), ("change: ", self.change), ("would work: ", self.works))
+        parts = (
+            ("", self.what),
+            ("what it means: ", self.means),
+            ("change: ", self.change),
+            ("would work: ", self.works),
+        )
         return [label + text for label, text in parts if text]
+
+
+def near_matches(word: str, known: Iterable[str]) -> str:
+    """'did you mean a or b?' for the known words nearest to this one; '' where none is near."""
+    lowered = {name.lower(): name for name in known}
+    found = [lowered[name] for name in difflib.get_close_matches(word.lower(), list(lowered), n=3, cutoff=0.6)]
+    return f"did you mean {' or '.join(found)}?" if found else ""

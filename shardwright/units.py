@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 GB = 10**9
 
@@ -27,3 +29,23 @@ def format_count(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:.2f}{suffix}"
     return f"{count:.0f}"
+
+
+_BYTE_UNITS = {
+    "": 1, "B": 1, "K": KIB, "KIB": KIB, "M": MIB, "MIB": MIB, "G": GIB, "GIB": GIB, "T": GIB * 1024, "TIB": GIB * 1024,
+    "KB": 10**3, "MB": 10**6, "GB": GB, "TB": 10**12,
+}  # fmt: skip
+
+
+def parse_bytes(text: str) -> int:
+    """'600MiB' -> 629145600. Binary units (KiB, MiB, GiB, TiB; K, M, G, T alone mean these) and decimal ones (MB, GB).
+
+    Raises ValueError where the text is not a positive number with one of these units.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _BYTE_UNITS:
+        raise ValueError(f"{text!r} is not an amount of memory such as 600MiB or 80GiB")
+    num_bytes = int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
+    if num_bytes <= 0:
+        raise ValueError(f"{text!r} is not a positive amount of memory")
+    return num_bytes

@@ -1,0 +1,56 @@
+"""Shardwright: automatic parallelization planner and compiler pass for PyTorch.
+
+Loads lazily: `import shardwright` imports neither torch nor any of the folders beside this one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a source checkout the sub-packages stand beside this folder rather than inside it (see package-dir in pyproject.toml).
+# Python started in the checkout's root finds this folder before any installed copy, so it must find the others too.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "planner" / "plan.py").is_file():
+    __path__.append(str(_CHECKOUT))
+
+_EXPORTS = {
+    "Cluster": ".profiler.hardware",
+    "ExitCode": ".errors",
+    "OptimizerSpec": ".profiler.workload",
+    "Parallel": ".doors",
+    "Plan": ".planner.plan",
+    "Precision": ".profiler.workload",
+    "ShardwrightError": ".errors",
+    "Workload": ".profiler.workload",
+    "build": ".api",
+    "check": ".api",
+    "load_workload": ".api",
+    "parallelize": ".doors",
+    "plan": ".api",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .api import build, check, load_workload, plan
+    from .doors import Parallel, parallelize
+    from .errors import ExitCode, ShardwrightError
+    from .planner.plan import Plan
+    from .profiler.hardware import Cluster
+    from .profiler.workload import OptimizerSpec, Precision, Workload
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'shardwright' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

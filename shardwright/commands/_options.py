@@ -1,0 +1,149 @@
+"""Options that several subcommands share, and how they become a Workload and a hardware description."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ShardwrightError
+from ..units import parse_bytes
+
+if TYPE_CHECKING:
+    from ..api import Progress
+    from ..profiler.workload import Workload
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def add_workload_options(parser: argparse.ArgumentParser, *, batch_required: bool) -> None:
+    group = parser.add_argument_group("model and training job")
+    group.add_argument(
+        "--global-batch", type=_positive, required=batch_required, metavar="N", help="sequences per step"
+    )
+    group.add_argument("--seq-len", type=_positive, metavar="N", help="tokens per sequence (default: the model's own)")
+    group.add_argument(
+        "--dtype", type=_dtype, metavar="NAME", help="compute dtype: bf16, fp16, fp32, fp64 (default: bf16)"
+    )
+    group.add_argument(
+        "--optimizer", default=None, metavar="NAME", help="a torch.optim class, such as AdamW (default) or SGD"
+    )
+    group.add_argument(
+        "--layers", type=_positive, metavar="N", help="build the model with N layers instead of its own number"
+    )
+    group.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set one key of the model's configuration (repeatable)",
+    )
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--force",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="force a choice (repeatable): pp, dp, tp, zero, schedule, virtual_stages, microbatch, recompute",
+    )
+    group.add_argument("--time-limit", type=_positive_seconds, metavar="SECONDS", help="stop searching after this long")
+    group.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 600MiB")
+    group.add_argument("--strict", action="store_true", help="exit 5 where an op could only be planned conservatively")
+
+
+def parse_assignments(pairs: Sequence[str], option: str) -> dict[str, str]:
+    """['pp=2', 'tp=2'] -> {'pp': '2', 'tp': '2'}; a key given twice with different values is a mistake."""
+    values: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        key, value = key.strip(), value.strip()
+        if not equals or not key or not value:
+            raise ShardwrightError(
+                f"{option} {pair}: expected KEY=VALUE", change=option, works=f"{option} {key or 'pp'}={value or '2'}"
+            )
+        if values.get(key, value) != value:
+            raise ShardwrightError(
+                f"{option} {key} is given twice: {values[key]} and {value}",
+                means="only one of them can hold",
+                change=option,
+                works=f"{option} {key}={value}",
+            )
+        values[key] = value
+    return values
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """Values are read as JSON where they are JSON (4, true, [1, 2]), else as text."""
+    return {key: _json_or_text(value) for key, value in parse_assignments(pairs, "--override").items()}
+
+
+def workload_from_args(args: argparse.Namespace, **changes: Any) -> Workload:
+    from ..api import load_workload
+
+    options: dict[str, Any] = {
+        "global_batch": args.global_batch,
+        "seq_len": args.seq_len,
+        "dtype": args.dtype,
+        "optimizer": args.optimizer,
+        "layers": args.layers,
+        "overrides": parse_overrides(args.override),
+    }
+    return load_workload(args.model, **(options | changes))
+
+
+@contextmanager
+def progress_line(enabled: bool = True) -> Iterator[Progress]:
+    """A one-line spinner on stderr where that is a terminal; nothing where it is not."""
+    if not enabled or not sys.stderr.isatty():
+        yield lambda message: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield lambda message: status.update(message)
+
+
+def print_json(document: Any) -> None:
+    print(document if isinstance(document, str) else json.dumps(document, indent=1))
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _positive_seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _dtype(text: str) -> str:
+    name = _SHORT_DTYPES.get(text, text)
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join((*_SHORT_DTYPES, *DTYPES))}")
+    return name

@@ -1,0 +1,83 @@
+"""Decide how to split, order and place a training job over a cluster.
+
+MODEL is preset:NAME (see `shardwright models`), hf:PATH of a transformers configuration, package.module:factory, or the
+path of a plan.json, which is shown again. NAME of --hardware is as in `shardwright hardware`: 2x8xH100-80GB, 4xCPU, local.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import ExitCode, ShardwrightError
+from . import _options
+
+NAME = "plan"
+HELP = "make a plan for a model and a cluster"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--hardware", metavar="NAME", help="cluster to plan for (needed unless MODEL is a plan)")
+    _options.add_workload_options(parser, batch_required=False)
+    _options.add_plan_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("-o", "--output", metavar="PATH", help="write the plan here")
+    output.add_argument("--json", action="store_true", help="print the plan as JSON, and nothing else, on stdout")
+    output.add_argument("--top", type=int, default=8, metavar="N", help="runner-up plans to show (default: 8)")
+
+
+def execute(args: argparse.Namespace) -> int:
+    from ..planner.plan import Plan
+
+    if args.model.endswith(".json") and ":" not in args.model:
+        return _show(Plan.load(args.model), args)
+    if args.hardware is None:
+        raise ShardwrightError("no hardware is named", change="--hardware", works="--hardware 4xCPU")
+    if args.global_batch is None:
+        raise ShardwrightError("no global batch is given", change="--global-batch", works="--global-batch 8")
+    force = _options.parse_assignments(args.force, "--force")
+    if args.output is not None:
+        _refuse_unwritable(Path(args.output))
+    from .. import api
+
+    with _options.progress_line() as progress:
+        workload = _options.workload_from_args(args)
+        made = api.plan(
+            workload,
+            args.hardware,
+            force=force,
+            memory_limit_bytes=args.memory_limit,
+            time_limit_s=args.time_limit,
+            strict=args.strict,
+            progress=progress,
+        )
+    if args.output is not None:
+        made.save(args.output)
+    code = _show(made, args)
+    if args.output is not None:
+        print(f"plan written to {args.output}", file=sys.stderr if args.json else sys.stdout)
+    return code
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Found out before a minute of planning rather than after it."""
+    import os
+
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else f"{folder} is missing or this user may not write there"
+        raise ShardwrightError(
+            f"cannot write {path}: {reason}", means="nothing was planned", change="-o PATH", works="-o plan.json"
+        )
+
+
+def _show(plan, args: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]
+    if args.json:
+        _options.print_json(plan.to_json())
+    else:
+        from ..render import print_plan
+
+        print_plan(plan, top=args.top)
+    return ExitCode.DONE

@@ -1,0 +1,310 @@
+"""A Plan as people read it: drawn with rich, from the document alone, at any width from 80 columns up."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from .planner.plan import MESH_AXES, Considered, Plan, Stage
+from .units import format_bytes, format_seconds
+
+AXIS_MEANING = {
+    "pp": "pipeline: layers split into stages",
+    "dp": "data: the batch split, parameters as ZeRO says",
+    "cp": "context: each sequence split",
+    "ep": "expert: experts split",
+    "tp": "tensor: each layer split",
+}
+ZERO_MEANING = {
+    0: "parameters, gradients and optimizer state whole on each data rank",
+    1: "optimizer state sharded over the data axis",
+    2: "optimizer state and gradients sharded over the data axis",
+    3: "parameters, gradients and optimizer state sharded over the data axis",
+}
+SCHEDULE_NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved_1f1b": "interleaved 1F1B"}
+MAX_STAGE_ROWS = 16
+BAR_WIDTH = 24
+_MEMORY_COLORS = ("blue", "cyan", "magenta", "yellow", "green", "red", "white")
+
+
+def make_console(*, stderr: bool = False, file: TextIO | None = None, width: int | None = None) -> Console:
+    """One console for all reports: no syntax highlighting of numbers; 100 columns where no terminal says otherwise."""
+    stream = file if file is not None else (sys.stderr if stderr else sys.stdout)
+    if width is None and not stream.isatty():
+        import os
+
+        width = int(os.environ.get("COLUMNS", 0)) or 100
+    return Console(file=stream, width=width, highlight=False)
+
+
+def make_table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
+    table = Table(
+        box=SIMPLE_HEAD, title=title, title_justify="left", header_style="bold", show_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=column in right)
+    return table
+
+
+def print_plan(plan: Plan, *, top: int = 8, console: Console | None = None) -> None:
+    (console or make_console()).print(render_plan(plan, top=top))
+
+
+def render_plan(plan: Plan, *, top: int = 8) -> RenderableType:
+    """top: how many runner-up plans to show."""
+    parts: list[RenderableType] = [
+        _section(_title(plan), _headline(plan)),
+        _section("Mesh", _mesh(plan)),
+        _section("Stages", _stages(plan)),
+        _section("Memory of the worst rank", _memory(plan)),
+    ]
+    if plan.considered and top > 0:
+        parts.append(_section("Runner-up plans", _runners_up(plan, top)))
+    if plan.conservative_ops:
+        parts.append(_section("Ops planned conservatively", _conservative_ops(plan)))
+    parts.append(_section("How far to trust this", _trust(plan)))
+    return Group(*parts)
+
+
+def _section(title: str, body: RenderableType) -> RenderableType:
+    return Group(Rule(Text(title, "bold"), align="left", style="dim"), Padding(body, (0, 0, 1, 1)))
+
+
+def _title(plan: Plan) -> str:
+    model = plan.workload.get("model") or plan.workload.get("name") or "model"
+    return f"{model} on {plan.hardware.get('name', 'hardware')}"
+
+
+def _pairs(rows: Sequence[tuple[str, RenderableType]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _headline(plan: Plan) -> RenderableType:
+    predicted = plan.predicted
+    step = Text.assemble(
+        (format_seconds(predicted.step_s), "bold green"),
+        f"   {predicted.tokens_per_s_per_device:,.0f} tokens/s per device   MFU {predicted.mfu:.1%}",
+    )
+    lost = Text(
+        f"{format_seconds(predicted.exposed_comm_s)} of communication exposed "
+        f"({_share(predicted.exposed_comm_s, predicted.step_s)}), pipeline bubble {predicted.bubble_fraction:.1%}"
+    )
+    size, count = plan.microbatch.size, plan.microbatch.count
+    schedule = SCHEDULE_NAMES.get(plan.schedule.name, plan.schedule.name)
+    if plan.schedule.virtual_stages > 1:
+        schedule += f", {plan.schedule.virtual_stages} virtual stages on each rank"
+    batch = (
+        f"{count} microbatch{'es' if count != 1 else ''} of {size} sequence{'s' if size != 1 else ''} = {size * count}"
+    )
+    if seq_len := plan.workload.get("seq_len"):
+        batch += f", {seq_len:,} tokens each"
+    rows: list[tuple[str, RenderableType]] = [
+        ("predicted step", step),
+        ("lost to", lost),
+        ("schedule", schedule),
+        ("global batch", batch),
+        ("ZeRO", f"{plan.zero}: {ZERO_MEANING.get(plan.zero, '')}"),
+        ("recompute", _recompute(plan)),
+    ]
+    if plan.fusions:
+        rows.append(("fused kernels", ", ".join(plan.fusions)))
+    if plan.forced:
+        rows.append(("forced", ", ".join(f"{key}={value}" for key, value in plan.forced.items())))
+    return _pairs(rows)
+
+
+def _recompute(plan: Plan) -> str:
+    policy = plan.memory_policy.recompute
+    recomputed = [name for name, choice in policy.items() if choice != "none"]
+    if not recomputed:
+        return "nothing"
+    if len(recomputed) == len(policy):
+        return "every segment"
+    return ", ".join(recomputed)
+
+
+def _mesh(plan: Plan) -> RenderableType:
+    sizes = plan.mesh.model_dump()
+    shape = " x ".join(f"{axis} {sizes[axis]}" for axis in MESH_AXES if sizes[axis] > 1) or "one device"
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    table.add_row(shape, Text(f"{plan.mesh.num_devices} device{'s' if plan.mesh.num_devices != 1 else ''}", "dim"))
+    for axis in MESH_AXES:
+        if sizes[axis] > 1:
+            table.add_row(f"  {axis} = {sizes[axis]}", Text(AXIS_MEANING[axis], "dim"))
+    return table
+
+
+def _stages(plan: Plan) -> RenderableType:
+    table = make_table(
+        "stage", "pp rank", "segments", "ranks", "peak memory", right=("stage", "pp rank", "peak memory")
+    )
+    limit = plan.predicted.memory_limit_bytes
+    peaks = plan.predicted.peak_bytes
+    shown = _elide(range(len(plan.stages)), MAX_STAGE_ROWS)
+    for index in shown:
+        if index is None:
+            table.add_row("...", "", "", "", "")
+            continue
+        stage = plan.stages[index]
+        peak = peaks[index] if index < len(peaks) else None
+        memory = Text("" if peak is None else format_bytes(peak))
+        if peak is not None and limit and peak > 0.95 * limit:
+            memory.stylize("yellow")
+        table.add_row(str(index), str(index % plan.mesh.pp), _segment_text(plan, stage), _ranges(stage.ranks), memory)
+    return table
+
+
+def _segment_text(plan: Plan, stage: Stage) -> str:
+    """'embed, block x8, head' where the plan names its instances, else their indices."""
+    names = plan.segments
+    if not names or max(stage.segments, default=-1) >= len(names):
+        return f"{_ranges(stage.segments)} ({len(stage.segments)})"
+    runs: list[tuple[str, int]] = []
+    for index in stage.segments:
+        if runs and runs[-1][0] == names[index]:
+            runs[-1] = (names[index], runs[-1][1] + 1)
+        else:
+            runs.append((names[index], 1))
+    if len(runs) > 6:  # alternating blocks: count each kind
+        runs = list(Counter(names[index] for index in stage.segments).items())
+    return ", ".join(name if count == 1 else f"{name} x{count}" for name, count in runs)
+
+
+def _memory(plan: Plan) -> RenderableType:
+    predicted = plan.predicted
+    peak = max(predicted.peak_bytes, default=0)
+    limit = predicted.memory_limit_bytes
+    whole = max(limit, peak, 1)
+    parts = sorted(((name, size) for name, size in predicted.memory.items() if size > 0), key=lambda item: -item[1])
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for index, (name, size) in enumerate(parts):
+        color = _MEMORY_COLORS[index % len(_MEMORY_COLORS)]
+        table.add_row(name.replace("_", " ").removesuffix(" bytes"), format_bytes(size), _bar(size / whole, color))
+    table.add_row(Text("peak", "bold"), Text(format_bytes(peak), "bold"), _bar(peak / whole, "bold"))
+    if limit:
+        margin = limit - peak
+        style = "green" if margin > 0.05 * limit else "yellow" if margin >= 0 else "bold red"
+        table.add_row("limit", format_bytes(limit), "")
+        table.add_row("margin", Text(format_bytes(margin), style), Text(_share(margin, limit) + " of the limit", style))
+    worst = predicted.peak_bytes.index(peak) if predicted.peak_bytes else 0
+    where = f"stage {worst}"
+    if worst < len(plan.stages) and plan.stages[worst].ranks:
+        where += f", ranks {_ranges(plan.stages[worst].ranks)}"
+    return Group(Text(where, "dim"), table)
+
+
+def _bar(fraction: float, style: str) -> Text:
+    return Text("█" * max(1, round(BAR_WIDTH * min(fraction, 1.0))), style) if fraction > 0 else Text("")
+
+
+def _runners_up(plan: Plan, top: int) -> RenderableType:
+    table = make_table("mesh", "µbatch", "schedule", "ZeRO", "recompute", "step", "peak", "why it lost",
+                       right=("µbatch", "ZeRO", "step", "peak"))  # fmt: skip
+    ranked = sorted(plan.considered, key=lambda c: (c.step_s is None, c.step_s or 0.0))
+    for other in ranked[:top]:
+        table.add_row(
+            _mesh_text(other),
+            str(other.microbatch),
+            SCHEDULE_NAMES.get(other.schedule, other.schedule).replace("interleaved", "int."),
+            str(other.zero),
+            other.recompute,
+            "" if other.step_s is None else format_seconds(other.step_s),
+            "" if other.peak_bytes is None else format_bytes(other.peak_bytes),
+            other.reason,
+        )
+    left = len(ranked) - top
+    if left <= 0:
+        return table
+    return Group(table, Text(f"{left} more considered (--top N shows more, --json all)", "dim"))
+
+
+def _mesh_text(other: Considered) -> str:
+    sizes = other.mesh.model_dump()
+    return " ".join(f"{axis}{sizes[axis]}" for axis in MESH_AXES if sizes[axis] > 1) or "1 device"
+
+
+def _conservative_ops(plan: Plan) -> RenderableType:
+    table = make_table("op", "cost", "where", right=("cost",))
+    grouped: dict[tuple[str, str], tuple[int, float]] = {}
+    for op in plan.conservative_ops:
+        count, cost_s = grouped.get((op.op, op.source), (0, 0.0))
+        grouped[op.op, op.source] = (count + 1, cost_s + op.cost_s)
+    for (name, source), (count, cost_s) in sorted(grouped.items(), key=lambda item: -item[1][1])[:12]:
+        table.add_row(name if count == 1 else f"{name} x{count}", format_seconds(cost_s), source or "(no source line)")
+    return Group(Text("No sharding rule: replicated, or split over the batch only.", "dim"), table)
+
+
+def _trust(plan: Plan) -> RenderableType:
+    certificate, planning = plan.certificate, plan.planning_s
+    if certificate.status == "optimal":
+        proof = "proven optimal in the searched space, under this cost model"
+    else:
+        proof = f"within {certificate.gap_fraction:.1%} of the best possible (bound {format_seconds(certificate.lower_bound_s)})"
+    other_s = max(0.0, planning.total - planning.capture - planning.solve)
+    rows: list[tuple[str, RenderableType]] = [
+        ("certificate", f"{certificate.status}: {proof}" if certificate.status != "optimal" else proof),
+        ("hardware figures", _sources(plan)),
+        (
+            "planning took",
+            f"{format_seconds(planning.total)}: capture {format_seconds(planning.capture)}, "
+            f"solve {format_seconds(planning.solve)}, other {format_seconds(other_s)}",
+        ),
+    ]
+    return _pairs(rows)
+
+
+def _sources(plan: Plan) -> str:
+    """'datasheet (peak FLOP/s, link bandwidth), measured (...)' from the plan's record of each figure's source."""
+    sources = plan.hardware.get("sources")
+    if isinstance(sources, str):
+        return sources
+    if isinstance(sources, dict) and sources:
+        by_kind: dict[str, list[str]] = {}
+        for figure, kind in sources.items():
+            by_kind.setdefault(str(kind), []).append(str(figure).replace("_", " "))
+        return "; ".join(f"{kind} ({', '.join(figures)})" for kind, figures in by_kind.items())
+    if isinstance(sources, list | tuple) and sources:
+        return ", ".join(map(str, sources))
+    return "datasheet"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "0.0%"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> '0-2, 5'."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    texts = [str(low) if low == high else f"{low}-{high}" for low, high in runs]
+    return ", ".join(texts) if len(texts) <= 4 else ", ".join([*texts[:3], f"... ({len(numbers)} in all)"])
+
+
+def _elide(items: Sequence[int], most: int) -> list[int | None]:
+    if len(items) <= most:
+        return list(items)
+    head = most - 3
+    return [*items[:head], None, *items[-2:]]

@@ -1,0 +1,62 @@
+"""Shared by the tests: a hand-made plan, and one thread for each process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from shardwright.planner.plan import (
+    Certificate,
+    Considered,
+    Hashes,
+    MemoryPolicy,
+    Mesh,
+    Microbatch,
+    Plan,
+    PlanningTime,
+    Predicted,
+    Schedule,
+    Stage,
+)
+
+
+@pytest.fixture
+def hand_made_plan() -> Plan:
+    """Two stages of two ranks each, every optional part of the document filled in."""
+    return Plan(
+        hashes=Hashes(model="m" * 16, shapes="s" * 16, hardware="h" * 16, version="0.1.0"),
+        workload={"model": "preset:demo-llama", "global_batch": 16, "seq_len": 128},
+        hardware={"name": "4xCPU", "sources": {"peak_flops_per_s": "measured", "link_bytes_per_s": "datasheet"}},
+        mesh=Mesh(pp=2, tp=2),
+        microbatch=Microbatch(size=4, count=4),
+        schedule=Schedule(name="1f1b"),
+        stages=[Stage(segments=[0, 1, 2], ranks=[0, 1]), Stage(segments=[3, 4, 5], ranks=[2, 3])],
+        segments=["embed", "block", "block", "block", "block", "head"],
+        placement_axes=["tp"],
+        placements={"block": {"matmul": ["S(1)"]}},
+        zero=1,
+        memory_policy=MemoryPolicy(recompute={"embed": "none", "block": "all", "head": "none"}),
+        forced={"pp": "2"},
+        predicted=Predicted(
+            step_s=1.25,
+            tokens_per_s_per_device=409.6,
+            mfu=0.41,
+            peak_bytes=[500 << 20, 560 << 20],
+            bubble_fraction=0.2,
+            exposed_comm_s=0.05,
+            memory={"parameters": 200 << 20, "gradients": 100 << 20, "optimizer": 200 << 20, "activations": 60 << 20},
+            memory_limit_bytes=600 << 20,
+        ),
+        certificate=Certificate(status="feasible", lower_bound_s=1.1, gap_fraction=0.12),
+        planning_s=PlanningTime(capture=1.5, solve=2.0, total=3.75),
+        considered=[
+            Considered(mesh=Mesh(dp=4), microbatch=4, schedule="1f1b", zero=3, recompute="none", step_s=1.5,
+                       peak_bytes=400 << 20, reason="slower by 20.0 %"),
+            Considered(mesh=Mesh(tp=4), microbatch=4, schedule="gpipe", zero=0, recompute="all", step_s=None,
+                       peak_bytes=700 << 20, reason="needs 700 MiB of 600 MiB"),
+        ],
+        conservative_ops=[],
+    )  # fmt: skip
