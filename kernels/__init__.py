@@ -1,1 +1,9 @@
-"""What runs fastest on the chip? Triton kernels, each with a plain-PyTorch reference of the same numbers."""
+"""What runs fastest on the chip? Triton kernels, each with a plain-PyTorch reference of the same numbers.
+
+Importing this folder registers its operators in torch.ops.shardwright.
+"""
+
+from .attention import attention, attention_backward
+from .generator import make_key
+
+__all__ = ["attention", "attention_backward", "make_key"]
