@@ -1,0 +1,405 @@
+"""The one event simulator: ordered actions on ranks, transfers between them, collectives beside them.
+
+Each rank runs its list in order. An action starts when the rank is free, its input has arrived and, under ZeRO-3, its
+parameters have been gathered. What each action waits for, with s a virtual stage and S their number:
+
+    F(s)   F(s-1) of the same microbatch, after the transfer        B, I(S-1)  F(S-1)
+    B, I(s) B or I(s+1), after the transfer, and F(s)               W(s)       I(s)          R(s)  F(s)
+
+A transfer between two ranks starts when its producer ends, holds the link of that (source, destination) pair for its
+occupancy, in the order of production, and arrives a latency later. It never holds up compute. Between two stages of one
+rank nothing is sent. A fused B sends its gradient when all of it is done.
+
+Memory of a rank, along its list: a stage's activation bytes are taken at the start of F (of R where the stage keeps
+only its inputs), given back at the end of B or W; workspace is held during an action only.
+
+Because the order on every rank and every link is given, start times are the longest paths of a graph without cycles,
+and one pass in any feasible order finds them: O(number of actions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from .actions import Action
+from .trace import COLLECTIVE, COMPUTE, SEND, Event, Trace
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """What one virtual stage costs on one rank for one microbatch. Seconds and bytes.
+
+    The three durations include the collectives inside the stage; forward_comm_s and backward_comm_s say how much of
+    them that is (for the account of exposed communication). Recomputation that is not an action of its own is in
+    backward_input_s.
+    """
+
+    forward_s: float
+    backward_input_s: float
+    backward_weight_s: float
+    forward_comm_s: float = 0.0
+    backward_comm_s: float = 0.0
+    activation_bytes: int = 0  # start of F to end of B or W
+    input_grad_release: float = 0.0  # share of them given back at the end of I
+    recompute_bytes: int = 0  # taken by R, given back with the rest
+    forward_workspace_bytes: int = 0  # during F only
+    backward_workspace_bytes: int = 0  # during B, I, W or R only
+    gather_s: float = 0.0  # parameters gathered before each action (ZeRO-3)
+    reduce_each_s: float = 0.0  # gradients reduced after each backward (ZeRO-2 and 3)
+    reduce_s: float = 0.0  # gradients reduced once, after the stage's last backward
+
+    @property
+    def backward_s(self) -> float:
+        return self.backward_input_s + self.backward_weight_s
+
+
+@dataclass(frozen=True)
+class Hop:
+    """The transfer between virtual stages s and s+1: activations forward, gradients backward. Seconds.
+
+    A link is busy for the occupancy; the value arrives occupancy + latency after its producer ended.
+    """
+
+    forward_latency_s: float = 0.0
+    forward_occupancy_s: float = 0.0
+    backward_latency_s: float = 0.0
+    backward_occupancy_s: float = 0.0
+
+    @classmethod
+    def latency(cls, seconds: float) -> Hop:
+        return cls(seconds, 0.0, seconds, 0.0)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a rank does after its last action and reduction. Seconds."""
+
+    optimizer_s: float = 0.0
+    gather_s: float = 0.0  # parameters gathered after the step (ZeRO-1 and 2)
+
+
+class Deadlock(RuntimeError):
+    """The lists can never finish. `waiting` gives the action that each stuck rank waits at."""
+
+    def __init__(self, waiting: dict[int, Action]) -> None:
+        self.waiting = waiting
+        super().__init__(
+            "no rank can go on; waiting: " + ", ".join(f"rank {rank} at {action}" for rank, action in waiting.items())
+        )
+
+
+@dataclass
+class Timeline:
+    """What the simulation found. Lists are indexed by rank; starts and ends run along the rank's list of actions."""
+
+    ranks: Sequence[Sequence[Action]]
+    starts: list[list[float]]
+    ends: list[list[float]]
+    makespan_s: float  # to the end of the last action, reduction and tail
+    compute_end_s: list[float]  # end of each rank's last action
+    busy_s: list[float]  # sum of the action durations
+    exposed_comm_s: list[float]  # collectives that the rank's compute waited for
+    peak_bytes: list[int]
+    peak_in_flight: list[int]  # most microbatch activations (of single virtual stages) held at once
+    extra: list[Event] = field(default_factory=list)  # transfers, collectives and tails, where events were asked for
+
+    @property
+    def compute_makespan_s(self) -> float:
+        return max(self.compute_end_s, default=0.0)
+
+    @property
+    def bubble_fractions(self) -> list[float]:
+        """Idle share of each rank, up to the end of the last action anywhere."""
+        span = self.compute_makespan_s
+        return [(span - busy) / span if span else 0.0 for busy in self.busy_s]
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Mean idle share over the ranks: (p-1)/(m+p-1) for 1F1B with equal stages."""
+        fractions = self.bubble_fractions
+        return sum(fractions) / len(fractions) if fractions else 0.0
+
+    def events(self) -> Iterator[Event]:
+        for rank, actions in enumerate(self.ranks):
+            for action, start, end in zip(actions, self.starts[rank], self.ends[rank], strict=True):
+                yield Event(rank, COMPUTE, action.kind, action.stage, action.microbatch, start, end)
+        yield from self.extra
+
+    def trace(self, **meta: object) -> Trace:
+        events = sorted(self.events(), key=lambda event: (event.start_s, event.rank))
+        return Trace("predicted", tuple(events), meta)
+
+
+def simulate(
+    ranks: Sequence[Sequence[Action]],
+    placements: Sequence[Sequence[int]],
+    stages: Sequence[StageTimes],
+    num_microbatches: int,
+    hops: Sequence[Hop] | Hop | None = None,
+    *,
+    direction: Sequence[int] | None = None,
+    overlap_collectives: bool = False,
+    tails: Sequence[Tail] | None = None,
+    wait_for_all: bool = False,
+    static_bytes: Sequence[int] | None = None,
+    with_events: bool = False,
+) -> Timeline:
+    """Run the lists. Raises Deadlock where they cannot finish.
+
+    placements: the rank of each virtual stage, one row for each direction; direction: the row of each microbatch
+    (default: all use row 0). overlap_collectives: gathers and reductions run beside compute (a gather one action
+    ahead), else the rank waits for each. wait_for_all: tails start when every rank is done (clipping by global norm).
+    static_bytes: held on each rank throughout. with_events: also record transfers and collectives.
+    """
+    num_ranks, num_stages, m = len(ranks), len(stages), num_microbatches
+    last = num_stages - 1
+    if hops is None:
+        hops = Hop()
+    hop_list = [hops] * last if isinstance(hops, Hop) else list(hops)
+    assert len(hop_list) >= last, f"{num_stages} stages need {last} hops, got {len(hop_list)}"
+    rows = [list(row) for row in placements]
+    direction = [0] * m if direction is None else list(direction)
+    forward_s = [stage.forward_s for stage in stages]
+    input_s = [stage.backward_input_s for stage in stages]
+    weight_s = [stage.backward_weight_s for stage in stages]
+    collectives = any(stage.gather_s or stage.reduce_each_s for stage in stages)
+
+    size = num_stages * m
+    forward_in = [-1.0] * size  # arrival of the input of F; -1: not yet
+    for microbatch in range(m):
+        forward_in[microbatch] = 0.0
+    gradient_in = [-1.0] * size
+    forward_done = bytearray(size)
+    input_done = bytearray(size)
+    clock = [0.0] * num_ranks
+    collective_free = [0.0] * num_ranks
+    gathered = [0.0] * num_ranks  # when the gather for the rank's next action begins
+    starts: list[list[float]] = [[] for _ in ranks]
+    ends: list[list[float]] = [[] for _ in ranks]
+    busy = [0.0] * num_ranks
+    exposed = [0.0] * num_ranks
+    link_free: dict[tuple[int, int], float] = {}
+    extra: list[Event] = []
+    blocked = [-1] * num_ranks  # slot of the token that a rank waits for
+    position = [0] * num_ranks
+    runnable = list(range(num_ranks))
+
+    while runnable:
+        rank = runnable.pop()
+        actions, now = ranks[rank], clock[rank]
+        rank_starts, rank_ends = starts[rank], ends[rank]
+        i, n = position[rank], len(actions)
+        work = 0.0
+        while i < n:
+            kind, stage, microbatch = actions[i]
+            slot = stage * m + microbatch
+            if kind == "F":
+                ready, seconds = forward_in[slot], forward_s[stage]
+                if ready < 0.0:
+                    break
+            elif kind == "W":
+                if not input_done[slot]:
+                    break
+                ready, seconds = 0.0, weight_s[stage]
+            elif kind == "R":
+                if not forward_done[slot]:
+                    break
+                ready, seconds = 0.0, forward_s[stage]
+            else:
+                if not forward_done[slot]:
+                    break
+                ready = gradient_in[slot] if stage != last else 0.0
+                if ready < 0.0:
+                    break
+                seconds = input_s[stage]
+                if kind == "B":
+                    seconds += weight_s[stage]
+            start = ready if ready > now else now
+            if collectives and stages[stage].gather_s:
+                begin = (gathered[rank] if overlap_collectives else now) if i else 0.0
+                gathered_at = begin + stages[stage].gather_s
+                if gathered_at > start:
+                    exposed[rank] += gathered_at - start
+                    start = gathered_at
+                if with_events:
+                    extra.append(Event(rank, COLLECTIVE, "gather", stage, microbatch, begin, gathered_at))
+            end = start + seconds
+            rank_starts.append(start)
+            rank_ends.append(end)
+            work += seconds
+            now = end
+            i += 1
+            if collectives:
+                if overlap_collectives and i < n:  # the next action's gather goes out as this one starts
+                    gathered[rank] = max(collective_free[rank], start)
+                    collective_free[rank] = gathered[rank] + stages[actions[i].stage].gather_s
+                each_s = stages[stage].reduce_each_s
+                if each_s and kind in "BW":
+                    begin = max(collective_free[rank], end) if overlap_collectives else end
+                    collective_free[rank] = begin + each_s
+                    if not overlap_collectives:
+                        now = end + each_s
+                        exposed[rank] += each_s
+                    if with_events:
+                        extra.append(Event(rank, COLLECTIVE, "reduce", stage, microbatch, begin, begin + each_s))
+            # what the end of this action sets free
+            if kind == "F":
+                forward_done[slot] = 1
+                if stage == last:
+                    continue
+                target = slot + m
+                hop = hop_list[stage]
+                row = rows[direction[microbatch]]
+                receiver = row[stage + 1]
+                latency, occupancy = hop.forward_latency_s, hop.forward_occupancy_s
+                arrivals = forward_in
+            elif kind == "W" or kind == "R":
+                continue
+            else:
+                input_done[slot] = 1
+                if stage == 0:
+                    continue
+                target = slot - m
+                hop = hop_list[stage - 1]
+                row = rows[direction[microbatch]]
+                receiver = row[stage - 1]
+                latency, occupancy = hop.backward_latency_s, hop.backward_occupancy_s
+                arrivals = gradient_in
+            if receiver == rank:
+                arrivals[target] = end
+                continue
+            if occupancy:
+                link = (rank, receiver)
+                free = link_free.get(link, 0.0)
+                sent = (free if free > end else end) + occupancy
+                link_free[link] = sent
+            else:
+                sent = end
+            arrivals[target] = sent + latency
+            if with_events and occupancy + latency:
+                extra.append(
+                    Event(rank, f"{SEND}:{receiver}", "send", stage, microbatch, sent - occupancy, sent + latency)
+                )
+            if blocked[receiver] == target:
+                blocked[receiver] = -1
+                runnable.append(receiver)
+        position[rank] = i
+        clock[rank] = now
+        busy[rank] += work
+        if i < n:
+            blocked[rank] = actions[i].stage * m + actions[i].microbatch
+
+    waiting = {rank: ranks[rank][position[rank]] for rank in range(num_ranks) if position[rank] < len(ranks[rank])}
+    if waiting:
+        raise Deadlock(waiting)
+
+    compute_end = [rank_ends[-1] if rank_ends else 0.0 for rank_ends in ends]
+    _account_inside_comm(ranks, stages, exposed)
+    finish = _reductions(ranks, stages, ends, clock, collective_free, exposed, overlap_collectives, with_events, extra)
+    if tails is not None:
+        everyone = max(finish)
+        for rank, tail in enumerate(tails):
+            begin = everyone if wait_for_all else finish[rank]
+            finish[rank] = begin + tail.optimizer_s + tail.gather_s
+            exposed[rank] += tail.gather_s
+            if with_events:
+                middle = begin + tail.optimizer_s
+                extra.append(Event(rank, COMPUTE, "optimizer", -1, -1, begin, middle))
+                if tail.gather_s:
+                    extra.append(Event(rank, COLLECTIVE, "gather", -1, -1, middle, finish[rank]))
+    peaks, in_flight = peak_memory(ranks, stages, static_bytes)
+    return Timeline(
+        ranks=ranks,
+        starts=starts,
+        ends=ends,
+        makespan_s=max(finish, default=0.0),
+        compute_end_s=compute_end,
+        busy_s=busy,
+        exposed_comm_s=exposed,
+        peak_bytes=peaks,
+        peak_in_flight=in_flight,
+        extra=extra,
+    )
+
+
+def _account_inside_comm(ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], exposed: list[float]) -> None:
+    if not any(stage.forward_comm_s or stage.backward_comm_s for stage in stages):
+        return
+    for rank, actions in enumerate(ranks):
+        for kind, stage, _ in actions:
+            if kind == "F" or kind == "R":
+                exposed[rank] += stages[stage].forward_comm_s
+            elif kind != "W":
+                exposed[rank] += stages[stage].backward_comm_s
+
+
+def _reductions(
+    ranks: Sequence[Sequence[Action]],
+    stages: Sequence[StageTimes],
+    ends: list[list[float]],
+    clock: list[float],
+    collective_free: list[float],
+    exposed: list[float],
+    overlap: bool,
+    with_events: bool,
+    extra: list[Event],
+) -> list[float]:
+    """When each rank is through with its actions and its once-a-step reductions.
+
+    With overlap, a stage's reduction starts when its last backward ends, beside the work of the rank's other stages;
+    without, all of them run after the rank's last action, one after another.
+    """
+    finish = []
+    for rank, actions in enumerate(ranks):
+        done_at: dict[int, float] = {}
+        if any(stage.reduce_s for stage in stages):
+            for index, (kind, stage, _) in enumerate(actions):
+                if kind == "B" or kind == "W":
+                    done_at[stage] = ends[rank][index]
+        free = collective_free[rank] if overlap else clock[rank]
+        for stage, end in sorted(done_at.items(), key=lambda item: item[1]):
+            seconds = stages[stage].reduce_s
+            if not seconds:
+                continue
+            begin = max(free, end)
+            free = begin + seconds
+            if with_events:
+                extra.append(Event(rank, COLLECTIVE, "reduce", stage, -1, begin, free))
+        finish.append(max(free, clock[rank]))
+        exposed[rank] += finish[rank] - clock[rank]
+    return finish
+
+
+def peak_memory(
+    ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], static_bytes: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """(peak bytes, most activations held at once) of each rank. Needs the order alone, not the times."""
+    peaks, in_flight = [], []
+    for rank, actions in enumerate(ranks):
+        held: float = static_bytes[rank] if static_bytes else 0
+        peak, count, most = held, 0, 0
+        recomputed: set[tuple[int, int]] = set()
+        for kind, stage, microbatch in actions:
+            times = stages[stage]
+            if kind == "F":
+                held += times.activation_bytes
+                count += 1
+                most = max(most, count)
+                peak = max(peak, held + times.forward_workspace_bytes)
+                continue
+            if kind == "R":
+                held += times.recompute_bytes
+                recomputed.add((stage, microbatch))
+            peak = max(peak, held + times.backward_workspace_bytes)
+            if kind == "I":
+                held -= times.activation_bytes * times.input_grad_release
+            elif kind != "R":
+                kept = 1.0 if kind == "B" else 1.0 - times.input_grad_release
+                held -= times.activation_bytes * kept
+                if (stage, microbatch) in recomputed:
+                    held -= times.recompute_bytes
+                count -= 1
+        peaks.append(round(peak))
+        in_flight.append(most)
+    return peaks, in_flight

@@ -1,0 +1,20 @@
+"""Pipeline schedules: which rank runs which action in which order."""
+
+from __future__ import annotations
+
+from .base import PipelineSchedule, loop_placement, v_placement
+from .classic import forward_only, gpipe, interleaved_1f1b, one_f_one_b
+from .library import SCHEDULES, build_schedule, near_names
+
+__all__ = [
+    "SCHEDULES",
+    "PipelineSchedule",
+    "build_schedule",
+    "forward_only",
+    "gpipe",
+    "interleaved_1f1b",
+    "loop_placement",
+    "near_names",
+    "one_f_one_b",
+    "v_placement",
+]
