@@ -1,0 +1,341 @@
+"""load_workload: from what a user names (a configuration, a preset, a function of theirs) to a Workload."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ExitCode, ShardwrightError
+from . import hf
+from .initial_values import materialize
+from .inputs import BatchField, draw_batch, fields_for
+from .near import near_matches
+from .small_models import SMALL_MODELS
+from .user_model import call_factory
+from .workload import OptimizerSpec, Precision, Workload
+
+_PRESET_DIR = Path(__file__).parent / "presets"
+_DTYPES = {
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16,
+    "fp32": torch.float32, "float32": torch.float32,
+    "fp64": torch.float64, "float64": torch.float64,
+}  # fmt: skip
+# name -> (class in torch.optim, tensors of a parameter's size that it keeps)
+_OPTIMIZERS = {
+    "adamw": ("AdamW", 2), "adam": ("Adam", 2), "nadam": ("NAdam", 2), "radam": ("RAdam", 2), "adamax": ("Adamax", 2),
+    "sgd": ("SGD", 0), "adagrad": ("Adagrad", 1), "rmsprop": ("RMSprop", 1),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of `shardwright models`. seq_len is None where the model has no sequence."""
+
+    name: str
+    family: str
+    kind: str
+    num_params: int
+    seq_len: int | None
+    note: str
+
+
+@functools.cache
+def _presets() -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(_PRESET_DIR.glob("*.json"))}
+
+
+def list_models() -> list[ModelRow]:
+    """The presets, small to large in each family. Needs neither torch's nor transformers' help: figures are stored."""
+    rows = [
+        ModelRow(name, p["family"], p["kind"], p["num_params"], p.get("seq_len"), p.get("note", ""))
+        for name, p in _presets().items()
+    ]
+    return sorted(rows, key=lambda row: (row.family, row.num_params, row.name))
+
+
+def load_workload(
+    spec: str,
+    *,
+    global_batch: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int = 2,
+    precision: Precision | torch.dtype | str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    optimizer: str | OptimizerSpec = "adamw",
+    device: torch.device | str = "meta",
+    seed: int = 0,
+) -> Workload:
+    """The training job that `spec` names.
+
+    spec: "hf:PATH" a transformers configuration file or its folder; "preset:NAME"; "package.module:factory" or
+    "path/to/file.py:factory", a function without required arguments that returns a Workload, or (module, batch) with the
+    batch a dictionary of tensors by the names of forward's arguments.
+    global_batch: samples in a step; default batch_size. seq_len: tokens in a sample, default that of the preset or the
+    model's own, at most 4096; models without a sequence take no notice of it. batch_size: samples in the example batch.
+    precision: a dtype (its name, e.g. "bf16") for everything, but bf16 and fp16 keep a float32 master copy; default bf16.
+    overrides: settings of the configuration by name, for smaller versions (num_layers, hidden_size, num_heads, ...).
+    device: "meta" (no memory, any size), or where real values are wanted. A user's model keeps the device it came with,
+    unless device is given as other than meta.
+    Raises ShardwrightError for what the user can mend.
+    """
+    if batch_size < 1 or (global_batch is not None and global_batch < 1):
+        raise ShardwrightError(
+            f"batch_size={batch_size}, global_batch={global_batch}",
+            means="a step needs at least one sample",
+            change="--global-batch",
+            works="--global-batch 8",
+        )
+    chosen = _precision(precision)
+    options = _Options(global_batch or batch_size, seq_len, batch_size, chosen, dict(overrides or {}), seed)
+    scheme, _, rest = spec.partition(":")
+    if scheme == "hf":
+        workload = _from_config(spec, hf.read_config(rest), None, Path(rest).stem, options)
+    elif scheme == "preset":
+        workload = _from_preset(spec, rest, options)
+    elif rest:
+        workload = _from_factory(spec, options, given=precision is not None, batch_given=global_batch)
+    else:
+        raise _unknown_model(spec)
+    if workload.spec.get("kind") != "factory" or optimizer != "adamw":
+        workload = dataclasses.replace(workload, optimizer=_optimizer(optimizer))
+    if isinstance(optimizer, str):
+        workload = dataclasses.replace(workload, spec={**workload.spec, "optimizer": optimizer})
+    if torch.device(device).type != "meta":
+        workload = materialize(workload, device)
+    return workload
+
+
+def reload_workload(spec: Mapping[str, Any], **changes: Any) -> Workload:
+    """The Workload that a Workload.spec describes, with some of load_workload's arguments changed."""
+    names = ("global_batch", "seq_len", "batch_size", "overrides", "optimizer", "seed")
+    arguments: dict[str, Any] = {name: spec[name] for name in names if name in spec}
+    if "precision" in spec:
+        arguments["precision"] = Precision(**{key: _dtype(value) for key, value in spec["precision"].items()})
+    return load_workload(spec["model"], **{**arguments, **changes})
+
+
+def with_precision(workload: Workload, precision: Precision | torch.dtype | str) -> Workload:
+    """The same job, with parameters, activations, reductions and real-valued inputs in another precision.
+
+    Casts the model's floating-point parameters and buffers (a copy; the given workload is untouched). Casts that the
+    model's own code makes inside its forward are widened by reference_dtype.widened, which capture and reference share.
+    """
+    import copy
+
+    chosen = _precision(precision)
+    model = copy.deepcopy(workload.model)
+    old = workload.precision.compute
+    _cast(model, old, chosen.compute)
+    batch = {
+        name: tensor.to(chosen.compute) if tensor.dtype.is_floating_point else tensor
+        for name, tensor in workload.example_batch.items()
+    }
+    spec = {**workload.spec, "precision": _precision_names(chosen)} if workload.spec else workload.spec
+    return dataclasses.replace(workload, model=model, example_batch=batch, precision=chosen, spec=spec)
+
+
+def make_reference_dtype(workload: Workload, dtype: torch.dtype = torch.float64) -> Workload:
+    """The job with everything in dtype, for checks."""
+    return with_precision(workload, Precision(compute=dtype, master=dtype, grad_reduce=dtype))
+
+
+def batch_fields(workload: Workload) -> tuple[BatchField, ...] | None:
+    """What a batch of this workload holds; None for a user's own model."""
+    spec, dtype = workload.spec, workload.precision.compute
+    kind = spec.get("kind")
+    if kind in hf.KINDS:
+        return fields_for(kind, workload.model.config, spec.get("seq_len"), dtype)
+    if kind == "small":
+        small = SMALL_MODELS[spec["builder"]]
+        return small.fields({**small.options, **spec.get("overrides", {})}, dtype)
+    return None
+
+
+@dataclass(frozen=True)
+class _Options:
+    global_batch: int
+    seq_len: int | None
+    batch_size: int
+    precision: Precision
+    overrides: dict[str, Any]
+    seed: int
+
+    def spec(self, model: str, kind: str, seq_len: int | None) -> dict[str, Any]:
+        return {
+            "model": model,
+            "kind": kind,
+            "global_batch": self.global_batch,
+            "seq_len": seq_len,
+            "batch_size": self.batch_size,
+            "precision": _precision_names(self.precision),
+            "overrides": self.overrides,
+            "seed": self.seed,
+        }
+
+
+def _from_preset(spec: str, name: str, options: _Options) -> Workload:
+    preset = _presets().get(name)
+    if preset is None:
+        raise _unknown_model(spec)
+    if "builder" in preset:
+        return _from_small(spec, name, preset["builder"], options)
+    return _from_config(spec, preset["config"], preset, name, options)
+
+
+def _from_small(spec: str, name: str, builder: str, options: _Options) -> Workload:
+    small = SMALL_MODELS[builder]
+    for key in options.overrides:
+        if key not in small.options:
+            raise ShardwrightError(
+                f"{name} has no setting {key!r}",
+                means=f"its settings: {', '.join(small.options)}",
+                change=f"the override {key}={options.overrides[key]}",
+                works=", ".join(f"{k}={v}" for k, v in list(small.options.items())[:2]),
+            )
+    settings = {**small.options, **options.overrides}
+    with torch.device("meta"):
+        model = small.build(**settings).to(options.precision.compute)
+    batch = draw_batch(small.fields(settings, options.precision.compute), options.batch_size, "meta")
+    return Workload(
+        model=model, example_batch=batch, global_batch=options.global_batch, loss=small.loss,
+        precision=options.precision, batch_size=options.batch_size, tokens_per_sample=1, name=name,
+        spec={**options.spec(spec, "small", None), "builder": builder}, seed=options.seed,
+    )  # fmt: skip
+
+
+def _from_config(
+    spec: str, config_json: dict[str, Any], preset: dict[str, Any] | None, name: str, options: _Options
+) -> Workload:
+    config = hf.config_object(config_json, options.overrides)
+    kind = preset["kind"] if preset else hf.resolve_kind(config_json)
+    seq_len: int | None = None
+    if kind != "image-classification":
+        seq_len = options.seq_len or (preset or {}).get("seq_len") or min(hf.own_seq_len(config) or 2048, 4096)
+    model = hf.build_model(config, kind, options.precision.compute)
+    if seq_len is not None:
+        hf.check_seq_len(model, config, seq_len)
+    batch = draw_batch(fields_for(kind, config, seq_len, options.precision.compute), options.batch_size, "meta")
+    return Workload(
+        model=model, example_batch=batch, global_batch=options.global_batch, precision=options.precision,
+        batch_size=options.batch_size, tokens_per_sample=seq_len or 1, name=name if preset else config.model_type,
+        spec=options.spec(spec, kind, seq_len), seed=options.seed,
+    )  # fmt: skip
+
+
+def _from_factory(spec: str, options: _Options, *, given: bool, batch_given: int | None) -> Workload:
+    made = call_factory(spec)
+    if isinstance(made, Workload):
+        workload = made
+        if batch_given is not None:
+            workload = dataclasses.replace(workload, global_batch=batch_given)
+    else:
+        module, batch = made
+        first = next(iter(batch.values()))
+        size = first.shape[0] if first.dim() else 1
+        dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
+        workload = Workload(
+            model=module, example_batch=batch, global_batch=batch_given or size, precision=_uniform(dtype),
+            batch_size=size, name=spec.rpartition(":")[2], seed=options.seed,
+        )  # fmt: skip
+    if given:
+        workload = with_precision(workload, options.precision)
+    rebuilt = {
+        "model": spec,
+        "kind": "factory",
+        "global_batch": workload.global_batch,
+        "precision": _precision_names(workload.precision),
+        "seed": options.seed,
+    }
+    return dataclasses.replace(workload, spec={**rebuilt, **workload.spec, "kind": "factory"}, seed=options.seed)
+
+
+def _unknown_model(spec: str) -> ShardwrightError:
+    name = spec.removeprefix("preset:")
+    names = list(_presets())
+    near = near_matches(name, names)
+    return ShardwrightError(
+        f"unknown model {spec!r}",
+        means="near matches: "
+        + (", ".join(f"preset:{n}" for n in near) if near else "none; shardwright models lists them"),
+        change="MODEL",
+        works=f"preset:{near[0] if near else 'llama-3-8b'}, hf:path/to/config.json, or package.module:factory",
+        exit_code=ExitCode.USAGE,
+    )
+
+
+def _optimizer(optimizer: str | OptimizerSpec) -> OptimizerSpec:
+    if isinstance(optimizer, OptimizerSpec):
+        return optimizer
+    if optimizer.lower() not in _OPTIMIZERS:
+        near = near_matches(optimizer.lower(), list(_OPTIMIZERS))
+        raise ShardwrightError(
+            f"unknown optimizer {optimizer!r}",
+            means=f"known: {', '.join(_OPTIMIZERS)}",
+            change="--optimizer",
+            works=near[0] if near else "adamw",
+        )
+    name, state_tensors = _OPTIMIZERS[optimizer.lower()]
+    factory: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, name)
+    return OptimizerSpec(name=name, factory=factory, state_tensors=state_tensors)
+
+
+def _uniform(dtype: torch.dtype) -> Precision:
+    low = dtype in (torch.bfloat16, torch.float16)
+    wide = torch.float32 if low else dtype
+    return Precision(compute=dtype, master=wide, grad_reduce=wide)
+
+
+def _precision(precision: Precision | torch.dtype | str | None) -> Precision:
+    if isinstance(precision, Precision):
+        return precision
+    return _uniform(torch.bfloat16 if precision is None else _dtype(precision))
+
+
+def _dtype(value: torch.dtype | str) -> torch.dtype:
+    if isinstance(value, torch.dtype):
+        return value
+    name = value.removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ShardwrightError(
+            f"unknown precision {value!r}", means=f"known: {', '.join(_DTYPES)}", change="--precision", works="bf16"
+        )
+    return _DTYPES[name]
+
+
+def _precision_names(precision: Precision) -> dict[str, str]:
+    return {
+        field.name: str(getattr(precision, field.name)).removeprefix("torch.")
+        for field in dataclasses.fields(precision)
+    }
+
+
+def _cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
+    """Change floating-point parameters, and the buffers that have the parameters' dtype, to another dtype, ties kept.
+
+    Under float64 every floating-point buffer is widened: nothing may round on the way.
+    """
+    replaced: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None or not tensor.dtype.is_floating_point:
+                    continue
+                is_buffer = table is module._buffers
+                if is_buffer and tensor.dtype != old and new != torch.float64:
+                    continue
+                if id(tensor) not in replaced:
+                    cast = tensor.detach().to(new)
+                    replaced[id(tensor)] = cast if is_buffer else nn.Parameter(cast, tensor.requires_grad)
+                table[name] = replaced[id(tensor)]  # type: ignore[assignment]
+        config = getattr(module, "config", None)
+        if getattr(config, "dtype", None) == old:
+            config.dtype = new  # type: ignore[union-attr]
