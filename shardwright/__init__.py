@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# In a source checkout the sub-packages stand beside this folder rather than inside it (see package-dir in pyproject.toml).
+# In a source checkout the sub-packages stand beside this folder rather than inside it (package-dir in pyproject.toml).
 # Python started in the checkout's root finds this folder before any installed copy, so it must find the others too.
 _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "planner" / "plan.py").is_file():
@@ -33,7 +33,22 @@ _EXPORTS = {
     "plan": ".api",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604
+__all__ = [
+    "Cluster",
+    "ExitCode",
+    "OptimizerSpec",
+    "Parallel",
+    "Plan",
+    "Precision",
+    "ShardwrightError",
+    "Workload",
+    "__version__",
+    "build",
+    "check",
+    "load_workload",
+    "parallelize",
+    "plan",
+]
 
 if TYPE_CHECKING:
     from .api import build, check, load_workload, plan

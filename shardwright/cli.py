@@ -51,8 +51,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="shardwright",
         description="Plan how to split a PyTorch model over a cluster, rewrite it accordingly, and run it.",
-        epilog="Exit codes: 0 done, 1 internal error, 2 usage, 3 does not fit, 4 constraints contradict, 5 unsupported model, "
-        "6 time limit without a plan, 7 plan does not match, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 internal error, 2 usage, 3 does not fit, 4 constraints contradict, "
+        "5 unsupported model, 6 time limit without a plan, 7 plan does not match, 130 interrupted.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"shardwright {__version__}")

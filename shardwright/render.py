@@ -258,7 +258,8 @@ def _trust(plan: Plan) -> RenderableType:
     if certificate.status == "optimal":
         proof = "proven optimal in the searched space, under this cost model"
     else:
-        proof = f"within {certificate.gap_fraction:.1%} of the best possible (bound {format_seconds(certificate.lower_bound_s)})"
+        bound = format_seconds(certificate.lower_bound_s)
+        proof = f"within {certificate.gap_fraction:.1%} of the best possible (bound {bound})"
     other_s = max(0.0, planning.total - planning.capture - planning.solve)
     rows: list[tuple[str, RenderableType]] = [
         ("certificate", f"{certificate.status}: {proof}" if certificate.status != "optimal" else proof),

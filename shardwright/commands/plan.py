@@ -1,7 +1,8 @@
 """Decide how to split, order and place a training job over a cluster.
 
 MODEL is preset:NAME (see `shardwright models`), hf:PATH of a transformers configuration, package.module:factory, or the
-path of a plan.json, which is shown again. NAME of --hardware is as in `shardwright hardware`: 2x8xH100-80GB, 4xCPU, local.
+path of a plan.json, which is shown again. --hardware is a name (see `shardwright hardware`), such as 2x8xH100-80GB,
+4xCPU or local, or the path of a TOML file.
 """
 
 from __future__ import annotations

@@ -1,0 +1,110 @@
+"""Every private PyTorch name that the passes lean on, so that the next release is one file to mend."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives  # registers the _c10d_functional ops
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+BoxedFunction = Callable[[list[Any]], Sequence[Any]]
+
+__all__ = ["default_partition", "make_boxed_func"]
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    return next(node for node in reversed(graph.nodes) if node.op == "output")
+
+
+def fake_mode_of(values: Any) -> FakeTensorMode:
+    """The fake mode that the given example values live in."""
+    for value in pytree.tree_leaves(values):
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise AssertionError("no fake tensor among the values of a traced graph")
+
+
+def gradient_inputs(backward: fx.GraphModule) -> Iterator[tuple[int, int]]:
+    """(output slot of the backward graph, index of the compiled function's input that it is the gradient of).
+
+    Raises NotImplementedError where autograd replaced an input by the base of a view, so that its gradient has no slot.
+    """
+    descriptors = output_node(backward.graph).meta["desc"]
+    for slot, descriptor in enumerate(descriptors):
+        if type(descriptor).__name__ != "GradAOTOutput":
+            continue
+        index = getattr(descriptor.grad_of, "idx", None)
+        if index is None:
+            raise NotImplementedError(f"gradient of {type(descriptor.grad_of).__name__}")
+        yield slot, index
+
+
+def partition_keeping(
+    joint: fx.GraphModule, joint_inputs: Any, budget: float, options: dict[str, Any]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """PyTorch's min-cut partitioner, keeping at most this fraction (0 to 1) of what it would keep; joint stays intact."""
+    mine = fx.GraphModule(joint, copy.deepcopy(joint.graph))
+    with functorch_config.patch(activation_memory_budget=budget):
+        return min_cut_rematerialization_partition(mine, joint_inputs, **options)
+
+
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def inductor_compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool) -> BoxedFunction:
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    output = output_node(graph_module.graph)
+    # all outputs keep the strides they were traced with: autograd's wrapper was made for those
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # type: ignore[arg-type]
+    return compile_fx_inner(graph_module, example_inputs, is_backward=is_backward)  # type: ignore[return-value]
+
+
+def static_input_slots(dynamo_graph: fx.Graph) -> list[int]:
+    """Placeholders of a Dynamo graph that are a module's parameters or buffers."""
+    placeholders: Iterable[fx.Node] = (node for node in dynamo_graph.nodes if node.op == "placeholder")
+    return [
+        slot
+        for slot, node in enumerate(placeholders)
+        if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
+    ]
+
+
+def world_group_name() -> str:
+    """The name under which functional collectives know the default process group."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    return group.group_name
+
+
+def aot_compile(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    forward_compiler: Callable[..., BoxedFunction],
+    backward_compiler: Callable[..., BoxedFunction],
+    partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
+    decompositions: dict[Any, Callable[..., Any]] | None,
+) -> Callable[..., Any]:
+    """AOTAutograd as Dynamo backends use it."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    compiler = aot_autograd(
+        fw_compiler=forward_compiler,
+        bw_compiler=backward_compiler,
+        partition_fn=partition,
+        decompositions=decompositions,
+        keep_inference_input_mutations=True,
+    )
+    return compiler(graph_module, example_inputs)

@@ -1,0 +1,151 @@
+"""torch.compile(model, backend="shardwright"): found through the torch_dynamo_backends entry point.
+
+Each graph that Dynamo finds goes through AOTAutograd, so loss.backward() and the user's optimizer work as with any other
+backend. Its forward and backward graphs then go through Shardwright's passes, and either run op by op or through Inductor.
+Under torchrun the parameters' gradients are averaged over the ranks inside the backward graph: each rank passes its own
+part of the batch, as with DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .errors import ShardwrightError, near_matches
+from .passes import _torch
+from .passes.activation_limit import partition_within
+from .passes.data_parallel import average_gradients
+from .units import MIB, parse_bytes
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """torch.compile(..., options={...}).
+
+    data_parallel: average gradients over the ranks where torch.distributed is initialized with more than one.
+    broadcast: take rank 0's parameters and buffers before the first training step, as DistributedDataParallel does.
+    bucket_mib: size of one all-reduce. inductor: generate code with Inductor instead of running op by op.
+    activation_limit: most memory for tensors kept from forward to backward ("600MiB", or bytes); the rest is recomputed.
+    """
+
+    data_parallel: bool = True
+    broadcast: bool = True
+    bucket_mib: float = 25.0
+    inductor: bool = False
+    activation_limit: int | str | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> BackendOptions:
+        known = [field.name for field in fields(cls)]
+        for name in options or {}:
+            if name not in known:
+                raise ShardwrightError(
+                    f"unknown option {name!r} of the shardwright backend",
+                    means=near_matches(name, known),
+                    change="torch.compile(..., options={...})",
+                    works=f"one of {', '.join(known)}",
+                )
+        parsed = cls(**(options or {}))
+        parsed.limit_bytes  # noqa: B018  refuses a malformed limit now rather than at the first step
+        return parsed
+
+    @property
+    def limit_bytes(self) -> int | None:
+        if self.activation_limit is None or isinstance(self.activation_limit, int):
+            return self.activation_limit
+        try:
+            return parse_bytes(self.activation_limit)
+        except ValueError as error:
+            raise ShardwrightError(str(error), change="activation_limit", works="'600MiB'") from None
+
+
+def shardwright(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The Dynamo backend. Raises ShardwrightError for an unknown option or mode."""
+    if mode not in (None, "default"):
+        raise ShardwrightError(
+            f"mode={mode!r} belongs to the inductor backend",
+            change="torch.compile(..., mode=...)",
+            works="options={'inductor': True}",
+        )
+    settings = BackendOptions.parse(options)
+    ranks = dist.get_world_size() if settings.data_parallel and dist.is_available() and dist.is_initialized() else 1
+    parameters = {
+        slot
+        for slot, tensor in enumerate(example_inputs)
+        if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
+    }
+    run = _torch.aot_compile(
+        graph_module,
+        example_inputs,
+        forward_compiler=partial(_compile, settings=settings),
+        backward_compiler=partial(_compile_backward, settings=settings, parameters=parameters, ranks=ranks),
+        partition=partial(partition_within, limit_bytes=settings.limit_bytes, min_cut=settings.inductor),
+        decompositions=_torch.inductor_decompositions() if settings.inductor else None,
+    )
+    if ranks == 1 or not settings.broadcast or not parameters:
+        return run
+    return _broadcast_first(run, _torch.static_input_slots(graph_module.graph))
+
+
+def _compile(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, settings: BackendOptions, is_backward: bool = False
+) -> _torch.BoxedFunction:
+    if settings.inductor:
+        return _torch.inductor_compile(graph_module, example_inputs, is_backward=is_backward)
+    return _torch.make_boxed_func(graph_module.forward)
+
+
+def _compile_backward(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    settings: BackendOptions,
+    parameters: set[int],
+    ranks: int,
+) -> _torch.BoxedFunction:
+    if ranks > 1 and parameters:
+        slots = [slot for slot, index in _torch.gradient_inputs(graph_module) if index in parameters]
+        average_gradients(
+            graph_module,
+            slots,
+            group_name=_torch.world_group_name(),
+            group_size=ranks,
+            bucket_bytes=int(settings.bucket_mib * MIB),
+        )
+    return _compile(graph_module, example_inputs, settings=settings, is_backward=True)
+
+
+# Parameters and buffers that already equal rank 0's. Keyed by tensor, so that a second graph or a recompilation, which may
+# happen on some ranks only, starts no collective of its own.
+_equal_everywhere: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _broadcast_first(run: Callable[..., Any], static_slots: Sequence[int]) -> Callable[..., Any]:
+    """Before the first call with gradients: an evaluation on one rank alone must not wait for the others."""
+    done = False
+
+    def broadcast_then_run(*arguments: Any) -> Any:
+        nonlocal done
+        if not done and torch.is_grad_enabled():
+            done = True
+            for slot in static_slots:
+                tensor = arguments[slot]
+                if isinstance(tensor, torch.Tensor) and tensor not in _equal_everywhere:
+                    dist.broadcast(tensor.detach(), src=0)
+                    _equal_everywhere[tensor] = True
+        return run(*arguments)
+
+    return broadcast_then_run
