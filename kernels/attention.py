@@ -1,17 +1,18 @@
 """shardwright::attention: attention as one operator, forward and backward.
 
-Letters: B batch, H query heads, Hkv key and value heads (Hkv divides H; query head h reads key head h // (H / Hkv)), S queries,
-T keys, D and E the head sizes of query/key and of value.
+Letters: B batch, H query heads, Hkv key and value heads (Hkv divides H; query head h reads key head h // (H / Hkv)),
+S queries, T keys, D and E the head sizes of query/key and of value.
 
     query [B, H, S, D]   key [B, Hkv, T, D]   value [B, Hkv, T, E]   mask broadcastable to [B, H, S, T]
-    out [B, H, S, E], laid out in memory as [B, S, H, E]             lse [B, H, S], natural logarithm, float32 (float64 for float64)
+    out [B, H, S, E], laid out in memory as [B, S, H, E]
+    lse [B, H, S], natural logarithm, float32 (float64 for float64)
 
-mask is additive, or boolean with True where a key is seen. causal: query i sees keys j <= i, both counted from 0, as torch's SDPA
-has it where S differs from T. window w > 0: also i - j < w, and where not causal j - i < w; 0: none. A query that sees no key
-gives zeros and no gradient; its lse is 0 or -inf, according to the lowering.
+mask is additive, or boolean with True where a key is seen. causal: query i sees keys j <= i, both counted from 0, as
+torch's SDPA has it where S differs from T. window w > 0: also i - j < w, and where not causal j - i < w; 0: none. A
+query that sees no key gives zeros and no gradient; its lse is 0 or -inf, according to the lowering.
 
-dropout_p > 0 needs rng_key (see random.py): element (b, h, s, t) of the probabilities is kept or not by its place in the whole
-tensor of shape rng_shape, of which this one begins at rng_offset; both None where nothing is sharded.
+dropout_p > 0 needs rng_key (see random.py): element (b, h, s, t) of the probabilities is kept or not by its place in
+the whole tensor of shape rng_shape, of which this one begins at rng_offset; both None where nothing is sharded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from . import attention_fused as fused
 from .attention_math import Spec, accumulate_dtype, attention_backward_math, attention_math
 from .library import define, differentiable, not_differentiable
 
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? rng_key"
 _OPTIONS = (
     "float scale, bool causal, int window, float dropout_p, int rng_index, SymInt[]? rng_shape, SymInt[]? rng_offset"
 )
@@ -163,13 +165,12 @@ def _backward_fake(
 
 
 attention = define(
-    f"attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? rng_key, {_OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"attention({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor lse)",
     _forward,
     _forward_fake,
 )
 attention_backward = define(
-    "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? rng_key, Tensor out, "
-    f"Tensor lse, {_OPTIONS}, bool mask_needs_grad) "
+    f"attention_backward(Tensor grad_out, {_TENSORS}, Tensor out, Tensor lse, {_OPTIONS}, bool mask_needs_grad) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor? grad_mask)",
     _backward,
     _backward_fake,

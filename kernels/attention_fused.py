@@ -1,7 +1,7 @@
 """Attention by PyTorch's fused kernels. The private names of torch that attention needs are gathered here.
 
-Each lowering says where it applies; attention.py asks them in turn and falls back to attention_math.py. What none of them
-does: our dropout (its mask is a function of the element, not of a generator's state) and the gradient of a mask.
+Each lowering says where it applies; attention.py asks them in turn and falls back to attention_math.py. What none of
+them does: our dropout (its mask is a function of the element, not of a generator's state) and the gradient of a mask.
 """
 
 from __future__ import annotations

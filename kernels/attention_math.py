@@ -10,7 +10,8 @@ and, for a gradient g of out,
     grad_scores = p * (grad_p - sum(g * out))
     grad_query  = scale * grad_scores @ key,  grad_key = scale * grad_scores^T @ query,  grad_mask = grad_scores
 
-Works in float32, or float64 where the query is. This is the oracle of the faster lowerings and stands in where they do not apply.
+Works in float32, or float64 where the query is. This is the oracle of the faster lowerings and stands in where they
+do not apply.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Element g of operator n at step s under seed k takes 32-bit word g % 4 of the Ph
 
     counter = (low 32 bits of g // 4, high 32 bits, n + 2**31 * stream, s)      key = (low 32 bits of k, high 32 bits)
 
-where g = microbatch * numel(global tensor) + row-major index in the global tensor and n = random_base + rng_index. Stream 0
-gives an element's leading 32 bits, stream 1 the next 32, which only float64 needs: a float32 number is thus the float64 one cut
-short. Nothing depends on how the tensor is cut, so any shard equals the slice of the whole.
+where g = microbatch * numel(global tensor) + row-major index in the global tensor and n = random_base + rng_index.
+Stream 0 gives an element's leading 32 bits, stream 1 the next 32, which only float64 needs: a float32 number is thus
+the float64 one cut short. Nothing depends on how the tensor is cut, so any shard equals the slice of the whole.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def generate(
     fill: Fill,
     num_streams: int = 1,
 ) -> torch.Tensor:
-    """A tensor of local_shape whose blocks of four consecutive global elements are made by fill(words of each stream)."""
+    """A tensor of local_shape; fill(words of each stream) makes four consecutive elements of the whole."""
     runs = runs_of(local_shape, global_shape, offset)
     key = key if key.device == device else key.to(device)
     base = _key_words(key)[2] * runs.global_numel

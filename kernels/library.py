@@ -1,8 +1,9 @@
 """The one place where operators of namespace `shardwright` are defined.
 
-Low-level torch.library is used rather than torch.library.custom_op: it costs tens of microseconds less per call, which a
-step of a small model would feel. Each operator gets a kernel for every backend, a fake kernel, and, where it has a gradient,
-a backward that is itself one operator, so that a traced joint graph shows one node forward and one node backward.
+Low-level torch.library is used rather than torch.library.custom_op: it costs tens of microseconds less per call,
+which a step of a small model would feel. Each operator gets a kernel for every backend, a fake kernel, and, where it
+has a gradient, a backward that is itself one operator, so that a traced joint graph shows one node forward and one
+node backward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Defines shardwright::SCHEMA with one kernel for all backends and a fake kernel for tracing. Returns the overload."""
+    """Defines shardwright::SCHEMA with one kernel for all backends and a fake one for tracing. Returns the overload."""
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")

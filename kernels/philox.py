@@ -1,7 +1,7 @@
 """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in plain integer arithmetic.
 
-The same few lines serve Python integers and int64 tensors: a 32-bit word is kept in 64 bits, so that a product of two words
-wraps to the right 64 bits, and its high half is a shift and a mask.
+The same few lines serve Python integers and int64 tensors: a 32-bit word is kept in 64 bits, so that a product of two
+words wraps to the right 64 bits, and its high half is a shift and a mask.
 """
 
 from __future__ import annotations

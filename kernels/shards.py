@@ -51,7 +51,7 @@ def runs_of(local_shape: Sequence[int], global_shape: Sequence[int], offset: Seq
         o < 0 or o + size > whole for size, whole, o in zip(local_shape, global_shape, offset, strict=True)
     ):
         raise ShardwrightError(
-            f"a shard of shape {list(local_shape)} at offset {list(offset)} does not lie inside shape {list(global_shape)}",
+            f"a shard of shape {list(local_shape)} at offset {list(offset)} does not lie inside {list(global_shape)}",
             means="the random numbers of a shard are those of its place in the whole tensor",
             change="global_shape and offset",
             works=f"global_shape={list(local_shape)}, offset={[0] * len(local_shape)} for a tensor that is not sharded",

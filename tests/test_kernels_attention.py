@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from shardwright.kernels import attention, attention_math, make_key
 from shardwright.kernels.generator import keep_mask, keep_scale
 
+CPU = torch.device("cpu")
 B, H, S, T, D, E = 2, 4, 5, 7, 8, 6
 
 
@@ -191,7 +192,7 @@ def test_a_traced_step_has_one_node_forward_and_one_backward(mask_needs_grad):
 
 class _Attend(torch.nn.Module):
     def forward(self, query, key, value, rng_key):
-        return call(query, key, value, rng_key=rng_key, causal=True, p=0.25)[0].sum()
+        return (call(query, key, value, rng_key=rng_key, causal=True, p=0.25)[0].sum(),)
 
 
 def test_exported_forward_and_joint_graphs_keep_the_operators_whole():
