@@ -1,0 +1,109 @@
+"""Seconds of one op on one device: a roofline with an efficiency for each class of op.
+
+    matmul, convolution   flops / (peak * efficiency) + memory_share * bytes / (bandwidth * memory_efficiency)
+    attention             the greater of arithmetic and memory time (tiles overlap the two)
+    everything else       the greater of vector arithmetic and memory time
+    views                 nothing
+
+and never less than the launch of a kernel. The memory term is added, not overlapped, for matrix products: it stands for
+the ramp, the tail and the operands of products too thin to hide them, which makes efficiency fall for small sizes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ..profiler.device import Device, dtype_key
+from .constants import Constants
+
+# First match wins; tried on the op's bare name ('mm' of 'aten.mm.default').
+OP_CLASSES: tuple[tuple[str, str], ...] = (
+    # ops that only rename memory
+    (r"_?(unsafe_)?view(_as_\w+)?|reshape(_as)?|_reshape_alias|t|transpose|permute|expand(_as)?|(un)?squeeze|alias|detach"
+     r"|lift_fresh|select|slice|split(_with_sizes)?|chunk|narrow|as_strided|unbind|getitem|diagonal|unfold|movedim"
+     r"|sym_\w+|empty\w*|new_empty\w*|scalar_tensor|_local_scalar_dense|item|wait_tensor|view_dtype|swapaxes", "view"),
+    (r".*(attention|sdpa).*(backward|bwd|grad).*", "attention_backward"),
+    (r".*(attention|sdpa).*", "attention"),
+    (r"mm|bmm|addmm|baddbmm|matmul|linear|_scaled_mm|_grouped_mm|einsum|dot|mv|_int_mm|addbmm|linear_backward|gemm"
+     r"|_scaled_grouped_mm|inner|outer", "matmul"),
+    (r".*conv.*", "convolution"),
+    (r".*(layer_norm|rms_norm|rmsnorm|group_norm|batch_norm|instance_norm).*", "normalization"),
+    (r"embedding.*|gather|index|index_select|index_put.*|_unsafe_index.*|scatter.*|index_add.*|take.*|nll_loss.*|sort|topk"
+     r"|argsort|cumsum|cumprod|searchsorted|bincount|nonzero|unique.*|repeat_interleave.*|roll|flip", "gather"),
+    (r"sum|mean|amax|amin|max|min|prod|var.*|std.*|any|all|argmax|argmin|norm|linalg_vector_norm|_?(log_)?softmax.*"
+     r"|logsumexp|cross_entropy.*|.*pool.*|count_nonzero|_foreach_norm.*", "reduction"),
+    (r"clone|copy_?|_to_copy|contiguous|cat|stack|fill.*|zeros.*|ones.*|full.*|arange.*|pad|constant_pad_nd|repeat|tril|triu"
+     r"|slice_backward|select_backward|slice_scatter|select_scatter|new_zeros|new_ones|new_full|to|convert_element_type",
+     "copy"),
+)  # fmt: skip
+_COMPILED = tuple((re.compile(pattern), name) for pattern, name in OP_CLASSES)
+
+
+def bare_name(op_name: str) -> str:
+    """'torch.ops.aten.mm.default', 'aten::mm' and 'mm' all give 'mm'."""
+    parts = [part for part in re.split(r"::|\.", op_name.strip()) if part]
+    parts = [part for part in parts if part not in {"torch", "ops", "default", "operator", "_operator"}]
+    if len(parts) > 1 and parts[0] in {
+        "aten",
+        "prims",
+        "prim",
+        "shardwright",
+        "_c10d_functional",
+        "quantized",
+        "higher_order",
+    }:
+        parts = parts[1:]
+    return parts[0] if parts else op_name
+
+
+def op_class(op_name: str) -> str:
+    """matmul | attention | attention_backward | convolution | normalization | reduction | gather | copy | view | pointwise."""
+    name = bare_name(op_name).lower()
+    for pattern, found in _COMPILED:
+        if pattern.fullmatch(name):
+            return found
+    return "pointwise"
+
+
+def matmul_rate(constants: Constants, dtype: object, device: Device) -> float:
+    """FLOP/s that large matrix products reach."""
+    return device.peak_flops_per_s(dtype) * matmul_efficiency(constants, dtype, device)
+
+
+def matmul_efficiency(constants: Constants, dtype: object, device: Device) -> float:
+    """Looked up by part and type ('H100-fp8'), part, kind of device. Measured peaks are already what is reached."""
+    if device.measured:
+        return 1.0
+    family = device.name.split("-")[0]
+    return constants.get("matmul_efficiency", f"{family}-{dtype_key(dtype)}", family, device.kind)
+
+
+def memory_rate(constants: Constants, kind: str, device: Device) -> float:
+    """Bytes/s of device memory that ops of this class reach."""
+    efficiency = 1.0 if device.measured else constants.get("memory_efficiency", kind)
+    return device.memory_bytes_per_s * efficiency
+
+
+def op_seconds(
+    constants: Constants, op_name: str, flops: float, bytes_moved: float, dtype: object, device: Device
+) -> float:
+    """Seconds of one op, alone on the device. flops: multiply and add count as two. bytes_moved: read and written."""
+    kind = op_class(op_name)
+    if kind == "view":
+        return 0.0
+    launch_s = constants.get("launch_s", device.kind)
+    base = "attention" if kind.startswith("attention") else kind
+    memory_s = bytes_moved / memory_rate(constants, base, device)
+    if kind in {"matmul", "convolution", "attention", "attention_backward"}:
+        rate = matmul_rate(constants, dtype, device)
+        if kind != "matmul":
+            rate *= constants.get(f"{kind}_efficiency", device.name.split("-")[0], device.kind)
+        math_s = flops / rate
+        if base == "attention":
+            busy_s = max(math_s, memory_s)
+        else:
+            busy_s = math_s + constants.get("matmul_memory_share", device.kind) * memory_s
+    else:
+        vector_rate = device.peak_flops_per_s("float64" if dtype_key(dtype) == "fp64" else "float32")
+        busy_s = max(flops / (vector_rate * constants.get("vector_efficiency", device.kind)), memory_s)
+    return max(busy_s, launch_s)

@@ -1,0 +1,58 @@
+"""CostModel: a cluster and the constants, and the pure functions over them. No global state, no device looked up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..profiler.cluster import Cluster
+from ..profiler.device import Device, GroupLink, Link
+from . import communication, compute
+from .constants import Constants, default_constants
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of ops, collectives and transfers on a cluster."""
+
+    cluster: Cluster
+    table: Constants = field(default_factory=default_constants)
+
+    def op_seconds(
+        self, op_name: str, flops: float, bytes_moved: float, dtype: object, device: Device | None = None
+    ) -> float:
+        """One op alone on device (the cluster's worst by default). op_name: as in the graph ('aten.mm.default', 'mm').
+
+        flops: multiply and add count as two. bytes_moved: read and written. dtype: that of the op's operands.
+        """
+        return compute.op_seconds(
+            self.table,
+            op_name,
+            flops,
+            bytes_moved,
+            dtype,
+            device if device is not None else self.cluster.worst_device(),
+        )
+
+    def collective_seconds(self, kind: str, bytes_full_tensor: float, group: GroupLink) -> float:
+        """kind: all_reduce | all_gather | reduce_scatter | all_to_all | broadcast; group: of cluster.axis_links.
+
+        bytes_full_tensor: the whole tensor (all-gather's output, reduce-scatter's input).
+        """
+        return communication.collective_seconds(self.table, kind, bytes_full_tensor, group)
+
+    def p2p_seconds(self, num_bytes: float, link: Link | GroupLink) -> float:
+        """Until a message has arrived. link: of cluster.link_between, or of axis_links along 'pp'."""
+        return communication.p2p_seconds(self.table, num_bytes, link)
+
+    def transfer_host_seconds(self, num_bytes: float, device: Device | None = None, tier: str = "host") -> float:
+        """A copy between device memory and host memory ('nvme': the disk), one direction."""
+        device = device if device is not None else self.cluster.worst_device()
+        return communication.transfer_host_seconds(self.table, num_bytes, device, tier)
+
+    def peak_flops_per_s(self, dtype: object) -> float:
+        """Datasheet dense peak of the worst device: what MFU is measured against."""
+        return self.cluster.worst_device().peak_flops_per_s(dtype)
+
+    def constants(self) -> list[dict[str, str]]:
+        """Every constant with its value, kind, source, date and meaning, for printing."""
+        return self.table.rows()

@@ -1,0 +1,356 @@
+"""Hardware names -> Cluster.
+
+[NODESx]GPUSxNAME[-FORM][-MEMORY]   8xA100-40GB, 2x8xH100-SXM-80GB, 18x4xGB200-NVL72; joined by + for mixed clusters
+NxCPU                               N processes that share one machine
+local                               this machine, or this torchrun job: the only name that looks at devices
+PATH.toml                           hosts and links from a file (docs/hardware.md)
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ShardwrightError
+from ..units import GB, GIB, format_bytes
+from .accelerators import Accelerator, accelerators, find_link, read_toml
+from .cluster import Cluster, Device, Figure, HostGroup, HostPairLink, Link
+
+GRAMMAR = "[NODESx]GPUSxNAME[-FORM][-MEMORY], parts joined by +; or local; or a path to a .toml file"
+FORMS = {"SXM": "SXM", "SXM2": "SXM", "SXM4": "SXM", "SXM5": "SXM", "SXM6": "SXM", "HGX": "SXM", "DGX": "SXM",
+         "PCIE": "PCIE", "NVL": "NVL", "NVL72": "NVL72", "OAM": "OAM"}  # fmt: skip
+NAME_ALIASES = {"4090": "RTX4090", "RTX-4090": "RTX4090", "GEFORCE-RTX-4090": "RTX4090", "MI250": "MI250X"}
+_TERM = re.compile(r"(?:(\d+)\s*x\s*)?(\d+)\s*x\s*([A-Za-z0-9][A-Za-z0-9\- ]*)", re.IGNORECASE)
+
+
+def parse_hardware(spec: str, *, memory_limit_bytes: int | None = None) -> Cluster:
+    """See the module's docstring for the grammar. memory_limit_bytes: at most this on each device.
+
+    Raises ShardwrightError, with near matches, for names and counts that it cannot read.
+    """
+    text = spec.strip()
+    if text.lower() == "local":
+        from .discovery import discover_local
+
+        cluster = discover_local()
+    elif text.lower().endswith(".toml") or "/" in text or Path(text).is_file():
+        cluster = load_cluster(Path(text))
+    else:
+        groups = tuple(_parse_term(term, text) for term in text.split("+"))
+        cluster = Cluster(name=text, groups=groups, notes=_notes(groups))
+    return cluster if memory_limit_bytes is None else cluster.with_memory_limit(memory_limit_bytes)
+
+
+def _notes(groups: tuple[HostGroup, ...]) -> tuple[str, ...]:
+    notes = []
+    if any(group.device.kind == "cpu" and not group.device.measured for group in groups):
+        notes.append(
+            "CPU figures are the catalog's nominal ones; `--hardware local` or calibrate_cpu() measures this machine"
+        )
+    if len({group.device.name for group in groups}) > 1:
+        notes.append("mixed devices: every group is costed by its slowest and smallest member")
+    return tuple(notes)
+
+
+def _parse_term(term: str, spec: str) -> HostGroup:
+    match = _TERM.fullmatch(term.strip())
+    if not match:
+        raise _bad_spec(term.strip(), spec)
+    num_hosts, num_devices = int(match[1] or 1), int(match[2])
+    if num_hosts < 1 or num_devices < 1:
+        raise ShardwrightError(f"{term.strip()!r} names no device", change="--hardware", works=f"1x{match[3]}")
+    return host_group(find_accelerator(match[3]), num_hosts, num_devices)
+
+
+def _bad_spec(term: str, spec: str) -> ShardwrightError:
+    """Says what is wrong with a term that is not COUNTxNAME: usually a bare name or an unknown one."""
+    bare = re.sub(r"^[\dx\s]+x", "", term, flags=re.IGNORECASE)
+    known = _near_names(bare)
+    works = f"8x{known[0]}" if known else "2x8xH100-SXM-80GB"
+    return ShardwrightError(
+        f"cannot read hardware {spec!r}" + (f": {term!r}" if term != spec else ""),
+        means=f"it is not of the form {GRAMMAR}",
+        change="--hardware",
+        works=works,
+    )
+
+
+def _near_names(name: str) -> list[str]:
+    """Catalog keys near a name, by the whole key and by its first part; longest common text first."""
+    catalog = accelerators()
+    wanted = _normal(name)
+    keys = {key: key for key in catalog} | {entry.name: entry.key for entry in catalog.values() if entry.default}
+    near = difflib.get_close_matches(wanted, list(keys), n=6, cutoff=0.5)
+    return list(dict.fromkeys(keys[match] for match in near))[:3]
+
+
+def _normal(name: str) -> str:
+    upper = re.sub(r"\s+", "-", name.strip().upper()).removeprefix("NVIDIA-").removeprefix("AMD-")
+    for alias, full in NAME_ALIASES.items():
+        if upper == alias or upper.startswith(alias + "-"):
+            return full + upper[len(alias) :]
+    return upper
+
+
+def find_accelerator(name: str) -> Accelerator:
+    """NAME[-FORM][-MEMORY], in any case. The bare name gives the entry marked default."""
+    catalog = accelerators()
+    first, *rest = _normal(name).split("-")
+    family = [entry for entry in catalog.values() if entry.name == first]
+    if not family:
+        near = _near_names(name)
+        raise ShardwrightError(
+            f"unknown accelerator {name.strip()!r}" + (f"; near: {', '.join(near)}" if near else ""),
+            means="it is not in the catalog, so its speed and memory are not known; "
+            f"known names: {', '.join(sorted({entry.name for entry in catalog.values()}))}",
+            change="--hardware, or describe it in a .toml file",
+            works=f"8x{near[0]}" if near else "8xH100-SXM-80GB",
+        )
+    matching = family
+    for part in rest:
+        memory = re.fullmatch(r"(\d+)(?:GI?B|G)?", part)
+        if part in FORMS:
+            matching = [entry for entry in matching if entry.form == FORMS[part]]
+        elif memory:
+            matching = [entry for entry in matching if entry.memory_gib == int(memory[1])]
+        else:
+            matching = []
+        if not matching:
+            raise ShardwrightError(
+                f"no {first} with {part!r}",
+                means=f"the catalog has {', '.join(entry.key for entry in family)}",
+                change="--hardware",
+                works=f"8x{next(entry.key for entry in family if entry.default)}",
+            )
+    return next((entry for entry in matching if entry.default), matching[0])
+
+
+def host_group(entry: Accelerator, num_hosts: int, num_devices: int) -> HostGroup:
+    """num_hosts hosts of num_devices each. More devices than a host of that kind holds are spread over full hosts."""
+    if entry.device.kind == "cpu":
+        return _cpu_group(entry, num_hosts, num_devices)
+    if entry.host_devices and num_devices > entry.host_devices:
+        if num_devices % entry.host_devices:
+            raise ShardwrightError(
+                f"{num_devices} {entry.name} in one host: a host of that kind holds {entry.host_devices}",
+                means="what exceeds a full host would be on another host, which the name does not say",
+                change="--hardware",
+                works=f"{num_devices // entry.host_devices}x{entry.host_devices}x{entry.key}",
+            )
+        num_hosts, num_devices = num_hosts * (num_devices // entry.host_devices), entry.host_devices
+    return HostGroup(
+        count=num_hosts,
+        devices_per_host=num_devices,
+        device=entry.device,
+        local=entry.local,
+        network=entry.network,
+        bridge=entry.bridge,
+        bridge_devices=entry.bridge_devices,
+        domain_devices=entry.domain_devices if entry.domain_devices > entry.host_devices else 0,
+    )
+
+
+def _cpu_group(entry: Accelerator, num_hosts: int, num_processes: int) -> HostGroup:
+    """Processes share the machine's cores, memory and memory bus. Measured figures are used where a calibration is cached."""
+    from .discovery import read_cpu_calibration
+
+    device, local = entry.device, entry.local
+    calibration = read_cpu_calibration()
+    if calibration is not None:
+        device, local = calibration.apply(device, local)
+    return HostGroup(
+        num_hosts, num_processes, share_cpu(device, num_processes), share_link(local, num_processes), entry.network
+    )
+
+
+def share_cpu(device: Device, num_processes: int) -> Device:
+    """One of num_processes equal shares of a machine."""
+    return replace(
+        device,
+        memory_bytes=device.memory_bytes // num_processes,
+        nominal_memory_bytes=device.nominal_memory_bytes // num_processes,
+        memory_bytes_per_s=device.memory_bytes_per_s / num_processes,
+        peaks=tuple((dtype, rate / num_processes) for dtype, rate in device.peaks),
+        nvme_bytes=device.nvme_bytes // num_processes,
+    )
+
+
+def share_link(link: Link, num_processes: int) -> Link:
+    """Loopback traffic is copied by the same cores: its figure is for two processes that send at once."""
+    share = min(1.0, 2 / num_processes)
+    return replace(link, bytes_per_s=link.bytes_per_s * share, latency_s=link.latency_s / share)
+
+
+def load_cluster(path: Path) -> Cluster:
+    """A TOML file of hosts and links; docs/hardware.md describes it.
+
+    [[hosts]]: devices = "8xH100-SXM-80GB", count, local_link and network_link (a catalog name, or a table with gb_per_s,
+    latency_us, source, kind, date), memory_gib, host_memory_gib, nvme_gib, nvme_gb_per_s. [[links]]: hosts = [0, 1] and a link.
+    """
+    try:
+        document = read_toml(path)
+    except OSError as error:
+        raise ShardwrightError(
+            f"cannot read hardware file {path}: {error.strerror}",
+            change="--hardware",
+            works="a path to a .toml file, or a name such as 2x8xH100-SXM-80GB",
+        ) from None
+    except ValueError as error:  # tomllib.TOMLDecodeError
+        raise ShardwrightError(
+            f"{path} is not TOML: {error}", change="the file", works='[[hosts]]\ndevices = "8xH100"'
+        ) from None
+    hosts = document.get("hosts")
+    if not isinstance(hosts, list) or not hosts:
+        raise ShardwrightError(f"{path} describes no host", change="the file", works='[[hosts]]\ndevices = "8xH100"')
+    groups = tuple(_file_group(path, index, entry) for index, entry in enumerate(hosts))
+    num_hosts = sum(group.count for group in groups)
+    pairs = tuple(_file_pair(path, entry, num_hosts) for entry in document.get("links", []))
+    return Cluster(name=str(document.get("name", path.stem)), groups=groups, host_pairs=pairs, notes=_notes(groups))
+
+
+HOST_KEYS = {"devices", "count", "local_link", "network_link", "memory_gib", "host_memory_gib", "nvme_gib", "nvme_gb_per_s",
+             "domain_devices"}  # fmt: skip
+
+
+def _file_group(path: Path, index: int, entry: Mapping[str, Any]) -> HostGroup:
+    where = f"{path}: hosts[{index}]"
+    _check_keys(where, entry, HOST_KEYS)
+    if "devices" not in entry:
+        raise ShardwrightError(f"{where} has no devices", change="devices", works='devices = "8xH100-SXM-80GB"')
+    group = _parse_term(str(entry["devices"]), str(entry["devices"]))
+    device = group.device
+    figures = list(device.figures)
+    if "memory_gib" in entry:
+        device = replace(device, memory_bytes=int(_number(where, entry, "memory_gib") * GIB))
+    if "host_memory_gib" in entry:
+        share = _number(where, entry, "host_memory_gib") * GIB / group.devices_per_host
+        device = replace(device, host_memory_bytes=int(share))
+    if "nvme_gib" in entry:
+        device = replace(device, nvme_bytes=int(_number(where, entry, "nvme_gib") * GIB / group.devices_per_host))
+    if "nvme_gb_per_s" in entry:
+        share = _number(where, entry, "nvme_gb_per_s") * GB / group.devices_per_host
+        device = replace(device, nvme_bytes_per_s=share)
+    given = [key for key in ("memory_gib", "host_memory_gib", "nvme_gib", "nvme_gb_per_s") if key in entry]
+    figures += [Figure(f"{where}.{key}", float(entry[key]), "measured", str(path), "") for key in given]
+    return replace(
+        group,
+        count=group.count * int(entry.get("count", 1)),
+        device=replace(device, figures=tuple(figures)),
+        local=_file_link(where, entry["local_link"]) if "local_link" in entry else group.local,
+        network=_file_link(where, entry["network_link"]) if "network_link" in entry else group.network,
+        domain_devices=int(entry.get("domain_devices", group.domain_devices)),
+    )
+
+
+LINK_KEYS = {"name", "family", "gb_per_s", "latency_us", "kind", "source", "date"}
+
+
+def _file_link(where: str, value: Any) -> Link:
+    """A catalog name, or a table of figures."""
+    if isinstance(value, str):
+        return find_link(value)
+    if not isinstance(value, dict):
+        raise ShardwrightError(
+            f"{where}: a link is a name or a table, not {value!r}", change="the link", works='"InfiniBand-NDR"'
+        )
+    _check_keys(where, value, LINK_KEYS)
+    base = find_link(value["name"]) if "name" in value else None
+    kind = str(value.get("kind", "measured"))
+    if kind not in {"datasheet", "measured", "fitted"}:
+        raise ShardwrightError(f"{where}: kind {kind!r}", change="kind", works="datasheet, measured or fitted")
+    if base is None and "gb_per_s" not in value:
+        raise ShardwrightError(f"{where}: a link without name or gb_per_s", change="the link", works="gb_per_s = 50.0")
+    rate = _number(where, value, "gb_per_s") * GB if "gb_per_s" in value else base.bytes_per_s  # type: ignore[union-attr]
+    if "latency_us" in value:
+        latency_s = _number(where, value, "latency_us") * 1e-6
+    else:
+        latency_s = base.latency_s if base else 10e-6
+    figures = tuple(
+        Figure(f"{where}.{key}", float(value[key]), kind, str(value.get("source", where)), str(value.get("date", "")))
+        for key in ("gb_per_s", "latency_us")
+        if key in value
+    )
+    return Link(
+        name=base.name if base else "custom",
+        family=str(value.get("family", base.family if base else "network")),
+        bytes_per_s=rate,
+        latency_s=latency_s,
+        multicast=base.multicast if base else False,
+        measured=kind == "measured" and "gb_per_s" in value,
+        figures=figures or (base.figures if base else ()),
+    )
+
+
+def _file_pair(path: Path, entry: Mapping[str, Any], num_hosts: int) -> HostPairLink:
+    where = f"{path}: links"
+    pair = entry.get("hosts")
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(h, int) and 0 <= h < num_hosts for h in pair):
+        raise ShardwrightError(
+            f"{where}: hosts = {pair!r}", means=f"two host numbers from 0 to {num_hosts - 1} are needed", change="hosts", works="hosts = [0, 1]"
+        )  # fmt: skip
+    return HostPairLink(pair[0], pair[1], _file_link(where, {key: v for key, v in entry.items() if key != "hosts"}))
+
+
+def _check_keys(where: str, entry: Mapping[str, Any], known: set[str]) -> None:
+    for key in entry:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+            raise ShardwrightError(
+                f"{where}: unknown key {key!r}", means=f"known keys: {', '.join(sorted(known))}", change=key,
+                works=near[0] if near else sorted(known)[0],
+            )  # fmt: skip
+
+
+def _number(where: str, entry: Mapping[str, Any], key: str) -> float:
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ShardwrightError(
+            f"{where}: {key} = {value!r}", means="a number above zero is needed", change=key, works=f"{key} = 50.0"
+        )
+    return float(value)
+
+
+def describe(cluster: Cluster) -> list[dict[str, str]]:
+    """Rows for the `hardware` command: what, value, kind (datasheet, measured, fitted) and source of each figure."""
+    rows = []
+    for index, group in enumerate(cluster.groups):
+        device = cluster.device(sum(g.num_devices for g in cluster.groups[:index]))
+        shape = f"{group.count} x {group.devices_per_host} {device.name}"
+        rows.append({"what": "hosts", "value": shape, "kind": "", "source": ""})
+        rows.append({"what": "memory a device", "value": format_bytes(device.memory_bytes), "kind": "", "source": ""})
+        for name, link in (
+            ("bridge", group.bridge),
+            ("local", group.local),
+            ("network", group.network),
+            ("host", device.host_link),
+        ):
+            if link is not None:
+                value = f"{link.name} {link.bytes_per_s / GB:.4g} GB/s, {link.latency_s * 1e6:.3g} us"
+                rows.append({"what": f"{name} link", "value": value, "kind": "", "source": ""})
+    for figure in cluster.figures():
+        source = f"{figure.source} ({figure.date})" if figure.date else figure.source
+        rows.append({"what": figure.name, "value": f"{figure.value:g}", "kind": figure.kind, "source": source})
+    return rows
+
+
+def known_hardware() -> list[dict[str, str]]:
+    """One row for each catalog entry: name, memory, peak, links."""
+    rows = []
+    for entry in accelerators().values():
+        device = entry.device
+        best = "bf16" if device.kind == "gpu" else "fp32"
+        rows.append(
+            {
+                "name": entry.key,
+                "memory": format_bytes(device.nominal_memory_bytes),
+                "memory_gb_per_s": f"{device.memory_bytes_per_s / GB:g}",
+                "peak": f"{device.peak_flops_per_s(best) / 1e12:g} TFLOP/s {best}",
+                "local": entry.local.name,
+                "network": entry.network.name,
+            }
+        )
+    return rows
