@@ -323,9 +323,7 @@ def build_model(config: Any, kind: str, dtype: torch.dtype) -> nn.Module:
             works="the file as save_pretrained wrote it",
         ) from error
     if kind == "causal-lm" and getattr(model, "loss_type", "") is None:
-        model.loss_type = (
-            "ForCausalLM"  # what transformers falls back to, with a warning, where a class name says nothing
-        )
+        model.loss_type = "ForCausalLM"  # the default where a class name says nothing; set, it gives no warning
     return model.train()
 
 

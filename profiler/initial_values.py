@@ -1,7 +1,8 @@
-"""First values of parameters and buffers of a model on the meta device, one block at a time, the same whoever asks.
+"""First values of parameters and buffers of a model on the meta device, the same whoever asks, and no more than asked.
 
-The draws of a block depend on (seed, its path) alone. So a rank that holds three blocks makes just these, and gets what
-the single-device model has there. A block is a child of a ModuleList, or what is left of the model without those.
+The draws of a tensor depend on (seed, its name) alone. So a rank that holds three blocks makes just these, and gets
+what the single-device model has there. Values are made a block at a time: a child of a ModuleList, or what is left of
+the model without those.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ExitCode, ShardwrightError
 from .inputs import make_batch
@@ -108,12 +111,10 @@ def _block_values(
     tensors = dict(_block_tensors(model, path, block))
     if not any(tensors[name].is_meta for name in needed):
         return {name: tensors[name].detach() for name in needed}
-    shell = _shell(block, set(tensors))
-    key = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(int.from_bytes(key[:7], "little"))
-        initialize = getattr(model, "_init_weights", None)
-        _initialize(shell, initialize, real=set(tensors))
+    shell = _shell(block, set(needed))
+    names = {t.data_ptr(): f"{path}.{name}" if path else name for name, t in _named_tensors(shell) if not t.is_meta}
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _SeedByName(names, seed):
+        _initialize(shell, getattr(model, "_init_weights", None), real=set(needed))
     values = dict(_named_tensors(shell))
     unset = [f"{path}.{name}" if path else name for name in needed if _is_unset(values[name])]
     if unset:
@@ -125,6 +126,24 @@ def _block_values(
             exit_code=ExitCode.UNSUPPORTED_MODEL,
         )
     return {name: values[name].detach() for name in needed}
+
+
+class _SeedByName(TorchFunctionMode):
+    """Before anything is written to a tensor in place, seed the default generator with (seed, name of the tensor)."""
+
+    def __init__(self, names: dict[int, str], seed: int) -> None:
+        super().__init__()
+        self.names, self.seed = names, seed
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else kwargs.get("tensor")
+        if isinstance(target, torch.Tensor) and getattr(func, "__name__", "").endswith("_") and not target.is_meta:
+            name = self.names.get(target.data_ptr())
+            if name is not None:
+                digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+                torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
+        return func(*args, **kwargs)
 
 
 def _shell(block: nn.Module, real: set[str]) -> nn.Module:

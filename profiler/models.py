@@ -77,11 +77,12 @@ def load_workload(
     """The training job that `spec` names.
 
     spec: "hf:PATH" a transformers configuration file or its folder; "preset:NAME"; "package.module:factory" or
-    "path/to/file.py:factory", a function without required arguments that returns a Workload, or (module, batch) with the
-    batch a dictionary of tensors by the names of forward's arguments.
+    "path/to/file.py:factory", a function without required arguments that returns a Workload, or (module, batch) with
+    the batch a dictionary of tensors by the names of forward's arguments.
     global_batch: samples in a step; default batch_size. seq_len: tokens in a sample, default that of the preset or the
-    model's own, at most 4096; models without a sequence take no notice of it. batch_size: samples in the example batch.
-    precision: a dtype (its name, e.g. "bf16") for everything, but bf16 and fp16 keep a float32 master copy; default bf16.
+    model's own, at most 4096; models without a sequence take no notice of it. batch_size: samples in the example
+    batch. precision: a dtype (or its name) for everything, except that bf16 and fp16 keep a float32 master copy;
+    default bf16.
     overrides: settings of the configuration by name, for smaller versions (num_layers, hidden_size, num_heads, ...).
     device: "meta" (no memory, any size), or where real values are wanted. A user's model keeps the device it came with,
     unless device is given as other than meta.

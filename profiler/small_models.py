@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ def build_mlp(in_features: int, hidden_size: int, num_layers: int, num_classes: 
     """num_layers hidden layers with GELU between, then a classifier. Takes `input` [batch, in_features]."""
     sizes = [in_features, *[hidden_size] * num_layers]
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.GELU()]
     return nn.Sequential(*layers, nn.Linear(hidden_size, num_classes))
 

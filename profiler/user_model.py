@@ -24,8 +24,8 @@ from .workload import Workload
 def call_factory(spec: str) -> Workload | tuple[nn.Module, dict[str, torch.Tensor]]:
     """Import the module, call the function, and look at what comes back.
 
-    Raises ShardwrightError where there is no such module or function, where it fails, and where it returns anything but a
-    Workload or (module, batch).
+    Raises ShardwrightError where there is no such module or function, where it fails, and where it returns anything but
+    a Workload or (module, batch).
     """
     where, _, name = spec.rpartition(":")
     module = _import(where, spec)
