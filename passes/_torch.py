@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -47,11 +48,20 @@ def gradient_inputs(backward: fx.GraphModule) -> Iterator[tuple[int, int]]:
         yield slot, index
 
 
+def copy_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the copy of a pytree spec looks at its own deprecated names
+        return fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+
+
 def partition_keeping(
     joint: fx.GraphModule, joint_inputs: Any, budget: float, options: dict[str, Any]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """PyTorch's min-cut partitioner, keeping at most this fraction (0 to 1) of what it would keep; joint stays intact."""
-    mine = fx.GraphModule(joint, copy.deepcopy(joint.graph))
+    """PyTorch's min-cut partitioner, keeping at most this fraction (0 to 1) of what it would keep.
+
+    The joint graph stays intact.
+    """
+    mine = copy_graph_module(joint)
     with functorch_config.patch(activation_memory_budget=budget):
         return min_cut_rematerialization_partition(mine, joint_inputs, **options)
 
@@ -62,7 +72,9 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def inductor_compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool) -> BoxedFunction:
+def inductor_compile(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, is_backward: bool
+) -> BoxedFunction:
     from torch._inductor.compile_fx import compile_fx_inner
 
     output = output_node(graph_module.graph)

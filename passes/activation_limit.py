@@ -6,7 +6,6 @@ Memory Cost", 2016, with a max-flow cut) recomputes in the backward, with a budg
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def partition_within(
     num_outputs = options["num_fwd_outputs"]
     least: int | None = None
     if not min_cut:
-        whole = fx.GraphModule(joint, copy.deepcopy(joint.graph))
+        whole = _torch.copy_graph_module(joint)
         pair = _torch.default_partition(whole, joint_inputs, **options)
         least = saved_bytes(pair[0], num_outputs)
         if least <= limit_bytes:
@@ -47,7 +46,8 @@ def partition_within(
         least = kept if least is None else min(least, kept)
     assert least is not None
     raise ShardwrightError(
-        f"the forward keeps at least {format_bytes(least)} for the backward; activation_limit is {format_bytes(limit_bytes)}",
+        f"the forward keeps at least {format_bytes(least)} for the backward; "
+        f"activation_limit is {format_bytes(limit_bytes)}",
         means="recomputing everything that can be recomputed does not go below this",
         change="torch.compile(..., options={'activation_limit': ...}), or a smaller batch",
         works=f"options={{'activation_limit': {least}}}",
@@ -56,7 +56,7 @@ def partition_within(
 
 
 def saved_bytes(forward: fx.GraphModule, num_outputs: int) -> int:
-    """Bytes that the forward graph hands to its backward, each tensor once, the graph's own inputs and outputs not counted."""
+    """Bytes that the forward hands to its backward, each tensor once, its own inputs and outputs not counted."""
     results = list(_torch.output_node(forward.graph).args[0])  # type: ignore[arg-type]
     saved = {node for node in results[num_outputs:] if isinstance(node, fx.Node) and node.op != "placeholder"}
     total = 0

@@ -1,9 +1,9 @@
 """Average parameter gradients over the data-parallel ranks inside a compiled backward graph.
 
 As DistributedDataParallel does (Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training",
-VLDB 2020, section 3.2): gradients are packed into buckets in the order in which the backward makes them, each bucket's
-all-reduce starts as soon as its last gradient is there, and all are waited for at the end. Here both the packing and the
-overlap are nodes of the graph, so the code generator below sees them.
+VLDB 2020, section 3.2): gradients are packed into buckets in the order in which the backward makes them, each
+bucket's all-reduce starts as soon as its last gradient is there, and all are waited for at the end. Here both the
+packing and the overlap are nodes of the graph, so the code generator below sees them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """torch.compile(model, backend="shardwright"): found through the torch_dynamo_backends entry point.
 
-Each graph that Dynamo finds goes through AOTAutograd, so loss.backward() and the user's optimizer work as with any other
-backend. Its forward and backward graphs then go through Shardwright's passes, and either run op by op or through Inductor.
-Under torchrun the parameters' gradients are averaged over the ranks inside the backward graph: each rank passes its own
-part of the batch, as with DistributedDataParallel.
+Each graph that Dynamo finds goes through AOTAutograd, so loss.backward() and the user's optimizer work as with any
+other backend. Its forward and backward graphs then go through Shardwright's passes, and either run op by op or through
+Inductor. Under torchrun the parameters' gradients are averaged over the ranks inside the backward graph: each rank
+passes its own part of the batch, as with DistributedDataParallel.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class BackendOptions:
     data_parallel: average gradients over the ranks where torch.distributed is initialized with more than one.
     broadcast: take rank 0's parameters and buffers before the first training step, as DistributedDataParallel does.
     bucket_mib: size of one all-reduce. inductor: generate code with Inductor instead of running op by op.
-    activation_limit: most memory for tensors kept from forward to backward ("600MiB", or bytes); the rest is recomputed.
+    activation_limit: most memory for tensors kept from forward to backward ("600MiB", or bytes); the rest is
+    recomputed.
     """
 
     data_parallel: bool = True
@@ -128,8 +129,8 @@ def _compile_backward(
     return _compile(graph_module, example_inputs, settings=settings, is_backward=True)
 
 
-# Parameters and buffers that already equal rank 0's. Keyed by tensor, so that a second graph or a recompilation, which may
-# happen on some ranks only, starts no collective of its own.
+# Parameters and buffers that already equal rank 0's. Keyed by tensor, so that a second graph or a recompilation, which
+# may happen on some ranks only, starts no collective of its own.
 _equal_everywhere: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 

@@ -1,0 +1,244 @@
+"""torch.compile(model, backend="shardwright"): same numbers as the model as written, alone and on two ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from distributed import run_ranks
+from torch import nn
+
+from shardwright.errors import ShardwrightError
+
+
+class TiedNet(nn.Module):
+    """Tied weights, BatchNorm buffers, a frozen and an unused parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.second = nn.Linear(12, 12)
+        self.second.weight = self.first.weight
+        self.second.bias.requires_grad_(False)
+        self.head = nn.Linear(12, 3)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.gelu(self.norm(self.first(x)))
+        return self.head(torch.nn.functional.gelu(self.second(hidden)) + hidden)
+
+
+class PlainNet(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(12, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 3))
+
+
+class BrokenNet(PlainNet):
+    """Dynamo must break its graph in the middle."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self[1](self[0](x))
+        torch._dynamo.graph_break()
+        return self[4](self[3](self[2](hidden)))
+
+
+def build(net: type[nn.Module], seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return net().double()
+
+
+def batch(steps: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(steps, 8, 12, generator=generator, dtype=torch.float64),
+        torch.randn(steps, 8, 3, generator=generator, dtype=torch.float64),
+    )
+
+
+def train(model: nn.Module, run, part: slice = slice(None)) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and final parameters. Gradients of the last step under 'grad:'."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for x, y in zip(*batch(), strict=True):
+        optimizer.zero_grad()
+        loss = (run(x[part]) - y[part]).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state |= {f"grad:{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return losses, state
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("options", [None, {"activation_limit": "4KiB"}], ids=["plain", "activation_limit"])
+@pytest.mark.parametrize("net", [TiedNet, BrokenNet])
+def test_trains_as_the_eager_model_does(net, options):
+    torch._dynamo.reset()
+    reference = build(net)
+    expected = train(reference, reference)
+    model = build(net)
+    losses, state = train(model, torch.compile(model, backend="shardwright", options=options))
+    assert losses == pytest.approx(expected[0], rel=1e-12)
+    assert_same(state, expected[1])
+
+
+def test_dropout_recomputed_under_a_limit_keeps_its_mask():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(12, 12), nn.Dropout(0.5), nn.GELU(), nn.Linear(12, 1)).double()
+    x = batch()[0][0]
+    compiled = torch.compile(model, backend="shardwright", options={"activation_limit": "3KiB"})
+    torch.manual_seed(3)
+    compiled(x).sum().backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(3)
+    model(x).sum().backward()
+    for one, other in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad)
+
+
+def test_activation_limit_is_kept_or_refused():
+    from shardwright.backend import shardwright as backend
+    from shardwright.passes import activation_limit
+
+    kept: list[int] = []
+    split = activation_limit.partition_within
+
+    def recording(joint, inputs, **options):
+        forward, backward = split(joint, inputs, **options)
+        kept.append(activation_limit.saved_bytes(forward, options["num_fwd_outputs"]))
+        return forward, backward
+
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(12, 12), nn.GELU()) for _ in range(6))).double()
+    for limit in (None, 6000, 3000):
+        torch._dynamo.reset()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("shardwright.backend.partition_within", recording)
+            torch.compile(model, backend=backend, options={"activation_limit": limit})(batch()[0][0]).sum().backward()
+        assert limit is None or kept[-1] <= limit
+    assert kept[0] > 6000
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activation_limit, "saved_bytes", lambda forward, num_outputs: 5000)
+        with pytest.raises(Exception, match=r"at least 4.88 KiB.*activation_limit is 2.93 KiB"):
+            torch.compile(model, backend="shardwright", options={"activation_limit": 3000})(batch()[0][0])
+
+
+def test_unknown_option_names_the_near_match():
+    from shardwright.backend import BackendOptions
+
+    with pytest.raises(ShardwrightError, match="data_parallel"):
+        BackendOptions.parse({"data_paralel": False})
+    with pytest.raises(ShardwrightError, match="600MiB"):
+        BackendOptions.parse({"activation_limit": "lots"})
+
+
+def test_found_without_importing_shardwright():
+    code = (
+        "import sys, torch; assert 'shardwright' in torch._dynamo.list_backends()\n"
+        "assert 'shardwright' not in sys.modules\n"
+        "f = torch.compile(lambda x: (x * 2).sum(), backend='shardwright')\n"
+        "x = torch.ones(3, requires_grad=True); f(x).backward(); assert x.grad.tolist() == [2, 2, 2]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def _train_part(rank: int, net: type[nn.Module], wrapping: str, options) -> tuple[list[float], dict[str, torch.Tensor]]:
+    torch._dynamo.reset()
+    model = build(
+        net, seed=rank if wrapping == "shardwright" else 0
+    )  # ranks differ until rank 0's values are broadcast
+    if wrapping == "ddp":
+        run = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+    else:
+        run = torch.compile(model, backend="shardwright", options=options)
+    return train(model, run, slice(rank * 4, rank * 4 + 4))
+
+
+@pytest.mark.parametrize("bucket_mib", [25, 0.001, 0])
+@pytest.mark.parametrize("net", [PlainNet, BrokenNet])
+def test_two_ranks_train_as_one_process_on_the_whole_batch(net, bucket_mib):
+    reference = build(net)
+    losses, state = train(reference, reference)
+    ranks = run_ranks(2, _train_part, net, "shardwright", {"bucket_mib": bucket_mib})
+    mean = [sum(pair) / 2 for pair in zip(*(losses for losses, _ in ranks), strict=True)]
+    assert mean == pytest.approx(losses, rel=1e-9)
+    for _, found in ranks:
+        assert_same(found, state)
+
+
+def test_two_ranks_train_as_distributed_data_parallel():
+    expected = run_ranks(2, _train_part, TiedNet, "ddp", None)
+    found = run_ranks(2, _train_part, TiedNet, "shardwright", {"activation_limit": "3KiB"})
+    for (losses, state), (expected_losses, expected_state) in zip(found, expected, strict=True):
+        assert losses == pytest.approx(expected_losses, rel=1e-9)
+        # DistributedDataParallel gives the unused parameter no gradient either
+        assert_same(state, expected_state)
+
+
+def _gradients(rank: int, options) -> list[torch.Tensor]:
+    torch._dynamo.reset()
+    model = build(PlainNet)
+    torch.compile(model, backend="shardwright", options=options)(
+        batch()[0][0, rank * 4 : rank * 4 + 4]
+    ).sum().backward()
+    return [p.grad for p in model.parameters()]
+
+
+def test_averaging_can_be_turned_off():
+    model = build(PlainNet)
+    model(batch()[0][0, :4]).sum().backward()
+    apart = run_ranks(2, _gradients, {"data_parallel": False})
+    for found, expected in zip(apart[0], model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected.grad)
+    assert not torch.allclose(apart[0][0], apart[1][0])
+
+
+def _order_of_collectives(rank: int) -> list[str]:
+    """Kinds of node in the rewritten backward, in order: g(radient matmul), r(educe), w(ait)."""
+    import shardwright.backend as backend
+
+    torch._dynamo.reset()
+    seen: list[str] = []
+    original = backend.average_gradients
+
+    def recording(graph_module, *arguments, **options):
+        count = original(graph_module, *arguments, **options)
+        for node in graph_module.graph.nodes:
+            kind = {"aten.mm": "g", "_c10d_functional.all_reduce": "r", "_c10d_functional.wait_tensor": "w"}
+            seen.extend(kind.get(str(node.target).removesuffix(".default"), ""))
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "average_gradients", recording)
+        _gradients(rank, {"bucket_mib": 0.001})
+    return seen
+
+
+def test_all_reduces_start_before_the_backward_ends_and_are_waited_for_last():
+    order = "".join(run_ranks(2, _order_of_collectives)[0])
+    assert order.index("r") < order.rindex("g"), order
+    assert order.count("r") == order.count("w") > 1
+    assert order.index("w") > order.rindex("g")
+
+
+@pytest.mark.timeout(300)
+def test_inductor_gives_the_same_numbers():
+    torch._dynamo.reset()
+    reference = build(PlainNet)
+    expected = train(reference, reference)
+    model = build(PlainNet)
+    losses, state = train(model, torch.compile(model, backend="shardwright", options={"inductor": True}))
+    assert losses == pytest.approx(expected[0], rel=1e-9)
+    assert_same(state, expected[1])
