@@ -48,6 +48,7 @@ class Segment:
 
     name: str
     joint: fx.GraphModule
+    forward: fx.GraphModule  # before differentiation, of composite ops: where fusing passes look
     param_shapes: tuple[tuple[int, ...], ...]
     param_dtypes: tuple[torch.dtype, ...]
     param_requires_grad: tuple[bool, ...]
@@ -57,7 +58,6 @@ class Segment:
     outputs: tuple[ValueInfo, ...]
     has_random: bool
     structure_hash: str
-    num_forward_nodes: int = 0  # the joint graph's first call nodes that belong to the forward
     is_prologue: bool = False  # depends on inputs and buffers only: every stage that needs it runs it itself
 
 
@@ -91,6 +91,7 @@ class ModelGraph:
     outputs: tuple[str, ...] = ()  # value names of the model's outputs kept for evaluation
     batch_size: int = 0  # sequences (or samples) in the captured microbatch
     structure_hash: str = ""
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)  # "constant:NAME", tensors written into the code
 
     @property
     def num_params(self) -> int:

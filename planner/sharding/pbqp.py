@@ -1,0 +1,194 @@
+"""Choose one option for each variable so that the sum of unary and pairwise costs is least, with a proof.
+
+    minimize   sum_u cost_u[x_u]  +  sum_(u,v) cost_uv[x_u, x_v]
+
+This is a partitioned Boolean quadratic problem (Scholz and Eckstein 2002, "Register allocation for irregular
+architectures", section 3). Variables with at most two neighbours are eliminated exactly (their rules R0, RI and RII:
+fold the best answer for each state of the neighbours into those), which leaves a small core. The core is an integer
+linear program, solved by HiGHS through PuLP:
+
+    y[u,i]   in {0,1}  u takes option i               one per variable: sum_i y[u,i] = 1           (_choose_one)
+    e[uv,ij] >= 0      u takes i and v takes j        sum_j e[uv,ij] = y[u,i]                      (_link)
+                                                      sum_i e[uv,ij] = y[v,j]                      (_link)
+    objective          sum cost_u[i] y[u,i] + sum cost_uv[i,j] e[uv,ij]
+
+Pairs of infinite cost have no e. The linear relaxation of this form is tight on trees; the bound that HiGHS proves is
+handed back with the answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pulp
+
+from ..solver import Solution, solve_model
+
+
+@dataclass
+class Problem:
+    """costs: one vector for each variable. edges: matrices, rows by the smaller variable's options."""
+
+    costs: list[np.ndarray] = field(default_factory=list)
+    edges: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
+    labels: list[Hashable] = field(default_factory=list)
+
+    def add_variable(self, costs: np.ndarray, label: Hashable = None) -> int:
+        self.costs.append(np.asarray(costs, dtype=float))
+        self.labels.append(label)
+        return len(self.costs) - 1
+
+    def add_edge(self, u: int, v: int, matrix: np.ndarray) -> None:
+        """matrix[i, j]: cost of u at i and v at j. Edges between the same two variables add up."""
+        if u == v:
+            self.costs[u] = self.costs[u] + np.diagonal(matrix)
+            return
+        if u > v:
+            u, v, matrix = v, u, matrix.T
+        known = self.edges.get((u, v))
+        self.edges[(u, v)] = matrix.astype(float) if known is None else known + matrix
+
+    def objective(self, choice: list[int]) -> float:
+        total = sum(float(c[i]) for c, i in zip(self.costs, choice, strict=True))
+        return total + sum(float(m[choice[u], choice[v]]) for (u, v), m in self.edges.items())
+
+
+def solve(problem: Problem, time_limit_s: float | None = None) -> tuple[list[int], Solution]:
+    """The best option for each variable, and what is proven of it. Infeasible problems have an infinite objective."""
+    started = time.perf_counter()
+    work = _Elimination(problem)
+    work.run()
+    core = sorted(work.alive)
+    status, bound = "optimal", 0.0
+    choice = [-1] * len(problem.costs)
+    if core:
+        status, bound = _solve_core(work, core, choice, time_limit_s)
+        if status == "infeasible":
+            return choice, Solution(status, float("inf"), float("inf"), 0.0, time.perf_counter() - started)
+    work.back_substitute(choice)
+    objective = problem.objective(choice)
+    bound = objective if status == "optimal" and not core else min(objective, bound + work.constant)
+    gap = 0.0 if objective <= bound else (objective - bound) / max(abs(objective), 1e-30)
+    return choice, Solution(status, objective, bound, gap, time.perf_counter() - started)
+
+
+class _Elimination:
+    """Exact elimination of variables of degree 0, 1 and 2, with what is needed to recover their options."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.costs = [c.copy() for c in problem.costs]
+        self.neighbours: list[dict[int, np.ndarray]] = [{} for _ in problem.costs]
+        for (u, v), matrix in problem.edges.items():
+            self.neighbours[u][v] = matrix
+            self.neighbours[v][u] = matrix.T
+        self.alive = set(range(len(problem.costs)))
+        self.constant = 0.0
+        self.stack: list[tuple[int, list[int], np.ndarray]] = []
+
+    def run(self) -> None:
+        queue = sorted(self.alive, key=lambda u: len(self.neighbours[u]))
+        pending = set(queue)
+        while queue:
+            u = queue.pop()
+            pending.discard(u)
+            if u not in self.alive or len(self.neighbours[u]) > 2:
+                continue
+            touched = list(self.neighbours[u])
+            self._eliminate(u, touched)
+            for v in touched:
+                if len(self.neighbours[v]) <= 2 and v not in pending:
+                    queue.append(v)
+                    pending.add(v)
+
+    def _eliminate(self, u: int, touched: list[int]) -> None:
+        self.alive.discard(u)
+        if not touched:
+            self.stack.append((u, [], np.array(int(np.argmin(self.costs[u])))))
+            self.constant += float(self.costs[u].min())
+            return
+        if len(touched) == 1:
+            (v,) = touched
+            total = self.costs[u][:, None] + self.neighbours[u][v]
+            self.stack.append((u, [v], total.argmin(axis=0)))
+            self.costs[v] = self.costs[v] + total.min(axis=0)
+            del self.neighbours[v][u]
+            return
+        v, w = touched
+        total = self.costs[u][:, None, None] + self.neighbours[u][v][:, :, None] + self.neighbours[u][w][:, None, :]
+        self.stack.append((u, [v, w], total.argmin(axis=0)))
+        merged = total.min(axis=0)
+        del self.neighbours[v][u], self.neighbours[w][u]
+        known = self.neighbours[v].get(w)
+        merged = merged if known is None else merged + known
+        self.neighbours[v][w], self.neighbours[w][v] = merged, merged.T
+
+    def back_substitute(self, choice: list[int]) -> None:
+        for u, others, table in reversed(self.stack):
+            choice[u] = int(table[tuple(choice[v] for v in others)])
+
+
+def _solve_core(
+    work: _Elimination, core: list[int], choice: list[int], time_limit_s: float | None
+) -> tuple[str, float]:
+    model = pulp.LpProblem("sharding", pulp.LpMinimize)
+    terms: list[tuple[pulp.LpVariable, float]] = []
+    pick: dict[int, dict[int, pulp.LpVariable]] = {}
+    scale = _scale(work, core)
+    for u in core:
+        pick[u] = _choose_one(model, u, work.costs[u], terms, scale)
+    for u in core:
+        for v, matrix in work.neighbours[u].items():
+            if u < v:
+                _link(model, u, v, matrix, pick, terms, scale)
+    model += pulp.lpSum(cost * variable for variable, cost in terms if cost)
+    solution = solve_model(model, time_limit_s=time_limit_s)
+    if solution.status not in ("optimal", "feasible"):
+        return "infeasible", float("inf")
+    for u in core:
+        choice[u] = max(pick[u], key=lambda i: pick[u][i].value() or 0.0)
+    return solution.status, solution.bound * scale
+
+
+def _scale(work: _Elimination, core: list[int]) -> float:
+    """Costs are microseconds to seconds; the solver's tolerances expect numbers near one."""
+    finite = [float(c[np.isfinite(c)].max(initial=0.0)) for c in (work.costs[u] for u in core)]
+    return max([*finite, 1e-12]) / 1000.0
+
+
+def _choose_one(
+    model: pulp.LpProblem, u: int, costs: np.ndarray, terms: list[tuple[pulp.LpVariable, float]], scale: float
+) -> dict[int, pulp.LpVariable]:
+    variables = {}
+    for i, cost in enumerate(costs):
+        if np.isfinite(cost):
+            variables[i] = pulp.LpVariable(f"y_{u}_{i}", cat=pulp.LpBinary)
+            terms.append((variables[i], float(cost) / scale))
+    model += pulp.lpSum(variables.values()) == 1
+    return variables
+
+
+def _link(
+    model: pulp.LpProblem,
+    u: int,
+    v: int,
+    matrix: np.ndarray,
+    pick: dict[int, dict[int, pulp.LpVariable]],
+    terms: list[tuple[pulp.LpVariable, float]],
+    scale: float,
+) -> None:
+    rows: dict[int, list[pulp.LpVariable]] = {i: [] for i in pick[u]}
+    columns: dict[int, list[pulp.LpVariable]] = {j: [] for j in pick[v]}
+    for i in pick[u]:
+        for j in pick[v]:
+            if np.isfinite(matrix[i, j]):
+                both = pulp.LpVariable(f"e_{u}_{v}_{i}_{j}", lowBound=0)
+                rows[i].append(both)
+                columns[j].append(both)
+                terms.append((both, float(matrix[i, j]) / scale))
+    for i, members in rows.items():
+        model += pulp.lpSum(members) == pick[u][i]
+    for j, members in columns.items():
+        model += pulp.lpSum(members) == pick[v][j]

@@ -1,0 +1,120 @@
+"""AxisSolution: what the solver decided on one mesh axis, and its text form in a plan.
+
+In a plan, placements[segment][key] is a list with one text per axis. Keys are names of joint-graph nodes, with
+    "S(0),R->S(0)"            for an op: operands -> results, "@name" appended where it runs a lowering
+    "S(1)"                    for a placeholder
+and besides them "NODE.K>PHASE" (the form in which result K reaches several readers), "output_J" and "input_grad_I"
+(boundary values and gradients), "param_grad_I" ("P": summed by the runtime once a step).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ...profiler.graph import ModelGraph, Segment
+from ...profiler.joint import flatten_outputs
+from .placement import P, R, from_text, to_text
+from .problem import Build, origin, tangent_slots
+from .strategy import Strategy, is_op, replicated, view_of
+
+
+@dataclass
+class AxisSolution:
+    """strategies: (segment, op node). places: (segment, key) for every other key of the plan's text form."""
+
+    strategies: dict[tuple[str, str], Strategy] = field(default_factory=dict)
+    places: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def of_result(self, segment: str, node: fx.Node, output: int) -> int:
+        """Where result `output` of an op, or a placeholder, lies."""
+        if is_op(node):
+            return self.strategies[(segment, node.name)].outputs[output]
+        return self.places.get((segment, node.name), R)
+
+
+def read_choice(graph: ModelGraph, made: Build, choice: list[int]) -> AxisSolution:
+    """From the solver's option numbers to placements."""
+    solution = AxisSolution()
+    for (segment, node), index in made.op_vars.items():
+        solution.strategies[(segment, node)] = made.op_options[index][choice[index]]
+
+    def place(index: int) -> int:
+        return made.place_options[index][choice[index]]
+
+    for (segment, node, output, phase), index in made.copy_vars.items():
+        solution.places[(segment, f"{node}.{output}>{phase}")] = place(index)
+    for segment in graph.segments.values():
+        slots = tangent_slots(segment)
+        names = {"in": "input_{}", "out": "output_{}", "gin": "input_grad_{}", "param": "param_{}"}
+        for (owner, kind, slot), index in made.slot_vars.items():
+            if owner != segment.name:
+                continue
+            key = f"tangent_{slots.index(slot)}" if kind == "tan" else names[kind].format(slot)
+            solution.places[(segment.name, key)] = place(index)
+        _param_gradients(segment, solution)
+    return solution
+
+
+def _param_gradients(segment: Segment, solution: AxisSolution) -> None:
+    results = flatten_outputs(segment.joint.graph)
+    first = len(segment.outputs) + len(segment.mutated_buffers)
+    for slot in range(len(segment.param_shapes)):
+        node = results[first + slot]
+        if isinstance(node, fx.Node):
+            param = solution.places[(segment.name, f"param_{slot}")]
+            found = solution.of_result(segment.name, *origin(node))
+            solution.places[(segment.name, f"param_grad_{slot}")] = P if found == P and param == R else param
+
+
+def write_placements(graph: ModelGraph, axes: list[AxisSolution]) -> dict[str, dict[str, list[str]]]:
+    """One text per axis for each key, keys in graph order."""
+    written: dict[str, dict[str, list[str]]] = {}
+    for name, segment in graph.segments.items():
+        rows: dict[str, list[str]] = {}
+        for node in segment.joint.graph.nodes:
+            if is_op(node):
+                rows[node.name] = [_strategy_text(axis.strategies[(name, node.name)]) for axis in axes]
+            elif node.op == "placeholder" and any((name, node.name) in axis.places for axis in axes):
+                rows[node.name] = [to_text(axis.places.get((name, node.name), R)) for axis in axes]
+        others = dict.fromkeys(key for axis in axes for owner, key in axis.places if owner == name)
+        for key in others:
+            if key not in rows:
+                rows[key] = [to_text(axis.places.get((name, key), R)) for axis in axes]
+        written[name] = rows
+    return written
+
+
+def read_placements(placements: dict[str, dict[str, list[str]]], num_axes: int) -> list[AxisSolution]:
+    axes = [AxisSolution() for _ in range(num_axes)]
+    for segment, rows in placements.items():
+        for key, texts in rows.items():
+            for axis, text in zip(axes, texts, strict=True):
+                if "->" in text:
+                    axis.strategies[(segment, key)] = _read_strategy(text)
+                else:
+                    axis.places[(segment, key)] = from_text(text)
+    return axes
+
+
+def _strategy_text(strategy: Strategy) -> str:
+    text = ",".join(map(to_text, strategy.inputs)) + "->" + ",".join(map(to_text, strategy.outputs))
+    return f"{text}@{strategy.lowering}" if strategy.lowering else text
+
+
+def _read_strategy(text: str) -> Strategy:
+    body, _, lowering = text.partition("@")
+    left, right = body.split("->")
+    parse = lambda side: tuple(from_text(t) for t in side.split(",") if t)  # noqa: E731
+    return Strategy(parse(left), parse(right), lowering=lowering)
+
+
+def whole(graph: ModelGraph) -> AxisSolution:
+    """Everything whole: an axis of size one."""
+    solution = AxisSolution()
+    for name, segment in graph.segments.items():
+        for node in segment.joint.graph.nodes:
+            if is_op(node):
+                solution.strategies[(name, node.name)] = replicated(view_of(node))
+    return solution

@@ -1,0 +1,279 @@
+"""Workload in, ModelGraph out: torch.export, normalization, folding, one joint trace for each distinct segment.
+
+Nothing is allocated and no device is touched: parameters may live on meta, everything is traced with fake tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .. import kernels  # noqa: F401  registers the ops that normalization puts in
+from ..errors import ExitCode, ShardwrightError
+from . import fold, joint
+from .attention_interface import shardwright_attention
+from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
+from .normalize import normalize, value
+from .workload import Workload
+
+ROOT = "model"
+
+
+class TrainingStep(nn.Module):
+    """model and loss as one module over a dictionary of tensors: what is exported."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor] | None) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return compute_loss(self.model, self.loss, batch)
+
+
+def compute_loss(model: nn.Module, loss: Callable[[Any, Any], torch.Tensor] | None, batch: Any) -> torch.Tensor:
+    """Call the model with the entries that its forward names, then the loss. Also what the reference runs."""
+    output = model(**model_arguments(model, batch))
+    if loss is not None:
+        return loss(output, batch)
+    if isinstance(output, torch.Tensor) and output.dim() == 0:
+        return output
+    found = getattr(output, "loss", None)
+    if found is None and isinstance(output, dict):
+        found = output.get("loss")
+    if found is None and isinstance(output, (tuple, list)) and isinstance(output[0], torch.Tensor) and output[0].dim() == 0:
+        found = output[0]
+    if found is None:
+        raise ShardwrightError(
+            f"{type(model).__name__} returned {type(output).__name__} without a loss",
+            means="the training step has no scalar to differentiate",
+            change="Workload(loss=...), or pass the labels that make the model compute its own",
+            works="Workload(..., loss=lambda output, batch: F.cross_entropy(output, batch['targets']))",
+        )
+    return found
+
+
+def model_arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not any(name in batch for name in parameters):
+        return dict(batch)
+    return {name: tensor for name, tensor in batch.items() if name in parameters}
+
+
+def capture(workload: Workload) -> ModelGraph:
+    """Trace the workload's training step at the shapes of its example batch."""
+    exported, batch = _export(workload)
+    signature = exported.graph_signature
+    graph_module, graph = exported.graph_module, exported.graph_module.graph
+    placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    param_fqn = {p: _strip(fqn) for p, fqn in signature.inputs_to_parameters.items()}
+    buffer_fqn = {p: _strip(fqn) for p, fqn in signature.inputs_to_buffers.items()}
+    buffer_fqn |= {p: f"constant:{name}" for p, name in signature.inputs_to_lifted_tensor_constants.items()}
+    user_inputs = dict(zip(signature.user_inputs, [f"input:{name}" for name in batch], strict=True))
+    mutated, key = normalize(graph_module, set(buffer_fqn))
+    nodes_of = lambda names: {placeholders[n] for n in names if n in placeholders}  # noqa: E731
+    loss_node = next(n for n in reversed(graph.nodes) if n.op == "output").args[0][0]
+    if not isinstance(loss_node, fx.Node):
+        raise ShardwrightError("the loss is a constant", means="it does not depend on the model", change="loss")
+    pieces = fold.cut(
+        graph, workload.model, ROOT, nodes_of(param_fqn), nodes_of(buffer_fqn), [loss_node, *mutated.values()]
+    )
+    return _assemble(workload, exported, pieces, loss_node, key, mutated, param_fqn, buffer_fqn, user_inputs)
+
+
+def _strip(fqn: str) -> str:
+    return fqn.removeprefix(ROOT + ".")
+
+
+def _export(workload: Workload) -> tuple[Any, dict[str, torch.Tensor]]:
+    # torch.export takes two arguments that are the same tensor for one: give it distinct ones
+    batch = {name: t.clone() if t.device.type != "meta" else torch.empty_like(t) for name, t in workload.example_batch.items()}
+    step = TrainingStep(workload.model, workload.loss)
+    try:
+        with warnings.catch_warnings(), shardwright_attention(workload.model):
+            warnings.simplefilter("ignore")
+            return torch.export.export(step, (batch,), strict=False), batch
+    except ShardwrightError:
+        raise
+    except Exception as error:
+        raise _capture_error(error) from error
+
+
+def _capture_error(error: Exception) -> ShardwrightError:
+    """Name the op and the user's own line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if "/torch/" not in f.filename and "/shardwright/" not in f.filename and f.filename != __file__]
+    own = [f for f in outside if "site-packages" not in f.filename and not f.filename.startswith("<")]
+    frame = (own or outside or frames)[-1]
+    reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+    return ShardwrightError(
+        f"the model cannot be captured: {type(error).__name__}: {reason}",
+        means=f"torch.export stopped at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line or ''}".rstrip(),
+        change="that line: control flow may depend on shapes and settings, not on the data in a tensor",
+        works="torch.where(condition, a, b) in place of `if condition:`",
+        exit_code=ExitCode.UNSUPPORTED_MODEL,
+    )
+
+
+def _assemble(
+    workload: Workload,
+    exported: Any,
+    pieces: list[fold.Piece],
+    loss_node: fx.Node,
+    key: fx.Node,
+    mutated: dict[str, fx.Node],
+    param_fqn: dict[str, str],
+    buffer_fqn: dict[str, str],
+    user_inputs: dict[str, str],
+) -> ModelGraph:
+    graph = exported.graph_module.graph
+    model = workload.model
+    canonical, tied = _canonical_params(model, param_fqn)
+    requires_grad = _requires_grad(graph, {n.name for n in graph.nodes if n.name in param_fqn and
+                                           _parameter(model, param_fqn[n.name]).requires_grad})  # fmt: skip
+    result = ModelGraph(name=workload.name, segments={}, instances=[], values={}, input_names=tuple(user_inputs.values()),
+                        params={}, buffers={}, tied=tied)  # fmt: skip
+    for fqn in canonical.values():
+        parameter = _parameter(model, fqn)
+        result.params[fqn] = (tuple(parameter.shape), parameter.dtype, parameter.requires_grad)
+    value_name: dict[fx.Node, str] = {n: user_inputs[n.name] for n in graph.nodes if n.name in user_inputs}
+    for node, name in value_name.items():
+        result.values[name] = ValueInfo(name, tuple(value(node).shape), value(node).dtype, False)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    names: dict[str, str] = {}
+    written = {node: placeholder for placeholder, node in mutated.items()}
+    for index, piece in enumerate(pieces):
+        updates = [n for n in piece.nodes if n in written]
+        piece.outputs = [n for n in piece.outputs if n not in written or _read_elsewhere(n, piece)]
+        digest = fold.structure_hash(piece, lambda n: _facts(n, requires_grad), extra=str([written[n] for n in updates] and len(updates)))
+        if digest not in names:
+            names[digest] = f"{'prologue' if piece.prologue else 'segment'}{len(names)}"
+            slots = tuple(piece.buffers.index(_placeholder(graph, written[n])) for n in updates)
+            result.segments[names[digest]] = _segment(names[digest], digest, piece, updates, slots, key, requires_grad, mode)
+        segment = result.segments[names[digest]]
+        outputs = tuple(f"{names[digest]}.{index}/{i}" for i in range(len(piece.outputs)))
+        for node, name, info in zip(piece.outputs, outputs, segment.outputs, strict=True):
+            value_name[node] = name
+            result.values[name] = ValueInfo(name, info.shape, info.dtype, info.requires_grad)
+        for node in piece.buffers:
+            result.buffers[buffer_fqn[node.name]] = (tuple(value(node).shape), value(node).dtype)
+        result.instances.append(
+            SegmentInstance(
+                index=index,
+                segment=names[digest],
+                params=tuple(canonical[n.name] for n in piece.params),
+                buffers=tuple(buffer_fqn[n.name] for n in piece.buffers),
+                inputs=tuple(value_name[n] for n in piece.inputs),
+                outputs=outputs,
+                random_base=piece.random_base,
+                module_path=piece.module_path,
+            )
+        )
+    result.loss = value_name[loss_node]
+    batch_tensors = list(workload.example_batch.values())
+    result.batch_size = workload.batch_size or (batch_tensors[0].shape[0] if batch_tensors else 1)
+    result.structure_hash = _model_hash(result)
+    result.constants = {f"constant:{k}": v for k, v in exported.constants.items() if isinstance(v, torch.Tensor)}
+    return result
+
+
+def _read_elsewhere(node: fx.Node, piece: fold.Piece) -> bool:
+    inside = set(piece.nodes)
+    return any(user not in inside and user.op != "output" for user in node.users)
+
+
+def _placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    return next(n for n in graph.nodes if n.op == "placeholder" and n.name == name)
+
+
+def _parameter(model: nn.Module, fqn: str) -> nn.Parameter:
+    return model.get_parameter(fqn)
+
+
+def _canonical_params(model: nn.Module, param_fqn: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """One FQN for each distinct parameter object; the others are tied to it."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for fqn, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            tied[fqn] = first[id(parameter)]
+        else:
+            first[id(parameter)] = fqn
+    return {p: tied.get(fqn, fqn) for p, fqn in param_fqn.items()}, tied
+
+
+def _requires_grad(graph: fx.Graph, trainable: set[str]) -> set[fx.Node]:
+    """Nodes that a gradient can reach: floating values that depend on a trainable parameter, through no detach."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        val = value(node)
+        if node.name in trainable:
+            found.add(node)
+        elif node.op == "call_function" and node.target is not torch.ops.aten.detach.default:
+            tensors = val if isinstance(val, (tuple, list)) else [val]
+            floating = any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in tensors)
+            if floating and any(n in found for n in node.all_input_nodes):
+                found.add(node)
+    return found
+
+
+def _facts(node: fx.Node, requires_grad: set[fx.Node]) -> str:
+    val = value(node)
+    if not isinstance(val, torch.Tensor):
+        return repr(val)
+    return f"{tuple(val.shape)}{tuple(val.stride())}{val.dtype}{node in requires_grad}"
+
+
+def _segment(
+    name: str,
+    digest: str,
+    piece: fold.Piece,
+    updates: list[fx.Node],
+    slots: tuple[int, ...],
+    key: fx.Node,
+    requires_grad: set[fx.Node],
+    mode: FakeTensorMode,
+) -> Segment:
+    forward, outputs, _ = joint.forward_module(piece, updates, key)
+    fake = lambda nodes: [joint.fake_like(value(n), mode) for n in nodes]  # noqa: E731
+    flags = lambda nodes: [n in requires_grad for n in nodes]  # noqa: E731
+    with mode:
+        key_value = torch.empty(4, dtype=torch.int64)
+    traced, takes_tangent = joint.trace_joint(
+        forward, fake(piece.params), flags(piece.params), fake(piece.buffers), fake(piece.inputs), flags(piece.inputs),
+        key_value, fake(outputs), flags(outputs), len(updates),
+    )  # fmt: skip
+    return Segment(
+        name=name,
+        joint=traced,
+        forward=forward,
+        param_shapes=tuple(tuple(value(n).shape) for n in piece.params),
+        param_dtypes=tuple(value(n).dtype for n in piece.params),
+        param_requires_grad=tuple(flags(piece.params)),
+        num_buffers=len(piece.buffers),
+        mutated_buffers=slots,
+        inputs=tuple(ValueInfo(n.name, tuple(value(n).shape), value(n).dtype, n in requires_grad) for n in piece.inputs),
+        outputs=tuple(
+            ValueInfo(n.name, tuple(value(n).shape), value(n).dtype, n in requires_grad) for n in outputs
+        ),
+        has_random=piece.num_random > 0,
+        structure_hash=digest,
+        is_prologue=piece.prologue,
+    )
+
+
+def _model_hash(graph: ModelGraph) -> str:
+    """Of the ops, the wiring and the parameters; not of the batch size, so that a plan fits other captures of the model."""
+    parts: list[str] = []
+    for segment in graph.segments.values():
+        parts.append(segment.name + ",".join(f"{n.name}:{n.target}" for n in segment.joint.graph.nodes))
+    parts += [f"{i.segment}{i.params}{i.buffers}{i.inputs}{i.outputs}" for i in graph.instances]
+    parts += [f"{fqn}{shape}{grad}" for fqn, (shape, _, grad) in graph.params.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,207 @@
+"""The joint forward+backward graph of one segment, traced once with fake tensors.
+
+Placeholders, in order: params, buffers, inputs, key, tangents (one per output that requires grad). Results, in order:
+outputs, buffer_updates, param_grads, input_grads; None where there is no gradient. Every node carries
+meta['val'] (a fake tensor), meta['phase'] ('forward' or 'backward'), and for forward nodes the user's stack trace.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from . import _torch
+from .fold import RANDOM_INDEX_ARG, Piece
+from .normalize import value
+
+aten = torch.ops.aten
+
+
+def forward_module(
+    piece: Piece, mutated: Sequence[fx.Node], key: fx.Node
+) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
+    """The piece as a module of its own: params, buffers, inputs, key -> outputs, new values of written buffers.
+
+    Device arguments are set to the CPU: the graph is device-free until it is built for one.
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for prefix, nodes in (("param", piece.params), ("buffer", piece.buffers), ("input", piece.inputs), ("key", [key])):
+        for i, node in enumerate(nodes):
+            env[node] = graph.placeholder(f"{prefix}_{i}" if prefix != "key" else "key")
+    num_random = 0
+    for node in piece.nodes:
+        new = graph.node_copy(node, lambda n: env[n])
+        if "device" in new.kwargs:
+            new.kwargs = {**new.kwargs, "device": torch.device("cpu")}
+        new.args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in new.args)
+        if node.meta.get("random"):
+            position = RANDOM_INDEX_ARG[node.target._schema.name.split("::")[1]]
+            new.args = (*new.args[:position], num_random, *new.args[position + 1 :])
+            num_random += 1
+        env[node] = new
+    graph.output(tuple(env[n] for n in [*piece.outputs, *mutated]))
+    return fx.GraphModule(torch.nn.Module(), graph), piece.outputs, list(mutated)
+
+
+def fake_like(node_value: Any, mode: FakeTensorMode) -> Any:
+    """A fake CPU tensor with the shape, strides and dtype of a traced value."""
+    if not isinstance(node_value, torch.Tensor):
+        return node_value
+    with mode:
+        return torch.empty_strided(node_value.shape, node_value.stride(), dtype=node_value.dtype, device="cpu")
+
+
+def trace_joint(
+    forward: fx.GraphModule,
+    params: Sequence[Any],
+    param_requires_grad: Sequence[bool],
+    buffers: Sequence[Any],
+    inputs: Sequence[Any],
+    input_requires_grad: Sequence[bool],
+    key: Any,
+    outputs: Sequence[Any],
+    output_requires_grad: Sequence[bool],
+    num_mutated: int,
+) -> tuple[fx.GraphModule, list[bool]]:
+    """All tensor arguments are fake. Returns the graph and, for each output, whether it really takes a tangent."""
+    num_params, num_buffers, num_inputs, num_outputs = len(params), len(buffers), len(inputs), len(outputs)
+    differentiable = [*param_requires_grad, *input_requires_grad]
+    takes_tangent: list[bool] = []
+    boundary: list[str] = []
+
+    def joint(*flat: Any) -> tuple[Any, ...]:
+        leaves = list(flat[: num_params + num_buffers + num_inputs + 1])
+        tangents = list(flat[num_params + num_buffers + num_inputs + 1 :])
+        positions = [*range(num_params), *range(num_params + num_buffers, num_params + num_buffers + num_inputs)]
+        wrt = []
+        for position, wanted in zip(positions, differentiable, strict=True):
+            if wanted:
+                leaves[position] = leaves[position].detach().requires_grad_()
+                wrt.append(leaves[position])
+        with torch.enable_grad():
+            with fx.traceback.preserve_node_meta():
+                results = fx.Interpreter(forward).run(*leaves)
+            outs, updates = list(results[:num_outputs]), list(results[num_outputs:])
+        boundary.append(_torch.last_traced_node_name())
+        pairs = [
+            (out, tangent)
+            for out, tangent in zip((o for o, r in zip(outs, output_requires_grad, strict=True) if r), tangents, strict=True)
+            if out.requires_grad
+        ]
+        takes_tangent[:] = [bool(r and o.requires_grad) for o, r in zip(outs, output_requires_grad, strict=True)]
+        found = iter(
+            torch.autograd.grad([o for o, _ in pairs], wrt, [t for _, t in pairs], allow_unused=True)
+            if wrt and pairs
+            else [None] * len(wrt)
+        )
+        grads = [next(found) if wanted else None for wanted in differentiable]
+        return (*[o.detach() if isinstance(o, torch.Tensor) else o for o in outs],
+                *[u.detach() for u in updates], *grads)  # fmt: skip
+
+    mode = next((t.fake_mode for t in [*params, *inputs, key] if isinstance(t, FakeTensor)), None)
+    tangents = [fake_like(o, mode) for o, r in zip(outputs, output_requires_grad, strict=True) if r] if mode else []
+    flat_args = [*params, *buffers, *inputs, key, *tangents]
+    with mode if mode is not None else _torch.null_context():
+        if _mutates(forward):
+            forward = _functional(forward, [*params, *buffers, *inputs, key])
+        traced = make_fx(joint, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*flat_args)
+    _name_placeholders(traced, num_params, num_buffers, num_inputs, boundary[0])
+    _clean(traced)
+    return traced, takes_tangent
+
+
+def _mutates(forward: fx.GraphModule) -> bool:
+    return any(
+        isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in forward.graph.nodes
+    )
+
+
+def _functional(forward: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
+    """Writes into views (x[:, 0] = y) as scatters: one more trace, only where such writes exist."""
+    run = torch.func.functionalize(fx.Interpreter(forward).run, remove="mutations")
+    with torch.no_grad():
+        return make_fx(run, decomposition_table={aten.copy.default: _copy}, tracing_mode="real")(*args)
+
+
+def _name_placeholders(traced: fx.GraphModule, num_params: int, num_buffers: int, num_inputs: int, last: str) -> None:
+    names = (
+        [f"param_{i}" for i in range(num_params)]
+        + [f"buffer_{i}" for i in range(num_buffers)]
+        + [f"input_{i}" for i in range(num_inputs)]
+        + ["key"]
+    )
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    names += [f"tangent_{i}" for i in range(len(placeholders) - len(names))]
+    phase = "forward"
+    for node in traced.graph.nodes:
+        node.meta["phase"] = "forward" if node.op == "placeholder" else phase
+        if node.name == last:
+            phase = "backward"
+    for node, name in zip(placeholders, names, strict=True):
+        node.meta["phase"] = "backward" if name.startswith("tangent") else "forward"
+        node._rename(name)
+        node.target = name
+
+
+def _clean(traced: fx.GraphModule) -> None:
+    graph = traced.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (aten.detach.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    traced.recompile()
+
+
+# --------------------------------------------------------------------------- decompositions
+# Few: fused kernels are kept. Means become sums, because a sum over a sharded dimension is a partial sum even when the
+# shards are uneven, and a mean is not.
+
+
+def _count(x: torch.Tensor, dims: Sequence[int] | None) -> int:
+    count = 1
+    for d in range(x.dim()) if not dims else dims:
+        count *= x.shape[d]
+    return count
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    return source.to(target.dtype).expand(target.shape)
+
+
+def _mean(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.div(torch.sum(x, dtype=dtype), _count(x, None))
+
+
+def _mean_dim(x: torch.Tensor, dim: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.div(torch.sum(x, dim, keepdim, dtype=dtype), _count(x, dim))
+
+
+
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten.mean.default: _mean,
+    aten.mean.dim: _mean_dim,
+}
+
+
+def flatten_outputs(graph: fx.Graph) -> list[Any]:
+    return list(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
+
+
+def tensor_outputs(node: fx.Node) -> list[torch.Tensor | None]:
+    """The tensors that a node gives: one, or a list with None where an output is masked off."""
+    val = value(node)
+    if isinstance(val, (tuple, list)):
+        return [v if isinstance(v, torch.Tensor) else None for v in val]
+    return [val if isinstance(val, torch.Tensor) else None]
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem

@@ -1,0 +1,96 @@
+"""FLOPs and bytes of one op from its shapes: torch's own flop formulas where it has them, one per output element elsewhere."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from .graph import OpCost, Segment
+from .normalize import source_of
+
+aten = torch.ops.aten
+VIEWS = {
+    getattr(aten, name)
+    for name in (
+        "view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "split", "unbind",
+        "split_with_sizes", "alias", "detach", "diagonal", "narrow", "chunk", "unfold", "_reshape_alias", "movedim", "real", "imag",
+    )
+    if hasattr(aten, name)
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OpWork:
+    """flops: multiply and add count as two. bytes: read and written; 0 for views, which move nothing."""
+
+    flops: float
+    bytes_moved: float
+
+
+def is_view(node: fx.Node) -> bool:
+    """Does the result share memory with its first operand?"""
+    if node.target is operator.getitem:
+        return False
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is aten.reshape or packet is aten.contiguous:
+        source, out = node.args[0].meta["val"], node.meta["val"]
+        return packet is aten.reshape and source.is_contiguous() and out.is_contiguous()
+    return packet in VIEWS
+
+
+def size_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def op_work(node: fx.Node) -> OpWork:
+    if is_view(node):
+        return OpWork(0.0, 0.0)
+    operands: list[torch.Tensor] = []
+    fx.node.map_arg(
+        (node.args, node.kwargs),
+        lambda n: operands.append(n.meta["val"]) if isinstance(n.meta.get("val"), torch.Tensor) else None,
+    )
+    val = node.meta.get("val")
+    results = [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, torch.Tensor)]
+    moved = float(sum(map(size_bytes, operands)) + sum(map(size_bytes, results)))
+    return OpWork(_flops(node, operands, results), moved)
+
+
+def _flops(node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tensor]) -> float:
+    packet = getattr(node.target, "overloadpacket", None)
+    name = str(packet)
+    if name.startswith("shardwright.attention"):
+        query, key = (operands[0], operands[1]) if name == "shardwright.attention" else (operands[1], operands[2])
+        products = 2 if name == "shardwright.attention" else 5  # backward recomputes the scores
+        causal = 0.5 if any(a is True for a in node.args[5:14]) else 1.0
+        batch, heads, length, dim = query.shape
+        return products * 2.0 * batch * heads * length * key.shape[2] * dim * causal
+    if packet in flop_registry:
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+        return float(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"]))
+    if packet in (aten.embedding, aten.gather, aten.index, aten.cat, aten.clone, aten._to_copy):
+        return 0.0
+    return float(max([math.prod(r.shape) for r in results], default=0))
+
+
+def op_costs(segment: Segment) -> list[OpCost]:
+    """One row for each op of the joint graph, at the captured shapes."""
+    rows = []
+    for node in segment.joint.graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        work = op_work(node)
+        val = node.meta.get("val")
+        results = [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, torch.Tensor)]
+        stack = node.meta.get("nn_module_stack")
+        path = list(stack.values())[-1][0] if stack else ""
+        rows.append(
+            OpCost(node.name, str(node.target), int(work.flops), int(work.bytes_moved), sum(map(size_bytes, results)),
+                   source_of(node), path)
+        )  # fmt: skip
+    return rows
