@@ -1,8 +1,18 @@
 """Seconds of a collective over a group of devices, of a message between two, and of a copy to host memory.
 
-A ring over n members takes n-1 steps (all-gather, reduce-scatter) or 2(n-1) (all-reduce), each sending 1/n of the tensor.
-Its bandwidth is that of its slowest level: a subgroup of k members on a host puts k ports on the network, one ring each, so
-the level carries k times one device's rate. Latency is that of the better of ring and tree.
+Three terms, as NCCL's rings and trees behave in its own benchmark:
+
+    launch    fixed
+    hops      each step of the ring (or tree) costs a latency and the time to fill the pipeline with one chunk
+    traffic   bytes through the slowest level; a subgroup of k members on a host puts k ports on the network, one ring
+              through each, so that level carries k times one device's rate (k up to max_rails)
+
+    ring      n-1 steps for all-gather and reduce-scatter, 2(n-1) for all-reduce, each sending 1/n of the tensor
+    tree      all-reduce and broadcast: log2(hosts) levels of the network, then the members of a host in a chain; two
+              hosts exchange the tensor once instead of twice
+    switch    all-reduce of five devices and more where the switch reduces in flight (NVLink SHARP): each sends it once
+
+All-reduce and broadcast take the fastest that applies, as NCCL's tuner does.
 """
 
 from __future__ import annotations
@@ -13,72 +23,113 @@ from ..profiler.device import Device, GroupLink, Link
 from .constants import Constants
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+MULTICAST_MIN_SIZE = 5  # NCCL's all-reduce of up to four devices measures the same with and without NVLink SHARP
 
 
 def link_rate(constants: Constants, link: Link, bytes_per_s: float) -> float:
     """Bytes/s that large messages reach. A measured link is what it is."""
-    return bytes_per_s * (1.0 if link.measured else constants.get("link_efficiency", link.family))
+    return bytes_per_s * (1.0 if link.measured else constants.get("link_efficiency", link.name, link.family))
+
+
+def level_rate(constants: Constants, level: GroupLink) -> float:
+    """Bytes/s that one subgroup puts on this level, less what contention takes as subgroups (hosts) are added."""
+    rails = min(level.members_per_subgroup, constants.get("max_rails"))
+    rate = link_rate(constants, level.link, level.bytes_per_s) * rails
+    if level.link.measured:
+        return rate
+    doublings = max(0.0, math.log2(level.num_subgroups) - 1)
+    return rate / (1 + constants.get("contention_per_doubling", level.link.name, level.link.family) * doublings)
 
 
 def collective_seconds(constants: Constants, kind: str, bytes_full_tensor: float, group: GroupLink) -> float:
-    """Seconds of one collective. bytes_full_tensor: the whole tensor: all-gather's output, reduce-scatter's input,
-    what each member holds in an all-reduce, broadcast or all-to-all (it keeps 1/n of it)."""
+    """Seconds of one collective. bytes_full_tensor: the whole tensor: all-gather's output, reduce-scatter's input, what
+    each member holds in an all-reduce, broadcast or all-to-all (of which it keeps 1/n)."""
     if kind not in COLLECTIVES:
         raise ValueError(f"collective {kind!r} is none of {', '.join(COLLECTIVES)}")
-    size = group.size
-    if size <= 1 or bytes_full_tensor <= 0:
+    if group.size <= 1 or bytes_full_tensor <= 0:
         return 0.0
     levels = group.levels()
     launch_s = constants.get("collective_launch_s", group.link.family)
     if kind == "all_to_all":
         return launch_s + _all_to_all_seconds(constants, bytes_full_tensor, levels)
-    passes = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}[kind]
-    steps_bytes = bytes_full_tensor * (size - 1) / size * passes if kind != "broadcast" else bytes_full_tensor
-    busy_s = 0.0
-    for level in levels:
-        rate = link_rate(constants, level.link, level.bytes_per_s) * level.members_per_subgroup
-        if kind == "all_reduce" and level.link.multicast and level.size > 4:
-            rate *= constants.get("multicast_gain")
-        busy_s = max(busy_s, steps_bytes / rate)
-    return launch_s + _latency_seconds(passes, kind, levels) + busy_s
+    ring_s = _ring_seconds(constants, kind, bytes_full_tensor, levels)
+    if kind in {"all_gather", "reduce_scatter"}:
+        return launch_s + ring_s
+    return launch_s + min(ring_s, _tree_seconds(constants, kind, bytes_full_tensor, levels))
 
 
-def _latency_seconds(passes: int, kind: str, levels: list[GroupLink]) -> float:
-    """Hops of the tree (all-reduce, broadcast) or the ring, level by level."""
-    total = 0.0
-    for level in levels:
-        hops = (
-            math.log2(max(2, level.num_subgroups)) if kind in {"all_reduce", "broadcast"} else level.num_subgroups - 1
-        )
-        total += passes * hops * level.latency_s
-    return total
+def _hops_by_level(levels: list[GroupLink]) -> list[int]:
+    """Links of each level in a chain through all members: 15 hops over 2 hosts of 8 are 14 inside and 1 between."""
+    crossings = [math.ceil(levels[-1].size / level.members_per_subgroup) for level in levels] + [1]
+    return [here - above for here, above in zip(crossings, crossings[1:], strict=False)]
+
+
+def _ring_seconds(constants: Constants, kind: str, num_bytes: float, levels: list[GroupLink]) -> float:
+    size = levels[-1].size
+    passes = 2 if kind == "all_reduce" else 1
+    sent = num_bytes if kind == "broadcast" else num_bytes * (size - 1) / size * passes
+    rates = [level_rate(constants, level) for level in levels]
+    hops = [passes * count for count in _hops_by_level(levels)]
+    return sent / min(rates) + _hops_seconds(constants, hops, num_bytes / size, levels, min(rates))
+
+
+def _tree_seconds(constants: Constants, kind: str, num_bytes: float, levels: list[GroupLink]) -> float:
+    """Double binary tree over the subgroups of each level; inside the nearest one a chain, or the switch."""
+    size = levels[-1].size
+    passes = 2 if kind == "all_reduce" else 1
+    rates = [level_rate(constants, level) for level in levels]
+    traffic_s, hops = 0.0, []
+    for index, (level, rate) in enumerate(zip(levels, rates, strict=True)):
+        if index == 0 and kind == "all_reduce" and level.link.multicast and level.size >= MULTICAST_MIN_SIZE:
+            switched = level.bytes_per_s * constants.get("multicast_efficiency", level.link.name, level.link.family)
+            busy_s = num_bytes / switched
+        elif index == 0:
+            busy_s = passes * num_bytes / rate / constants.get("tree_efficiency")
+        else:
+            busy_s = num_bytes * (1 if level.num_subgroups == 2 else passes) / rate
+        traffic_s = max(traffic_s, busy_s)
+        hops.append(passes * (level.size - 1 if index == 0 else math.ceil(math.log2(level.num_subgroups))))
+    return traffic_s + _hops_seconds(constants, hops, num_bytes / size, levels, min(rates))
+
+
+def _hops_seconds(
+    constants: Constants, hops: list[int], slice_bytes: float, levels: list[GroupLink], rate: float
+) -> float:
+    """Latency of each hop, and the chunk that it holds back: min(slice, chunk_bytes), smoothly."""
+    chunk_limit = constants.get("chunk_bytes", levels[-1].link.family)
+    chunk = chunk_limit * slice_bytes / (slice_bytes + chunk_limit / 2)
+    latency_s = sum(count * level.latency_s for count, level in zip(hops, levels, strict=True))
+    return latency_s + sum(hops) * chunk / rate
 
 
 def _all_to_all_seconds(constants: Constants, num_bytes: float, levels: list[GroupLink]) -> float:
-    """Every member sends 1/n of its tensor to each other one; at each level what leaves the subgroup crosses its ports."""
+    """Every member sends 1/n of its tensor to each other one; at each level what leaves a subgroup crosses its ports."""
     size = levels[-1].size
-    efficiency = constants.get("all_to_all_efficiency")
-    total = 0.0
+    busy_s = latency_s = 0.0
     for level in levels:
         leaving = num_bytes * (level.size - level.members_per_subgroup) / size
-        rate = link_rate(constants, level.link, level.bytes_per_s) * efficiency
-        total = max(total, leaving / rate + level.latency_s * math.log2(max(2, level.num_subgroups)))
-    return total
+        rate = level_rate(constants, level) / level.members_per_subgroup * constants.get("all_to_all_efficiency")
+        busy_s = max(busy_s, leaving / rate)
+        latency_s += level.latency_s * math.log2(max(2, level.num_subgroups))
+    return busy_s + latency_s
 
 
 def p2p_seconds(constants: Constants, num_bytes: float, link: Link | GroupLink) -> float:
-    """Seconds until a message has arrived at the other end."""
+    """Seconds until a message has arrived at the other end. A GroupLink counts as its slowest level's link."""
+    if num_bytes <= 0:
+        return 0.0
     if isinstance(link, GroupLink):
         latency_s, rate, link = link.latency_s, min(link.bytes_per_s, link.link.pair_bytes_per_s()), link.link
     else:
         latency_s, rate = link.latency_s, link.bytes_per_s
-    if num_bytes <= 0:
-        return 0.0
     return constants.get("collective_launch_s", link.family) + latency_s + num_bytes / link_rate(constants, link, rate)
 
 
 def transfer_host_seconds(constants: Constants, num_bytes: float, device: Device, tier: str = "host") -> float:
-    """Seconds of a copy between the device and its share of host memory (or 'nvme'), one direction."""
+    """Seconds of a copy between the device and its share of host memory (or 'nvme'), one direction.
+
+    Raises ValueError where the device has no such tier.
+    """
     if num_bytes <= 0:
         return 0.0
     found = next((one for one in device.tiers if one.name == tier), None)

@@ -179,9 +179,8 @@ class Cluster:
         index = np.asarray(ranks, dtype=int)
         groups = [self.groups[kind] for kind in sorted(set(places.group[index].tolist()))]
         size = len(index)
-        # uneven subgroups: the smallest one has the fewest ports to the next level, so it is what the group waits for
-        in_domain = _smallest_count(places.domain[index])
-        in_bridge = _smallest_count(places.bridge[index]) if all(group.bridge for group in groups) else 1
+        in_domain = _mean_count(places.domain[index])
+        in_bridge = _mean_count(places.bridge[index]) if all(group.bridge for group in groups) else 1
         inner: GroupLink | None = None
         if in_bridge > 1:
             bridge = worst_link([group.bridge for group in groups if group.bridge is not None])
@@ -348,8 +347,9 @@ def _group_link(size: int, link: Link, inner: GroupLink | None) -> GroupLink:
     return GroupLink(size, link.latency_s, link.group_bytes_per_s(size), link, inner)
 
 
-def _smallest_count(places: np.ndarray) -> int:
-    return int(np.unique(places, return_counts=True)[1].min())
+def _mean_count(places: np.ndarray) -> int:
+    """Members a subgroup, so that size / members gives the number of subgroups. Uneven groups count as even ones."""
+    return max(1, len(places) // len(np.unique(places)))
 
 
 def _slowness(group: GroupLink) -> tuple[float, float, float]:
