@@ -5,5 +5,14 @@ Importing this folder registers its operators in torch.ops.shardwright.
 
 from .attention import attention, attention_backward
 from .generator import make_key
+from .random import bernoulli, dropout, rand_normal, rand_uniform
 
-__all__ = ["attention", "attention_backward", "make_key"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "bernoulli",
+    "dropout",
+    "make_key",
+    "rand_normal",
+    "rand_uniform",
+]

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from . import attention_fused as fused
-from .attention_math import Spec, accumulate_dtype, attention_backward_math, attention_math
+from .attention_math import Spec, attention_backward_math, attention_math
+from .generator import accumulate_dtype
 from .library import define, differentiable, not_differentiable
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? rng_key"

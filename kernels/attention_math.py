@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .generator import keep_mask, keep_scale
+from .generator import accumulate_dtype, keep_scale
+from .random import keep_mask
 
 _MAX_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}  # scores held at once
 
@@ -44,10 +45,6 @@ class _Block:
     batch: slice
     rows: slice  # queries
     keys: slice  # those that any of the rows can see
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def visible(rows: slice, keys: slice, spec: Spec, device: torch.device | None) -> torch.Tensor | None:

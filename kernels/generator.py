@@ -11,12 +11,14 @@ the float64 one cut short. Nothing depends on how the tensor is cut, so any shar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from .philox import MASK_32, philox4x32
-from .shards import Runs, runs_of
+from .shards import runs_of
 
 KEY_WORDS = ("seed", "step", "microbatch", "random_base")
 STREAM_BIT = 1 << 31
@@ -37,17 +39,24 @@ def make_key(
     return torch.tensor([seed, step, microbatch, random_base], dtype=torch.int64, device=device)
 
 
-def _key_words(key: torch.Tensor) -> list[int] | list[torch.Tensor]:
-    """On the CPU plain integers, which are faster; elsewhere 0-dimensional tensors, which need no synchronization."""
-    return key.tolist() if key.device.type == "cpu" else list(key.unbind())
+@dataclass(frozen=True)
+class _Key:
+    """The words of a key: integers where it lives on the CPU, else 0-dimensional tensors, to save a synchronization."""
 
+    seed: int | torch.Tensor
+    step: int | torch.Tensor
+    microbatch: int | torch.Tensor
+    operator: int | torch.Tensor
 
-def _block_words(blocks: torch.Tensor, key: torch.Tensor, rng_index: int, stream: int) -> Words:
-    seed, step, _, base = _key_words(key)
-    operator = ((base + rng_index) & (STREAM_BIT - 1)) + stream * STREAM_BIT
-    return philox4x32(
-        (blocks & MASK_32, blocks >> 32, operator, step & MASK_32), (seed & MASK_32, (seed >> 32) & MASK_32)
-    )
+    @classmethod
+    def read(cls, key: torch.Tensor, rng_index: int, device: torch.device) -> _Key:
+        seed, step, microbatch, base = key.tolist() if key.device.type == "cpu" else key.to(device).unbind()
+        return cls(seed, step, microbatch, (base + rng_index) & (STREAM_BIT - 1))
+
+    def words(self, blocks: torch.Tensor, below_2_to_32: bool, stream: int) -> Words:
+        low, high = (blocks, 0) if below_2_to_32 else (blocks & MASK_32, blocks >> 32)
+        counter = (low, high, self.operator + stream * STREAM_BIT, self.step & MASK_32)
+        return philox4x32(counter, (self.seed & MASK_32, (self.seed >> 32) & MASK_32))
 
 
 def _chunks(num_rows: int, per_row: int) -> Iterator[tuple[int, int, int, int]]:
@@ -72,44 +81,108 @@ def generate(
 ) -> torch.Tensor:
     """A tensor of local_shape; fill(words of each stream) makes four consecutive elements of the whole."""
     runs = runs_of(local_shape, global_shape, offset)
-    key = key if key.device == device else key.to(device)
-    base = _key_words(key)[2] * runs.global_numel
+    if runs.num_runs * runs.run == 0:
+        return torch.empty(tuple(local_shape), dtype=dtype, device=device)
+    words_key = _Key.read(key, rng_index, device)
+    base = words_key.microbatch * runs.global_numel
+    known = isinstance(base, int)
+    below_2_to_32 = known and 0 <= base and (base + runs.global_numel) < 2**34
     shift = runs.shift()
-    if isinstance(base, int) and shift is not None:
-        shift = (shift + base) % 4
-    elif runs.global_numel % 4 and not isinstance(base, int):
-        shift = None
-    return _generate(key, runs, base, shift, rng_index, dtype, device, fill, num_streams).view(tuple(local_shape))
+    if shift is not None:
+        shift = (shift + base) % 4 if known else shift if runs.global_numel % 4 == 0 else None
+    # a run that begins `shift` elements into a block touches that many blocks; where runs differ, 3 is the most
+    per_run = -(-(runs.run + (3 if shift is None else shift)) // 4)
+    padded = torch.empty(runs.num_runs, per_run, 4, dtype=dtype, device=device)
+    for row, last_row, column, last_column in _chunks(runs.num_runs, per_run):
+        blocks = torch.arange(column, last_column, dtype=torch.int64, device=device)
+        if runs.num_runs == 1:
+            blocks = blocks.add_((runs.start + base) >> 2).unsqueeze(0)
+        else:
+            blocks = ((runs.starts(row, last_row, device) + base) >> 2)[:, None] + blocks
+        words = [words_key.words(blocks, below_2_to_32, stream) for stream in range(num_streams)]
+        for lane, values in enumerate(fill(*words)):
+            padded[row:last_row, column:last_column, lane] = values
+    flat = padded.view(runs.num_runs, per_run * 4)
+    if shift is not None:
+        return flat[:, shift : shift + runs.run].reshape(tuple(local_shape))
+    shifts = (runs.starts(0, runs.num_runs, device) + base) & 3
+    places = shifts[:, None] + torch.arange(runs.run, dtype=torch.int64, device=device)
+    return flat.gather(1, places).view(tuple(local_shape))
 
 
-def _generate(
+# digits of a number in [0, 1): as many leading bits of the element's words as the dtype holds exactly
+UNIFORM_BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+
+
+def _uniform_words(
+    words: Sequence[torch.Tensor], low: Sequence[torch.Tensor] | None, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    bits = UNIFORM_BITS[dtype]
+    if low is None:
+        return [(word >> (32 - bits)).to(dtype).mul_(2.0**-bits) for word in words]
+    return [((word << 21) | (tail >> 11)).to(dtype).mul_(2.0**-bits) for word, tail in zip(words, low, strict=True)]
+
+
+def uniform_bits(dtype: torch.dtype) -> int:
+    torch._check(
+        dtype in UNIFORM_BITS, lambda: f"random numbers are float64, float32, float16 or bfloat16, not {dtype}"
+    )
+    return UNIFORM_BITS[dtype]
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums, exponentials and the like are worked out in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def uniform(
     key: torch.Tensor,
-    runs: Runs,
-    base: int | torch.Tensor,
-    shift: int | None,
+    local_shape: Sequence[int],
+    global_shape: Sequence[int],
+    offset: Sequence[int],
     rng_index: int,
     dtype: torch.dtype,
     device: torch.device,
-    fill: Fill,
-    num_streams: int,
 ) -> torch.Tensor:
-    num_runs, run = runs.num_runs, runs.run
-    if num_runs * run == 0:
-        return torch.empty(0, dtype=dtype, device=device)
-    # a run that begins `shift` elements into a block touches that many blocks; where runs differ, 3 is the most
-    per_run = -(-(run + (3 if shift is None else shift)) // 4)
-    padded = torch.empty(num_runs, per_run, 4, dtype=dtype, device=device)
-    for row, last_row, column, last_column in _chunks(num_runs, per_run):
-        first_blocks = (runs.starts(row, last_row, device) + base) >> 2
-        blocks = first_blocks[:, None] + torch.arange(column, last_column, dtype=torch.int64, device=device)
-        words = [_block_words(blocks, key, rng_index, stream) for stream in range(num_streams)]
-        for lane, values in enumerate(fill(*words)):
-            padded[row:last_row, column:last_column, lane] = values
-    flat = padded.view(num_runs, per_run * 4)
-    if shift is not None:
-        return flat[:, shift : shift + run].contiguous()
-    shifts = (runs.starts(0, num_runs, device) + base) & 3
-    return flat.gather(1, shifts[:, None] + torch.arange(run, dtype=torch.int64, device=device))
+    """Uniform in [0, 1): the element's leading 53, 24, 11 or 8 bits as a binary fraction, by dtype."""
+    uniform_bits(dtype)
+
+    def fill(words: Words, low: Words | None = None) -> list[torch.Tensor]:
+        return _uniform_words(words, low, dtype)
+
+    streams = 2 if dtype == torch.float64 else 1
+    return generate(key, local_shape, global_shape, offset, rng_index, dtype, device, fill, streams)
+
+
+def normal(
+    key: torch.Tensor,
+    local_shape: Sequence[int],
+    global_shape: Sequence[int],
+    offset: Sequence[int],
+    rng_index: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Standard normal, by Box and Muller (1958) from the uniform numbers u, v of elements 2m and 2m + 1:
+
+        r = sqrt(-2 log(1 - u))     element 2m: r cos(2 pi v)     element 2m + 1: r sin(2 pi v)
+
+    float16 and bfloat16 are rounded from float32.
+    """
+    uniform_bits(dtype)
+    wide = accumulate_dtype(dtype)
+
+    def fill(words: Words, low: Words | None = None) -> list[torch.Tensor]:
+        u0, v0, u1, v1 = _uniform_words(words, low, wide)
+        values = []
+        for u, v in ((u0, v0), (u1, v1)):
+            radius = u.neg_().add_(1).log_().mul_(-2).sqrt_()
+            angle = v.mul_(2 * math.pi)
+            values += [radius * angle.cos(), radius * angle.sin()]
+        return values
+
+    streams = 2 if dtype == torch.float64 else 1
+    return generate(key, local_shape, global_shape, offset, rng_index, dtype, device, fill, streams)
 
 
 def keep_threshold(p: float) -> int:
@@ -143,3 +216,16 @@ def keep_mask(
         device,
         lambda words: [w >= threshold for w in words],
     )
+
+
+def dropout(
+    input: torch.Tensor,
+    key: torch.Tensor,
+    p: float,
+    rng_index: int,
+    global_shape: Sequence[int],
+    offset: Sequence[int],
+) -> torch.Tensor:
+    """input * keep / (1 - p), contiguous. The element is kept where its leading 32 bits are at least p * 2**32."""
+    keep = keep_mask(key, input.shape, global_shape, offset, rng_index, p, input.device)
+    return torch.mul(input.contiguous(), keep).mul_(keep_scale(p))
