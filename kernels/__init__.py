@@ -6,8 +6,11 @@ Importing this folder registers its operators in torch.ops.shardwright.
 from .attention import attention, attention_backward
 from .generator import make_key
 from .random import bernoulli, dropout, rand_normal, rand_uniform
+from .rms_norm import add_rms_norm, add_rms_norm_backward, rms_norm
 
 __all__ = [
+    "add_rms_norm",
+    "add_rms_norm_backward",
     "attention",
     "attention_backward",
     "bernoulli",
@@ -15,4 +18,5 @@ __all__ = [
     "make_key",
     "rand_normal",
     "rand_uniform",
+    "rms_norm",
 ]

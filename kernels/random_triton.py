@@ -160,7 +160,7 @@ def _launch(
     sizes = (*runs.outer, *(1,) * (_MAX_OUTER - len(runs.outer)))
     strides = (*runs.strides, *(0,) * (_MAX_OUTER - len(runs.outer)))
     grid = (triton.cdiv(runs.num_runs * per_run, _LANES),)
-    with _on(out.device):
+    with on_device(out.device):
         _random_kernel[grid](
             out, input, key.to(out.device), rng_index, runs.num_runs, runs.run, per_run, runs.start, numel,
             *sizes[1:], *strides,
@@ -171,7 +171,7 @@ def _launch(
     return out
 
 
-def _on(device: torch.device) -> Any:
+def on_device(device: torch.device) -> Any:
     """Triton launches on the current device; under its interpreter there is none."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

@@ -1,12 +1,11 @@
-"""The Triton kernels against their references: on an NVIDIA GPU where there is one, else under Triton's interpreter.
+"""The Triton kernels against their references: on an NVIDIA GPU, else under Triton's interpreter.
 
-The interpreter must be chosen before triton is imported, so without a GPU this file runs itself in a process of its own.
+The interpreter must be chosen before triton is imported: without a GPU this file runs itself in a process of its own.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from shardwright.kernels import generator, make_key
+from shardwright.kernels.rms_norm import rms_norm_backward_reference, rms_norm_reference
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,7 +24,7 @@ DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else
 here = pytest.mark.skipif(not RUNS_HERE, reason="run by test_kernels_under_tritons_interpreter, or no triton")
 
 if RUNS_HERE:
-    from shardwright.kernels import random_triton
+    from shardwright.kernels import random_triton, rms_norm_triton
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # whole shape, shard, offset: whole, cut by rows, by columns, unaligned, one element wide, cut on every dimension
@@ -85,3 +85,29 @@ def test_normal_kernel_agrees_to_rounding(whole, local, offset):
         got = random_triton.normal(key, local, whole, offset, 0, dtype, DEVICE)
         want = generator.normal(key, local, whole, offset, 0, dtype, DEVICE)
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@here
+@pytest.mark.parametrize("shape", [(7, 32), (2, 3, 48), (4, 1), (1, 300)], ids=str)
+@pytest.mark.parametrize("cast_first", [True, False])
+@pytest.mark.parametrize(
+    "dtype,tolerance", [(torch.float64, 1e-13), (torch.float32, 3e-6), (torch.bfloat16, 3e-2)], ids=str
+)
+def test_rms_norm_kernels_agree_with_the_reference(dtype, tolerance, cast_first, shape):
+    generator = torch.Generator().manual_seed(0)
+    x, residual, grad_y, grad_sum = (torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(4))
+    weight = torch.randn(shape[-1:], generator=generator).to(DEVICE, dtype)
+
+    def close(got, want):
+        for g, w in zip(got, want, strict=True):
+            assert (g.shape, g.dtype) == (w.shape, w.dtype)
+            torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance * max(1.0, w.abs().max().item()))
+
+    for addend in (residual, None):
+        y, sum, rstd = rms_norm_triton.forward(x, addend, weight, 1e-5, cast_first)
+        if addend is not None:
+            close([sum], [x + residual])
+        close([y, rstd], rms_norm_reference(sum, weight, 1e-5, cast_first))
+        for further in (grad_sum, None):
+            got = rms_norm_triton.backward(grad_y, further, sum, rstd, weight, cast_first)
+            close(got, rms_norm_backward_reference(grad_y, further, sum, rstd, weight, cast_first))
