@@ -381,6 +381,8 @@ def replace_attention(graph: fx.Graph, key: fx.Node) -> None:
         elif getattr(node.target, "_schema", None) is not None and node.target._schema.name == "shardwright::sdpa_window":
             q, k, v, dropout_p, scale, window = node.args[:6]
             mask, causal = None, True
+        elif getattr(node.target, "_schema", None) is not None and node.target._schema.name == "shardwright::sdpa_masked":
+            q, k, v, mask, dropout_p, scale, causal, window = node.args[:8]
         else:
             continue
         if value(q).dim() != 4:
