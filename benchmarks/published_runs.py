@@ -31,6 +31,7 @@ class Run:
     cluster: Cluster
     model: Transformer
     layout: Layout
+    framework: str
     software: Software
     step_s: float
 
@@ -103,31 +104,43 @@ def _transformer(row: dict[str, str]) -> Transformer | None:
     )
 
 
-def _software(file: str, row: dict[str, str]) -> Software:
+# What each publisher's framework runs. Facts are from its documentation; the last four figures of each are fitted to its rows.
+FRAMEWORKS = {
+    "nanotron": Software(overlap_tp=True, overlap_dp=True, dispatch_s=60e-6),
+    "aleph": Software(fused_rotary=False),
+    "foundry": Software(rotary=False, overlap_dp=True, grad_bytes=2, attention_slowdown=1.6),
+    "titan": Software(fused_norm=False, fused_rotary=False, overlap_dp=True, attention_slowdown=1.0),
+    "nemo": Software(overlap_tp=True, overlap_dp=True, blocking_p2p=False, grad_bytes=4, fused_accumulation=True,
+                     attention_slowdown=0.7, scattered_p2p=True),
+    "meta": Software(overlap_tp=True, overlap_dp=True, blocking_p2p=False, fused_accumulation=True),
+    "megatron2021": Software(attention="unfused", rotary=False, dropout=True, grad_bytes=2, scattered_p2p=True),
+}  # fmt: skip
+
+
+def framework_of(file: str, row: dict[str, str]) -> str:
+    for prefix, name in (
+        ("nanotron", "nanotron"), ("aleph", "aleph"), ("llm_foundry", "foundry"), ("torchtitan", "titan"),
+        ("nvidia_nemo", "nemo"), ("paper_llama3", "meta"),
+    ):  # fmt: skip
+        if file.startswith(prefix):
+            return name
+    return "nemo" if row["flash_attention"] == "yes" else "megatron2021"
+
+
+def _software(framework: str, row: dict[str, str]) -> Software:
     fp8 = "8" in row["dtype"].replace("bf16", "").replace("fp16", "")
     dtype = "fp16" if row["dtype"].startswith("fp16") else "bf16"
-    base = Software(dtype=dtype, linear_dtype="fp8" if fp8 else dtype)
-    if file.startswith("nanotron"):
-        return replace(base, overlap_tp=True, overlap_dp=True)
-    if file.startswith("aleph"):
-        kernel = row["flash_attention"]
-        fused = "RMS" in kernel
+    base = replace(FRAMEWORKS[framework], dtype=dtype, linear_dtype="fp8" if fp8 else dtype)
+    kernel = row["flash_attention"]
+    if framework == "aleph":
         attention = "flash" if "flash" in kernel else "unfused"
-        slowdown = 1.6 if "v1" in kernel else 1.0
-        return replace(base, attention=attention, attention_slowdown=slowdown, fused_norm=fused, fused_rotary=False)
-    if file.startswith("llm_foundry"):
-        return replace(base, rotary=False, overlap_dp=True, grad_bytes=2)
-    if file.startswith("torchtitan"):
-        compiled = row["compile"] == "yes"
-        return replace(base, compiled=compiled, fused_norm=False, fused_rotary=False, overlap_dp=True, overlap_tp="async TP" in row["notes"])
-    if file.startswith("nvidia_nemo"):
-        return replace(base, overlap_tp=True, overlap_dp=True, blocking_p2p=False, grad_bytes=2)
-    if file.startswith("paper_llama3"):
-        return replace(base, overlap_tp=True, overlap_dp=True, blocking_p2p=False)
-    if row["flash_attention"] == "yes":  # Megatron-LM's own tables for H100
-        return replace(base, overlap_tp=True, overlap_dp=True, blocking_p2p=False)
-    # Megatron-LM of 2021 and its kin: fused softmax and norms, dropout, fp16 gradients reduced after the backward
-    return replace(base, attention="unfused", rotary=False, dropout=True, grad_bytes=2)
+        return replace(
+            base, attention=attention, attention_slowdown=1.6 if "v1" in kernel else 1.0, fused_norm="RMS" in kernel,
+            fused_softmax=kernel == "fused",
+        )  # fmt: skip
+    if framework == "titan":
+        return replace(base, compiled=row["compile"] == "yes", overlap_tp="async TP" in row["notes"])
+    return base
 
 
 def _layout(file: str, row: dict[str, str], model: Transformer) -> Layout | None:
@@ -142,7 +155,9 @@ def _layout(file: str, row: dict[str, str], model: Transformer) -> Layout | None
         zero = 3
     elif _note(row, "zero_stage"):
         zero = int(_note(row, "zero_stage"))
-    elif file.startswith(("aleph", "bigscience", "nvidia_nemo")) or (file.startswith("megatron") and row["flash_attention"] == "yes"):
+    elif file.startswith(("aleph", "bigscience", "nvidia_nemo")) or (
+        file.startswith("megatron") and row["flash_attention"] == "yes"
+    ):
         zero = 1
     sequence_parallel = "sequence_parallel=True" in notes or "sequence parallel + " in notes
     if file.startswith(("nanotron", "nvidia_nemo", "torchtitan", "paper_llama3")) or (
@@ -151,7 +166,7 @@ def _layout(file: str, row: dict[str, str], model: Transformer) -> Layout | None
         sequence_parallel = True
     recompute = "full" if row["recompute"].startswith("full") else "none"
     if row["recompute"].startswith("selective") and file.startswith("paper_korthikanti"):
-        recompute = "selective"
+        recompute = "attention"
     elif row["recompute"].startswith("selective"):
         recompute = "half"
     schedule = {"ZB-1p": "zb-1p", "ZB-2p": "zb-2p", "ZB-2p*": "zb-2p", "ZB-V": "zb-2p"}.get(row["schedule"], "1f1b")
@@ -159,7 +174,7 @@ def _layout(file: str, row: dict[str, str], model: Transformer) -> Layout | None
     return Layout(
         dp=dp, tp=tp, pp=pp, cp=cp, micro_batch=min(micro, max(1, _int(row, "global_batch") // dp)),
         global_batch=_int(row, "global_batch"), zero=zero,
-        virtual_stages=_int(row, "vpp", 1) or 1, schedule=schedule, recompute=recompute,
+        virtual_stages=_int(row, "vpp", 8 if file.startswith("paper_llama3") else 1) or 1, schedule=schedule, recompute=recompute,
         sequence_parallel=sequence_parallel and tp > 1,
     )  # fmt: skip
 
@@ -213,4 +228,5 @@ def _read_run(file: str, number: int, row: dict[str, str]) -> Run | None:
     per_host = _int(row, "gpus_per_node", 8) or 8
     cluster = _cluster(gpu, _int(row, "num_gpus"), per_host, _network(row["interconnect"], gpu))
     label = f"{row['model']} {row['num_gpus']}x{row['gpu']} dp{layout.dp} tp{layout.tp} pp{layout.pp} mb{layout.micro_batch}"
-    return Run(file, number, label, cluster, model, layout, _software(file, row), step_s)
+    framework = framework_of(file, row)
+    return Run(file, number, label, cluster, model, layout, framework, _software(framework, row), step_s)

@@ -45,7 +45,10 @@ class Transformer:
 
     def flops_per_token(self) -> float:
         """Forward and backward, causal attention at half, no recomputation, embedding look-up free."""
-        return 6 * (self.layers * self.layer_params + self.vocab * self.hidden) + self.layers * 6 * self.seq_len * self.hidden
+        return (
+            6 * (self.layers * self.layer_params + self.vocab * self.hidden)
+            + self.layers * 6 * self.seq_len * self.hidden
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Layout:
     zero: int = 0
     virtual_stages: int = 1
     schedule: str = "1f1b"  # 1f1b | zb-1p | zb-2p
-    recompute: str = "none"  # none | selective (attention) | full
+    recompute: str = "none"  # none | attention | half (every second block) | full
     sequence_parallel: bool = False
 
     @property
@@ -78,6 +81,7 @@ class Software:
     attention: str = "flash"
     attention_slowdown: float = 1.0  # against FlashAttention-2
     compiled: bool = False
+    fused_softmax: bool = True  # scale, mask and softmax in one kernel, where attention is unfused
     fused_norm: bool = True
     fused_rotary: bool = True
     rotary: bool = True
@@ -85,7 +89,13 @@ class Software:
     grad_bytes: int = 4  # of a gradient as it is accumulated and reduced
     overlap_dp: bool = False
     overlap_tp: bool = False
+    fused_accumulation: bool = False  # the weight gradient's product adds into the running sum itself
     blocking_p2p: bool = True
+    scattered_p2p: bool = False  # tensor-parallel ranks each send a slice (Megatron's scatter-gather)
+    dispatch_s: float = 10e-6  # host time that the framework takes to dispatch one op
+    tp_overlap: float = 0.4  # share of tensor-parallel communication hidden, where overlap_tp
+    dp_overlap: float = 0.8  # share of data-parallel communication that can hide, where overlap_dp
+    step_overhead: float = 0.03  # share of a step outside compute and communication: data, logging, stragglers
 
 
 @dataclass(frozen=True)
@@ -111,8 +121,10 @@ def _linear(m: float, k: float, n: float, software: Software, backward: bool) ->
     dtype = software.linear_dtype
     if backward:
         ops = [_matmul(m, n, k, dtype), _matmul(k, m, n, dtype)]
-        # the weight gradient joins the running sum: read and written in grad_bytes, the fresh one read and written in 2
-        ops.append(("add", k * n, k * n * (2 * software.grad_bytes + 4), "fp32"))
+        # the weight gradient joins the running sum, which is read and written; unless fused, so is the fresh one
+        ops.append(
+            ("add", k * n, k * n * (2 * software.grad_bytes + (0 if software.fused_accumulation else 2)), "fp32")
+        )
         if dtype == "fp8":
             ops.append(("copy_", 0, m * n * 4, "bf16"))
         return ops
@@ -126,7 +138,9 @@ def _norm(elements: float, software: Software, backward: bool) -> list[Op]:
     if software.fused_norm or software.compiled:
         return [("layer_norm", 0, elements * (8 if backward else 4), "bf16")]
     # eager, in fp32: cast, square, mean, scale, cast, multiply
-    return [("mul", 0, elements * size, "fp32") for size in ((6, 8, 4, 8, 6, 4) if not backward else (6, 12, 12, 12, 8, 6))]
+    return [
+        ("mul", 0, elements * size, "fp32") for size in ((6, 8, 4, 8, 6, 4) if not backward else (6, 12, 12, 12, 8, 6))
+    ]
 
 
 def _pointwise(bytes_moved: float, count: int = 1) -> list[Op]:
@@ -140,16 +154,21 @@ def attention_ops(t: Transformer, layout: Layout, software: Software, backward: 
     if software.attention == "flash":
         flops = 4 * tokens * t.seq_len * width / 2 * (2.5 if backward else 1)
         name = "attention_backward" if backward else "attention"
-        return [(name, flops * software.attention_slowdown, tokens * width * 2 * (8 if backward else 4), software.dtype)]
+        return [
+            (name, flops * software.attention_slowdown, tokens * width * 2 * (8 if backward else 4), software.dtype)
+        ]
     head_dim = t.hidden / t.heads
     scores = layout.micro_batch * heads * t.seq_len * t.seq_len / layout.cp
     batch = layout.micro_batch * heads
     rows = t.seq_len / layout.cp
-    products = [_matmul(rows, head_dim, t.seq_len, software.dtype, batch), _matmul(rows, t.seq_len, head_dim, software.dtype, batch)]
+    products = [
+        _matmul(rows, head_dim, t.seq_len, software.dtype, batch),
+        _matmul(rows, t.seq_len, head_dim, software.dtype, batch),
+    ]
     softmax: list[Op] = [("softmax", 0, scores * (6 if backward else 4), "bf16")]
     if software.dropout:
         softmax += _pointwise(scores * 5)
-    if not software.fused_norm and not software.dropout:  # plain eager: scale, mask, cast, softmax, cast
+    if not software.fused_softmax:  # scale, mask, cast, cast back
         softmax += _pointwise(scores * 24, 4)
     return products * (2 if backward else 1) + softmax
 
@@ -179,7 +198,9 @@ def layer(model: CostModel, t: Transformer, layout: Layout, software: Software, 
     if layout.tp > 1:
         size = tokens * h * 2
         if layout.sequence_parallel:
-            one = model.collective_seconds("all_gather", size, tp) + model.collective_seconds("reduce_scatter", size, tp)
+            one = model.collective_seconds("all_gather", size, tp) + model.collective_seconds(
+                "reduce_scatter", size, tp
+            )
         else:
             one = model.collective_seconds("all_reduce", size, tp)
         comm_s = 2 * one
@@ -214,14 +235,13 @@ def embedding(model: CostModel, t: Transformer, layout: Layout, tp: GroupLink, b
 def _busy(model: CostModel, halves: list[tuple[float, Half]], software: Software) -> float:
     """Seconds of a stage's pass: the device, or the host that dispatches eager ops one by one, whichever is slower.
 
-    Overlapped tensor parallelism hides what the matrix products beside it can hide (constant tp_overlap)."""
-    host_s = model.table.get("dispatch_s", "compiled" if software.compiled else "default")
+    Overlapped tensor parallelism hides tp_overlap of itself."""
     device_s = sum(count * half.device_s for count, half in halves)
     tp_s = sum(count * half.tp_s for count, half in halves)
     if software.overlap_tp:
-        tp_s -= min(tp_s, device_s) * model.table.get("tp_overlap")
+        tp_s -= min(tp_s, device_s) * software.tp_overlap
     kernels = sum(count * half.kernels for count, half in halves)
-    return max(device_s + tp_s, kernels * host_s)
+    return max(device_s + tp_s, kernels * software.dispatch_s)
 
 
 @dataclass(frozen=True)
@@ -247,7 +267,9 @@ def step_time(model: CostModel, t: Transformer, layout: Layout, software: Softwa
     again: list[tuple[float, Half]] = []
     if layout.recompute == "full":
         again = [(full_stage, fwd)]
-    elif layout.recompute == "selective":
+    elif layout.recompute == "half":
+        again = [(full_stage / 2, fwd)]
+    elif layout.recompute == "attention":
         ops = attention_ops(t, layout, software, backward=False)
         again = [(full_stage, Half(_time(model, ops), len(ops), 0.0))]
     head_f, head_b = (head(model, t, layout, software, tp, back) for back in (False, True))
@@ -267,8 +289,12 @@ def step_time(model: CostModel, t: Transformer, layout: Layout, software: Softwa
         run_s, bubble_s = m * (one + ends), 0.0
         window_s = middle_b + first_b + last_b
     else:
-        p2p_s = _p2p_seconds(model, t, layout, mesh)
-        slowest = one + last_f + last_b  # the last stage carries the head
+        p2p_s = _p2p_seconds(model, t, layout, software)
+        # the last stage carries the head; some give it and the first one layer less
+        layer_s = one / full_stage
+        lighter = (t.layers + 2) % p == 0 and t.layers % p != 0
+        last_s = one + last_f + last_b - (layer_s if lighter else 0.0)
+        slowest = max(one, last_s)
         bubble = (p - 1) * (one / v + 2 * p2p_s)
         if layout.schedule == "zb-1p":
             bubble *= 0.5
@@ -279,15 +305,19 @@ def step_time(model: CostModel, t: Transformer, layout: Layout, software: Softwa
         window_s = middle_b
     dp_s, exposed_dp_s = _data_parallel_seconds(model, t, layout, software, mesh, run_s, window_s)
     optimizer_s = _optimizer_seconds(model, t, layout)
-    step_s = (run_s + exposed_dp_s + optimizer_s) * (1 + model.table.get("step_overhead"))
+    step_s = (run_s + exposed_dp_s + optimizer_s) * (1 + software.step_overhead)
     tp_s = m * full_stage * (fwd.tp_s + bwd.tp_s)
     return StepTime(step_s, m * one, bubble_s, tp_s, dp_s, optimizer_s)
 
 
-def _p2p_seconds(model: CostModel, t: Transformer, layout: Layout, mesh: dict[str, int]) -> float:
-    size = layout.micro_batch * t.seq_len / layout.cp * t.hidden * 2 / (layout.tp if layout.sequence_parallel else 1)
+def _p2p_seconds(model: CostModel, t: Transformer, layout: Layout, software: Software) -> float:
+    sliced = layout.sequence_parallel or software.scattered_p2p
+    size = layout.micro_batch * t.seq_len / layout.cp * t.hidden * 2 / (layout.tp if sliced else 1)
     stride = layout.dp * layout.cp * layout.tp
-    links = [model.cluster.link_between(0, stride), model.cluster.link_between(stride * (layout.pp - 2), stride * (layout.pp - 1))]
+    links = [
+        model.cluster.link_between(0, stride),
+        model.cluster.link_between(stride * (layout.pp - 2), stride * (layout.pp - 1)),
+    ]
     return max(model.p2p_seconds(size, link) for link in links)
 
 
@@ -300,7 +330,13 @@ def _context_seconds(model: CostModel, t: Transformer, layout: Layout, mesh: dic
 
 
 def _data_parallel_seconds(
-    model: CostModel, t: Transformer, layout: Layout, software: Software, mesh: dict[str, int], run_s: float, window_s: float
+    model: CostModel,
+    t: Transformer,
+    layout: Layout,
+    software: Software,
+    mesh: dict[str, int],
+    run_s: float,
+    window_s: float,
 ) -> tuple[float, float]:
     """(all of it, exposed). FSDP gathers twice and reduces once a microbatch; others reduce once a step."""
     shards = layout.dp * layout.cp
@@ -310,7 +346,7 @@ def _data_parallel_seconds(
     # context ranks hold the same parameters, so they reduce with the data-parallel ones
     group = model.cluster.axis_links({"pp": layout.pp, "dp": shards, "tp": layout.tp}, "dp")
     blocks = max(1, t.layers / layout.pp)
-    hidden_part = model.table.get("dp_overlap")
+    hidden_part = software.dp_overlap
 
     def buckets(kind: str, size: float, count: float) -> float:
         return count * model.collective_seconds(kind, size / count, group)

@@ -70,12 +70,19 @@ def matmul_rate(constants: Constants, dtype: object, device: Device) -> float:
     return device.peak_flops_per_s(dtype) * matmul_efficiency(constants, dtype, device)
 
 
+def device_keys(device: Device, dtype: object = None) -> tuple[str, ...]:
+    """Keys of a device in the constants, nearest first: 'H100-SXM-96GB', 'H100-fp8', 'H100', 'gpu'."""
+    family = device.name.split("-")[0]
+    typed = () if dtype is None else (f"{device.name}-{dtype_key(dtype)}", f"{family}-{dtype_key(dtype)}")
+    return (*typed[:1], device.name, *typed[1:], family, device.kind)
+
+
 def matmul_efficiency(constants: Constants, dtype: object, device: Device) -> float:
-    """Looked up by part and type ('H100-fp8'), part, kind of device. Measured peaks are already what is reached."""
+    """Fraction of the dense peak that large matrix products hold in training. Measured peaks are what is reached."""
     if device.measured:
         return 1.0
-    family = device.name.split("-")[0]
-    return constants.get("matmul_efficiency", f"{family}-{dtype_key(dtype)}", family, device.kind)
+    keys = device_keys(device, dtype)
+    return constants.get("matmul_efficiency", *keys) * constants.get("sustained_fraction", *keys)
 
 
 def memory_rate(constants: Constants, kind: str, device: Device) -> float:
@@ -97,7 +104,7 @@ def op_seconds(
     if kind in {"matmul", "convolution", "attention", "attention_backward"}:
         rate = matmul_rate(constants, dtype, device)
         if kind != "matmul":
-            rate *= constants.get(f"{kind}_efficiency", device.name.split("-")[0], device.kind)
+            rate *= constants.get(f"{kind}_efficiency", *device_keys(device))
         math_s = flops / rate
         if base == "attention":
             busy_s = max(math_s, memory_s)

@@ -60,13 +60,12 @@ class Constants:
             for constant in self.table.values()
         ]
 
-    def replaced(self, **values: float) -> Constants:
-        """A copy with other values, for fits: group__key=value."""
+    def replaced(self, values: Mapping[str, float]) -> Constants:
+        """A copy with other values ('group.key' -> value), for fits. A new key takes its group's default's source."""
         table = dict(self.table)
-        for key, value in values.items():
-            name = key.replace("__", ".")
-            old = table[name]
-            table[name] = Constant(old.name, value, old.kind, old.source, old.date, old.meaning)
+        for name, value in values.items():
+            old = table.get(name) or table[name.split(".")[0] + ".default"]
+            table[name] = Constant(name, value, old.kind, old.source, old.date, old.meaning)
         return Constants(table)
 
 
