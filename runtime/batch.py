@@ -1,0 +1,125 @@
+"""Cutting a batch: by microbatch, then over the data-parallel ranks.
+
+Microbatch k is the k-th contiguous slice of the global batch; data-parallel rank r holds the r-th contiguous part of
+each microbatch. With 8 samples, microbatches of 4 and two ranks:
+
+    global   0 1 2 3 | 4 5 6 7        rank 0   0 1 | 4 5        rank 1   2 3 | 6 7
+
+A rank's part of the batch is therefore not one contiguous slice of it. The last microbatch may be smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import ShardwrightError
+from .relayout import all_gather_dim
+from .shards import chunk_bounds
+
+
+class BatchPart(dict[str, torch.Tensor]):
+    """What one data-parallel rank holds of a global batch of `global_size` samples."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], global_size: int) -> None:
+        super().__init__(tensors)
+        self.global_size = global_size
+
+
+@dataclass(frozen=True)
+class MicrobatchPart:
+    """This rank's part of one microbatch. size: samples of the whole microbatch."""
+
+    tensors: dict[str, torch.Tensor]
+    size: int
+
+
+def microbatch_sizes(global_size: int, microbatch_size: int) -> list[int]:
+    """[4, 4, 2] for 10 samples in microbatches of 4."""
+    full, rest = divmod(global_size, microbatch_size)
+    return [microbatch_size] * full + [rest] * (rest > 0)
+
+
+def batch_entries(shapes: Mapping[str, tuple[int, ...]], batch_size: int) -> frozenset[str]:
+    """Entries whose first dimension is the batch. shapes: as captured with a microbatch of batch_size samples."""
+    return frozenset(name for name, shape in shapes.items() if shape and shape[0] == batch_size)
+
+
+def shard_batch(
+    batch: Mapping[str, torch.Tensor], entries: Collection[str], microbatch_size: int, dp_size: int, dp_rank: int
+) -> BatchPart:
+    """The part of a global batch that a data-parallel rank passes to step(). Other entries go to every rank whole."""
+    global_size = _common_size(batch, entries)
+    part = dict(batch)
+    sizes = microbatch_sizes(global_size, microbatch_size)
+    for name in entries:
+        if name not in batch:
+            continue
+        rows, start = [], 0
+        for size in sizes:
+            low, high = chunk_bounds(size, dp_size, dp_rank)
+            rows.append(batch[name][start + low : start + high])
+            start += size
+        part[name] = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return BatchPart(part, global_size)
+
+
+def split_part(
+    part: Mapping[str, torch.Tensor],
+    entries: Collection[str],
+    microbatch_size: int,
+    dp_size: int,
+    dp_rank: int,
+) -> list[MicrobatchPart]:
+    """This rank's microbatches. A part that shard_batch did not cut counts as 1/dp_size of the global batch."""
+    local_size = _common_size(part, entries)
+    global_size = part.global_size if isinstance(part, BatchPart) else local_size * dp_size
+    microbatches = []
+    start = 0
+    for size in microbatch_sizes(global_size, microbatch_size):
+        low, high = chunk_bounds(size, dp_size, dp_rank)
+        rows = high - low
+        tensors = {n: t.narrow(0, start, rows) if n in entries else t for n, t in part.items()}
+        microbatches.append(MicrobatchPart(tensors, size))
+        start += rows
+    if start != local_size:
+        raise ShardwrightError(
+            f"this rank's part has {local_size} samples where {start} of a global batch of {global_size} belong to it",
+            means="the batch was not cut as the plan cuts it",
+            change="cut the global batch with program.shard_batch",
+            works="program.step(program.shard_batch(global_batch))",
+        )
+    return microbatches
+
+
+def _common_size(batch: Mapping[str, torch.Tensor], entries: Collection[str]) -> int:
+    sizes = {name: batch[name].shape[0] if batch[name].dim() else 0 for name in entries if name in batch}
+    if len(set(sizes.values())) != 1:
+        raise ShardwrightError(
+            f"the entries of this batch have different numbers of samples: {sizes}"
+            if sizes
+            else f"none of {sorted(entries)} is in this batch; it has {sorted(batch)}",
+            change="the batch",
+            works="one tensor for each of the example batch's entries, samples along dimension 0",
+        )
+    return next(iter(sizes.values()))
+
+
+def conform(
+    name: str, tensor: torch.Tensor, expected: tuple[int, ...], microbatch_size: int, group: Any, dp_size: int
+) -> torch.Tensor:
+    """An input as the segments want it: as it is, or whole where the plan does not shard it over dp."""
+    if tuple(tensor.shape) == tuple(expected):
+        return tensor
+    rest = tuple(tensor.shape[1:])
+    if dp_size > 1 and tuple(expected) == (microbatch_size, *rest):
+        return all_gather_dim(tensor, tuple(expected), 0, group, dp_size)
+    raise ShardwrightError(
+        f"batch entry {name!r} has shape {tuple(tensor.shape)} on this rank where the plan has {tuple(expected)}",
+        means="the program was built for another shape",
+        change="the batch, or plan for this shape",
+        works=f"{name} of shape {tuple(expected)}",
+    )

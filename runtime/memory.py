@@ -1,0 +1,91 @@
+"""How much memory a step took, in bytes.
+
+On CUDA the allocator's own peak. On a CPU there is no such counter: the meter adds up what the runtime holds at the
+end of each forward, where the most activations are alive; peak_of() measures one call exactly, through torch's
+profiler, and resident_bytes() is what the operating system sees, interpreter and libraries included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .parameters import ParameterStore, local_tensor
+from .stage import Buffers, StageRunner
+
+
+class MemoryMeter:
+    """Samples the first `num_steps` steps on a CPU; later ones repeat them, and sampling costs time."""
+
+    def __init__(self, device: torch.device, num_steps: int = 3) -> None:
+        self.device = device
+        self.peak_bytes = 0
+        self._steps_left = num_steps
+        self._runners: Sequence[StageRunner] = ()
+        self._store: ParameterStore | None = None
+        self._buffers: Buffers | None = None
+        self._optimizer_bytes = 0
+
+    def watch(self, runners: Sequence[StageRunner], store: ParameterStore, buffers: Buffers) -> None:
+        self._runners, self._store, self._buffers = runners, store, buffers
+        for runner in runners:
+            runner.on_forward = self.sample
+
+    def begin(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._optimizer_bytes = optimizer_bytes(optimizer) if self._steps_left else 0
+
+    def sample(self) -> None:
+        if self._steps_left and self.device.type != "cuda" and self._store is not None:
+            activations = sum(runner.kept_bytes() for runner in self._runners)
+            self.peak_bytes = max(self.peak_bytes, self.static_bytes() + self._store.grad_bytes() + activations)
+
+    def end(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Before gradients are freed, after the optimizer has made its state."""
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        elif self._steps_left:
+            self._optimizer_bytes = optimizer_bytes(optimizer)
+            self.sample()
+            self._steps_left -= 1
+
+    def static_bytes(self) -> int:
+        """Parameters, master copies, optimizer state and buffers."""
+        assert self._store is not None and self._buffers is not None
+        buffers = sum(tensor.numel() * tensor.element_size() for tensor in self._buffers.tensors.values())
+        return self._store.param_bytes() + buffers + self._optimizer_bytes
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+    if optimizer is None:
+        return 0
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return sum(local.numel() * local.element_size() for local in map(local_tensor, tensors))
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now (Linux /proc; 0 elsewhere)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """Most bytes that `call` had allocated on the CPU at once, beyond what was there. Slow: every op is recorded."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    held = peak = 0
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,121 @@
+"""Where this process stands in the plan's mesh, and the process groups along its axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import ExitCode, ShardwrightError
+from ..planner.plan import MESH_AXES, Mesh
+
+
+def build_mesh(mesh: Mesh, device_type: str = "cpu") -> DeviceMesh | None:
+    """The DeviceMesh of a plan: pp, dp, tp, and cp, ep where they are used, in the order of MESH_AXES.
+
+    None for one process without torch.distributed.
+
+    Global rank = row-major index. Raises ShardwrightError where the job has another number of processes.
+    """
+    if not dist.is_initialized():
+        if mesh.num_devices == 1:
+            return None
+        raise ShardwrightError(
+            f"the plan is for {mesh.num_devices} processes and torch.distributed is not initialized",
+            means="this process runs alone",
+            change="start it with torchrun",
+            works=f"torchrun --nproc-per-node {mesh.num_devices} SCRIPT",
+            exit_code=ExitCode.PLAN_MISMATCH,
+        )
+    if dist.get_world_size() != mesh.num_devices:
+        raise ShardwrightError(
+            f"the plan is for {mesh.num_devices} processes; this job has {dist.get_world_size()}",
+            change="the number of processes",
+            works=f"torchrun --nproc-per-node {mesh.num_devices} SCRIPT",
+            exit_code=ExitCode.PLAN_MISMATCH,
+        )
+    axes = tuple(axis for axis in MESH_AXES if axis in ("pp", "dp", "tp") or getattr(mesh, axis) > 1)
+    ranks = torch.arange(mesh.num_devices).view([getattr(mesh, axis) for axis in axes])
+    return DeviceMesh(device_type, ranks, mesh_dim_names=axes)
+
+
+@dataclass
+class RankGrid:
+    """This rank's coordinates. The rank grid is one tensor and every coordinate is read off it."""
+
+    mesh: DeviceMesh | None
+    sizes: dict[str, int]
+    coords: dict[str, int]
+    ranks: torch.Tensor  # global ranks, one dimension for each axis of MESH_AXES
+    _subset_groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh | None) -> RankGrid:
+        """Axes that the DeviceMesh lacks count as size one."""
+        if mesh is None:
+            one = torch.zeros([1] * len(MESH_AXES), dtype=torch.int64)
+            return cls(None, dict.fromkeys(MESH_AXES, 1), dict.fromkeys(MESH_AXES, 0), one)
+        names = mesh.mesh_dim_names or ()
+        unknown = set(names) - set(MESH_AXES)
+        assert not unknown, f"mesh axes {sorted(unknown)} are not among {MESH_AXES}"
+        order = [names.index(axis) for axis in MESH_AXES if axis in names]
+        sizes = {axis: mesh.size(names.index(axis)) if axis in names else 1 for axis in MESH_AXES}
+        ranks = mesh.mesh.permute(order).reshape([sizes[axis] for axis in MESH_AXES]).clone()
+        where = (ranks == dist.get_rank()).nonzero()[0].tolist()
+        return cls(mesh, sizes, dict(zip(MESH_AXES, where, strict=True)), ranks)
+
+    @property
+    def rank(self) -> int:
+        return int(self.ranks[tuple(self.coords[axis] for axis in MESH_AXES)])
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.numel()
+
+    @property
+    def has_sharding(self) -> bool:
+        """Is there any axis but the pipeline's?"""
+        return any(size > 1 for axis, size in self.sizes.items() if axis != "pp")
+
+    def size(self, axis: str) -> int:
+        return self.sizes[axis]
+
+    def coord(self, axis: str) -> int:
+        return self.coords[axis]
+
+    def group(self, axis: str) -> Any:
+        assert self.mesh is not None and self.mesh.mesh_dim_names is not None and axis in self.mesh.mesh_dim_names
+        return self.mesh.get_group(axis)
+
+    def is_zero(self, axes: Iterable[str]) -> bool:
+        """Does this rank stand at coordinate zero on all of these axes?"""
+        return all(self.coords[axis] == 0 for axis in axes)
+
+    def storage_mesh(self) -> DeviceMesh | None:
+        """Mesh ("tp", "dp") of this pipeline coordinate, on the groups that exist: where parameters live as DTensors.
+
+        tp stands first, so that Shard(0) on both axes means: cut by tp, then each piece by dp.
+        """
+        if self.mesh is None or not self.has_sharding:
+            return None
+        fixed = tuple(slice(None) if axis in ("dp", "tp") else self.coords[axis] for axis in MESH_AXES)
+        plane = self.ranks[fixed].t().contiguous()  # dp x tp -> tp x dp
+        groups = [self.group("tp"), self.group("dp")]
+        return DeviceMesh.from_group(groups, self.mesh.device_type, mesh=plane, mesh_dim_names=("tp", "dp"))
+
+    def make_pipeline_subgroups(self, subsets: Iterable[Sequence[int]]) -> None:
+        """Groups of some pipeline coordinates at equal other coordinates. Collective: equal subsets on all ranks."""
+        columns = self.ranks.reshape(self.sizes["pp"], -1)
+        for subset in sorted({tuple(sorted(entry)) for entry in subsets}):
+            for column in range(columns.shape[1]):
+                ranks = columns[list(subset), column].tolist()
+                group = dist.new_group(ranks)
+                if self.rank in ranks:
+                    self._subset_groups[subset] = group
+
+    def pipeline_subgroup(self, subset: Sequence[int]) -> Any:
+        return self._subset_groups[tuple(sorted(subset))]

@@ -1,0 +1,288 @@
+"""The parameters that this rank holds: storage, use inside the segments, gradients.
+
+Storage is one DTensor for each parameter on the mesh ("tp", "dp") of the pipeline coordinate: cut over tp as the
+segments want it, then Shard(0) over dp where ZeRO shards it. A single rank per stage holds plain tensors. A whole
+parameter never stands on a rank unless the plan replicates it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..profiler.workload import Precision
+from .mesh import RankGrid
+from .relayout import from_storage, grad_to_storage
+from .shards import narrow_shape, shard_index
+from .specs import ParamSpec, ParamUse, held_names
+from .units import ShardedUnit, Unit, WholeUnit, unit_names
+
+Reader = Callable[[tuple[slice, ...]], torch.Tensor]
+
+
+class ParameterStore:
+    """uses: parameter slots of the instances that run here, by index. existing: tensors to adopt as storage."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, ParamSpec],
+        uses: Mapping[int, Sequence[ParamUse]],
+        grid: RankGrid,
+        *,
+        zero: int,
+        precision: Precision,
+        device: torch.device,
+        existing: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        names = held_names(specs, grid.coord("pp"))
+        self.specs = {name: specs[name] for name in names}
+        self.uses = uses
+        self.grid, self.device = grid, device
+        self.storage_mesh = grid.storage_mesh()
+        self.units = self._make_units(zero, precision, existing or {})
+        self._unit_of = {name: unit for unit in self.units for name in unit.names}
+        self._units_of_instance = {
+            index: tuple(dict.fromkeys(self._unit_of[use.name] for use in row)) for index, row in uses.items()
+        }
+        self._converts = {
+            index: any(use.tp_dim != self.specs[use.name].tp_dim for use in row) for index, row in uses.items()
+        }
+        self.parameters: dict[str, nn.Parameter] = {name: self._parameter(name) for name in names}
+        self._expected: dict[Unit, int] = {}
+        self._left: dict[Unit, int] = {}
+
+    def _make_units(self, zero: int, precision: Precision, existing: Mapping[str, torch.Tensor]) -> list[Unit]:
+        users: dict[str, set[int]] = {}
+        for index, row in self.uses.items():
+            for use in row:
+                users.setdefault(use.name, set()).add(index)
+        grid = self.grid
+        dp = grid.size("dp")
+
+        def sharded(spec: ParamSpec) -> bool:
+            return dp > 1 and (zero == 3 or (zero >= 1 and spec.requires_grad))
+
+        kinds = {n: (s.dtype, s.master_dtype, s.has_grad, sharded(s)) for n, s in self.specs.items()}
+        units: list[Unit] = []
+        for names in unit_names(list(self.specs), {n: frozenset(u) for n, u in users.items()}, kinds):
+            first = self.specs[names[0]]
+            common = {
+                "dtype": first.dtype,
+                "master_dtype": first.master_dtype,
+                "reduce_dtype": torch.promote_types(first.dtype, precision.grad_reduce),
+                "device": self.device,
+                "dp_group": grid.group("dp") if dp > 1 else None,
+                "dp_size": dp,
+                "dp_rank": grid.coord("dp"),
+            }
+            shapes = {name: self._tp_shape(self.specs[name]) for name in names}
+            unit: Unit
+            if sharded(first):
+                unit = ShardedUnit(shapes, zero=zero, **common)
+            else:
+                adopted = {name: existing[name] for name in names if self._can_adopt(name, existing)}
+                unit = WholeUnit(shapes, existing=adopted, sum_over_dp=first.has_grad, **common)
+            unit.expects_grads = first.has_grad
+            units.append(unit)
+        return units
+
+    def _can_adopt(self, name: str, existing: Mapping[str, torch.Tensor]) -> bool:
+        tensor, spec = existing.get(name), self.specs[name]
+        return (
+            tensor is not None
+            and spec.tp_dim is None
+            and tensor.shape == spec.shape
+            and tensor.dtype == spec.dtype
+            and tensor.device == self.device
+        )
+
+    def _tp_shape(self, spec: ParamSpec) -> tuple[int, ...]:
+        return narrow_shape(spec.shape, spec.tp_dim, self.grid.size("tp"), self.grid.coord("tp"))
+
+    def placements(self, spec: ParamSpec) -> list[Shard | Replicate]:
+        tp = Replicate() if spec.tp_dim is None else Shard(spec.tp_dim)
+        return [tp, Shard(0) if spec.dp_sharded else Replicate()]
+
+    def as_dtensor(self, name: str, local: torch.Tensor) -> torch.Tensor:
+        """A tensor that lies as the parameter does, as a DTensor; unchanged where one rank holds all of it."""
+        if self.storage_mesh is None:
+            return local
+        spec = self.specs[name]
+        stride = torch.empty(spec.shape, device="meta").stride()
+        return DTensor.from_local(
+            local,
+            self.storage_mesh,
+            self.placements(spec),
+            run_check=False,
+            shape=torch.Size(spec.shape),
+            stride=stride,
+        )
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        local = self._unit_of[name].masters[name]
+        spec = self.specs[name]
+        return nn.Parameter(self.as_dtensor(name, local), requires_grad=spec.requires_grad)
+
+    # values
+
+    def local_index(self, name: str) -> tuple[slice, ...]:
+        """Which part of the whole tensor this rank's storage holds."""
+        spec, grid = self.specs[name], self.grid
+        tp, dp = (grid.size("tp"), grid.coord("tp")), (grid.size("dp"), grid.coord("dp"))
+        return shard_index(spec.shape, spec.tp_dim, tp, spec.dp_sharded, dp)
+
+    def assign(self, name: str, read: Reader) -> None:
+        """Fill the storage of one parameter: read(index) gives that part of the whole tensor."""
+        value = read(self.local_index(name))
+        self._unit_of[name].masters[name].copy_(value)
+
+    def refresh(self) -> None:
+        """After the parameters were written (a step, a load): bring the new values into the segments' tensors."""
+        started: list[Unit] = []
+        for unit in self.units:
+            unit.start_refresh()
+            started.append(unit)
+            if len(started) > 2:
+                started.pop(0).finish_refresh()
+        for unit in started:
+            unit.finish_refresh()
+
+    # use by the segments
+
+    def prefetch(self, index: int) -> None:
+        for unit in self._units_of_instance[index]:
+            unit.prefetch()
+
+    def acquire(self, index: int) -> list[torch.Tensor]:
+        """Parameter tensors of an instance, in its slot order, until release()."""
+        opened = {unit: unit.open() for unit in self._units_of_instance[index]}
+        tensors = [opened[self._unit_of[use.name]][use.name] for use in self.uses[index]]
+        if self._converts[index]:
+            tensors = [self._convert(use, tensor) for use, tensor in zip(self.uses[index], tensors, strict=True)]
+        return tensors
+
+    def _convert(self, use: ParamUse, tensor: torch.Tensor) -> torch.Tensor:
+        spec = self.specs[use.name]
+        if use.tp_dim == spec.tp_dim:
+            return tensor
+        size, coord = self.grid.size("tp"), self.grid.coord("tp")
+        return from_storage(tensor, spec.shape, spec.tp_dim, use.tp_dim, self.grid.group("tp"), size, coord)
+
+    def release(self, index: int) -> None:
+        for unit in self._units_of_instance[index]:
+            unit.close()
+
+    # gradients
+
+    def begin_step(self, backward_uses: Mapping[int, int]) -> None:
+        """backward_uses: how often the backward of each instance will run in this step."""
+        self._left = dict.fromkeys(self.units, 0)
+        for index, count in backward_uses.items():
+            for unit in self._units_of_instance[index]:
+                self._left[unit] += count
+
+    def accumulate(self, index: int, grads: Sequence[torch.Tensor | None]) -> None:
+        """Parameter gradients of one instance for one microbatch. The reduction of a unit starts with its last one."""
+        for use, grad in zip(self.uses[index], grads, strict=True):
+            if not use.has_grad:
+                continue
+            spec = self.specs[use.name]
+            skip = use.skip_axes
+            if grad is not None and use.tp_dim != spec.tp_dim:
+                size, coord = self.grid.size("tp"), self.grid.coord("tp")
+                partial = "tp" in use.partial_axes
+                grad = grad_to_storage(
+                    grad, spec.shape, use.tp_dim, spec.tp_dim, partial, self.grid.group("tp"), size, coord
+                )
+                skip = tuple({*skip, "tp"} & {*spec.partial_axes, "dp"})  # complete now
+            counts = self.grid.is_zero(skip)
+            self._unit_of[use.name].add_grad(use.name, grad if counts else None)
+        for unit in self._units_of_instance[index]:
+            self._left[unit] -= 1
+            if not self._left[unit]:
+                unit.start_reduce()
+
+    def flush_plan(self, instances: Sequence[int]) -> dict[int, tuple[Unit, ...]]:
+        """instances: of one stage, in forward order. Backward goes the other way, so a unit has all its contributions
+        of a microbatch after the first instance that uses it."""
+        seen: set[Unit] = set()
+        plan = {}
+        for index in instances:
+            plan[index] = tuple(unit for unit in self._units_of_instance[index] if unit not in seen)
+            seen.update(plan[index])
+        return plan
+
+    def finish_gradients(self, scale: float = 1.0) -> None:
+        """Complete all sums, scale, and set .grad of the parameters. Every rank calls it once a step."""
+        grads: dict[str, torch.Tensor] = {}
+        for unit in self.units:
+            if unit.expects_grads:
+                grads.update(unit.finish_reduce())
+        for name, spec in self.specs.items():
+            if spec.has_grad and name not in grads and (spec.partial_axes or len(spec.pipeline_ranks) > 1):
+                master = self._unit_of[name].masters[name]
+                grads[name] = torch.zeros_like(master)  # others will add theirs
+            if name in grads and (spec.partial_axes or len(spec.pipeline_ranks) > 1):
+                grads[name] = grads[name].to(self._unit_of[name].reduce_dtype)  # the same on every rank that adds
+        for axis in self.grid.sizes:
+            if axis in ("pp", "dp"):
+                continue
+            names = [name for name in self.specs if axis in self.specs[name].partial_axes and name in grads]
+            if names:
+                sum_in_one([grads[name] for name in names], self.grid.group(axis))
+        for subset in tied_subsets(self.specs.values()):
+            names = [n for n, s in self.specs.items() if s.pipeline_ranks == subset and n in grads]
+            if names:
+                sum_in_one([grads[name] for name in names], self.grid.pipeline_subgroup(subset))
+        for name, grad in grads.items():
+            if not self.specs[name].has_grad:
+                continue
+            grad = grad.to(self.specs[name].master_dtype)
+            if scale != 1.0:
+                grad.mul_(scale)
+            self.parameters[name].grad = self.as_dtensor(name, grad)
+
+    def local_grads(self) -> dict[str, torch.Tensor]:
+        return {n: local_tensor(p.grad) for n, p in self.parameters.items() if p.grad is not None}
+
+    def counts_once(self, name: str) -> bool:
+        """Is this rank the one that counts its part of the parameter in sums over the whole model?"""
+        spec, grid = self.specs[name], self.grid
+        copies = [axis for axis in grid.sizes if axis not in ("pp", "dp", "tp")]
+        copies += [] if spec.dp_sharded else ["dp"]
+        copies += [] if spec.tp_dim is not None else ["tp"]
+        return grid.is_zero(copies) and grid.coord("pp") == spec.pipeline_ranks[0]
+
+    def param_bytes(self) -> int:
+        return sum(unit.param_bytes() for unit in self.units)
+
+    def grad_bytes(self) -> int:
+        accumulating = sum(unit.grad_bytes() for unit in self.units)
+        return accumulating + sum(g.numel() * g.element_size() for g in self.local_grads().values())
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def tied_subsets(specs: Iterable[ParamSpec]) -> list[tuple[int, ...]]:
+    """Sets of pipeline coordinates that share some parameter with a gradient."""
+    return sorted({spec.pipeline_ranks for spec in specs if spec.has_grad and len(spec.pipeline_ranks) > 1})
+
+
+def sum_in_one(tensors: Sequence[torch.Tensor], group: object) -> None:
+    """All-reduce in place, one collective for each dtype."""
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for dtype in sorted(by_dtype, key=str):
+        flat = torch.cat([tensor.reshape(-1) for tensor in by_dtype[dtype]])
+        dist.all_reduce(flat, group=group)  # type: ignore[arg-type]
+        offset = 0
+        for tensor in by_dtype[dtype]:
+            tensor.copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
+            offset += tensor.numel()

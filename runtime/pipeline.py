@@ -1,0 +1,203 @@
+"""Several stages: torch's pipelining runtime executes the schedule, our stages do the work.
+
+The planner's schedule gives each rank its list of actions; torch puts in sends and receives and walks the list. Forward
+and backward are ours, registered as custom functions of the action types; receives are torch's work objects, waited for
+just before they are used. A sent tensor is let go as soon as its transfer is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..costmodel.actions import RECOMPUTE
+from ..planner.schedules import PipelineSchedule
+from ._torch import ComputationType, ScheduleRuntime, StageBase, TorchAction, wait_all, with_sends_and_receives
+from .stage import StageRunner, Variant
+from .trace import Recorder
+
+_KINDS = {
+    "F": ComputationType.FORWARD,
+    "B": ComputationType.FULL_BACKWARD,
+    "I": ComputationType.BACKWARD_INPUT,
+    "W": ComputationType.BACKWARD_WEIGHT,
+}
+
+
+@dataclass
+class Work:
+    """One step's microbatches, as all stages of this rank see them."""
+
+    inputs: Sequence[Mapping[str, torch.Tensor]]
+    variants: Mapping[int, Sequence[Variant]]  # stage -> variant of each microbatch
+    loss_grad: Callable[[int], torch.Tensor]
+    training: bool
+    results: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # last stage: microbatch -> kept values
+
+
+class PipelineStage(StageBase):
+    """What torch's runtime asks of a stage: lists of transfers."""
+
+    def __init__(self, runner: StageRunner, num_stages: int, device: torch.device, group: Any) -> None:
+        super().__init__(nn.Module(), runner.stage.index, num_stages, device, group)
+        self.runner, self.wiring = runner, runner.stage
+        self.values: dict[int, list[torch.Tensor]] = {}  # received or handed over, by microbatch
+        self.grads: dict[int, dict[str, torch.Tensor]] = {}
+        self.to_send: dict[tuple[str, int], list[torch.Tensor]] = {}
+        self.metas: Sequence[Variant] = ()
+        self._in_flight: list[tuple[Any, torch.Tensor]] = []
+
+    # torch's own set-up of shapes is not used: the plan knows them
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("shapes come from the plan")
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("shapes come from the plan")
+
+    def _create_grad_recv_info(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("shapes come from the plan")
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self.values[fwd_chunk_id] = self._empty(self.wiring.receives, fwd_chunk_id)
+        return self._receives(self.values[fwd_chunk_id], self.stage_index - 1)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        tensors = self._empty(self.wiring.grad_receives, bwd_chunk_id)
+        self.grads[bwd_chunk_id] = dict(zip(self.wiring.grad_receives, tensors, strict=True))
+        return self._receives(tensors, self.stage_index + 1)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._send(self.to_send.pop(("F", fwd_chunk_id)), self.stage_index + 1)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._send(self.to_send.pop(("B", bwd_chunk_id)), self.stage_index - 1)
+
+    def _empty(self, names: Sequence[str], microbatch: int) -> list[torch.Tensor]:
+        metas = self.metas[microbatch].metas
+        return [torch.empty(metas[n][0], dtype=metas[n][1], device=self.device) for n in names]
+
+    def _receives(self, tensors: Sequence[torch.Tensor], stage: int) -> list[dist.P2POp]:
+        peer = self.stage_index_to_group_rank[stage]
+        return [dist.P2POp(dist.irecv, t, group=self.group, group_peer=peer) for t in tensors if t.numel()]
+
+    def _send(self, tensors: Sequence[torch.Tensor], stage: int) -> list[dist.P2POp]:
+        """Sends at once and gives torch nothing to wait for: it would hold the tensors to the end of the step."""
+        peer = self.stage_index_to_group_rank[stage]
+        self._in_flight = [(work, tensor) for work, tensor in self._in_flight if not work.is_completed()]
+        for tensor in tensors:
+            if tensor.numel():
+                tensor = tensor.contiguous()
+                self._in_flight.append((dist.isend(tensor, group=self.group, group_dst=peer), tensor))
+        return []
+
+    def finish_sends(self) -> None:
+        for work, _ in self._in_flight:
+            work.wait()
+        self._in_flight.clear()
+
+    def clear(self) -> None:
+        self.values.clear()
+        self.grads.clear()
+        self.to_send.clear()
+
+
+class _Runtime(ScheduleRuntime):
+    def _initialize_stages(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to infer and no warm-up: stages know their shapes."""
+
+
+class PipelineEngine:
+    """The stages of this rank under the schedules of steps of any number of microbatches."""
+
+    def __init__(
+        self, runners: Sequence[StageRunner], num_stages: int, device: torch.device, group: Any, recorder: Recorder
+    ) -> None:
+        self.stages = [PipelineStage(runner, num_stages, device, group) for runner in runners]
+        self.by_index = {stage.stage_index: stage for stage in self.stages}
+        self.recorder = recorder
+        self._runtimes: dict[tuple[int, bool], _Runtime] = {}
+        self._work: Work | None = None
+
+    def run(self, schedule: PipelineSchedule, work: Work) -> None:
+        runtime = self._runtime(schedule)
+        self._work = work
+        for stage in self.stages:
+            stage.metas = work.variants[stage.stage_index]
+        count = schedule.num_microbatches
+        try:
+            runtime._step_microbatches([()] * count, [{}] * count)
+            for stage in self.stages:
+                stage.finish_sends()
+        finally:
+            self._work = None
+            for stage in self.stages:
+                stage.clear()
+
+    def _runtime(self, schedule: PipelineSchedule) -> _Runtime:
+        key = (schedule.num_microbatches, schedule.is_forward_only)
+        if key not in self._runtimes:
+            runtime = _Runtime(self.stages, schedule.num_microbatches, loss_fn=None, scale_grads=False)
+            actions = {
+                rank: [TorchAction(a.stage, _KINDS[a.kind], a.microbatch) for a in row if a.kind != RECOMPUTE]
+                for rank, row in enumerate(schedule.ranks)
+            }
+            runtime.pipeline_order_with_comms = with_sends_and_receives(actions, schedule.stage_rank)
+            mapping = dict(enumerate(schedule.stage_rank))
+            runtime.stage_index_to_group_rank = mapping
+            for stage in self.stages:
+                stage.stage_index_to_group_rank = mapping
+            runtime.register_custom_function(ComputationType.FORWARD, self._forward)
+            runtime.register_custom_function(ComputationType.FULL_BACKWARD, self._backward)
+            runtime.register_custom_function(ComputationType.BACKWARD_INPUT, self._backward)
+            runtime.register_custom_function(ComputationType.BACKWARD_WEIGHT, self._backward_weight)
+            self._runtimes[key] = runtime
+        return self._runtimes[key]
+
+    def _forward(self, action: Any, context: Any) -> None:
+        work = self._work
+        assert work is not None
+        index, microbatch = action.stage_index, action.microbatch_index
+        stage = self.by_index[index]
+        wait_all(context.schedule_ref.fwd_recv_ops.pop((index, microbatch), []))
+        with self.recorder.action("F", index, microbatch):
+            results = stage.runner.forward(
+                microbatch,
+                work.variants[index][microbatch],
+                work.inputs[microbatch],
+                stage.values.pop(microbatch, []),
+                training=work.training,
+            )
+        if stage.is_last:
+            work.results[microbatch] = results
+        elif index + 1 in self.by_index:
+            self.by_index[index + 1].values[microbatch] = list(results.values())
+        else:
+            stage.to_send["F", microbatch] = list(results.values())
+
+    def _backward(self, action: Any, context: Any) -> None:
+        work = self._work
+        assert work is not None
+        index, microbatch = action.stage_index, action.microbatch_index
+        stage = self.by_index[index]
+        wait_all(context.schedule_ref.bwd_recv_ops.pop((index, microbatch), []))
+        grads = stage.grads.pop(microbatch, {})
+        if stage.is_last:
+            grads = {stage.runner.wiring.loss: work.loss_grad(microbatch)}
+        defer = action.computation_type == ComputationType.BACKWARD_INPUT
+        with self.recorder.action("I" if defer else "B", index, microbatch):
+            sent = stage.runner.backward(microbatch, work.variants[index][microbatch], grads, defer=defer)
+        if index - 1 in self.by_index:
+            self.by_index[index - 1].grads[microbatch] = sent
+        elif index:
+            stage.to_send["B", microbatch] = list(sent.values())
+
+    def _backward_weight(self, action: Any, context: Any) -> None:
+        index, microbatch = action.stage_index, action.microbatch_index
+        with self.recorder.action("W", index, microbatch):
+            self.by_index[index].runner.backward_weight(microbatch)

@@ -1,0 +1,439 @@
+"""Program: this rank's part of a planned training job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ..costmodel.trace import COLLECTIVE, COMPUTE, Trace
+from ..errors import ExitCode, ShardwrightError
+from ..passes.program import SegmentProgram
+from ..planner.plan import Plan
+from ..planner.schedules import PipelineSchedule, build_schedule, forward_only
+from ..profiler.graph import ModelGraph
+from ..profiler.initial_values import initial_tensors
+from ..profiler.workload import Workload
+from .batch import BatchPart, MicrobatchPart, batch_entries, conform, shard_batch, split_part
+from .memory import MemoryMeter
+from .mesh import RankGrid
+from .optimizer import build_optimizer, clip_gradients, global_grad_norm
+from .parameters import ParameterStore, tied_subsets
+from .pipeline import PipelineEngine, Work
+from .specs import param_specs
+from .stage import Buffers, StageRunner, Variant
+from .trace import Recorder
+from .wiring import USER_INPUT, Wiring, wire
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+# (whole-microbatch shape of each batch entry) -> segment programs for it
+Rebuild = Callable[[dict[str, tuple[int, ...]]], Mapping[str, SegmentProgram]]
+
+
+class Program:
+    """One rank's stages, parameters and schedule.
+
+    values: (name, whole tensor) pairs to start from; None: those of workload.model, drawn block by block where it lies
+    on meta. rebuild: makes segment programs for another microbatch shape (a short last batch, a new sequence length).
+    adopt: use the tensors of a model that already lies on this device as storage, instead of copies.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        graph: ModelGraph,
+        segment_programs: Mapping[str, SegmentProgram],
+        workload: Workload,
+        *,
+        device: torch.device | str = "cpu",
+        mesh: DeviceMesh | None = None,
+        values: Iterable[tuple[str, torch.Tensor]] | None = None,
+        rebuild: Rebuild | None = None,
+        adopt: bool = False,
+    ) -> None:
+        self.plan, self.graph, self.workload = plan, graph, workload
+        self.device = torch.device(device)
+        self.grid = RankGrid.of(mesh)
+        self.rebuild = rebuild
+        self.step_index = 0
+        self.grad_norm: torch.Tensor | None = None
+
+        stages = [stage.segments for stage in plan.stages]
+        ranks = [self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages]
+        self.wiring = wire(graph, segment_programs, stages, ranks)
+        self._eval_wiring = wire(graph, segment_programs, stages, ranks, outputs=graph.outputs)
+        precision = workload.precision
+        specs, uses = param_specs(
+            graph, segment_programs, self._eval_wiring, precision, zero=plan.zero, sizes=self.grid.sizes
+        )
+        tied = tied_subsets(specs.values())
+        if tied:
+            self.grid.make_pipeline_subgroups(tied)
+        own, own_eval = (w.stages_of(self.grid.coord("pp")) for w in (self.wiring, self._eval_wiring))
+        own_uses = {index: uses[index] for stage in own_eval for index in stage.instances}
+        self.store = ParameterStore(
+            specs,
+            own_uses,
+            self.grid,
+            zero=plan.zero,
+            precision=precision,
+            device=self.device,
+            existing=_real_tensors(workload.model) if adopt else None,
+        )
+        self.buffers = Buffers({})
+        self._buffer_names = _buffer_names(graph, self._eval_wiring, self.grid.coord("pp"))
+        self.load_values(values)
+
+        self._key_table, self._key_rows = torch.zeros(4, dtype=torch.int64, device=self.device), {}
+        self._no_key = torch.zeros(4, dtype=torch.int64, device=self.device)
+        self.recorder = Recorder(self.grid.rank, self.device)
+        self._runners = [self._runner(self.wiring, stage) for stage in own]
+        self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval]
+        self.memory = MemoryMeter(self.device)
+        self.memory.watch(self._runners, self.store, self.buffers)
+        self._engines: dict[bool, PipelineEngine] = {}
+        self._variants: dict[tuple[Shapes, bool], list[Variant]] = {}
+        shapes = {name: graph.values[name].shape for name in graph.input_names}
+        self.entries = frozenset(
+            name.removeprefix(USER_INPUT) for name in batch_entries(shapes, graph.batch_size or plan.microbatch.size)
+        )
+        self._programs: dict[Shapes, Mapping[str, SegmentProgram]] = {self._planned_shapes(): dict(segment_programs)}
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._has_optimizer = False
+
+    def _pipeline_coordinate(self, rank: int) -> int:
+        return int((self.grid.ranks == rank).nonzero()[0][0])
+
+    def _runner(self, wiring: Wiring, stage: Any) -> StageRunner:
+        return StageRunner(self.graph, wiring, stage, self.store, self.buffers, self._key)
+
+    # values
+
+    def load_values(self, values: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
+        """Fill parameters and buffers from whole tensors, one at a time; each rank keeps its shards."""
+        params = set(self.store.parameters)
+        alias = self.graph.tied
+        constants = {n: self.graph.constants[n] for n in self._buffer_names if n in self.graph.constants}
+        wanted = params | set(self._buffer_names) - set(constants)
+        missing = set(wanted)
+        if values is None:
+            values = initial_tensors(self.workload.model, wanted, seed=self.workload.seed)
+        with torch.no_grad():
+            for name, value in values:
+                name = name if name in wanted else alias.get(name, name)
+                if name not in missing:
+                    continue
+                missing.discard(name)
+                if name in params:
+                    self.store.assign(name, lambda index, value=value: value.detach()[index])
+                else:
+                    self.buffers.tensors[name] = value.detach().to(self.device).clone()
+            for name, value in constants.items():
+                self.buffers.tensors[name] = value.to(self.device)
+            assert not missing, f"no values for {sorted(missing)[:4]}"
+            self.store.refresh()
+
+    # batches
+
+    @property
+    def microbatch_size(self) -> int:
+        return self.plan.microbatch.size
+
+    def shard_batch(self, batch: Mapping[str, torch.Tensor]) -> BatchPart:
+        """This data-parallel rank's part of a global batch: what step() takes. See runtime/batch.py for the cut."""
+        return shard_batch(batch, self.entries, self.microbatch_size, self.grid.size("dp"), self.grid.coord("dp"))
+
+    def _planned_shapes(self) -> Shapes:
+        shapes = {}
+        for value in self.graph.input_names:
+            name, shape = value.removeprefix(USER_INPUT), tuple(self.graph.values[value].shape)
+            shapes[name] = (self.microbatch_size, *shape[1:]) if name in self.entries else shape
+        return tuple(sorted(shapes.items()))
+
+    def _split(self, batch: Mapping[str, torch.Tensor]) -> list[MicrobatchPart]:
+        names = [value.removeprefix(USER_INPUT) for value in self.graph.input_names]
+        missing = [name for name in names if name not in batch]
+        if missing:
+            raise ShardwrightError(
+                f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}",
+                means="the model was captured with these entries",
+                change="the batch",
+                works=f"a mapping with {', '.join(names)}",
+            )
+        tensors = {name: batch[name].to(self.device, non_blocking=True) for name in names}
+        part = BatchPart(tensors, batch.global_size) if isinstance(batch, BatchPart) else tensors
+        dp, coord = self.grid.size("dp"), self.grid.coord("dp")
+        if not self.entries:
+            return [MicrobatchPart(dict(tensors), self.microbatch_size)]
+        return split_part(part, self.entries, self.microbatch_size, dp, coord)
+
+    def _variants_of(self, part: MicrobatchPart, runners: list[StageRunner]) -> list[Variant]:
+        shapes = tuple(
+            sorted(
+                (n, (part.size, *t.shape[1:]) if n in self.entries else tuple(t.shape)) for n, t in part.tensors.items()
+            )
+        )
+        training = runners is self._runners
+        if (shapes, training) not in self._variants:
+            programs = self._programs_for(shapes)
+            self._variants[shapes, training] = [runner.variant(programs) for runner in runners]
+        return self._variants[shapes, training]
+
+    def _programs_for(self, shapes: Shapes) -> Mapping[str, SegmentProgram]:
+        if shapes not in self._programs:
+            if self.rebuild is None:
+                planned = dict(self._planned_shapes())
+                name, found = next((name, shape) for name, shape in shapes if planned[name] != shape)
+                raise ShardwrightError(
+                    f"{name} of a microbatch has shape {found}; the plan has {planned[name]}",
+                    means="the program was built for one microbatch shape",
+                    change="the batch size, or pass rebuild= when the program is built",
+                    works=f"a global batch that is a multiple of {self.microbatch_size}",
+                    exit_code=ExitCode.PLAN_MISMATCH,
+                )
+            self._programs[shapes] = self.rebuild(dict(shapes))
+        return self._programs[shapes]
+
+    def _inputs(self, part: MicrobatchPart, variants: list[Variant]) -> dict[str, torch.Tensor]:
+        expected: dict[str, tuple[int, ...]] = {}
+        for variant in variants:
+            for step in variant.steps:
+                for name, (shape, _) in zip(step.instance.inputs, step.program.input_meta, strict=True):
+                    if name.startswith(USER_INPUT):
+                        expected[name] = shape
+        group = self.grid.group("dp") if self.grid.size("dp") > 1 else None
+        inputs = {}
+        for name, shape in expected.items():
+            tensor = part.tensors[name.removeprefix(USER_INPUT)]
+            inputs[name] = conform(name, tensor, shape, part.size, group, self.grid.size("dp"))
+        return inputs
+
+    # steps
+
+    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One training step on this rank's part of the batch.
+
+        Returns the loss: the mean over the microbatches (weighted by their samples, where the last is shorter), the
+        same on every rank.
+        """
+        loss = self.forward_backward(batch)
+        self.optimizer_step()
+        return loss
+
+    @torch.no_grad()
+    def forward_backward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Loss and gradients; the gradients are in .grad of the parameters."""
+        self.recorder.begin()
+        self.memory.begin(self._optimizer)
+        for parameter in self.store.parameters.values():
+            parameter.grad = None
+        parts = self._split(batch)
+        count, total = len(parts), sum(part.size for part in parts)
+        runs = [i for runner in self._runners for i in runner.stage.instances if i in self.wiring.backward_runs]
+        self.store.begin_step(dict.fromkeys(runs, count))
+        # a loss in float32 or wider carries the weight 1/count exactly enough; a narrower one gets it at the end, in
+        # the precision of the reduction
+        dtype = self.graph.values[self.graph.loss].dtype
+        late = dtype not in (torch.float32, torch.float64)
+        weights = [part.size / total for part in parts]
+        tangents = {w: torch.tensor(w * count if late else w, dtype=dtype, device=self.device) for w in set(weights)}
+        results = self._run(parts, self._runners, lambda k: tangents[weights[k]], training=True)
+        with self.recorder.action("reduce", resource=COLLECTIVE):
+            self.store.finish_gradients(1.0 / count if late else 1.0)
+        return self._mean_loss(results, weights)
+
+    @torch.no_grad()
+    def optimizer_step(self) -> None:
+        """Clip, step, bring the new parameters to where the segments read them, free the gradients."""
+        with self.recorder.action("optimizer", resource=COMPUTE):
+            limit = self.workload.optimizer.max_grad_norm
+            if limit is not None:
+                self.grad_norm = global_grad_norm(self.store)
+                clip_gradients(self.store, limit, self.grad_norm)
+            optimizer = self.optimizer
+            if optimizer is not None:
+                optimizer.step()
+            else:
+                self.store.refresh()
+            self.memory.end(optimizer)
+            for parameter in self.store.parameters.values():
+                parameter.grad = None
+        self.step_index += 1
+
+    @torch.no_grad()
+    def evaluate(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of a batch, the same on every rank. Nothing is updated, buffers included. The captured graph is the
+        training one: dropout, where the model has it, stays on."""
+        parts = self._split(batch)
+        total = sum(part.size for part in parts)
+        results = self._run(parts, self._eval_runners, None, training=False)
+        return self._mean_loss(results, [part.size / total for part in parts])
+
+    @torch.no_grad()
+    def outputs(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The model's outputs, local parts, one entry for each microbatch; empty on ranks without the last stage."""
+        parts = self._split(batch)
+        results = self._run(parts, self._eval_runners, None, training=False)
+        return [{name: results[k][name] for name in self.graph.outputs} for k in sorted(results)]
+
+    def _run(
+        self,
+        parts: list[MicrobatchPart],
+        runners: list[StageRunner],
+        loss_grad: Callable[[int], torch.Tensor] | None,
+        *,
+        training: bool,
+    ) -> dict[int, dict[str, torch.Tensor]]:
+        variants = [self._variants_of(part, runners) for part in parts]
+        inputs = [self._inputs(part, variant) for part, variant in zip(parts, variants, strict=True)]
+        self._make_keys(len(parts))
+        try:
+            if self.grid.size("pp") == 1:
+                return self._run_alone(variants, inputs, runners, loss_grad, training)
+            by_stage = {r.stage.index: [variant[i] for variant in variants] for i, r in enumerate(runners)}
+            work = Work(inputs, by_stage, loss_grad or _no_grad_of_loss, training)
+            self._engine(training).run(self.schedule(len(parts), training), work)
+            return work.results
+        finally:
+            for runner in runners:
+                runner.clear()
+
+    def _run_alone(
+        self,
+        variants: list[list[Variant]],
+        inputs: list[dict[str, torch.Tensor]],
+        runners: list[StageRunner],
+        loss_grad: Callable[[int], torch.Tensor] | None,
+        training: bool,
+    ) -> dict[int, dict[str, torch.Tensor]]:
+        """No pipeline: all stages are here, and nothing is between them."""
+        results: dict[int, dict[str, torch.Tensor]] = {}
+        for k, (variant, entries) in enumerate(zip(variants, inputs, strict=True)):
+            values: dict[str, torch.Tensor] = {}
+            for i, runner in enumerate(runners):
+                with self.recorder.action("F", runner.stage.index, k):
+                    values = runner.forward(k, variant[i], entries, list(values.values()), training=training)
+            results[k] = values
+            if loss_grad is None:
+                continue
+            grads = {self.graph.loss: loss_grad(k)}
+            for i in reversed(range(len(runners))):
+                with self.recorder.action("B", runners[i].stage.index, k):
+                    grads = runners[i].backward(k, variant[i], grads)
+        return results
+
+    def schedule(self, num_microbatches: int, training: bool = True) -> PipelineSchedule:
+        """The order of actions of a step of so many microbatches."""
+        pp, chunks = self.grid.size("pp"), len(self.plan.stages) // self.grid.size("pp")
+        if not training:
+            return forward_only(pp, num_microbatches, chunks)
+        return build_schedule(self.plan.schedule.name, pp, num_microbatches, chunks)
+
+    def _engine(self, training: bool) -> PipelineEngine:
+        if training not in self._engines:
+            runners = self._runners if training else self._eval_runners
+            stages = len(self.plan.stages)
+            self._engines[training] = PipelineEngine(runners, stages, self.device, self.grid.group("pp"), self.recorder)
+        return self._engines[training]
+
+    def _mean_loss(self, results: Mapping[int, Mapping[str, torch.Tensor]], weights: list[float]) -> torch.Tensor:
+        dtype = self.graph.values[self.graph.loss].dtype
+        total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=self.device)
+        for k, values in results.items():
+            total = total + values[self.graph.loss].to(total.dtype) * weights[k]
+        if self.grid.size("pp") > 1:
+            source = self.wiring.stages[-1].rank
+            dist.broadcast(total, group=self.grid.group("pp"), group_src=source)
+        return total
+
+    # randomness: key = [seed, step, microbatch, number of random ops before the instance]
+
+    def _make_keys(self, num_microbatches: int) -> None:
+        random = [inst for inst in self.graph.instances if self.graph.segments[inst.segment].has_random]
+        self._key_rows = {inst.index: row for row, inst in enumerate(random)}
+        if random:
+            seed, step = self.workload.seed, self.step_index
+            table = [[[seed, step, k, inst.random_base] for inst in random] for k in range(num_microbatches)]
+            self._key_table = torch.tensor(table, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def _key(self, microbatch: int, instance: int) -> torch.Tensor:
+        row = self._key_rows.get(instance)
+        return self._no_key if row is None else self._key_table[microbatch, row]
+
+    # what a user looks at
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """Built from the workload on first use, or what was assigned; None where this rank holds nothing to train."""
+        if not self._has_optimizer:
+            self.optimizer = build_optimizer(self.workload.optimizer, self.store.parameters.values())
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._optimizer, self._has_optimizer = optimizer, True
+        if optimizer is not None:
+            optimizer.register_step_post_hook(lambda *_: self.store.refresh())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this rank holds, by original name: DTensors, or plain tensors where one rank holds a stage alone."""
+        yield from self.store.parameters.items()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.store.parameters.values()
+
+    def gradients(self, full: bool = True) -> dict[str, torch.Tensor]:
+        """Gradients of the last forward_backward() by name. full: whole tensors of the whole model, on every rank (a
+        collective; for checks of small models). Otherwise this rank's, laid out as its parameters."""
+        own = {name: p.grad for name, p in self.store.parameters.items() if p.grad is not None}
+        if not full:
+            return own
+        whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in own.items()}
+        if self.grid.size("pp") == 1:
+            return whole
+        parts: list[Any] = [None] * self.grid.size("pp")
+        dist.all_gather_object(parts, {name: grad.cpu() for name, grad in whole.items()}, group=self.grid.group("pp"))
+        return {name: grad for part in parts for name, grad in part.items()}
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.buffers.tensors.items()
+
+    @property
+    def trace(self) -> Trace:
+        """Of the last step on this rank, in the simulator's format."""
+        return self.recorder.trace()
+
+
+def _no_grad_of_loss(microbatch: int) -> torch.Tensor:
+    raise AssertionError("a forward-only schedule has no backward")
+
+
+def _buffer_names(graph: ModelGraph, wiring: Wiring, pipeline_rank: int) -> tuple[str, ...]:
+    """Buffers that this pipeline coordinate reads. One that is written here and read elsewhere is refused."""
+    by_index = {inst.index: inst for inst in graph.instances}
+    readers: dict[str, set[int]] = {}
+    written: set[str] = set()
+    for stage in wiring.stages:
+        for index in stage.instances:
+            inst = by_index[index]
+            for name in inst.buffers:
+                readers.setdefault(name, set()).add(stage.rank)
+            written.update(inst.buffers[slot] for slot in graph.segments[inst.segment].mutated_buffers)
+    for name in sorted(written):
+        if len(readers[name]) > 1:
+            raise ShardwrightError(
+                f"buffer {name} is written in the forward and used by stages on pipeline ranks {sorted(readers[name])}",
+                means="its new value would be missing on the other ranks",
+                change="the stage cuts",
+                works="stages that keep its users together, or --force pp=1",
+            )
+    return tuple(name for name, ranks in readers.items() if pipeline_rank in ranks)
+
+
+def _real_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}

@@ -1,0 +1,131 @@
+"""What the runtime must know of each parameter: how it is stored, who uses it, where its gradient is partial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..passes.program import SegmentProgram
+from ..profiler.graph import ModelGraph
+from ..profiler.workload import Precision
+from .wiring import Wiring
+
+STORAGE_AXES = ("tp", "dp")
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """shape is global. tp_dim: the dimension cut over tp in storage (that of the first use), None where replicated.
+
+    partial_axes: mesh axes over which some use leaves a partial gradient. pipeline_ranks: pipeline coordinates that
+    hold it, more than one where it is tied over stages. dp_sharded: stored as Shard(0) over dp.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # inside the segments
+    master_dtype: torch.dtype  # what the optimizer steps over
+    requires_grad: bool
+    has_grad: bool  # a gradient reaches it
+    tp_dim: int | None
+    dp_sharded: bool
+    partial_axes: tuple[str, ...]
+    pipeline_ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParamUse:
+    """A parameter slot of one instance.
+
+    skip_axes: only coordinate zero on them counts this use's gradient, because it is whole there on every rank while
+    another use of the same parameter leaves partial sums.
+    """
+
+    name: str
+    tp_dim: int | None
+    has_grad: bool
+    partial_axes: tuple[str, ...]
+    skip_axes: tuple[str, ...]
+
+
+def master_dtype(dtype: torch.dtype, requires_grad: bool, precision: Precision) -> torch.dtype:
+    """Trainable parameters are stepped over in the master precision, never in less than they compute in."""
+    if not requires_grad or not dtype.is_floating_point:
+        return dtype
+    return torch.promote_types(dtype, precision.master)
+
+
+def param_specs(
+    graph: ModelGraph,
+    programs: Mapping[str, SegmentProgram],
+    wiring: Wiring,
+    precision: Precision,
+    *,
+    zero: int,
+    sizes: Mapping[str, int],
+) -> tuple[dict[str, ParamSpec], dict[int, tuple[ParamUse, ...]]]:
+    """Specs of all parameters of the model, and the uses by each instance. sizes: of the mesh axes."""
+    by_index = {inst.index: inst for inst in graph.instances}
+    holders: dict[str, set[int]] = {}
+    slots: dict[str, list[tuple[int, int]]] = {}  # parameter -> (instance, slot), in execution order
+    for stage in wiring.stages:
+        for index in stage.instances:
+            for slot, name in enumerate(by_index[index].params):
+                holders.setdefault(name, set()).add(stage.rank)
+                if (index, slot) not in slots.setdefault(name, []):
+                    slots[name].append((index, slot))
+    specs: dict[str, ParamSpec] = {}
+    for name, (shape, dtype, requires_grad) in graph.params.items():
+        used = [(index, programs[by_index[index].segment], slot) for index, slot in sorted(slots.get(name, []))]
+        differentiated = [(p, slot) for i, p, slot in used if i in wiring.backward_runs and p.param_grads[slot]]
+        partial = {axis for program, slot in differentiated for axis in program.grad_partial_axes[slot]}
+        partial = {axis for axis in partial if sizes[axis] > 1}
+        tp_dim = _tp_dim(used[0][1].param_shards[used[0][2]], sizes) if used else None
+        if tp_dim is not None:
+            partial.discard("tp")  # each rank has its own piece; a use that differs is converted at once
+        sharded = sizes["dp"] > 1 and bool(shape) and (zero == 3 or (zero >= 1 and requires_grad))
+        specs[name] = ParamSpec(
+            name,
+            tuple(shape),
+            dtype,
+            master_dtype(dtype, requires_grad, precision),
+            requires_grad,
+            bool(differentiated),
+            tp_dim,
+            sharded,
+            tuple(axis for axis in sizes if axis in partial),
+            tuple(sorted(holders.get(name, {0}))),  # an unused parameter stays with the first pipeline rank
+        )
+    uses = {
+        inst.index: tuple(
+            _use(specs[name], programs[inst.segment], slot, inst.index in wiring.backward_runs, sizes)
+            for slot, name in enumerate(inst.params)
+        )
+        for inst in graph.instances
+    }
+    return specs, uses
+
+
+def _use(spec: ParamSpec, program: SegmentProgram, slot: int, runs: bool, sizes: Mapping[str, int]) -> ParamUse:
+    partial = tuple(axis for axis in program.grad_partial_axes[slot] if sizes[axis] > 1)
+    # units always sum over dp
+    summed = {*spec.partial_axes, "dp"} if sizes["dp"] > 1 else set(spec.partial_axes)
+    return ParamUse(
+        spec.name,
+        _tp_dim(program.param_shards[slot], sizes),
+        runs and program.param_grads[slot],
+        partial,
+        tuple(axis for axis in sizes if axis not in partial and axis in summed),
+    )
+
+
+def _tp_dim(shards: Mapping[str, int], sizes: Mapping[str, int]) -> int | None:
+    cut = {axis: dim for axis, dim in shards.items() if sizes[axis] > 1}
+    assert set(cut) <= {"tp"}, f"parameters are cut over tp only, not {cut}"
+    return cut.get("tp")
+
+
+def held_names(specs: Mapping[str, ParamSpec], pipeline_rank: int) -> Sequence[str]:
+    return [name for name, spec in specs.items() if pipeline_rank in spec.pipeline_ranks]

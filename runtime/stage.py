@@ -1,0 +1,239 @@
+"""One virtual stage on one rank: runs its segment instances forward and backward for one microbatch at a time.
+
+Knows nothing of other ranks: what it receives and what it has to send are lists of tensors in the wiring's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..passes.program import SegmentProgram
+from ..profiler.graph import ModelGraph, SegmentInstance
+from .parameters import ParameterStore
+from .wiring import StageWiring, Wiring
+
+KeyOf = Callable[[int, int], torch.Tensor]  # (microbatch, instance) -> the generator's key
+Meta = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One instance of the stage, with everything looked up."""
+
+    instance: SegmentInstance
+    program: SegmentProgram
+    frees: tuple[str, ...]
+    runs_backward: bool
+    tangents: tuple[tuple[str, int], ...]  # value and output slot, in the backward's order
+    input_grads: tuple[tuple[int, str], ...]  # input slot and value, where a gradient goes on
+
+
+@dataclass
+class _Kept:
+    """What the backward of one instance and microbatch needs."""
+
+    step: Step
+    buffers: list[torch.Tensor]
+    key: torch.Tensor
+    saved: list[torch.Tensor]
+
+
+@dataclass
+class Variant:
+    """The stage's steps for one shape of microbatch, and the local shapes of all values."""
+
+    steps: list[Step]
+    metas: Mapping[str, Meta]
+    zeros: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Buffers:
+    """Buffers by name, the same on every rank that holds them.
+
+    An update puts a new tensor in place of the old one, so that a backward that still needs the old one has it.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+        return [self.tensors[name] for name in names]
+
+    def write(self, instance: SegmentInstance, slots: Sequence[int], values: Sequence[torch.Tensor]) -> None:
+        for slot, value in zip(slots, values, strict=True):
+            self.tensors[instance.buffers[slot]] = value
+
+
+class StageRunner:
+    def __init__(
+        self,
+        graph: ModelGraph,
+        wiring: Wiring,
+        stage: StageWiring,
+        store: ParameterStore,
+        buffers: Buffers,
+        key_of: KeyOf,
+    ) -> None:
+        self.graph, self.wiring, self.stage = graph, wiring, stage
+        self.store, self.buffers, self.key_of = store, buffers, key_of
+        self.is_last = stage.index == len(wiring.stages) - 1
+        self.on_forward: Callable[[], None] = _nothing
+        self._kept: dict[int, list[_Kept]] = {}
+        self._deferred: dict[int, list[tuple[int, list[torch.Tensor | None]]]] = {}
+        self._flushes = store.flush_plan([index for index in stage.instances if index in wiring.backward_runs])
+
+    def variant(self, programs: Mapping[str, SegmentProgram]) -> Variant:
+        by_index = {inst.index: inst for inst in self.graph.instances}
+        steps = []
+        for index, frees in zip(self.stage.instances, self.stage.frees, strict=True):
+            instance = by_index[index]
+            program = programs[instance.segment]
+            steps.append(
+                Step(
+                    instance,
+                    program,
+                    frees,
+                    index in self.wiring.backward_runs,
+                    tuple((instance.outputs[slot], slot) for slot in program.tangent_outputs),
+                    tuple((s, n) for s, n in enumerate(instance.inputs) if program.input_grads[s]),
+                )
+            )
+        return Variant(steps, value_metas(self.graph, programs))
+
+    def forward(
+        self,
+        microbatch: int,
+        variant: Variant,
+        inputs: Mapping[str, torch.Tensor],
+        received: list[torch.Tensor],
+        *,
+        training: bool = True,
+    ) -> dict[str, torch.Tensor]:
+        """Returns the values that the stage sends on or, on the last stage, keeps. Buffers are written when training.
+
+        Empties `received`, so that each value can go once it has been used.
+        """
+        env = dict(inputs)
+        env.update(zip(self.stage.receives, received, strict=True))
+        received.clear()
+        kept: list[_Kept] = []
+        steps = variant.steps
+        for position, step in enumerate(steps):
+            instance, program = step.instance, step.program
+            if position + 1 < len(steps):
+                self.store.prefetch(steps[position + 1].instance.index)
+            params = self.store.acquire(instance.index)
+            buffers = self.buffers.read(instance.buffers)
+            key = self.key_of(microbatch, instance.index)
+            outputs, updates, saved = program.run_forward(params, buffers, [env[n] for n in instance.inputs], key)
+            self.store.release(instance.index)
+            if training:
+                if updates:
+                    self.buffers.write(instance, program.mutated_buffers, updates)
+                if step.runs_backward:
+                    kept.append(_Kept(step, buffers, key, saved))
+            del saved, params
+            env.update(zip(instance.outputs, outputs, strict=True))
+            for name in step.frees:
+                del env[name]
+        if training:
+            self._kept[microbatch] = kept
+            self.on_forward()
+        wanted = self.stage.sends if not self.is_last else (self.wiring.loss, *self.wiring.outputs)
+        return {name: env[name] for name in wanted}
+
+    def backward(
+        self, microbatch: int, variant: Variant, received: Mapping[str, torch.Tensor], *, defer: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """received: gradients of sent values, or of the loss. Returns gradients of received values.
+
+        Parameter gradients are accumulated as they come; with defer they wait for backward_weight().
+        """
+        grads = dict(received)
+        owned: set[str] = set()
+        kept = self._kept.pop(microbatch)
+        while kept:
+            item = kept.pop()
+            step, program = item.step, item.step.program
+            index = step.instance.index
+            tangents = []
+            for name, slot in step.tangents:
+                tangent = grads.pop(name, None)
+                tangents.append(self._zero(variant, name, program, slot) if tangent is None else tangent)
+            if kept:
+                self.store.prefetch(kept[-1].step.instance.index)
+            params = self.store.acquire(index)
+            of_params, of_inputs = program.run_backward(params, item.buffers, item.key, item.saved, tangents)
+            self.store.release(index)
+            del item, params, tangents
+            if defer:
+                self._deferred.setdefault(microbatch, []).append((index, of_params))
+            else:
+                self._accumulate(index, of_params)
+            del of_params
+            for slot, name in step.input_grads:
+                grad = of_inputs[slot]
+                if grad is None:
+                    continue
+                held = grads.get(name)
+                if held is None:
+                    grads[name] = grad  # may share memory with another gradient: not written to
+                elif name in owned:
+                    held.add_(grad)
+                else:
+                    grads[name] = held + grad
+                    owned.add(name)
+        sent = {}
+        for name in self.stage.grad_sends:
+            grad = grads.get(name)
+            if grad is None:
+                shape, dtype = variant.metas[name]
+                grad = torch.zeros(shape, dtype=dtype, device=self.store.device)
+            sent[name] = grad
+        return sent
+
+    def backward_weight(self, microbatch: int) -> None:
+        """Accumulate what backward(defer=True) left."""
+        for index, grads in self._deferred.pop(microbatch, []):
+            self._accumulate(index, grads)
+
+    def _accumulate(self, index: int, grads: list[torch.Tensor | None]) -> None:
+        self.store.accumulate(index, grads)
+        for unit in self._flushes[index]:
+            unit.flush()
+
+    def _zero(self, variant: Variant, name: str, program: SegmentProgram, slot: int) -> torch.Tensor:
+        if name not in variant.zeros:
+            shape, dtype = program.output_meta[slot]
+            variant.zeros[name] = torch.zeros(shape, dtype=dtype, device=self.store.device)
+        return variant.zeros[name]
+
+    def kept_bytes(self) -> int:
+        """Bytes of saved tensors, each storage once."""
+        storages = {}
+        for row in self._kept.values():
+            for item in row:
+                for tensor in item.saved:
+                    if isinstance(tensor, torch.Tensor):
+                        storage = tensor.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._deferred.clear()
+
+
+def value_metas(graph: ModelGraph, programs: Mapping[str, SegmentProgram]) -> dict[str, Meta]:
+    """Local shape and dtype of each value on this rank's coordinates: the same on every stage."""
+    metas: dict[str, Meta] = {}
+    for inst in graph.instances:
+        metas.update(zip(inst.outputs, programs[inst.segment].output_meta, strict=True))
+    return metas
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,64 @@
+"""What happened in a step, as the simulator's own events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..costmodel.trace import COMPUTE, Event, Trace
+
+
+class Recorder:
+    """Times of this rank's actions. On an accelerator they are taken by events on its stream, without synchronizing."""
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self.rank = rank
+        self.on_stream = device.type == "cuda"
+        self.enabled = True
+        self._marks: list[tuple[str, str, int, int, float, float]] = []
+        self._stream_marks: list[tuple[str, str, int, int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._start_s = 0.0
+        self._start_event: torch.cuda.Event | None = None
+
+    def begin(self) -> None:
+        self._marks.clear()
+        self._stream_marks.clear()
+        self._start_s = time.perf_counter()
+        if self.on_stream and self.enabled:
+            self._start_event = _now()
+
+    @contextmanager
+    def action(self, kind: str, stage: int = -1, microbatch: int = -1, resource: str = COMPUTE) -> Iterator[None]:
+        if not self.enabled:
+            yield
+        elif self.on_stream:
+            start = _now()
+            yield
+            self._stream_marks.append((resource, kind, stage, microbatch, start, _now()))
+        else:
+            start_s = time.perf_counter()
+            yield
+            self._marks.append((resource, kind, stage, microbatch, start_s, time.perf_counter()))
+
+    def trace(self) -> Trace:
+        """Events of the last step; times count from its start."""
+        events = [
+            Event(self.rank, resource, kind, stage, microbatch, start - self._start_s, end - self._start_s)
+            for resource, kind, stage, microbatch, start, end in self._marks
+        ]
+        if self._stream_marks and self._start_event is not None:
+            torch.cuda.synchronize()
+            first = self._start_event
+            for resource, kind, stage, microbatch, begin, stop in self._stream_marks:
+                start_s, end_s = first.elapsed_time(begin) / 1e3, first.elapsed_time(stop) / 1e3
+                events.append(Event(self.rank, resource, kind, stage, microbatch, start_s, end_s))
+        return Trace("measured", tuple(events))
+
+
+def _now() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

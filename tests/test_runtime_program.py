@@ -1,0 +1,91 @@
+"""The program has the numbers of the single-device model: loss and every gradient, in float64, to 1e-9 relative."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from distributed import run_ranks
+from runtime_toy import make_batch, make_plan, make_program, make_toy, reference
+
+TOLERANCE = 1e-9
+
+
+def _compare(rank: int, layout: dict, size: int, toy_options: dict) -> dict[str, float]:
+    """Largest relative error of the loss, the gradients and the buffers, on this rank."""
+    toy = make_toy(**toy_options)
+    plan = make_plan(toy, **layout)
+    program = make_program(toy, plan)
+    batch = make_batch(size)
+    loss = program.forward_backward(program.shard_batch(batch))
+    expected_loss, expected, expected_buffers = reference(toy, batch, plan.microbatch.size)
+    grads = program.gradients()
+    assert set(grads) == set(expected), set(grads) ^ set(expected)
+    scale = max(float(g.abs().max()) for g in expected.values())
+    errors = {
+        name: float((grads[name] - g).abs().max()) / max(float(g.abs().max()), 1e-6 * scale)
+        for name, g in expected.items()
+    }
+    for name, buffer in program.named_buffers():
+        errors[name] = float((buffer - expected_buffers[name]).abs().max())
+    errors["loss"] = abs(float(loss - expected_loss)) / float(expected_loss)
+    return errors
+
+
+def _check(size: int, layout: dict, batch: int = 16, **toy_options) -> None:
+    for errors in run_ranks(size, _compare, layout, batch, toy_options):
+        worst = max(errors, key=lambda name: errors[name])
+        assert errors[worst] < TOLERANCE, (worst, errors[worst])
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_data_parallel_ranks_with_uneven_shards(zero: int) -> None:
+    _check(2, {"dp": 2, "zero": zero})
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_four_data_parallel_ranks(zero: int) -> None:
+    _check(4, {"dp": 4, "zero": zero})
+
+
+def test_one_process() -> None:
+    _check(1, {})
+
+
+def test_tensor_parallel_ranks_that_want_one_parameter_cut_in_two_ways() -> None:
+    _check(2, {"tp": 2})
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_data_and_tensor_parallel_ranks(zero: int) -> None:
+    _check(4, {"dp": 2, "tp": 2, "zero": zero})
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_two_stages_with_tied_weights(schedule: str) -> None:
+    _check(2, {"pp": 2, "schedule": schedule})
+
+
+def test_four_stages_relay_skip_and_integer_values() -> None:
+    _check(4, {"pp": 4})
+
+
+def test_interleaved_stages() -> None:
+    _check(2, {"pp": 2, "schedule": "interleaved_1f1b", "chunks": 2})
+
+
+def test_several_virtual_stages_on_one_rank_need_no_transfer() -> None:
+    _check(1, {"pp": 1, "schedule": "interleaved_1f1b", "chunks": 3})
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_pipeline_and_data_parallel(zero: int) -> None:
+    _check(4, {"pp": 2, "dp": 2, "zero": zero})
+
+
+def test_pipeline_and_tensor_parallel() -> None:
+    _check(4, {"pp": 2, "tp": 2, "schedule": "interleaved_1f1b", "chunks": 2})
+
+
+@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {"dp": 2, "zero": 3}), (2, {"pp": 2})])
+def test_fewer_microbatches_and_a_short_last_one(size: int, layout: dict) -> None:
+    _check(size, layout, batch=10)
