@@ -1,3 +1,241 @@
-"""plan, build and check: the three things that Python users call."""
+"""plan and build: from a workload to a Plan, from a Plan to this rank's Program."""
 
 from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from . import hashes
+from .costmodel.model import CostModel
+from .errors import ExitCode, ShardwrightError
+from .passes.build import build_segment_programs
+from .passes.program import SegmentProgram
+from .passes.redistribute import MeshAxis
+from .planner.candidates import parse_forced
+from .planner.plan import Plan, PlanningTime
+from .planner.search import search
+from .planner.sharding.sharder import PLACEMENT_AXES, Sharder
+from .profiler.capture import capture
+from .profiler.cluster import Cluster
+from .profiler.graph import ModelGraph
+from .profiler.hardware import parse_hardware
+from .profiler.inputs import resize_batch
+from .profiler.models import load_workload
+from .profiler.workload import Workload
+from .runtime.mesh import RankGrid, build_mesh
+from .runtime.program import Program
+
+__all__ = ["Progress", "build", "capture_for_planning", "load_workload", "plan"]
+
+Progress = Callable[[str], None]
+# Samples in the batch that planning captures: a prime that is no other dimension's divisor, so that a dimension that
+# carries the batch can be told by its size.
+PLANNING_BATCHES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
+
+
+def plan(
+    workload: Workload | str,
+    hardware: Cluster | str,
+    *,
+    force: Mapping[str, Any] | None = None,
+    memory_limit_bytes: int | None = None,
+    time_limit_s: float | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+    **workload_options: Any,
+) -> Plan:
+    """The fastest plan found for a training job on a cluster.
+
+    workload: a Workload, or what load_workload takes, its options as further keywords (global_batch, seq_len, ...).
+    hardware: a Cluster or a name such as "2x8xH100-80GB". force: choices to keep, such as {"pp": 2, "zero": 3}.
+    memory_limit_bytes: per device. time_limit_s: of the search. strict: refuse ops without a sharding rule.
+    progress: called with what is being done now.
+
+    Where torch.distributed is initialized, every rank must call it: rank 0 plans, the others receive the plan.
+    Raises ShardwrightError; its exit_code says of which kind.
+    """
+    if isinstance(workload, str):
+        workload = load_workload(workload, **workload_options)
+    elif workload_options:
+        raise TypeError(f"plan() got {', '.join(workload_options)}, which go with a model's name, not with a Workload")
+    forced = {key: str(value) for key, value in (force or {}).items()}
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return _make_plan(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, progress)
+    return _plan_on_rank_0(
+        lambda: _make_plan(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, progress)
+    )
+
+
+def _plan_on_rank_0(make: Callable[[], Plan]) -> Plan:
+    """Rank 0 plans; its plan, or its error, is everyone's."""
+    box: list[Any] = [None]
+    error: ShardwrightError | None = None
+    if dist.get_rank() == 0:
+        try:
+            box[0] = make().to_json()
+        except ShardwrightError as caught:
+            error = caught
+            parts = {name: getattr(caught, name) for name in ("what", "means", "change", "works")}
+            box[0] = {**parts, "exit_code": caught.exit_code}
+    dist.broadcast_object_list(box, src=0)
+    if error is not None:
+        raise error
+    if isinstance(box[0], dict):
+        what = box[0].pop("what")
+        raise ShardwrightError(what, **box[0])
+    return Plan.model_validate_json(box[0])
+
+
+def _make_plan(
+    workload: Workload,
+    hardware: Cluster | str,
+    force: Mapping[str, str],
+    memory_limit_bytes: int | None,
+    time_limit_s: float | None,
+    strict: bool,
+    progress: Progress | None,
+) -> Plan:
+    started = time.perf_counter()
+    say = progress or (lambda message: None)
+    parse_forced(force)  # a mistyped key is found before the model is traced
+    if isinstance(hardware, Cluster):
+        cluster = hardware if memory_limit_bytes is None else hardware.with_memory_limit(memory_limit_bytes)
+    else:
+        cluster = parse_hardware(hardware, memory_limit_bytes=memory_limit_bytes)
+    say(f"capturing {workload.name}")
+    capture_started = time.perf_counter()
+    graph = capture_for_planning(workload)
+    capture_s = time.perf_counter() - capture_started
+    say("searching")
+    cost_model = CostModel(cluster)
+    found = search(
+        graph,
+        cluster,
+        cost_model,
+        workload,
+        Sharder(graph, cost_model),
+        force=force,
+        time_limit_s=time_limit_s,
+        memory_limit_bytes=memory_limit_bytes,
+        progress=progress,
+    )
+    conservative = list(found.solution.conservative)
+    if strict and conservative:
+        first = conservative[0]
+        raise ShardwrightError(
+            f"{len(conservative)} ops have no sharding rule; the first is {first.op} at {first.source or first.node}",
+            means="they would be replicated, or split over the batch only",
+            change="--strict",
+            works="leave it out: the plan then lists them with their cost",
+            exit_code=ExitCode.UNSUPPORTED_MODEL,
+        )
+    return Plan(
+        hashes=hashes.make_hashes(graph, workload, cluster),
+        workload=_describe(workload),
+        hardware=cluster.to_dict(),
+        mesh=found.mesh,
+        microbatch=found.microbatch,
+        schedule=found.schedule,
+        stages=found.stages,
+        segments=[instance.segment for instance in graph.instances],
+        placement_axes=list(PLACEMENT_AXES),
+        placements=found.solution.placements,
+        zero=found.zero,
+        memory_policy=found.memory_policy,
+        forced=dict(force),
+        predicted=found.predicted,
+        certificate=found.certificate,
+        planning_s=PlanningTime(capture=capture_s, solve=found.seconds, total=time.perf_counter() - started),
+        considered=found.considered,
+        conservative_ops=conservative,
+    )
+
+
+def capture_for_planning(workload: Workload) -> ModelGraph:
+    """The model's graph with a batch whose size no other dimension is a multiple of."""
+    sizes = {size for tensor in workload.example_batch.values() for size in tensor.shape[1:]}
+    sizes |= {size for tensor in workload.model.state_dict().values() for size in tensor.shape}
+    batch = next((b for b in PLANNING_BATCHES if not any(size % b == 0 for size in sizes if size)), PLANNING_BATCHES[0])
+    return capture(resize_batch(workload, batch))
+
+
+def _describe(workload: Workload) -> dict[str, Any]:
+    """What rebuilds the workload from the command line, or what names it where only its maker can."""
+    tokens = workload.tokens_per_sample
+    described = {"model": workload.name, "global_batch": workload.global_batch, "seq_len": tokens or None}
+    return {**described, **workload.spec, "global_batch": workload.global_batch}
+
+
+def build(plan: Plan, workload: Workload, *, device: torch.device | str | None = None, adopt: bool = False) -> Program:
+    """This rank's Program: its stages rewritten as the plan says, its shards of the parameters initialized.
+
+    Under torchrun, torch.distributed must be initialized and every rank must call this with the same plan. device: by
+    default this rank's GPU, or the CPU where the process group is gloo. adopt: where the model has real values on that
+    device and nothing is sharded, use its own tensors as storage.
+
+    Raises ShardwrightError, exit code 7, where the plan was made for another model, shape, hardware or version.
+    """
+    device = torch.device(device) if device is not None else _default_device()
+    distributed = dist.is_available() and dist.is_initialized()
+    hashes.verify_version(plan)
+    hashes.verify_shapes(plan, workload)
+    hashes.verify_hardware(plan, device, dist.get_world_size() if distributed else 1)
+    if distributed:
+        _verify_same_plan(plan)
+    graph = capture(resize_batch(workload, plan.microbatch.size))
+    hashes.verify_model(plan, graph)
+    mesh = build_mesh(plan.mesh, device.type)
+    axes = _mesh_axes(RankGrid.of(mesh), plan.placement_axes)
+
+    def rebuild(shapes: dict[str, tuple[int, ...]]) -> Mapping[str, SegmentProgram]:
+        return build_segment_programs(capture(_reshaped(workload, shapes)), plan, axes, device)
+
+    programs = build_segment_programs(graph, plan, axes, device)
+    return Program(plan, graph, programs, workload, device=device, mesh=mesh, rebuild=rebuild, adopt=adopt)
+
+
+def _default_device() -> torch.device:
+    if not torch.cuda.is_available() or (dist.is_initialized() and dist.get_backend() == "gloo"):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _verify_same_plan(plan: Plan) -> None:
+    """Every rank must build from the same document."""
+    own = hashes.digest(plan.model_dump(by_alias=True, mode="json"))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    different = [rank for rank, other in enumerate(found) if other != found[0]]
+    if different:
+        raise ShardwrightError(
+            f"ranks {different} have another plan than rank 0",
+            means="the ranks would wait for each other's collectives without end",
+            change="the plan that each rank loads",
+            works="one rank plans, or all load the same file",
+            exit_code=ExitCode.PLAN_MISMATCH,
+        )
+
+
+def _mesh_axes(grid: RankGrid, names: Sequence[str]) -> dict[str, MeshAxis]:
+    """This rank's view of the axes that segments are sharded over."""
+    return {
+        name: MeshAxis(
+            name, grid.size(name), grid.coord(name), grid.group(name).group_name if grid.size(name) > 1 else ""
+        )
+        for name in names
+    }
+
+
+def _reshaped(workload: Workload, shapes: Mapping[str, tuple[int, ...]]) -> Workload:
+    """The workload with an example batch of these shapes; values do not matter."""
+    batch = {
+        name: torch.zeros(shapes.get(name, tuple(tensor.shape)), dtype=tensor.dtype, device=tensor.device)
+        for name, tensor in workload.example_batch.items()
+    }
+    size = next((shape[0] for shape in shapes.values() if shape), workload.batch_size)
+    return dataclasses.replace(workload, example_batch=batch, batch_size=size)

@@ -28,7 +28,7 @@ Event = dict[str, Any]
 def launch(
     task: Mapping[str, Any], num_processes: int, on_event: Callable[[Event], None], *, debug: bool = False
 ) -> None:
-    """Run shardwright/worker.py on num_processes local processes; on_event gets each thing that rank 0 reports, in order.
+    """Run shardwright/worker.py on num_processes local processes; on_event gets what rank 0 reports, in order.
 
     task: what to do, as JSON; see worker.py. Raises the ShardwrightError that a worker raised, or one with the last
     lines of the rank that died first; the other ranks are ended, not waited for.
@@ -117,7 +117,7 @@ def _following(path: Path, on_event: Callable[[Event], None]) -> Iterator[None]:
 
 
 def _root_cause(folder: Path, num_processes: int, exit_codes: Mapping[int, int]) -> ShardwrightError:
-    """The error of the rank that began it. One that left without a word comes first: its death made the others raise."""
+    """The error of the rank that began it. One that left without a word comes first: its death made others raise."""
     records = {
         rank: json.loads(path.read_text())
         for rank in range(num_processes)

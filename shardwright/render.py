@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .planner.plan import MESH_AXES, Considered, Plan, Stage
+from .planner.plan import MESH_AXES, Considered, Mesh, Plan, Stage
 from .units import format_bytes, format_seconds
 
 AXIS_MEANING = {
@@ -104,9 +104,6 @@ def _headline(plan: Plan) -> RenderableType:
         f"({_share(predicted.exposed_comm_s, predicted.step_s)}), pipeline bubble {predicted.bubble_fraction:.1%}"
     )
     size, count = plan.microbatch.size, plan.microbatch.count
-    schedule = SCHEDULE_NAMES.get(plan.schedule.name, plan.schedule.name)
-    if plan.schedule.virtual_stages > 1:
-        schedule += f", {plan.schedule.virtual_stages} virtual stages on each rank"
     batch = (
         f"{count} microbatch{'es' if count != 1 else ''} of {size} sequence{'s' if size != 1 else ''} = {size * count}"
     )
@@ -115,7 +112,7 @@ def _headline(plan: Plan) -> RenderableType:
     rows: list[tuple[str, RenderableType]] = [
         ("predicted step", step),
         ("lost to", lost),
-        ("schedule", schedule),
+        ("schedule", schedule_text(plan)),
         ("global batch", batch),
         ("ZeRO", f"{plan.zero}: {ZERO_MEANING.get(plan.zero, '')}"),
         ("recompute", _recompute(plan)),
@@ -125,6 +122,15 @@ def _headline(plan: Plan) -> RenderableType:
     if plan.forced:
         rows.append(("forced", ", ".join(f"{key}={value}" for key, value in plan.forced.items())))
     return _pairs(rows)
+
+
+def schedule_text(plan: Plan) -> str:
+    if plan.mesh.pp == 1:
+        return "no pipeline"
+    text = SCHEDULE_NAMES.get(plan.schedule.name, plan.schedule.name)
+    if plan.schedule.virtual_stages > 1:
+        text += f", {plan.schedule.virtual_stages} virtual stages on each rank"
+    return text
 
 
 def _recompute(plan: Plan) -> str:
@@ -137,13 +143,19 @@ def _recompute(plan: Plan) -> str:
     return ", ".join(recomputed)
 
 
+def mesh_text(mesh: Mesh) -> str:
+    sizes = mesh.model_dump()
+    return " x ".join(f"{axis} {sizes[axis]}" for axis in MESH_AXES if sizes[axis] > 1) or "one device"
+
+
 def _mesh(plan: Plan) -> RenderableType:
     sizes = plan.mesh.model_dump()
-    shape = " x ".join(f"{axis} {sizes[axis]}" for axis in MESH_AXES if sizes[axis] > 1) or "one device"
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    table.add_row(shape, Text(f"{plan.mesh.num_devices} device{'s' if plan.mesh.num_devices != 1 else ''}", "dim"))
+    table.add_row(
+        mesh_text(plan.mesh), Text(f"{plan.mesh.num_devices} device{'s' if plan.mesh.num_devices != 1 else ''}", "dim")
+    )
     for axis in MESH_AXES:
         if sizes[axis] > 1:
             table.add_row(f"  {axis} = {sizes[axis]}", Text(AXIS_MEANING[axis], "dim"))
@@ -274,18 +286,10 @@ def _trust(plan: Plan) -> RenderableType:
 
 
 def _sources(plan: Plan) -> str:
-    """'datasheet (peak FLOP/s, link bandwidth), measured (...)' from the plan's record of each figure's source."""
-    sources = plan.hardware.get("sources")
-    if isinstance(sources, str):
-        return sources
-    if isinstance(sources, dict) and sources:
-        by_kind: dict[str, list[str]] = {}
-        for figure, kind in sources.items():
-            by_kind.setdefault(str(kind), []).append(str(figure).replace("_", " "))
-        return "; ".join(f"{kind} ({', '.join(figures)})" for kind, figures in by_kind.items())
-    if isinstance(sources, list | tuple) and sources:
-        return ", ".join(map(str, sources))
-    return "datasheet"
+    """'21 datasheet, 3 fitted' from the plan's record of where each figure is from, and what there is to say of it."""
+    counts = {kind: count for kind, count in plan.hardware.get("sources", {}).items() if count}
+    text = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "not recorded"
+    return ". ".join([text, *plan.hardware.get("notes", [])])
 
 
 def _share(part: float, whole: float) -> str:

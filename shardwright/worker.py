@@ -1,6 +1,6 @@
 """One rank of what shardwright/launch.py starts: reads its task, does it, and reports events from rank 0.
 
-    python -m shardwright.worker TASK.json      (under torchrun's environment)
+python -m shardwright.worker TASK.json      (under torchrun's environment)
 """
 
 from __future__ import annotations

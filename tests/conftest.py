@@ -29,7 +29,7 @@ def hand_made_plan() -> Plan:
     return Plan(
         hashes=Hashes(model="m" * 16, shapes="s" * 16, hardware="h" * 16, version="0.1.0"),
         workload={"model": "preset:demo-llama", "global_batch": 16, "seq_len": 128},
-        hardware={"name": "4xCPU", "sources": {"peak_flops_per_s": "measured", "link_bytes_per_s": "datasheet"}},
+        hardware={"name": "4xCPU", "sources": {"datasheet": 5, "fitted": 0, "measured": 2}, "notes": []},
         mesh=Mesh(pp=2, tp=2),
         microbatch=Microbatch(size=4, count=4),
         schedule=Schedule(name="1f1b"),

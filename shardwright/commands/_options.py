@@ -22,10 +22,8 @@ _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64
 
 def add_workload_options(parser: argparse.ArgumentParser, *, batch_required: bool) -> None:
     group = parser.add_argument_group("model and training job")
-    group.add_argument(
-        "--global-batch", type=_positive, required=batch_required, metavar="N", help="sequences per step"
-    )
-    group.add_argument("--seq-len", type=_positive, metavar="N", help="tokens per sequence (default: the model's own)")
+    group.add_argument("--global-batch", type=positive, required=batch_required, metavar="N", help="sequences per step")
+    group.add_argument("--seq-len", type=positive, metavar="N", help="tokens per sequence (default: the model's own)")
     group.add_argument(
         "--dtype", type=_dtype, metavar="NAME", help="compute dtype: bf16, fp16, fp32, fp64 (default: bf16)"
     )
@@ -33,7 +31,7 @@ def add_workload_options(parser: argparse.ArgumentParser, *, batch_required: boo
         "--optimizer", default=None, metavar="NAME", help="a torch.optim class, such as AdamW (default) or SGD"
     )
     group.add_argument(
-        "--layers", type=_positive, metavar="N", help="build the model with N layers instead of its own number"
+        "--layers", type=positive, metavar="N", help="build the model with N layers instead of its own number"
     )
     group.add_argument(
         "--override",
@@ -44,15 +42,19 @@ def add_workload_options(parser: argparse.ArgumentParser, *, batch_required: boo
     )
 
 
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("search")
-    group.add_argument(
+def add_force_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--force",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="force a choice (repeatable): pp, dp, tp, zero, schedule, virtual_stages, microbatch, recompute",
+        help="force a choice (repeatable): pp, dp, tp, zero, schedule, virtual_stages, microbatch, recompute, cuts",
     )
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("search")
+    add_force_option(group)
     group.add_argument("--time-limit", type=_positive_seconds, metavar="SECONDS", help="stop searching after this long")
     group.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 600MiB")
     group.add_argument("--strict", action="store_true", help="exit 5 where an op could only be planned conservatively")
@@ -84,18 +86,18 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return {key: _json_or_text(value) for key, value in parse_assignments(pairs, "--override").items()}
 
 
-def workload_from_args(args: argparse.Namespace, **changes: Any) -> Workload:
-    from ..api import load_workload
+def workload_from_args(args: argparse.Namespace) -> Workload:
+    from ..profiler.models import load_workload
 
-    options: dict[str, Any] = {
-        "global_batch": args.global_batch,
-        "seq_len": args.seq_len,
-        "dtype": args.dtype,
-        "optimizer": args.optimizer,
-        "layers": args.layers,
-        "overrides": parse_overrides(args.override),
-    }
-    return load_workload(args.model, **(options | changes))
+    overrides = parse_overrides(args.override)
+    if args.layers is not None:
+        overrides["num_layers"] = args.layers
+    options: dict[str, Any] = {"global_batch": args.global_batch, "seq_len": args.seq_len, "overrides": overrides}
+    if args.dtype is not None:
+        options["precision"] = args.dtype
+    if args.optimizer is not None:
+        options["optimizer"] = args.optimizer
+    return load_workload(args.model, **options)
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")

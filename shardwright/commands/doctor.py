@@ -65,8 +65,15 @@ def examine() -> list[Finding]:
         _try("accelerators", _accelerators, needed=False, note="none found: plans can still be made for any"),
         _try("transformers", lambda: _version("transformers"), needed=False, note="pip install 'shardwright[hf]'"),
         _try("triton", lambda: _version("triton"), needed=False, note="kernels fall back to their PyTorch references"),
-        _try("torch.compile", _entry_point, needed=False, note="install the package: its entry point is not registered"),
-        _try("CPU calibration", _calibration, needed=False, note="nominal figures; --hardware local measures this machine"),
+        _try(
+            "torch.compile", _entry_point, needed=False, note="install the package: its entry point is not registered"
+        ),
+        _try(
+            "CPU calibration",
+            _calibration,
+            needed=False,
+            note="nominal figures; --hardware local measures this machine",
+        ),
     ]
 
 

@@ -1,0 +1,168 @@
+"""check: does the program that a plan becomes compute what the model as written computes?
+
+Both run in float64 on small shapes, the program on local processes, and the loss and every gradient are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import api
+from .errors import ShardwrightError
+from .launch import Event, launch
+from .planner.plan import MESH_AXES, Plan
+from .profiler.models import reload_workload
+from .tasks import check_workload
+
+TOLERANCE = 1e-9  # relative, as promised for float64
+SMALL_PARAMS = 2_000_000  # models up to this size are checked as they are
+SMALL_SEQ_LEN = 16
+DEFAULT_PROCESSES = 4
+# What a big transformers model is shrunk to. Keys that a family lacks are left out.
+SMALL_SETTINGS: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 131,
+    "head_dim": 8,
+    "d_kv": 8,
+    "num_local_experts": 4,
+    "sliding_window": 6,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Relative errors of the loss and of each parameter's gradient, the worse of two steps."""
+
+    plan: Plan
+    loss_rel_err: float
+    gradient_errors: dict[str, float]
+
+    @property
+    def max_grad_rel_err(self) -> float:
+        return max(self.gradient_errors.values(), default=0.0)
+
+    @property
+    def worst_parameter(self) -> str:
+        return max(self.gradient_errors, key=self.gradient_errors.__getitem__, default="")
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.gradient_errors) and max(self.loss_rel_err, self.max_grad_rel_err) <= TOLERANCE
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": self.ok,
+            "loss_rel_err": _json_number(self.loss_rel_err),
+            "max_grad_rel_err": _json_number(self.max_grad_rel_err),
+            "worst_parameter": self.worst_parameter,
+            "mesh": self.plan.mesh.model_dump(),
+            "schedule": self.plan.schedule.model_dump(),
+            "zero": self.plan.zero,
+            "microbatch": self.plan.microbatch.model_dump(),
+            "num_parameters": len(self.gradient_errors),
+        }
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def check(
+    spec: Mapping[str, Any],
+    hardware: str,
+    *,
+    force: Mapping[str, Any] | None = None,
+    progress: api.Progress | None = None,
+    debug: bool = False,
+) -> CheckResult:
+    """spec: as in Workload.spec: {"model": "preset:gpt2", "global_batch": 8, ...}; shrunk where the model is big."""
+    say = progress or (lambda message: None)
+    small = shrink(spec)
+    plan = api.plan(check_workload(small), hardware, force=force, progress=progress)
+    say(f"running on {plan.mesh.num_devices} processes")
+    return run_check(plan, debug=debug)
+
+
+def run_check(plan: Plan, *, debug: bool = False) -> CheckResult:
+    """plan: made for the float64 workload that check_workload gives."""
+    events: list[Event] = []
+    with tempfile.TemporaryDirectory(prefix="shardwright-") as folder:
+        path = Path(folder) / "plan.json"
+        plan.save(path)
+        launch({"task": "check", "plan": str(path)}, plan.mesh.num_devices, events.append, debug=debug)
+    found = next(event for event in events if event["event"] == "compared")
+    pairs = list(zip(found["losses"], found["reference_losses"], strict=True))
+    loss_error = max(abs(a - b) / max(abs(b), 1e-300) for a, b in pairs)
+    return CheckResult(plan, loss_error if math.isfinite(loss_error) else math.inf, found["gradients"])
+
+
+def shrink(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The same kind of model, small. A user's own is left as it is, and so is one that is small already."""
+    spec = dict(spec)
+    if spec.get("kind") == "factory":
+        return spec
+    workload = reload_workload(spec)
+    if sum(parameter.numel() for parameter in workload.model.parameters()) <= SMALL_PARAMS:
+        return spec
+    config = getattr(workload.model, "config", None)
+    if config is None:
+        return spec
+    known = {*config.to_dict(), *getattr(config, "attribute_map", {})}
+    general = {"num_layers", "hidden_size", "num_heads", "intermediate_size"}
+    settings = {
+        name: value
+        for name, value in SMALL_SETTINGS.items()
+        if name in general or (name in known and getattr(config, name, None) is not None)
+    }
+    heads, kv_heads = getattr(config, "num_attention_heads", 1), getattr(config, "num_key_value_heads", None)
+    if kv_heads is not None:
+        settings["num_kv_heads"] = 4 if kv_heads == heads else 2
+    if not any(name in known for name in ("intermediate_size", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim")):
+        del settings["intermediate_size"]
+    small = {**spec, "overrides": {**settings, **spec.get("overrides", {})}}
+    if spec.get("seq_len"):
+        small["seq_len"] = min(spec["seq_len"], SMALL_SEQ_LEN)
+    return small
+
+
+def scale_down(plan: Plan, num_processes: int = DEFAULT_PROCESSES) -> dict[str, str]:
+    """What to force for a plan of the same kind on fewer processes: each axis that is split stays split if it can."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for axis in ("tp", "pp", "dp"):
+        if getattr(plan.mesh, axis) > 1 and math.prod(sizes.values()) * 2 <= num_processes:
+            sizes[axis] = 2
+    force = {axis: str(sizes[axis]) for axis in ("pp", "dp", "tp")}
+    force["zero"] = str(plan.zero if sizes["dp"] > 1 else 0)
+    force["schedule"] = plan.schedule.name
+    if sizes["pp"] == 1:
+        force["schedule"] = "1f1b"
+    elif plan.schedule.virtual_stages > 1:
+        force["virtual_stages"] = "2"
+    choices = set(plan.memory_policy.recompute.values())
+    force["recompute"] = "none" if choices <= {"none"} else "all"
+    return force
+
+
+def check_plan(plan: Plan, *, progress: api.Progress | None = None, debug: bool = False) -> CheckResult:
+    """The plan's kind of split, on small shapes and the processes at hand."""
+    if not str(plan.workload.get("kind", "")) or "model" not in plan.workload:
+        raise ShardwrightError(
+            f"the plan's model, {plan.workload.get('model')!r}, was made in Python; only its maker can build it",
+            means="there is nothing to compare with",
+            change="what is checked",
+            works="shardwright check package.module:factory --hardware 4xCPU",
+        )
+    force = scale_down(plan)
+    processes = math.prod(int(force[axis]) for axis in ("pp", "dp", "tp"))
+    spec = {**plan.workload, "global_batch": 8}
+    return check(spec, f"{processes}xCPU", force=force, progress=progress, debug=debug)

@@ -1,0 +1,137 @@
+"""What the workers of shardwright/launch.py do: train for `run`, compare for `check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from . import api, reference
+from .data import batch_source
+from .planner.plan import Plan
+from .profiler.initial_values import materialize
+from .profiler.inputs import make_batch
+from .profiler.models import make_reference_dtype, reload_workload
+from .profiler.workload import OptimizerSpec, Workload
+from .runtime.program import Program
+
+Report = Callable[..., None]
+
+
+def run(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
+    """Train for some steps. Reports {"event": "step", step, loss, step_s, peak_bytes (of each rank)} for each."""
+    plan = Plan.load(task["plan"])
+    workload = reload_workload(plan.workload)
+    started = time.perf_counter()
+    program = api.build(plan, workload, device=device)
+    batches = batch_source(workload, task.get("text"))
+    report(event="built", seconds=time.perf_counter() - started)
+    for step in range(task["steps"]):
+        part = program.shard_batch(batches(step))
+        _synchronize(device)
+        started = time.perf_counter()
+        loss = program.step(part)
+        _synchronize(device)
+        peaks = gather_numbers(peak_bytes(program), device)
+        report(
+            event="step",
+            step=step,
+            loss=loss.item(),
+            step_s=time.perf_counter() - started,
+            peak_bytes=[int(peak) for peak in peaks],
+        )
+
+
+def check(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
+    """Two steps in float64, with an optimizer step between them. Rank 0 runs the model as written and compares.
+
+    Reports {"event": "compared", losses, reference_losses, gradients: {name: relative error}}: the worse of both steps.
+    """
+    plan = Plan.load(task["plan"])
+    workload = check_workload(plan.workload)
+    program = api.build(plan, workload, device=device)
+    size = plan.microbatch.size
+    model = materialize(workload) if dist.get_rank() == 0 else None
+    optimizer = (
+        workload.optimizer.factory(trainable(model), **workload.optimizer.options) if model is not None else None
+    )
+    losses, expected, errors = [], [], {}
+    for step in range(2):
+        batch = make_batch(workload, workload.global_batch, seed=workload.seed + 1 + step)
+        losses.append(program.forward_backward(program.shard_batch(batch)).item())
+        found = whole_gradients(program)
+        program.optimizer_step()
+        if model is None or optimizer is None:
+            continue
+        expected.append(reference.forward_backward(model, batch, microbatch_size=size, step=step).item())
+        for name, error in compare(found, model, plan).items():
+            errors[name] = max(error, errors.get(name, 0.0))
+        optimizer.step()
+    report(event="compared", losses=losses, reference_losses=expected, gradients=errors)
+
+
+def check_workload(spec: Mapping[str, Any]) -> Workload:
+    """In float64 throughout. SGD, because Adam divides by gradients that may be zero but for rounding."""
+    workload = make_reference_dtype(reload_workload({**spec, "optimizer": "sgd"}))
+    sgd = OptimizerSpec("SGD", torch.optim.SGD, {"lr": 0.05}, 0)
+    return dataclasses.replace(workload, optimizer=sgd)
+
+
+def trainable(workload: Workload) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in workload.model.parameters() if parameter.requires_grad]
+
+
+def compare(found: Mapping[str, torch.Tensor], workload: Workload, plan: Plan) -> dict[str, float]:
+    """Largest difference of each gradient, relative to its largest entry.
+
+    An entry that is zero but for rounding has no digits to agree on: the scale is at least a millionth of the largest
+    gradient of the model. A gradient that one side lacks counts as infinitely wrong.
+    """
+    expected = {name: p.grad for name, p in workload.model.named_parameters() if p.grad is not None}
+    largest = max((grad.abs().max().item() for grad in expected.values()), default=0.0)
+    errors = {}
+    for name in {*found, *expected}:
+        if name not in found or name not in expected:
+            present = found.get(name, expected.get(name))
+            errors[name] = float("inf") if present is not None and present.abs().max() > 0 else 0.0
+            continue
+        scale = max(expected[name].abs().max().item(), 1e-6 * largest, 1e-300)
+        errors[name] = (found[name] - expected[name]).abs().max().item() / scale
+    return errors
+
+
+def whole_gradients(program: Program) -> dict[str, torch.Tensor]:
+    """Every gradient, whole, on rank 0; on the others only collectives happen."""
+    own: dict[str, torch.Tensor] = {}
+    for name, parameter in program.named_parameters():
+        grad = parameter.grad
+        if grad is not None:
+            own[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).cpu()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return {name: grad for grads in reversed(everyone) for name, grad in grads.items()}
+
+
+def peak_bytes(program: Program) -> int:
+    return int(program.memory.peak_bytes)
+
+
+def gather_numbers(value: float, device: torch.device) -> list[float]:
+    """One number of each rank, by rank."""
+    own = torch.tensor([value], dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own)
+    return [one.item() for one in everyone]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+TASKS: dict[str, Callable[[Mapping[str, Any], torch.device, Report], None]] = {"run": run, "check": check}
