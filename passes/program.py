@@ -41,9 +41,15 @@ class SegmentProgram:
     output_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     input_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     saved_bytes: int = 0
+    # per tangent, in the backward's order: its local shape and dtype; () where all lie as their outputs do
+    tangent_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
 
     def run_forward(
-        self, params: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], key: torch.Tensor
+        self,
+        params: Sequence[torch.Tensor],
+        buffers: Sequence[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        key: torch.Tensor,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Returns (outputs, buffer_updates, saved)."""
         out = list(self.forward(*params, *buffers, *inputs, key))

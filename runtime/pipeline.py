@@ -18,7 +18,7 @@ from torch import nn
 from ..costmodel.actions import RECOMPUTE
 from ..planner.schedules import PipelineSchedule
 from ._torch import ComputationType, ScheduleRuntime, StageBase, TorchAction, wait_all, with_sends_and_receives
-from .stage import StageRunner, Variant
+from .stage import Meta, StageRunner, Variant
 from .trace import Recorder
 
 _KINDS = {
@@ -49,7 +49,7 @@ class PipelineStage(StageBase):
         self.values: dict[int, list[torch.Tensor]] = {}  # received or handed over, by microbatch
         self.grads: dict[int, dict[str, torch.Tensor]] = {}
         self.to_send: dict[tuple[str, int], list[torch.Tensor]] = {}
-        self.metas: Sequence[Variant] = ()
+        self.variants: Sequence[Variant] = ()
         self._in_flight: list[tuple[Any, torch.Tensor]] = []
 
     # torch's own set-up of shapes is not used: the plan knows them
@@ -64,11 +64,11 @@ class PipelineStage(StageBase):
         raise AssertionError("shapes come from the plan")
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        self.values[fwd_chunk_id] = self._empty(self.wiring.receives, fwd_chunk_id)
+        self.values[fwd_chunk_id] = self._empty(self.wiring.receives, self.variants[fwd_chunk_id].metas)
         return self._receives(self.values[fwd_chunk_id], self.stage_index - 1)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        tensors = self._empty(self.wiring.grad_receives, bwd_chunk_id)
+        tensors = self._empty(self.wiring.grad_receives, self.variants[bwd_chunk_id].grad_metas)
         self.grads[bwd_chunk_id] = dict(zip(self.wiring.grad_receives, tensors, strict=True))
         return self._receives(tensors, self.stage_index + 1)
 
@@ -78,8 +78,7 @@ class PipelineStage(StageBase):
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         return self._send(self.to_send.pop(("B", bwd_chunk_id)), self.stage_index - 1)
 
-    def _empty(self, names: Sequence[str], microbatch: int) -> list[torch.Tensor]:
-        metas = self.metas[microbatch].metas
+    def _empty(self, names: Sequence[str], metas: Mapping[str, Meta]) -> list[torch.Tensor]:
         return [torch.empty(metas[n][0], dtype=metas[n][1], device=self.device) for n in names]
 
     def _receives(self, tensors: Sequence[torch.Tensor], stage: int) -> list[dist.P2POp]:
@@ -128,7 +127,7 @@ class PipelineEngine:
         runtime = self._runtime(schedule)
         self._work = work
         for stage in self.stages:
-            stage.metas = work.variants[stage.stage_index]
+            stage.variants = work.variants[stage.stage_index]
         count = schedule.num_microbatches
         try:
             runtime._step_microbatches([()] * count, [{}] * count)

@@ -27,7 +27,7 @@ class Step:
     program: SegmentProgram
     frees: tuple[str, ...]
     runs_backward: bool
-    tangents: tuple[tuple[str, int], ...]  # value and output slot, in the backward's order
+    tangents: tuple[str, ...]  # values, in the backward's order
     input_grads: tuple[tuple[int, str], ...]  # input slot and value, where a gradient goes on
 
 
@@ -47,6 +47,7 @@ class Variant:
 
     steps: list[Step]
     metas: Mapping[str, Meta]
+    grad_metas: Mapping[str, Meta]
     zeros: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -97,11 +98,11 @@ class StageRunner:
                     program,
                     frees,
                     index in self.wiring.backward_runs,
-                    tuple((instance.outputs[slot], slot) for slot in program.tangent_outputs),
+                    tuple(instance.outputs[slot] for slot in program.tangent_outputs),
                     tuple((s, n) for s, n in enumerate(instance.inputs) if program.input_grads[s]),
                 )
             )
-        return Variant(steps, value_metas(self.graph, programs))
+        return Variant(steps, value_metas(self.graph, programs), grad_metas(self.graph, programs))
 
     def forward(
         self,
@@ -160,9 +161,9 @@ class StageRunner:
             step, program = item.step, item.step.program
             index = step.instance.index
             tangents = []
-            for name, slot in step.tangents:
+            for name in step.tangents:
                 tangent = grads.pop(name, None)
-                tangents.append(self._zero(variant, name, program, slot) if tangent is None else tangent)
+                tangents.append(self._zero(variant, name) if tangent is None else tangent)
             if kept:
                 self.store.prefetch(kept[-1].step.instance.index)
             params = self.store.acquire(index)
@@ -189,10 +190,7 @@ class StageRunner:
         sent = {}
         for name in self.stage.grad_sends:
             grad = grads.get(name)
-            if grad is None:
-                shape, dtype = variant.metas[name]
-                grad = torch.zeros(shape, dtype=dtype, device=self.store.device)
-            sent[name] = grad
+            sent[name] = self._zero(variant, name) if grad is None else grad
         return sent
 
     def backward_weight(self, microbatch: int) -> None:
@@ -205,9 +203,9 @@ class StageRunner:
         for unit in self._flushes[index]:
             unit.flush()
 
-    def _zero(self, variant: Variant, name: str, program: SegmentProgram, slot: int) -> torch.Tensor:
+    def _zero(self, variant: Variant, name: str) -> torch.Tensor:
         if name not in variant.zeros:
-            shape, dtype = program.output_meta[slot]
+            shape, dtype = variant.grad_metas[name]
             variant.zeros[name] = torch.zeros(shape, dtype=dtype, device=self.store.device)
         return variant.zeros[name]
 
@@ -232,6 +230,16 @@ def value_metas(graph: ModelGraph, programs: Mapping[str, SegmentProgram]) -> di
     metas: dict[str, Meta] = {}
     for inst in graph.instances:
         metas.update(zip(inst.outputs, programs[inst.segment].output_meta, strict=True))
+    return metas
+
+
+def grad_metas(graph: ModelGraph, programs: Mapping[str, SegmentProgram]) -> dict[str, Meta]:
+    """Local shape and dtype of the gradient of each value that takes one; it may be sharded unlike the value."""
+    metas: dict[str, Meta] = {}
+    for inst in graph.instances:
+        program = programs[inst.segment]
+        found = program.tangent_meta or [program.output_meta[slot] for slot in program.tangent_outputs]
+        metas.update(zip((inst.outputs[slot] for slot in program.tangent_outputs), found, strict=True))
     return metas
 
 

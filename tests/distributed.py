@@ -11,7 +11,6 @@ traceback, and ranks that still wait in a collective are replaced.
 from __future__ import annotations
 
 import atexit
-import io
 import multiprocessing
 import os
 import pickle
@@ -88,7 +87,7 @@ class Pool:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self.context = multiprocessing.get_context(method)
         if method == "forkserver":
-            self.context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor"])
+            self.context.set_forkserver_preload(["shardwright.runtime.program", "torch.distributed.tensor"])
         self.workers: list[_Worker] = []
 
     def run(
@@ -101,7 +100,6 @@ class Pool:
     ) -> list[Any]:
         while len(self.workers) < size:
             self.workers.append(_Worker(self.context))
-        payload = _dumps((function, arguments, keywords))
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "store")
             for rank in range(size):
@@ -141,12 +139,6 @@ class Pool:
         self.workers = []
 
 
-def _dumps(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    pickle.Pickler(buffer).dump(value)
-    return buffer.getvalue()
-
-
 _pool: Pool | None = None
 
 
@@ -158,4 +150,4 @@ def run_ranks(
     if _pool is None:
         _pool = Pool()
         atexit.register(_pool.close)
-    return _pool.run(size, function, arguments, keywords, timeout_s)
+    return _pool.run(size, pickle.dumps((function, arguments, keywords)), timeout_s)

@@ -1,7 +1,7 @@
 """A small model as hand-made segment programs, for tests of the runtime without capture or passes.
 
-Segments are written as plain functions of whole tensors, with the collectives of a data- and tensor-parallel version put
-in by hand through `Comm`. The reference runs the same functions on one process, where every collective is the identity.
+Segments are written as plain functions of whole tensors, with the collectives of a data- and tensor-parallel version
+put in by hand through `Comm`. The reference runs the same functions on one process, where every collective is the identity.
 
     ids -> prologue -> pos            (from inputs and a buffer only)
     embed: h0, tag                    (emb.weight; tag is an integer value)
@@ -233,11 +233,8 @@ def make_toy(num_blocks: int = 3, batch_size: int = 4, dtype: torch.dtype = torc
 
     instances, base = [], 0
     for index, (segment, params, buffers, inputs, outputs) in enumerate(rows):
-        instances.append(
-            SegmentInstance(
-                index, segment, tuple(params), tuple(buffers), tuple(inputs), tuple(outputs), base, ""
-            )  # fmt: skip
-        )
+        names = [tuple(row) for row in (params, buffers, inputs, outputs)]
+        instances.append(SegmentInstance(index, segment, *names, base, ""))
         base += int(SEGMENTS[segment].random)
     return Toy(_graph(model, instances, batch_size, dtype), model, num_blocks)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from distributed import run_ranks
 from runtime_toy import make_batch, make_plan, make_program, make_toy, reference
 
