@@ -1,12 +1,13 @@
 """How well the cost model predicts published measurements.
 
-    python benchmarks/costmodel.py FOLDER                 median and p90 relative error by file, on step time and collectives
+    python benchmarks/costmodel.py FOLDER                 median and p90 relative error by file
     python benchmarks/costmodel.py FOLDER --rows FILE     every row of one file, worst first
-    python benchmarks/costmodel.py FOLDER --fit           fit the constants marked as fitted on runs, print them
-    python benchmarks/costmodel.py FOLDER --fit --write   the same, and write them to costmodel/constants.toml
+    python benchmarks/costmodel.py FOLDER --fit steps     fit constants on step times (or: collectives), print them
+    ... --write                                           and write them to costmodel/constants.toml
     python benchmarks/costmodel.py                        the sanity checks that need no data
 
-FOLDER holds the CSV files of published runs, which are not part of the repository. Relative error is |predicted / measured - 1|.
+FOLDER holds the CSV files of published runs, which are not part of the repository. Relative error is
+|predicted / measured - 1|, of seconds a step and of seconds a collective.
 """
 
 from __future__ import annotations
@@ -20,21 +21,30 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from published_collectives import read_collectives
-from published_runs import Run, read_runs
+from published_collectives import Collective, read_collectives
+from published_runs import FRAMEWORKS, Run, read_runs
 from transformer_run import Layout, Software, Transformer, step_time
 
 from shardwright.costmodel.constants import CONSTANTS_FILE, Constants, default_constants
 from shardwright.costmodel.model import CostModel
+from shardwright.profiler.cluster import Cluster
 from shardwright.profiler.hardware import parse_hardware
 
 # Constants of the cost model fitted on runs (group, key), and figures of each framework fitted beside them.
 FITTED = [
-    ("sustained_fraction", key) for key in ("default", "A100", "H100", "H100-fp8", "H100-SXM-96GB", "V100", "B200", "GB200")
+    ("sustained_fraction", key)
+    for key in ("default", "A100", "H100", "H100-fp8", "H100-SXM-96GB", "V100", "B200", "GB200")
 ] + [
     ("attention_efficiency", "A100"), ("attention_efficiency", "H100"), ("attention_backward_efficiency", "A100"),
     ("attention_backward_efficiency", "H100"), ("matmul_memory_share", "default"), ("memory_efficiency", "pointwise"),
     ("memory_efficiency", "normalization"), ("memory_efficiency", "reduction"),
+]  # fmt: skip
+FITTED_ON_COLLECTIVES = [
+    ("link_efficiency", key) for key in ("NVLink3", "NVLink4", "NVLink5", "infiniband", "roce", "efa")
+] + [
+    ("multicast_efficiency", "NVLink4"), ("multicast_efficiency", "NVLink5"), ("tree_efficiency", "default"),
+    ("chunk_bytes", "default"), ("chunk_bytes", "efa"),
+    ("contention_per_doubling", "EFA-3200"),
 ]  # fmt: skip
 FRAMEWORK_FIGURES = {
     "nanotron": ("dispatch_s", "tp_overlap", "dp_overlap", "step_overhead"),
@@ -45,6 +55,7 @@ FRAMEWORK_FIGURES = {
     "megatron2021": ("dispatch_s", "step_overhead"),
 }
 FRACTIONS = {"tp_overlap", "dp_overlap", "matmul_memory_share", "step_overhead"}
+UNIT_GROUPS = ("_fraction", "_efficiency")
 PRIOR_WEIGHT = 0.02  # keeps figures that the data barely constrain near where they start
 
 
@@ -53,8 +64,8 @@ def predict(run: Run, constants: Constants, software: Software | None = None) ->
 
 
 def is_clean(run: Run) -> bool:
-    """Rows fit for fitting. The nanotron sweep ran on a shared network: beyond eight hosts, with tensor parallelism across
-    hosts, and with pipelines under ZeRO-0, steps of one layout vary by factors of ten and more."""
+    """Rows fit for fitting. The nanotron sweep ran on a shared network: beyond eight hosts, with tensor parallelism
+    across hosts, and with pipelines under ZeRO-0, steps of one layout vary by factors of ten and more."""
     if run.framework != "nanotron":
         return True
     layout = run.layout
@@ -102,7 +113,7 @@ def print_rows(folder: Path, constants: Constants, file: str) -> None:
         time = step_time(CostModel(run.cluster, constants), run.model, run.layout, run.software)
         parts = f"compute {time.compute_s:.3g} bubble {time.bubble_s:.3g} tp {time.tp_s:.3g} dp {time.dp_s:.3g}"
         print(
-            f"{ratio:6.2f}  row {run.row:4d}  {run.label}  measured {run.step_s:.3f} s predicted {time.step_s:.3f} s ({parts})"
+            f"{ratio:6.2f}  row {run.row:4d}  {run.label}  {run.step_s:.3f} s, predicted {time.step_s:.3f} s ({parts})"
         )
 
 
@@ -119,7 +130,8 @@ def _apply(constants: Constants, figures: Figures) -> tuple[Constants, dict[str,
 
 
 def _loss(runs: Iterable[Run], constants: Constants, figures: Figures, start: Figures) -> float:
-    """Mean over frameworks of the mean |log(predicted / measured)|: robust to outliers, and no sweep outweighs the rest."""
+    """Mean over files of the mean |log(predicted / measured)|, each file weighing the square root of its rows: robust
+    to outliers, and no sweep outweighs the rest."""
     table, theirs = _apply(constants, figures)
     errors: dict[str, list[float]] = defaultdict(list)
     for run in runs:
@@ -129,46 +141,69 @@ def _loss(runs: Iterable[Run], constants: Constants, figures: Figures, start: Fi
         errors[run.file].append(abs(math.log(predict(run, table, software) / run.step_s)))
     fit = sum(math.sqrt(len(values)) * sum(values) / len(values) for values in errors.values())
     weight = sum(math.sqrt(len(values)) for values in errors.values())
-    prior = sum(abs(math.log(figures[key] / start[key])) for key in figures)
-    return fit / weight + PRIOR_WEIGHT * prior / len(figures)
+    return fit / weight + _prior(figures, start)
+
+
+def _prior(figures: Figures, start: Figures) -> float:
+    return PRIOR_WEIGHT * sum(abs(math.log(figures[key] / start[key])) for key in figures) / len(figures)
 
 
 def _scaled(run: Run, figures: dict[str, float]) -> dict[str, float]:
     """A row's own slowdown of attention (an older kernel) stays in proportion."""
-    from published_runs import FRAMEWORKS
-
     result = dict(figures)
     if "attention_slowdown" in result:
         result["attention_slowdown"] *= run.software.attention_slowdown / FRAMEWORKS[run.framework].attention_slowdown
     return result
 
 
-def fit(folder: Path, constants: Constants, log: Callable[[str], None] = print) -> Figures:
-    """Coordinate descent with shrinking multiplicative steps; at most one in four rows of the largest sweep is used."""
-    from published_runs import FRAMEWORKS
-
-    runs = [run for run in read_runs(folder) if is_clean(run)]
-    runs = [run for run in runs if run.framework != "nanotron" or run.row % 3 == 0]
-    start: Figures = {(group, key): constants.get(group, key) for group, key in FITTED}
-    for framework, names in FRAMEWORK_FIGURES.items():
-        start.update({(framework, name): getattr(FRAMEWORKS[framework], name) for name in names})
-    figures, best = dict(start), _loss(runs, constants, start, start)
-    log(f"{len(runs)} rows, {len(figures)} figures, starting loss {best:.4f}")
+def descend(figures: Figures, loss_of: Callable[[Figures], float], log: Callable[[str], None]) -> Figures:
+    """Coordinate descent with shrinking multiplicative steps."""
+    best = loss_of(figures)
+    log(f"{len(figures)} figures, starting loss {best:.4f}")
     for step in (1.25, 1.25, 1.12, 1.12, 1.06, 1.03):
         for key in figures:
             for factor in (step, 1 / step):
-                trial = dict(figures)
-                trial[key] = figures[key] * factor
-                if (key[1] in FRACTIONS or key[0] in FRACTIONS) and trial[key] > 0.98:
+                trial = {**figures, key: figures[key] * factor}
+                if trial[key] > (0.98 if FRACTIONS & set(key) else 1.0 if key[0].endswith(UNIT_GROUPS) else math.inf):
                     continue
-                if key[0] in {"sustained_fraction", "memory_efficiency", "attention_efficiency"} and trial[key] > 1.0:
-                    continue
-                loss = _loss(runs, constants, trial, start)
+                loss = loss_of(trial)
                 if loss < best - 1e-6:
                     figures, best = trial, loss
                     break
         log(f"step {step}: loss {best:.4f}")
     return figures
+
+
+def fit_collectives(folder: Path, constants: Constants, log: Callable[[str], None] = print) -> Figures:
+    """Mean |log error| of all-reduces from 64 KiB, each published curve weighing the square root of its points."""
+    curves: dict[Cluster, list[Collective]] = defaultdict(list)
+    for one in read_collectives(folder):
+        # the other kinds were published as means over a shared network, with a definition of bandwidth left open
+        if one.kind == "all_reduce" and one.num_bytes >= (1 << 20 if one.from_torch else 1 << 16):
+            curves[one.cluster].append(one)
+    start: Figures = {(group, key): constants.get(group, key) for group, key in FITTED_ON_COLLECTIVES}
+
+    def loss_of(figures: Figures) -> float:
+        table, _ = _apply(constants, figures)
+        total = weight = 0.0
+        for cluster, points in curves.items():
+            model = CostModel(cluster, table)
+            errors = [abs(math.log(model.collective_seconds(p.kind, p.num_bytes, p.group) / p.seconds)) for p in points]
+            total, weight = total + sum(errors) / math.sqrt(len(errors)), weight + math.sqrt(len(errors))
+        return total / weight + _prior(figures, start)
+
+    return descend(start, loss_of, log)
+
+
+def fit_steps(folder: Path, constants: Constants, log: Callable[[str], None] = print) -> Figures:
+    """Mean |log error| of step times over the clean rows, and a third of the largest sweep."""
+    runs = [run for run in read_runs(folder) if is_clean(run)]
+    runs = [run for run in runs if run.framework != "nanotron" or run.row % 3 == 0]
+    start: Figures = {(group, key): constants.get(group, key) for group, key in FITTED}
+    for framework, names in FRAMEWORK_FIGURES.items():
+        start.update({(framework, name): getattr(FRAMEWORKS[framework], name) for name in names})
+    log(f"{len(runs)} rows")
+    return descend(start, lambda figures: _loss(runs, constants, figures, start), log)
 
 
 def write_constants(figures: Figures) -> None:
@@ -202,7 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="folder of CSV files of published runs")
     parser.add_argument("--rows", help="print every row of the files that start with this")
-    parser.add_argument("--fit", action="store_true", help="fit the constants on the runs and print them")
+    parser.add_argument("--fit", choices=("collectives", "steps"), help="fit constants on the data and print them")
     parser.add_argument("--write", action="store_true", help="with --fit: write costmodel/constants.toml")
     args = parser.parse_args()
     constants = default_constants()
@@ -214,7 +249,7 @@ def main() -> int:
     elif args.rows:
         print_rows(args.folder, constants, args.rows)
     elif args.fit:
-        figures = fit(args.folder, constants)
+        figures = (fit_collectives if args.fit == "collectives" else fit_steps)(args.folder, constants)
         for (group, key), value in figures.items():
             print(f"{group}.{key} = {value:.4g}")
         if args.write:

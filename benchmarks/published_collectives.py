@@ -25,6 +25,7 @@ class Collective:
     seconds: float
     cluster: Cluster
     group: GroupLink
+    from_torch: bool  # timed from Python, which adds tens of microseconds
 
 
 def _network(text: str) -> str:
@@ -61,4 +62,6 @@ def read_collectives(folder: Path) -> Iterator[Collective]:
                 network=find_link(_network(row["interconnect"])),
             )
             cluster = Cluster(row["gpu"], (group,))
-            yield Collective(kind, num_bytes, seconds, cluster, cluster.axis_links({"dp": size}, "dp"))
+            yield Collective(
+                kind, num_bytes, seconds, cluster, cluster.axis_links({"dp": size}, "dp"), "torch" in row["notes"]
+            )

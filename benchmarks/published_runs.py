@@ -53,7 +53,8 @@ def _gpu(text: str) -> str:
         ("GB200", "GB200-NVL72-186GB"), ("B200", "B200-SXM-180GB"), ("H200", "H200-SXM-141GB"),
         ("H100-9[56]GB", "H100-SXM-96GB"), ("H100-NVL", "H100-NVL-94GB"), ("H100", "H100-SXM-80GB"),
         ("A100-40GB|A100-SXM4-40", "A100-SXM-40GB"), ("A100", "A100-SXM-80GB"), ("V100.*16", "V100-SXM-16GB"),
-        ("V100", "V100-SXM-32GB"), ("MI300X", "MI300X-OAM-192GB"), ("MI250X", "MI250X-OAM-64GB"), ("L40S", "L40S-PCIE-48GB"),
+        ("V100", "V100-SXM-32GB"), ("MI300X", "MI300X-OAM-192GB"), ("MI250X", "MI250X-OAM-64GB"),
+        ("L40S", "L40S-PCIE-48GB"),
         ("4090", "RTX4090-PCIE-24GB"),
     ):  # fmt: skip
         if re.search(pattern, text):
@@ -104,7 +105,8 @@ def _transformer(row: dict[str, str]) -> Transformer | None:
     )
 
 
-# What each publisher's framework runs. Facts are from its documentation; the last four figures of each are fitted to its rows.
+# What each publisher's framework runs. Flags are from its documentation; dispatch, overlap, overhead and the slowdown
+# of its attention kernel are fitted to its rows (benchmarks/costmodel.py --fit steps).
 FRAMEWORKS = {
     "nanotron": Software(overlap_tp=True, overlap_dp=True, dispatch_s=60e-6),
     "aleph": Software(fused_rotary=False),
@@ -174,7 +176,8 @@ def _layout(file: str, row: dict[str, str], model: Transformer) -> Layout | None
     return Layout(
         dp=dp, tp=tp, pp=pp, cp=cp, micro_batch=min(micro, max(1, _int(row, "global_batch") // dp)),
         global_batch=_int(row, "global_batch"), zero=zero,
-        virtual_stages=_int(row, "vpp", 8 if file.startswith("paper_llama3") else 1) or 1, schedule=schedule, recompute=recompute,
+        virtual_stages=_int(row, "vpp", 8 if file.startswith("paper_llama3") else 1) or 1,
+        schedule=schedule, recompute=recompute,
         sequence_parallel=sequence_parallel and tp > 1,
     )  # fmt: skip
 
@@ -227,6 +230,7 @@ def _read_run(file: str, number: int, row: dict[str, str]) -> Run | None:
         return None
     per_host = _int(row, "gpus_per_node", 8) or 8
     cluster = _cluster(gpu, _int(row, "num_gpus"), per_host, _network(row["interconnect"], gpu))
-    label = f"{row['model']} {row['num_gpus']}x{row['gpu']} dp{layout.dp} tp{layout.tp} pp{layout.pp} mb{layout.micro_batch}"
+    sizes = f"dp{layout.dp} tp{layout.tp} pp{layout.pp} mb{layout.micro_batch}"
+    label = f"{row['model']} {row['num_gpus']}x{row['gpu']} {sizes}"
     framework = framework_of(file, row)
     return Run(file, number, label, cluster, model, layout, framework, _software(framework, row), step_s)

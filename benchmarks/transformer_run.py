@@ -1,7 +1,7 @@
 """A decoder-only transformer's training step, written out as ops and collectives and timed by the cost model.
 
-It exists to test the cost model on published runs of other frameworks: planning itself never uses it (the planner times the
-captured graph in the event simulator). Each op goes through CostModel.op_seconds, each collective through
+It exists to test the cost model on published runs of other frameworks: planning itself never uses it (the planner times
+the captured graph in the event simulator). Each op goes through CostModel.op_seconds, each collective through
 collective_seconds; what is left here is which ops a framework runs and what it overlaps.
 """
 
@@ -374,5 +374,5 @@ def _optimizer_seconds(model: CostModel, t: Transformer, layout: Layout) -> floa
     params = (t.layers * t.layer_params / layout.pp + t.vocab * t.hidden) / layout.tp
     if layout.zero >= 1:
         params /= layout.dp
-    # Adam: gradient, master, two moments read; master, moments, the 16-bit copy written; the norm reads gradients once more
+    # Adam: gradient, master, moments read; master, moments, the 16-bit copy written; the norm reads gradients again
     return model.op_seconds("mul", 0, params * (16 + 14 + 4), "fp32")

@@ -17,6 +17,7 @@ All-reduce and broadcast take the fastest that applies, as NCCL's tuner does.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from ..profiler.device import Device, GroupLink, Link
@@ -61,7 +62,7 @@ def collective_seconds(constants: Constants, kind: str, bytes_full_tensor: float
 def _hops_by_level(levels: list[GroupLink]) -> list[int]:
     """Links of each level in a chain through all members: 15 hops over 2 hosts of 8 are 14 inside and 1 between."""
     crossings = [math.ceil(levels[-1].size / level.members_per_subgroup) for level in levels] + [1]
-    return [here - above for here, above in zip(crossings, crossings[1:], strict=False)]
+    return [here - above for here, above in itertools.pairwise(crossings)]
 
 
 def _ring_seconds(constants: Constants, kind: str, num_bytes: float, levels: list[GroupLink]) -> float:
@@ -103,7 +104,7 @@ def _hops_seconds(
 
 
 def _all_to_all_seconds(constants: Constants, num_bytes: float, levels: list[GroupLink]) -> float:
-    """Every member sends 1/n of its tensor to each other one; at each level what leaves a subgroup crosses its ports."""
+    """Every member sends 1/n of its tensor to each other one; what leaves a subgroup crosses that level's ports."""
     size = levels[-1].size
     busy_s = latency_s = 0.0
     for level in levels:

@@ -12,6 +12,7 @@ the ramp, the tail and the operands of products too thin to hide them, which mak
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from ..profiler.device import Device, dtype_key
 from .constants import Constants
@@ -40,8 +41,9 @@ _COMPILED = tuple((re.compile(pattern), name) for pattern, name in OP_CLASSES)
 
 
 def bare_name(op_name: str) -> str:
-    """'torch.ops.aten.mm.default', 'aten::mm' and 'mm' all give 'mm'."""
-    parts = [part for part in re.split(r"::|\.", op_name.strip()) if part]
+    """'torch.ops.aten.mm.default', 'aten::mm' and 'mm' all give 'mm'; '<built-in function getitem>' gives 'getitem'."""
+    name = re.sub(r"^<built-in function (\w+)>$", r"\1", op_name.strip())
+    parts = [part for part in re.split(r"::|\.", name) if part]
     parts = [part for part in parts if part not in {"torch", "ops", "default", "operator", "_operator"}]
     if len(parts) > 1 and parts[0] in {
         "aten",
@@ -56,8 +58,9 @@ def bare_name(op_name: str) -> str:
     return parts[0] if parts else op_name
 
 
+@cache
 def op_class(op_name: str) -> str:
-    """matmul | attention | attention_backward | convolution | normalization | reduction | gather | copy | view | pointwise."""
+    """One of the names in OP_CLASSES, else 'pointwise'."""
     name = bare_name(op_name).lower()
     for pattern, found in _COMPILED:
         if pattern.fullmatch(name):

@@ -7,7 +7,7 @@ Ranks are numbered host by host in the order of the specification. Three kinds o
     network  hosts: InfiniBand, Ethernet, EFA
 
 Bandwidth is bytes/s per device and direction; a port that several devices share counts as each one's share, because in
-training all of them send at once. Nothing is enumerated by pairs, so a cluster of 16,384 devices costs no more than one of 8.
+training all of them send at once. Nothing is enumerated by pairs, so 16,384 devices cost little more than 8.
 """
 
 from __future__ import annotations
@@ -140,17 +140,23 @@ class Cluster:
         return int(self._places.host[rank])
 
     def worst_device(self, ranks: Iterable[int] | None = None) -> Device:
-        """Slowest and smallest of the devices of ranks (all of them by default). Where one is slower and another smaller,
-        a device that is both: what a step in lock-step waits for, and what must fit."""
+        """Slowest and smallest of the devices of ranks (all of them by default). Where one is slower and another
+        smaller, a device that is both: what a step in lock-step waits for, and what must fit."""
         if ranks is None:
-            kinds = range(len(self.groups))
-        else:
-            ranks = list(ranks)
-            self._check_ranks(*ranks)
-            kinds = sorted({int(index) for index in self._places.group[ranks]})
-        devices = list(dict.fromkeys(self._devices[index] for index in kinds))
-        worst = devices[0]
-        for other in devices[1:]:
+            return self._worst_of_all
+        ranks = list(ranks)
+        self._check_ranks(*ranks)
+        return self._worst_of([self._devices[index] for index in sorted(set(self._places.group[ranks].tolist()))])
+
+    @cached_property
+    def _worst_of_all(self) -> Device:
+        return self._worst_of(self._devices)
+
+    @staticmethod
+    def _worst_of(devices: Iterable[Device]) -> Device:
+        first, *others = dict.fromkeys(devices)
+        worst = first
+        for other in others:
             worst = worse_device(worst, other)
         return worst
 

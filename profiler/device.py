@@ -40,8 +40,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Link:
-    """bytes_per_s: per device and direction. latency_s: one hop. peer_bytes_per_s: what one pair has on a mesh without a
-    switch (0: the whole of bytes_per_s). multicast: the switch reduces in flight (NVLink SHARP).
+    """bytes_per_s: per device and direction. latency_s: one hop. peer_bytes_per_s: what one pair has on a mesh without
+    a switch (0: the whole of bytes_per_s). multicast: the switch reduces in flight (NVLink SHARP).
     measured: the bandwidth is what collectives reach, so no efficiency is taken off it."""
 
     name: str
@@ -91,7 +91,7 @@ class Device:
     figures: tuple[Figure, ...] = field(default=(), compare=False)
 
     def peak_flops_per_s(self, dtype: object) -> float:
-        """Dense FLOP/s of matrix products. A type the part lacks runs at the rate of DTYPE_FALLBACK; fp64 at 1/64 of fp32."""
+        """Dense FLOP/s of matrix products. A type the part lacks runs as DTYPE_FALLBACK says; fp64 at 1/64 of fp32."""
         rates = dict(self.peaks)
         key: str | None = dtype_key(dtype)
         while key is not None:
@@ -120,8 +120,8 @@ class Device:
 class GroupLink:
     """What joins the worst group along a mesh axis. bytes_per_s: per device and direction, at this level.
 
-    inner: the subgroup of each member that a nearer link joins (None: all size members are at this level). A group of 16
-    over 2 hosts of 8: size=16 on the network, inner.size=8 on NVLink.
+    inner: the subgroup of each member that a nearer link joins (None: all size members are at this level). A group of
+    16 over 2 hosts of 8: size=16 on the network, inner.size=8 on NVLink.
     """
 
     size: int

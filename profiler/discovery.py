@@ -1,7 +1,7 @@
 """`local`: what is on this machine, or in this torchrun job. The only module that looks at devices and measures.
 
-calibrate_cpu() times matrix products, memory copies and gloo messages in under 3 s and keeps the result in the user's cache
-folder; from then on CPU names use the measured figures and say so.
+calibrate_cpu() times matrix products, memory copies and gloo messages in under 3 s and keeps the result in the user's
+cache folder; from then on CPU names use the measured figures and say so.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def read_cpu_calibration() -> CpuCalibration | None:
 
 
 def calibrate_cpu(*, refresh: bool = False) -> CpuCalibration:
-    """Measure this machine (under 3 s), or return the cached result. Where the cache cannot be written, measures each time."""
+    """Measure this machine (under 3 s), or return the cached result. Measures each time where there is no cache."""
     if not refresh and (cached := read_cpu_calibration()) is not None:
         return cached
     latency_s, bytes_per_s = _measure_gloo()
@@ -190,8 +190,8 @@ def _measure_memory() -> float:
 def _measure_gloo() -> tuple[float, float]:
     """(seconds of a smallest message, bytes/s a direction) between two ends that exchange at once over loopback.
 
-    An all-reduce between two ranks moves the tensor once each way, so bytes over seconds is one direction's rate. The two
-    ends are threads of this process: gloo releases the interpreter lock, and no process has to be started.
+    An all-reduce between two ranks moves the tensor once each way, so bytes over seconds is one direction's rate. The
+    two ends are threads of this process: gloo releases the interpreter lock, and no process has to be started.
     """
     import torch
     import torch.distributed as dist
@@ -266,7 +266,7 @@ def _visible_accelerator() -> tuple[str, int, int]:
 
 
 def _match_accelerator(device_name: str, memory_bytes: int) -> Accelerator:
-    """The catalog entry for a driver's device name: 'NVIDIA H100 80GB HBM3', 'NVIDIA A100-SXM4-40GB', 'AMD Instinct MI300X'."""
+    """The catalog entry for a driver's device name, such as 'NVIDIA H100 80GB HBM3' or 'NVIDIA A100-SXM4-40GB'."""
     text = device_name.upper().replace("GEFORCE ", "").replace("RTX ", "RTX").replace("TESLA ", "")
     named = [entry for entry in accelerators().values() if re.search(rf"\b{entry.name}\b", re.sub(r"[-_]", " ", text))]
     form = "PCIE" if "PCIE" in text else "NVL" if "NVL" in text else ""

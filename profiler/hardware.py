@@ -155,7 +155,7 @@ def host_group(entry: Accelerator, num_hosts: int, num_devices: int) -> HostGrou
 
 
 def _cpu_group(entry: Accelerator, num_hosts: int, num_processes: int) -> HostGroup:
-    """Processes share the machine's cores, memory and memory bus. Measured figures are used where a calibration is cached."""
+    """Processes share the machine's cores, memory and memory bus. A cached calibration replaces the nominal figures."""
     from .discovery import read_cpu_calibration
 
     device, local = entry.device, entry.local
@@ -188,8 +188,9 @@ def share_link(link: Link, num_processes: int) -> Link:
 def load_cluster(path: Path) -> Cluster:
     """A TOML file of hosts and links; docs/hardware.md describes it.
 
-    [[hosts]]: devices = "8xH100-SXM-80GB", count, local_link and network_link (a catalog name, or a table with gb_per_s,
-    latency_us, source, kind, date), memory_gib, host_memory_gib, nvme_gib, nvme_gb_per_s. [[links]]: hosts = [0, 1] and a link.
+    [[hosts]]: devices = "8xH100-SXM-80GB", count, local_link and network_link (a catalog name, or a table with name,
+    gb_per_s, latency_us, source, kind, date), memory_gib, host_memory_gib, nvme_gib, nvme_gb_per_s.
+    [[links]]: hosts = [0, 1] and the entries of such a table.
     """
     try:
         document = read_toml(path)
@@ -212,8 +213,8 @@ def load_cluster(path: Path) -> Cluster:
     return Cluster(name=str(document.get("name", path.stem)), groups=groups, host_pairs=pairs, notes=_notes(groups))
 
 
-HOST_KEYS = {"devices", "count", "local_link", "network_link", "memory_gib", "host_memory_gib", "nvme_gib", "nvme_gb_per_s",
-             "domain_devices"}  # fmt: skip
+HOST_KEYS = {"devices", "count", "local_link", "network_link", "memory_gib", "host_memory_gib", "nvme_gib",
+             "nvme_gb_per_s", "domain_devices"}  # fmt: skip
 
 
 def _file_group(path: Path, index: int, entry: Mapping[str, Any]) -> HostGroup:
@@ -290,7 +291,8 @@ def _file_pair(path: Path, entry: Mapping[str, Any], num_hosts: int) -> HostPair
     pair = entry.get("hosts")
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(h, int) and 0 <= h < num_hosts for h in pair):
         raise ShardwrightError(
-            f"{where}: hosts = {pair!r}", means=f"two host numbers from 0 to {num_hosts - 1} are needed", change="hosts", works="hosts = [0, 1]"
+            f"{where}: hosts = {pair!r}", means=f"two host numbers from 0 to {num_hosts - 1} are needed", change="hosts",
+            works="hosts = [0, 1]",
         )  # fmt: skip
     return HostPairLink(pair[0], pair[1], _file_link(where, {key: v for key, v in entry.items() if key != "hosts"}))
 
