@@ -90,14 +90,7 @@ class Pool:
             self.context.set_forkserver_preload(["shardwright.runtime.program", "torch.distributed.tensor"])
         self.workers: list[_Worker] = []
 
-    def run(
-        self,
-        size: int,
-        function: Callable[..., Any],
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any],
-        timeout_s: float,
-    ) -> list[Any]:
+    def run(self, size: int, payload: bytes, timeout_s: float) -> list[Any]:
         while len(self.workers) < size:
             self.workers.append(_Worker(self.context))
         with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """A small model as hand-made segment programs, for tests of the runtime without capture or passes.
 
 Segments are written as plain functions of whole tensors, with the collectives of a data- and tensor-parallel version
-put in by hand through `Comm`. The reference runs the same functions on one process, where every collective is the identity.
+put in by hand through `Comm`. The reference runs the same functions on one process: there every collective is the
+identity.
 
     ids -> prologue -> pos            (from inputs and a buffer only)
     embed: h0, tag                    (emb.weight; tag is an integer value)
