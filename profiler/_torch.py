@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+from torch.fx import _lazy_graph_module
 from torch.fx.experimental import proxy_tensor
 
 
@@ -16,3 +17,11 @@ def last_traced_node_name() -> str:
 
 def null_context() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
+
+
+def lazy_recompile() -> contextlib.AbstractContextManager[None]:
+    """Inside, graph modules print and compile their Python code when first called, not after every change.
+
+    torch.export changes its graph some thirty times; of 70 blocks, each printing takes half a second.
+    """
+    return _lazy_graph_module._use_lazy_graph_module(True)

@@ -16,9 +16,10 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .. import kernels  # noqa: F401  registers the ops that normalization puts in
 from ..errors import ExitCode, ShardwrightError
+from ..kernels import ops  # noqa: F401  registers the ops that normalization puts in
 from . import fold, joint
+from ._torch import lazy_recompile
 from .attention_interface import shardwright_attention
 from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from .normalize import normalize, value
@@ -97,7 +98,7 @@ def _export(workload: Workload) -> tuple[Any, dict[str, torch.Tensor]]:
     batch = {name: t.clone() if t.device.type != "meta" else torch.empty_like(t) for name, t in workload.example_batch.items()}
     step = TrainingStep(workload.model, workload.loss)
     try:
-        with warnings.catch_warnings(), shardwright_attention(workload.model):
+        with warnings.catch_warnings(), shardwright_attention(workload.model), lazy_recompile():
             warnings.simplefilter("ignore")
             return torch.export.export(step, (batch,), strict=False), batch
     except ShardwrightError:
