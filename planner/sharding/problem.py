@@ -216,6 +216,21 @@ def origin(node: fx.Node) -> tuple[fx.Node, int]:
     return node, 0
 
 
+# lowering -> number of all-reduces of one value per row of the op's first operand (0 rows: of one number)
+_LOWERING_REDUCES = {"nll_rows": (2, False), "nll_cols": (2, False), "log_softmax_cols": (2, True), "softmax_cols": (2, True),
+                     "log_softmax_cols_backward": (1, True), "softmax_cols_backward": (1, True)}  # fmt: skip
+
+
+def _lowering_seconds(axis: Axis, lowering: str, view: OpView) -> float:
+    """The collectives inside a lowering (passes/lowerings.py)."""
+    if lowering not in _LOWERING_REDUCES:
+        return 0.0
+    times, per_row = _LOWERING_REDUCES[lowering]
+    first = view.inputs[0]
+    rows = first.numel() // first.shape[-1] if per_row else 1
+    return times * axis.collective_s("all_reduce", float(rows * first.element_size()))
+
+
 # --------------------------------------------------------------------------- one distinct segment
 
 
@@ -272,7 +287,8 @@ class _SegmentBuilder:
         for k, place in enumerate(strategy.outputs):
             if view.outputs[k] is not None:
                 kept += axis.local_bytes(name, node, k) / (axis.size if place >= 0 else 1)
-        return axis.op_s(node, 1.0 / axis.size if split else 1.0, moved + kept) + TIE_BREAK_S_PER_BYTE * kept
+        seconds = axis.op_s(node, 1.0 / axis.size if split else 1.0, moved + kept) + TIE_BREAK_S_PER_BYTE * kept
+        return seconds + _lowering_seconds(axis, strategy.lowering, view)
 
     # ----- edges
 

@@ -349,7 +349,12 @@ def _except_dim(view: OpView, dim: int) -> list[Strategy]:
 def along_dim(view: OpView) -> list[Strategy]:
     dim = view.arg(1, "dim", -1) if view.op._overloadname != "stable" else view.kwargs.get("dim", -1)
     linear = [Strategy((P,), (P,))] if view.op.overloadpacket is aten.cumsum else []
-    return linear + _except_dim(view, dim)
+    found = linear + _except_dim(view, dim)
+    name = view.op._schema.name.split("::")[1]
+    if name in ("_softmax", "_log_softmax"):
+        split = wrap(dim, view.inputs[0].dim())
+        found.append(Strategy((split,), (split,), lowering=f"{name[1:]}_cols"))
+    return found
 
 
 @rule_for("topk")
@@ -359,7 +364,42 @@ def topk(view: OpView) -> list[Strategy]:
 
 @rule_for("_softmax_backward_data", "_log_softmax_backward_data")
 def softmax_backward(view: OpView) -> list[Strategy]:
-    return [*_except_dim(view, view.args[2]), Strategy((P, R), (P,))]
+    split = wrap(view.args[2], view.inputs[0].dim())
+    name = view.op._schema.name.split("::")[1].removeprefix("_").removesuffix("_backward_data")
+    return [
+        *_except_dim(view, split),
+        Strategy((P, R), (P,)),
+        Strategy((split, split), (split,), lowering=f"{name}_cols_backward"),
+    ]
+
+
+@rule_for("nll_loss_forward", "nll_loss2d_forward")
+def nll_loss(view: OpView) -> list[Strategy]:
+    """(log_probabilities, target, weight, reduction, ignore_index) -> (loss, total_weight). reduction: 0 none, 1 mean, 2 sum"""
+    probabilities, rest = view.inputs[0], len(view.inputs) - 2
+    if probabilities.dim() == 1:
+        return []
+    reduction = view.args[3]
+    whole = (R,) * rest
+    if reduction == 0:
+        return [Strategy((0, 0, *whole), (0, P))] if rest == 0 else []
+    found = [Strategy((0, 0, *whole), (R, R), lowering="nll_rows")]
+    if rest == 0:
+        found.append(Strategy((1, R), (R, R), lowering="nll_cols"))
+    return found
+
+
+@rule_for("nll_loss_backward", "nll_loss2d_backward")
+def nll_loss_backward(view: OpView) -> list[Strategy]:
+    """(grad, log_probabilities, target, weight, reduction, ignore_index, total_weight) -> grad of log_probabilities"""
+    if view.inputs[1].dim() == 1:
+        return []
+    middle = (R,) * (len(view.inputs) - 4)
+    grad = 0 if view.args[4] == 0 else R
+    found = [Strategy((grad, 0, 0, *middle, R), (0,))]
+    if not middle and view.args[4] != 0:
+        found.append(Strategy((R, 1, R, R), (1,), lowering="nll_cols_backward"))
+    return found
 
 
 # --------------------------------------------------------------------------- normalization

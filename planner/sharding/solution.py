@@ -34,8 +34,12 @@ class AxisSolution:
         return self.places.get((segment, node.name), R)
 
 
-def read_choice(graph: ModelGraph, made: Build, choice: list[int]) -> AxisSolution:
-    """From the solver's option numbers to placements."""
+def read_choice(graph: ModelGraph, made: Build, choice: list[int], params_whole: bool = False) -> AxisSolution:
+    """From the solver's option numbers to placements.
+
+    params_whole: on the data axis every gradient leaves its segment as a partial sum, which the runtime reduces as the
+    ZeRO level asks; one that is already whole is kept by the first rank alone.
+    """
     solution = AxisSolution()
     for (segment, node), index in made.op_vars.items():
         solution.strategies[(segment, node)] = made.op_options[index][choice[index]]
@@ -53,11 +57,11 @@ def read_choice(graph: ModelGraph, made: Build, choice: list[int]) -> AxisSoluti
                 continue
             key = f"tangent_{slots.index(slot)}" if kind == "tan" else names[kind].format(slot)
             solution.places[(segment.name, key)] = place(index)
-        _param_gradients(segment, solution)
+        _param_gradients(segment, solution, params_whole)
     return solution
 
 
-def _param_gradients(segment: Segment, solution: AxisSolution) -> None:
+def _param_gradients(segment: Segment, solution: AxisSolution, params_whole: bool) -> None:
     results = flatten_outputs(segment.joint.graph)
     first = len(segment.outputs) + len(segment.mutated_buffers)
     for slot in range(len(segment.param_shapes)):
@@ -65,7 +69,7 @@ def _param_gradients(segment: Segment, solution: AxisSolution) -> None:
         if isinstance(node, fx.Node):
             param = solution.places[(segment.name, f"param_{slot}")]
             found = solution.of_result(segment.name, *origin(node))
-            solution.places[(segment.name, f"param_grad_{slot}")] = P if found == P and param == R else param
+            solution.places[(segment.name, f"param_grad_{slot}")] = P if params_whole or (found == P and param == R) else param
 
 
 def write_placements(graph: ModelGraph, axes: list[AxisSolution]) -> dict[str, dict[str, list[str]]]:

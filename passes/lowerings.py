@@ -1,0 +1,142 @@
+"""Local programs of ops whose sharded form is not the op itself on local tensors.
+
+A strategy names one of these; it emits the local nodes, collectives included, and returns the result (or results).
+Arguments: emitter, the captured node, its arguments with tensors replaced by local nodes, the mesh axis.
+
+    embedding_rows            vocabulary split: look up own rows, zero elsewhere (Shoeybi et al. 2019, section 3)
+    embedding_rows_backward   the gradient of own rows
+    nll_rows                  samples split: sums of losses and of weights added over ranks
+    nll_cols                  classes split: each target's value comes from the rank that has it
+    nll_cols_backward         own classes of the gradient
+    log_softmax_cols          softmax over a split dimension: maximum and sum over ranks
+    softmax_cols
+    softmax_cols_backward, log_softmax_cols_backward
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..planner.sharding.placement import shard_size, shard_start
+from .redistribute import Emitter, MeshAxis
+
+aten = torch.ops.aten
+Lowering = Callable[[Emitter, fx.Node, list[Any], MeshAxis], Any]
+
+
+def _range(size: int, axis: MeshAxis) -> tuple[int, int]:
+    """First row and number of rows that this rank has."""
+    return shard_start(size, axis.size, axis.index), shard_size(size, axis.size, axis.index)
+
+
+def _own(emit: Emitter, index: fx.Node, start: int, count: int) -> tuple[fx.Node, fx.Node]:
+    """(index relative to this rank's rows, clamped to be valid; mask of those that are not its own)"""
+    shifted = emit.call(aten.sub.Scalar, index, start)
+    outside = emit.call(
+        aten.logical_or.default, emit.call(aten.lt.Scalar, shifted, 0), emit.call(aten.ge.Scalar, shifted, count)
+    )
+    return emit.call(aten.masked_fill.Scalar, shifted, outside, 0), outside
+
+
+def embedding_rows(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
+    start, count = _range(node.args[0].meta["val"].shape[0], axis)  # type: ignore[union-attr]
+    local, outside = _own(emit, args[1], start, count)
+    found = emit.call(aten.embedding.default, args[0], local)
+    return emit.call(aten.masked_fill.Scalar, found, emit.call(aten.unsqueeze.default, outside, -1), 0.0)
+
+
+def embedding_rows_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
+    """(grad, indices, num_weights, padding_idx, scale_grad_by_freq): rows of others and the padding row get nothing."""
+    grad, index, num_weights, padding = args[0], args[1], args[2], args[3]
+    start, count = _range(num_weights, axis)
+    local, outside = _own(emit, index, start, count)
+    if padding >= 0:
+        outside = emit.call(aten.logical_or.default, outside, emit.call(aten.eq.Scalar, index, padding))
+    grad = emit.call(aten.masked_fill.Scalar, grad, emit.call(aten.unsqueeze.default, outside, -1), 0.0)
+    return emit.call(aten.embedding_dense_backward.default, grad, local, count, -1, False)
+
+
+def nll(emit: Emitter, node: fx.Node, args: list[Any], rows: list[MeshAxis], cols: list[MeshAxis]) -> tuple[fx.Node, fx.Node]:
+    """(log_probabilities, target, weight, reduction, ignore_index) -> (loss, total weight), both whole on every rank."""
+    target, ignore = args[1], args[4]
+    for axis in cols:
+        target = _target_at(emit, target, ignore, node.args[0].meta["val"].shape[1], axis)  # type: ignore[union-attr]
+        ignore = -100
+    both = emit.call(node.target, args[0], target, args[2], 2, ignore)  # 2: sum
+    total, weight = emit.call(operator.getitem, both, 0), emit.call(operator.getitem, both, 1)
+    for axis in [*rows, *cols]:
+        total, weight = emit.all_reduce(total, axis), emit.all_reduce(weight, axis)
+    return (emit.call(aten.div.Tensor, total, weight) if args[3] == 1 else total), weight
+
+
+def nll_rows(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> tuple[fx.Node, fx.Node]:
+    return nll(emit, node, args, [axis], [])
+
+
+def nll_cols(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> tuple[fx.Node, fx.Node]:
+    return nll(emit, node, args, [], [axis])
+
+
+def _target_at(emit: Emitter, target: fx.Node, ignore: int, classes: int, axis: MeshAxis) -> fx.Node:
+    """Targets relative to this rank's classes; those of other ranks are ignored."""
+    start, count = _range(classes, axis)
+    local, outside = _own(emit, target, start, count)
+    skip = emit.call(aten.logical_or.default, outside, emit.call(aten.eq.Scalar, target, ignore))
+    return emit.call(aten.masked_fill.Scalar, local, skip, -100)
+
+
+def nll_cols_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
+    """(grad, log_probabilities, target, weight, reduction, ignore_index, total_weight)"""
+    classes = node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
+    target = _target_at(emit, args[2], args[5], classes, axis)
+    return emit.call(node.target, args[0], args[1], target, None, args[4], -100, args[6])
+
+
+def _log_sum(emit: Emitter, x: fx.Node, dim: int, axis: MeshAxis) -> tuple[fx.Node, fx.Node]:
+    """(x - max, sum of its exponentials over all ranks)"""
+    top = emit.all_reduce(emit.call(aten.amax.default, x, [dim], True), axis, "max")
+    shifted = emit.call(aten.sub.Tensor, x, top)
+    exponentials = emit.call(aten.exp.default, shifted)
+    return shifted, emit.all_reduce(emit.call(aten.sum.dim_IntList, exponentials, [dim], True), axis)
+
+
+def log_softmax_cols(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
+    x = emit.call(aten._to_copy.default, args[0], dtype=torch.float32) if args[2] else args[0]
+    shifted, total = _log_sum(emit, x, args[1], axis)
+    return emit.call(aten.sub.Tensor, shifted, emit.call(aten.log.default, total))
+
+
+def softmax_cols(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
+    x = emit.call(aten._to_copy.default, args[0], dtype=torch.float32) if args[2] else args[0]
+    shifted, total = _log_sum(emit, x, args[1], axis)
+    return emit.call(aten.div.Tensor, emit.call(aten.exp.default, shifted), total)
+
+
+def log_softmax_cols_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
+    """grad - softmax * sum(grad)"""
+    grad, out, dim, dtype = args[:4]
+    total = emit.all_reduce(emit.call(aten.sum.dim_IntList, grad, [dim], True), axis)
+    found = emit.call(aten.sub.Tensor, grad, emit.call(aten.mul.Tensor, emit.call(aten.exp.default, out), total))
+    return emit.call(aten._to_copy.default, found, dtype=dtype)
+
+
+def softmax_cols_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
+    """softmax * (grad - sum(grad * softmax))"""
+    grad, out, dim, dtype = args[:4]
+    inner = emit.call(aten.sum.dim_IntList, emit.call(aten.mul.Tensor, grad, out), [dim], True)
+    centred = emit.call(aten.sub.Tensor, grad, emit.all_reduce(inner, axis))
+    return emit.call(aten._to_copy.default, emit.call(aten.mul.Tensor, out, centred), dtype=dtype)
+
+
+LOWERINGS: dict[str, Lowering] = {
+    function.__name__: function
+    for function in (
+        embedding_rows, embedding_rows_backward, nll_rows, nll_cols, nll_cols_backward, log_softmax_cols, softmax_cols,
+        log_softmax_cols_backward, softmax_cols_backward,
+    )
+}  # fmt: skip

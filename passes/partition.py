@@ -1,0 +1,120 @@
+"""A joint graph becomes a forward and a backward graph, and with them what is kept in between.
+
+Kept are the memories (not the views) of forward results that the backward reads; parameters, buffers and the random
+key are handed to both. Under recomputation only inputs are kept and the forward runs again inside the backward. Views,
+constants and whatever derives from parameters by views alone are made anew in the backward.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..profiler.graph import Segment
+from .shard import result_keys
+
+aten = torch.ops.aten
+_FREE_PACKETS = {
+    getattr(aten, name)
+    for name in ("view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "reshape",
+                 "zeros", "ones", "full", "scalar_tensor", "zeros_like")
+}  # fmt: skip
+
+
+def partition(
+    joint: fx.GraphModule, segment: Segment, recompute: bool
+) -> tuple[fx.GraphModule, fx.GraphModule | None, list[str]]:
+    """(forward, backward or None, names of what is kept), with the signatures of passes.program.SegmentProgram."""
+    graph = joint.graph
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    both = [n for n in placeholders if n.name.startswith(("param_", "buffer_")) or n.name == "key"]
+    inputs = [n for n in placeholders if n.name.startswith("input_")]
+    tangents = [n for n in placeholders if n.name.startswith("tangent_")]
+    results = dict(zip(result_keys(segment), next(n for n in reversed(graph.nodes) if n.op == "output").args[0], strict=True))
+    forward_results = [v for k, v in results.items() if k.startswith(("output_", "update_"))]
+    backward_results = [v for k, v in results.items() if k.startswith(("param_grad_", "input_grad_"))]
+    if not any(isinstance(v, fx.Node) for v in backward_results):
+        return _extract(joint, [*both[:-1], *inputs, both[-1]], forward_results), None, []
+    kept = _kept(graph, backward_results, recompute)
+    written = {f"buffer_{slot}" for slot in segment.mutated_buffers}
+    copies = [n for n in both if n.name in written and recompute and n.users]
+    forward = _extract(
+        joint, [*both[:-1], *inputs, both[-1]], [*forward_results, *kept, *copies], clone=set(copies)
+    )
+    # a buffer that the forward overwrites is read by the recomputation as it was before
+    renamed = {n: f"before_{n.name}" for n in copies}
+    backward = _extract(joint, [*both, *kept, *copies, *tangents], backward_results, renamed=renamed)
+    return forward, backward, [n.name for n in [*kept, *copies]]
+
+
+def _kept(graph: fx.Graph, wanted: list[Any], recompute: bool) -> list[fx.Node]:
+    """Walk back from the gradients; stop at what must be kept."""
+    kept: dict[fx.Node, None] = {}
+    seen: set[fx.Node] = set()
+    stack = [n for n in wanted if isinstance(n, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            if node.name.startswith("input_"):
+                kept[node] = None
+            continue
+        if node.meta.get("phase") == "forward" and not recompute and not _free(node):
+            if node.target is operator.getitem or not isinstance(_results(node), list):
+                kept[node] = None
+                continue
+        stack.extend(node.all_input_nodes)
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    return sorted(kept, key=lambda n: order[n])
+
+
+def _results(node: fx.Node) -> Any:
+    """A list for ops with several results, which are kept one by one through their getitems."""
+    users = list(node.users)
+    return users if users and all(u.target is operator.getitem for u in users) else None
+
+
+def _free(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in _FREE_PACKETS
+
+
+def _extract(
+    joint: fx.GraphModule,
+    arguments: list[fx.Node],
+    wanted: list[Any],
+    clone: set[fx.Node] | None = None,
+    renamed: dict[fx.Node, str] | None = None,
+) -> fx.GraphModule:
+    """The part of the graph that computes `wanted` from `arguments`."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    renamed = renamed or {}
+    for node in arguments:
+        new = graph.placeholder(renamed[node] if node in renamed and node in env else node.name)
+        env[node] = new  # the later of two wins: a kept copy stands for the buffer
+    needed: set[fx.Node] = set()
+    stack = [n for n in wanted if isinstance(n, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node in needed or node in env:
+            continue
+        needed.add(node)
+        stack.extend(node.all_input_nodes)
+    for node in joint.graph.nodes:
+        if node in needed:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    results = []
+    for node in wanted:
+        if not isinstance(node, fx.Node):
+            results.append(None)
+        elif clone and node in clone:
+            results.append(graph.call_function(aten.clone.default, (env[node],)))
+        else:
+            results.append(env[node])
+    graph.output(tuple(results))
+    return fx.GraphModule(torch.nn.Module(), graph)

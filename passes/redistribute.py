@@ -1,0 +1,138 @@
+"""A tensor from one placement to another on one mesh axis, as nodes of a graph: local ops and functional collectives.
+
+Shards are those of torch.chunk, so they may differ in length; collectives then run on padded pieces.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..planner.sharding.placement import P, R, shard_size, shard_start
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+
+
+@dataclass(frozen=True)
+class MeshAxis:
+    """One axis of the mesh as this rank sees it. index: this rank's coordinate. group: name of the process group."""
+
+    name: str
+    size: int
+    index: int
+    group: str
+
+
+class Emitter:
+    """Appends nodes to a graph, marking each with the phase it belongs to."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph, self.phase = graph, "forward"
+
+    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(op, args, kwargs)
+        node.meta["phase"] = self.phase
+        return node
+
+    def wait(self, op: Any, *args: Any) -> fx.Node:
+        return self.call(c10d.wait_tensor.default, self.call(op, *args))
+
+    def all_reduce(self, x: fx.Node, axis: MeshAxis, kind: str = "sum") -> fx.Node:
+        return self.wait(c10d.all_reduce.default, self.contiguous(x), kind, axis.group)
+
+    def contiguous(self, x: fx.Node) -> fx.Node:
+        return self.call(aten.contiguous.default, x)
+
+
+def redistribute(
+    emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, before: int, after: int
+) -> fx.Node:
+    """shape: sizes of the tensor on this rank, were it whole on the axis."""
+    if before == after or axis.size == 1:
+        return x
+    if before == R:
+        return _slice(emit, x, shape, axis, after) if after >= 0 else _keep_on_first(emit, x, axis)
+    if before == P:
+        return emit.all_reduce(x, axis) if after == R else _reduce_scatter(emit, x, shape, axis, after)
+    if after == R:
+        return _all_gather(emit, x, shape, axis, before)
+    assert after != P, "a shard is never turned into a partial sum"
+    return _all_to_all(emit, x, shape, axis, before, after)
+
+
+def _slice(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, dim: int) -> fx.Node:
+    start = shard_start(shape[dim], axis.size, axis.index)
+    size = shard_size(shape[dim], axis.size, axis.index)
+    return emit.call(aten.slice.Tensor, x, dim, start, start + size)
+
+
+def _keep_on_first(emit: Emitter, x: fx.Node, axis: MeshAxis) -> fx.Node:
+    """A whole tensor as a partial sum: one rank has it, the others zeros."""
+    return x if axis.index == 0 else emit.call(aten.zeros_like.default, x)
+
+
+def _pad(emit: Emitter, x: fx.Node, rank: int, dim: int, amount: int) -> fx.Node:
+    if amount == 0:
+        return x
+    return emit.call(aten.constant_pad_nd.default, x, [0, 0] * (rank - 1 - dim) + [0, amount])
+
+
+def _all_gather(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, dim: int) -> fx.Node:
+    chunk = -(-shape[dim] // axis.size)
+    x = _pad(emit, x, len(shape), dim, chunk - shard_size(shape[dim], axis.size, axis.index))
+    gathered = emit.wait(c10d.all_gather_into_tensor.default, emit.contiguous(x), axis.size, axis.group)
+    if dim != 0 and any(s != 1 for s in shape[:dim]):
+        pieces = emit.call(aten.split.Tensor, gathered, shape[0], 0)
+        gathered = emit.call(aten.cat.default, [_item(emit, pieces, i) for i in range(axis.size)], dim)
+    elif dim != 0:  # only ones before: the pieces already lie one after the other
+        gathered = emit.call(aten.reshape.default, gathered, [*shape[:dim], chunk * axis.size, *shape[dim + 1 :]])
+    if chunk * axis.size != shape[dim]:  # chunks are full but for the last ones, so padding is all at the end
+        gathered = emit.call(aten.slice.Tensor, gathered, dim, 0, shape[dim])
+    return gathered
+
+
+def _item(emit: Emitter, pieces: fx.Node, index: int) -> fx.Node:
+    return emit.call(operator.getitem, pieces, index)
+
+
+def _reduce_scatter(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, dim: int) -> fx.Node:
+    chunk = -(-shape[dim] // axis.size)
+    x = _pad(emit, x, len(shape), dim, chunk * axis.size - shape[dim])
+    if dim != 0 and any(s != 1 for s in shape[:dim]):
+        pieces = emit.call(aten.split.Tensor, x, chunk, dim)
+        x = emit.call(aten.cat.default, [_item(emit, pieces, i) for i in range(axis.size)], 0)
+    elif dim != 0:
+        x = emit.call(aten.reshape.default, x, [axis.size, *shape[1:dim], chunk, *shape[dim + 1 :]])
+    out = emit.wait(c10d.reduce_scatter_tensor.default, emit.contiguous(x), "sum", axis.size, axis.group)
+    if dim != 0 and all(s == 1 for s in shape[:dim]):
+        out = emit.call(aten.reshape.default, out, [*shape[:dim], chunk, *shape[dim + 1 :]])
+    own = shard_size(shape[dim], axis.size, axis.index)
+    return out if own == chunk else emit.call(aten.slice.Tensor, out, dim, 0, own)
+
+
+def _all_to_all(
+    emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, before: int, after: int
+) -> fx.Node:
+    """Split on `after`, exchange, join on `before`: each rank sends piece j to rank j."""
+    n = axis.size
+    out_chunk, in_chunk = -(-shape[after] // n), -(-shape[before] // n)
+    x = _pad(emit, x, len(shape), after, out_chunk * n - shape[after])
+    x = _pad(emit, x, len(shape), before, in_chunk - shard_size(shape[before], n, axis.index))
+    pieces = emit.call(aten.split.Tensor, x, out_chunk, after)
+    stacked = emit.call(aten.cat.default, [_item(emit, pieces, i) for i in range(n)], 0)
+    local = list(shape)
+    local[before], local[after] = in_chunk, out_chunk
+    sizes = [local[0]] * n
+    moved = emit.wait(c10d.all_to_all_single.default, emit.contiguous(stacked), sizes, sizes, axis.group)
+    parts = emit.call(aten.split.Tensor, moved, local[0], 0)
+    joined = emit.call(aten.cat.default, [_item(emit, parts, i) for i in range(n)], before)
+    if in_chunk * n != shape[before]:
+        joined = emit.call(aten.slice.Tensor, joined, before, 0, shape[before])
+    own = shard_size(shape[after], n, axis.index)
+    return joined if own == out_chunk else emit.call(aten.slice.Tensor, joined, after, 0, own)

@@ -1,0 +1,245 @@
+"""The SPMD pass: a joint graph over whole tensors becomes this rank's joint graph over its shards.
+
+For each op the plan gives a strategy on every mesh axis. Operands are brought to the strategy's placements by the
+cheapest collectives (redistribute.py), each at most once in a phase; the op then runs on local tensors, with size
+arguments made local, or as its lowering (lowerings.py).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..planner.sharding.evaluate import results
+from ..planner.sharding.placement import R, shard_size, shard_start
+from ..planner.sharding.problem import origin
+from ..planner.sharding.solution import AxisSolution
+from ..planner.sharding.strategy import is_op, replicated, view_of
+from ..profiler.graph import Segment
+from .lowerings import LOWERINGS, nll
+from .redistribute import Emitter, MeshAxis, redistribute
+
+aten = torch.ops.aten
+
+# ops with an argument that is the size of their result: packet -> position
+_OUTPUT_SIZE_ARG = {
+    aten.view: 1, aten.reshape: 1, aten._unsafe_view: 1, aten.expand: 1, aten.zeros: 0, aten.ones: 0, aten.full: 0, aten.empty: 0,
+    aten.new_zeros: 1, aten.new_ones: 1, aten.new_full: 1, aten.new_empty: 1, aten.slice_backward: 1, aten.select_backward: 1,
+    aten.upsample_nearest2d_backward: 2, aten.upsample_bilinear2d_backward: 2, aten.upsample_bicubic2d_backward: 2,
+}  # fmt: skip
+# counter-based ops: op name -> (position of the local size or None, position of the offset, operand or result that is split alike)
+_RANDOM_ARGS = {"dropout": (None, 5), "rand_uniform": (1, 3), "rand_normal": (1, 3), "attention": (None, 11), "attention_backward": (None, 14)}
+
+Places = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShardContext:
+    """The mesh axes inside a stage, with the plan's decisions on each, in the plan's order."""
+
+    axes: tuple[MeshAxis, ...]
+    solutions: tuple[AxisSolution, ...]
+    device: torch.device
+
+
+def local_shape(shape: Sequence[int], places: Places, axes: Sequence[MeshAxis]) -> list[int]:
+    """Sizes on this rank: each axis cuts what the axes before it left."""
+    sizes = list(shape)
+    for place, axis in zip(places, axes, strict=True):
+        if place >= 0 and axis.size > 1:
+            sizes[place] = shard_size(sizes[place], axis.size, axis.index)
+    return sizes
+
+
+def local_offset(shape: Sequence[int], places: Places, axes: Sequence[MeshAxis]) -> list[int]:
+    """Where this rank's shard begins in the whole tensor."""
+    sizes, starts = list(shape), [0] * len(shape)
+    for place, axis in zip(places, axes, strict=True):
+        if place >= 0 and axis.size > 1:
+            starts[place] += shard_start(sizes[place], axis.size, axis.index)
+            sizes[place] = shard_size(sizes[place], axis.size, axis.index)
+    return starts
+
+
+def shard_segment(segment: Segment, context: ShardContext) -> fx.GraphModule:
+    """This rank's joint graph. Placeholders and results stand in the same order as in the segment's own."""
+    return _Sharding(segment, context).run()
+
+
+class _Sharding:
+    def __init__(self, segment: Segment, context: ShardContext) -> None:
+        self.segment, self.context, self.axes = segment, context, context.axes
+        self.graph = fx.Graph()
+        self.emit = Emitter(self.graph)
+        self.env: dict[tuple[fx.Node, int], fx.Node] = {}
+        self.moved: dict[tuple[fx.Node, int, Places, Places, str], fx.Node] = {}
+
+    def run(self) -> fx.GraphModule:
+        for node in self.segment.joint.graph.nodes:
+            self.emit.phase = node.meta.get("phase", "forward")
+            if node.op == "placeholder":
+                new = self.graph.placeholder(node.name)
+                new.meta["phase"] = self.emit.phase
+                self.env[(node, 0)] = new
+            elif is_op(node):
+                self._op(node)
+        return self._finish()
+
+    # ----- placements
+
+    def _made(self, source: fx.Node, output: int) -> Places:
+        return tuple(s.of_result(self.segment.name, source, output) for s in self.context.solutions)
+
+    def _strategies(self, node: fx.Node) -> list[Any]:
+        name = self.segment.name
+        return [
+            s.strategies[(name, node.name)] if axis.size > 1 else replicated(view_of(node))
+            for s, axis in zip(self.context.solutions, self.axes, strict=True)
+        ]
+
+    def _read(self, source: fx.Node, output: int, wanted: Places) -> fx.Node:
+        """The operand in the placements that a reader wants, by way of the form shared by readers of this phase."""
+        made = self._made(source, output)
+        key = f"{source.name}.{output}>{self.emit.phase}"
+        shared = tuple(
+            s.places.get((self.segment.name, key), place) for s, place in zip(self.context.solutions, made, strict=True)
+        )
+        node = self._move(source, output, self.env[(source, output)], made, shared)
+        return self._move(source, output, node, shared, wanted)
+
+    def _move(self, source: fx.Node, output: int, x: fx.Node, before: Places, after: Places) -> fx.Node:
+        key = (source, output, before, after, self.emit.phase)
+        if key not in self.moved:
+            val = source.meta["val"]
+            shape = (val[output] if isinstance(val, (tuple, list)) else val).shape
+            self.moved[key] = self._move_axes(x, shape, list(before), after)
+        return self.moved[key]
+
+    def _move_axes(self, x: fx.Node, shape: Sequence[int], current: list[int], after: Places) -> fx.Node:
+        """One axis at a time. An axis may only be cut or joined on a dimension that no later axis cuts meanwhile."""
+        pending = [k for k, axis in enumerate(self.axes) if axis.size > 1 and current[k] != after[k]]
+        while pending:
+            ready = [k for k in pending if not self._conflicts(k, current, after[k])]
+            if ready:
+                k, target = ready[0], after[ready[0]]
+                pending.remove(k)
+            else:  # two axes swap dimensions: make one whole first
+                k, target = pending[-1], R
+            x = redistribute(self.emit, x, self._whole_on(shape, current, k), self.axes[k], current[k], target)
+            current[k] = target
+        return x
+
+    def _conflicts(self, k: int, current: list[int], target: int) -> bool:
+        touched = {p for p in (current[k], target) if p >= 0}
+        return any(
+            current[j] in touched for j, axis in enumerate(self.axes) if j != k and axis.size > 1 and current[j] >= 0
+        )
+
+    def _whole_on(self, shape: Sequence[int], current: list[int], k: int) -> list[int]:
+        return local_shape(shape, tuple(R if j == k else p for j, p in enumerate(current)), self.axes)
+
+    # ----- ops
+
+    def _op(self, node: fx.Node) -> None:
+        strategies = self._strategies(node)
+        places = iter(zip(*(s.inputs for s in strategies), strict=True)) if strategies[0].inputs else iter(())
+
+        def operand(n: fx.Node) -> Any:
+            if not isinstance(n.meta.get("val"), torch.Tensor):
+                return self.env[origin(n)]
+            return self._read(*origin(n), next(places))
+
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), operand)
+        args, kwargs = list(args), dict(kwargs)
+        if "device" in kwargs:
+            kwargs["device"] = self.context.device
+        args = [self.context.device if isinstance(a, torch.device) else a for a in args]
+        lowered = [(s.lowering, axis) for s, axis in zip(strategies, self.axes, strict=True) if s.lowering and axis.size > 1]
+        if lowered:
+            result = self._lower(node, args, lowered)
+        else:
+            self._localize(node, args, strategies)
+            result = self.emit.call(self._target(node), *args, **kwargs)
+            for key in ("stack_trace", "nn_module_stack"):
+                if key in node.meta:
+                    result.meta[key] = node.meta[key]
+        self._store(node, result)
+
+    def _lower(self, node: fx.Node, args: list[Any], lowered: list[tuple[str, MeshAxis]]) -> Any:
+        if lowered[0][0] in ("nll_rows", "nll_cols"):
+            rows = [axis for name, axis in lowered if name == "nll_rows"]
+            return nll(self.emit, node, args, rows, [axis for name, axis in lowered if name == "nll_cols"])
+        ((name, axis),) = lowered
+        return LOWERINGS[name](self.emit, node, args, axis)
+
+    def _target(self, node: fx.Node) -> Any:
+        # shards come with strides of their own: a view that held for the whole tensor may need a copy
+        return aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
+
+    def _localize(self, node: fx.Node, args: list[Any], strategies: list[Any]) -> None:
+        """Size and offset arguments for this rank's shard."""
+        packet = getattr(node.target, "overloadpacket", None)
+        out_places = tuple(s.outputs[0] for s in strategies)
+        first = node.meta["val"][0] if isinstance(node.meta["val"], (tuple, list)) else node.meta["val"]
+        if packet in _OUTPUT_SIZE_ARG:
+            args[_OUTPUT_SIZE_ARG[packet]] = local_shape(first.shape, out_places, self.axes)
+        elif packet is aten.convolution_backward and args[3] is not None:
+            args[3] = local_shape(args[3], tuple(s.outputs[2] for s in strategies), self.axes)
+        name = getattr(node.target, "_schema", None)
+        name = name.name.split("::")[1] if name is not None and name.name.startswith("shardwright::") else ""
+        if name in _RANDOM_ARGS:
+            local_at, offset_at = _RANDOM_ARGS[name]
+            shape = args[offset_at - 1]
+            if shape is None:
+                return
+            if name.startswith("attention"):  # scores are split as the queries are
+                query = 0 if name == "attention" else 1
+                out_places = tuple(s.inputs[query] if s.inputs[query] in (0, 1, 2) else R for s in strategies)
+            args[offset_at] = local_offset(shape, out_places, self.axes)
+            if local_at is not None:
+                args[local_at] = local_shape(shape, out_places, self.axes)
+
+    def _store(self, node: fx.Node, result: Any) -> None:
+        val = node.meta["val"]
+        if not isinstance(val, (tuple, list)):
+            self.env[(node, 0)] = result
+            return
+        for k, item in enumerate(val):
+            if isinstance(item, torch.Tensor):
+                self.env[(node, k)] = result[k] if isinstance(result, tuple) else self.emit.call(operator.getitem, result, k)
+
+    # ----- results
+
+    def _finish(self) -> fx.GraphModule:
+        name = self.segment.name
+        found: dict[str, fx.Node] = {}
+        for key, (source, output), phase in results(self.segment):
+            self.emit.phase = phase
+            made = self._made(source, output)
+            target = tuple(
+                s.places.get((name, key), R if key.startswith("update_") else place)
+                for s, place in zip(self.context.solutions, made, strict=True)
+            )
+            found[key] = self._move(source, output, self.env[(source, output)], made, target)
+        keys = result_keys(self.segment)
+        self.graph.output(tuple(found.get(key) for key in keys))
+        self.graph.eliminate_dead_code()
+        return fx.GraphModule(torch.nn.Module(), self.graph)
+
+
+def result_keys(segment: Segment) -> list[str]:
+    """Names of everything that the joint graph returns, in order."""
+    return (
+        [f"output_{k}" for k in range(len(segment.outputs))]
+        + [f"update_{k}" for k in range(len(segment.mutated_buffers))]
+        + [f"param_grad_{k}" for k in range(len(segment.param_shapes))]
+        + [f"input_grad_{k}" for k in range(len(segment.inputs))]
+    )
+
+
+
