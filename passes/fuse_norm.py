@@ -20,8 +20,8 @@ import torch
 from torch import fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from ..kernels import add_rms_norm, rms_norm
 from ..kernels.generator import accumulate_dtype
+from ..kernels.ops import add_rms_norm, rms_norm
 
 aten = torch.ops.aten
 

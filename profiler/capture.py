@@ -84,7 +84,7 @@ def capture(workload: Workload) -> ModelGraph:
     if not isinstance(loss_node, fx.Node):
         raise ShardwrightError("the loss is a constant", means="it does not depend on the model", change="loss")
     pieces = fold.cut(
-        graph, workload.model, ROOT, nodes_of(param_fqn), nodes_of(buffer_fqn), [loss_node, *mutated.values()]
+        graph, workload.model, ROOT, nodes_of(param_fqn), nodes_of(buffer_fqn), nodes_of(mutated), [loss_node, *mutated.values()]
     )
     return _assemble(workload, exported, pieces, loss_node, key, mutated, param_fqn, buffer_fqn, user_inputs)
 

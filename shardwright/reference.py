@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .kernels import make_key
+from .kernels.ops import make_key
 from .profiler.attention_interface import shardwright_attention
 from .profiler.capture import compute_loss
 from .profiler.marker_ops import sdpa_masked, sdpa_window

@@ -10,8 +10,9 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from shardwright.kernels import attention, attention_math, make_key
+from shardwright.kernels import attention_math
 from shardwright.kernels.generator import keep_mask, keep_scale
+from shardwright.kernels.ops import attention, make_key
 
 CPU = torch.device("cpu")
 B, H, S, T, D, E = 2, 4, 5, 7, 8, 6

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardwright.kernels import add_rms_norm, rms_norm
+from shardwright.kernels.ops import add_rms_norm, rms_norm
 from shardwright.passes.fuse_norm import find_norms, fuse_add_rms_norm
 
 aten = torch.ops.aten

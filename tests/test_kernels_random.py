@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from shardwright.errors import ShardwrightError
-from shardwright.kernels import bernoulli, dropout, generator, make_key, rand_normal, rand_uniform
+from shardwright.kernels import generator
+from shardwright.kernels.ops import bernoulli, dropout, make_key, rand_normal, rand_uniform
 from shardwright.kernels.philox import philox4x32
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from shardwright.kernels import add_rms_norm, rms_norm
+from shardwright.kernels.ops import add_rms_norm, rms_norm
 
 EPS = 1e-5
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import Partial, Shard
 
-from shardwright import kernels
+from shardwright.kernels import ops as kernels
 from shardwright.kernels.sharding import SHARDING_RULES, shape_of
 
 RANKS = 2

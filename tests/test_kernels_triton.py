@@ -13,7 +13,8 @@ import sys
 import pytest
 import torch
 
-from shardwright.kernels import generator, make_key
+from shardwright.kernels import generator
+from shardwright.kernels.ops import make_key
 from shardwright.kernels.rms_norm import rms_norm_backward_reference, rms_norm_reference
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
