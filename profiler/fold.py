@@ -69,12 +69,14 @@ def cut(
     root: str,
     params: set[fx.Node],
     buffers: set[fx.Node],
+    written: set[fx.Node],
     kept: list[fx.Node],
 ) -> list[Piece]:
-    """kept: nodes whose values must leave their segment (loss, model outputs, new values of written buffers)."""
+    """written: buffers that the forward overwrites. kept: nodes whose values must leave their segment (loss, model
+    outputs, new values of written buffers)."""
     modules = dict(model.named_modules(remove_duplicate=False))
     blocks = _block_of_each(graph, modules, root)
-    hoisted = _hoistable(graph, params, blocks)
+    hoisted = _hoistable(graph, params | written, blocks)
     pieces = _prologues(graph, hoisted) + _runs(graph, blocks, hoisted)
     _wire(graph, pieces, params, buffers, kept)
     base = 0
@@ -119,12 +121,13 @@ def _only_child_root(modules: dict[str, torch.nn.Module]) -> str:
         path = f"{path}.{names[0]}" if path else names[0]
 
 
-def _hoistable(graph: fx.Graph, params: set[fx.Node], blocks: dict[fx.Node, str | None]) -> set[fx.Node]:
-    """Nodes outside the blocks that depend on user inputs, buffers and constants only, and draw no random number."""
+def _hoistable(graph: fx.Graph, state: set[fx.Node], blocks: dict[fx.Node, str | None]) -> set[fx.Node]:
+    """Nodes outside the blocks that depend on user inputs, unchanging buffers and constants only, and draw no random
+    number. state: parameters and buffers that the forward overwrites."""
     tainted: set[fx.Node] = set()
     hoisted: set[fx.Node] = set()
     for node in graph.nodes:
-        if node in params or node.name == "random_key":
+        if node in state or node.name == "random_key":
             tainted.add(node)
         elif node.op == "call_function":
             if any(n in tainted for n in node.all_input_nodes) or node.meta.get("random"):
