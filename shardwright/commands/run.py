@@ -1,6 +1,6 @@
 """Run a plan on local processes, with torchrun's launcher, over the loopback interface only.
 
-Each step prints its loss, tokens/s and memory, predicted beside measured. The weights are drawn from the workload's seed;
+Each step prints its loss, tokens/s and memory, predicted beside measured. The weights are drawn from the seed;
 the data are random, or the bytes of --text.
 """
 

@@ -1,0 +1,288 @@
+"""@parallelize: a model class or factory whose instances plan, build and train themselves.
+
+    @shardwright.parallelize(loss=my_loss)
+    class Net(nn.Module): ...
+
+    model = Net(64)
+    for batch in batches:
+        loss = model.step(batch)
+
+Alone it runs in one process. Under torchrun each process builds its part of the same plan.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import api
+from .errors import ShardwrightError
+from .planner.plan import Plan
+from .profiler.cluster import Cluster
+from .profiler.models import with_precision
+from .profiler.workload import OptimizerSpec, Precision, Workload
+from .runtime.batch import BatchPart
+from .runtime.program import Program
+from .units import parse_bytes
+
+Loss = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
+Batch = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What parallelize() was given."""
+
+    hardware: Cluster | str
+    loss: Loss | None
+    optimizer: OptimizerSpec
+    precision: Precision | torch.dtype | str | None
+    force: Mapping[str, Any]
+    memory_limit_bytes: int | None
+    time_limit_s: float | None
+    seed: int
+    meta: bool
+
+
+def parallelize(
+    factory: Callable[..., nn.Module] | None = None,
+    *,
+    hardware: Cluster | str = "local",
+    loss: Loss | None = None,
+    optimizer: str | OptimizerSpec | Callable[..., torch.optim.Optimizer] = "AdamW",
+    optimizer_options: Mapping[str, Any] | None = None,
+    max_grad_norm: float | None = None,
+    precision: Precision | torch.dtype | str | None = None,
+    force: Mapping[str, Any] | None = None,
+    memory_limit: int | str | None = None,
+    time_limit_s: float | None = None,
+    seed: int = 0,
+    meta: bool = False,
+) -> Any:
+    """Decorate a model class or factory: what it then returns is a Parallel.
+
+    hardware: what to plan for; "local" is this machine, or this torchrun job. loss(model_output, batch) -> scalar; None
+    where the model's output is, or holds, the loss. optimizer: a name in torch.optim, an OptimizerSpec, or a function
+    from parameters to an optimizer. precision: a dtype, or a Precision; by default that of the model's parameters.
+    force: choices of the plan to keep, such as {"tp": 2}. memory_limit: per device, "600MiB" or bytes. seed: of dropout
+    and other randomness in the model. meta: build the model without allocating it, and draw its first values shard by
+    shard; for models too big for one process, whose modules can reset_parameters().
+    """
+    settings = Settings(
+        hardware=hardware,
+        loss=loss,
+        optimizer=_optimizer(optimizer, dict(optimizer_options or {}), max_grad_norm),
+        precision=precision,
+        force=dict(force or {}),
+        memory_limit_bytes=parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit,
+        time_limit_s=time_limit_s,
+        seed=seed,
+        meta=meta,
+    )
+
+    def decorate(made_by: Callable[..., nn.Module]) -> Callable[..., Parallel]:
+        @functools.wraps(made_by, updated=())
+        def make(*arguments: Any, **keywords: Any) -> Parallel:
+            join_torchrun()
+            return Parallel(_construct(made_by, arguments, keywords, settings.meta), settings)
+
+        return make
+
+    return decorate if factory is None else decorate(factory)
+
+
+class Parallel:
+    """A model that trains as its plan says. Planned and built at the first batch, whose shapes it needs."""
+
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        self.settings = settings
+        self.module = module
+        self._program: Program | None = None
+
+    def __repr__(self) -> str:
+        state = "not planned yet" if self._program is None else f"mesh {self.plan.mesh.model_dump()}"
+        return f"Parallel({type(self.module).__name__}, {state})"
+
+    # training
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Forward, backward and optimizer step. Returns the loss, the same on every rank.
+
+        batch: tensors by name: what forward takes, and what the loss needs. The global batch, the same on every rank;
+        or this rank's part of it, as shard_batch() cuts it.
+        """
+        return self.prepare(batch).step(self._part(batch))
+
+    def forward_backward(self, batch: Batch) -> torch.Tensor:
+        """Loss, with gradients left in .grad of parameters(); optimizer_step() uses them."""
+        return self.prepare(batch).forward_backward(self._part(batch))
+
+    def optimizer_step(self) -> None:
+        self.program.optimizer_step()
+
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        """The loss of a batch; nothing is updated."""
+        return self.prepare(batch).evaluate(self._part(batch))
+
+    def shard_batch(self, batch: Batch) -> BatchPart:
+        """This rank's part of a global batch. Needs a prepared model."""
+        return self.program.shard_batch(batch)
+
+    def _part(self, batch: Batch) -> BatchPart:
+        return batch if isinstance(batch, BatchPart) else self.program.shard_batch(batch)
+
+    # planning
+
+    def prepare(self, batch: Batch) -> Program:
+        """Plan and build for batches of these shapes, unless that is done. batch: a global batch."""
+        if self._program is None:
+            if isinstance(batch, BatchPart):
+                raise ShardwrightError(
+                    "the first batch is a part of one; planning needs the shapes of a global batch",
+                    change="the first call",
+                    works="model.prepare(global_batch), then model.step(model.shard_batch(global_batch))",
+                )
+            workload = self._workload(batch)
+            settings = self.settings
+            plan = api.plan(
+                workload,
+                settings.hardware,
+                force=settings.force,
+                memory_limit_bytes=settings.memory_limit_bytes,
+                time_limit_s=settings.time_limit_s,
+            )
+            alone = plan.mesh.num_devices == 1
+            self._program = api.build(plan, workload, adopt=alone)
+            if not alone:
+                release(self.module)  # each rank has its shards now
+        return self._program
+
+    def _workload(self, batch: Batch) -> Workload:
+        sizes = [tensor.shape[0] for tensor in batch.values() if tensor.dim()]
+        if not sizes:
+            raise ShardwrightError("the batch holds no tensor with a dimension", change="the batch", works="{'x': x}")
+        dtype = next((p.dtype for p in self.module.parameters() if p.dtype.is_floating_point), torch.float32)
+        low = dtype in (torch.bfloat16, torch.float16)
+        wide = torch.float32 if low else dtype
+        workload = Workload(
+            model=self.module,
+            example_batch=dict(batch),
+            global_batch=sizes[0],
+            loss=self.settings.loss,
+            optimizer=self.settings.optimizer,
+            precision=Precision(compute=dtype, master=wide, grad_reduce=wide),
+            batch_size=sizes[0],
+            name=type(self.module).__name__,
+            seed=self.settings.seed,
+        )
+        if self.settings.precision is not None:
+            workload = with_precision(workload, self.settings.precision)
+        return workload
+
+    # what a user looks at
+
+    @property
+    def program(self) -> Program:
+        if self._program is None:
+            raise ShardwrightError(
+                f"{type(self.module).__name__} is not planned yet: its first batch gives the shapes",
+                change="call prepare() or step() first",
+                works="model.prepare(batch)",
+            )
+        return self._program
+
+    @property
+    def plan(self) -> Plan:
+        return self.program.plan
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """None on a rank that holds nothing to train. Assign another to replace it."""
+        return self.program.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self.program.optimizer = optimizer
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What this rank holds: DTensors where they are sharded."""
+        return self.program.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.program.named_parameters()
+
+
+def join_torchrun() -> None:
+    """Under torchrun, make the process group if the user's script has not."""
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _construct(make: Callable[..., nn.Module], arguments: Any, keywords: Any, meta: bool) -> nn.Module:
+    """Every rank draws the first values that rank 0 draws."""
+    if meta:
+        with torch.device("meta"):
+            return make(*arguments, **keywords)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make(*arguments, **keywords)
+    state = [torch.get_rng_state()]
+    dist.broadcast_object_list(state, src=0)
+    if dist.get_rank() == 0:
+        return make(*arguments, **keywords)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state[0])
+        return make(*arguments, **keywords)
+
+
+def release(module: nn.Module) -> None:
+    """Replace the values of parameters and buffers by meta tensors of the same shapes; tied ones stay tied."""
+    replaced: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        for table in (owner._parameters, owner._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in replaced:
+                    empty = torch.empty_like(tensor, device="meta")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    replaced[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                table[name] = replaced[id(tensor)]  # type: ignore[assignment]
+
+
+_STATE_TENSORS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1}  # others are taken to keep two, as Adam does
+
+
+def _optimizer(
+    given: str | OptimizerSpec | Callable[..., torch.optim.Optimizer],
+    options: dict[str, Any],
+    max_grad_norm: float | None,
+) -> OptimizerSpec:
+    if isinstance(given, OptimizerSpec):
+        return given
+    if isinstance(given, str):
+        found = {name.lower(): name for name in vars(torch.optim) if isinstance(getattr(torch.optim, name), type)}
+        if given.lower() not in found:
+            raise ShardwrightError(f"torch.optim has no {given!r}", change="optimizer=", works="optimizer='AdamW'")
+        name = found[given.lower()]
+        factory: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, name)
+    else:
+        factory, name = given, getattr(given, "__name__", "optimizer")
+    state_tensors = _STATE_TENSORS.get(name, 2) + (name == "SGD" and options.get("momentum", 0) > 0)
+    return OptimizerSpec(name, factory, options, state_tensors, max_grad_norm)
