@@ -35,6 +35,11 @@ _OPTIONS = (
 Shape = Sequence[int] | None
 
 
+def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The fused kernels read a head's elements one after another."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _sequence_major(tensor: torch.Tensor) -> torch.Tensor:
     """The layout that the fake kernel promises; a copy only where a lowering gave another."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
@@ -56,6 +61,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     spec = Spec(scale, causal, window, dropout_p, rng_index, rng_shape, rng_offset)
     _check(query, key, value, rng_key, dropout_p)
+    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
     match fused.lowering(query, key, value, mask, spec):
         case "cpu":
             out, lse = fused.cpu_forward(query, key, value, mask, spec)
@@ -87,7 +93,9 @@ def _backward(
     mask_needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     spec = Spec(scale, causal, window, dropout_p, rng_index, rng_shape, rng_offset)
+    grad_out, query, key, value = (_unit_stride(tensor) for tensor in (grad_out, query, key, value))
     grad_mask = None
+    grads: Sequence[torch.Tensor]
     match "math" if mask_needs_grad else fused.lowering(query, key, value, mask, spec):
         case "cpu":
             grads = fused.cpu_backward(grad_out, query, key, value, mask, out, lse, spec)
@@ -96,10 +104,9 @@ def _backward(
         case "efficient":
             grads = fused.efficient_backward(grad_out, query, key, value, mask, out, lse, spec)
         case _:
-            *some, grad_mask = attention_backward_math(
+            *grads, grad_mask = attention_backward_math(
                 grad_out, query, key, value, mask, rng_key, out, lse, spec, mask_needs_grad
             )
-            grads = tuple(some)
     grad_query, grad_key, grad_value = (_sequence_major(grad) for grad in grads)
     return grad_query, grad_key, grad_value, grad_mask
 

@@ -26,8 +26,7 @@ def lowering(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: 
     if not (query.dtype == key.dtype == value.dtype):
         return "math"
     if query.device.type == "cpu":
-        fits = half or query.dtype in (torch.float32, torch.float64)
-        return "cpu" if fits and all(t.stride(-1) == 1 for t in (query, key, value)) else "math"
+        return "cpu" if half or query.dtype in (torch.float32, torch.float64) else "math"
     if query.device.type != "cuda" or torch.version.hip is not None:
         return "math"
     major = torch.cuda.get_device_capability(query.device)[0]

@@ -130,8 +130,9 @@ def _keep(
     )
 
 
-def sequence_major(batch: int, heads: int, length: int, dim: int, like: torch.Tensor) -> torch.Tensor:
+def sequence_major(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """A zero [B, H, S, D] tensor whose memory is [B, S, H, D]: the layout that SDPA's fused kernels give."""
+    batch, heads, length, dim = shape
     return like.new_zeros(batch, length, heads, dim).transpose(1, 2)
 
 
@@ -146,7 +147,7 @@ def attention_math(
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     dtype = accumulate_dtype(query.dtype)
-    out = sequence_major(batch, heads, num_queries, value.shape[3], query)
+    out = sequence_major((batch, heads, num_queries, value.shape[3]), query)
     lse = query.new_full((batch, heads, num_queries), -torch.inf, dtype=dtype)
     mask = None if mask is None else mask_4d(mask)
     for block in _blocks(batch, heads, num_queries, num_keys, spec, query.device):
@@ -178,9 +179,9 @@ def attention_backward_math(
     kv_heads, num_keys = key.shape[1], key.shape[2]
     dtype = accumulate_dtype(query.dtype)
     wide = query.new_empty((), dtype=dtype)
-    grad_query = sequence_major(*query.shape, like=wide)
-    grad_key = sequence_major(*key.shape, like=wide)
-    grad_value = sequence_major(*value.shape, like=wide)
+    grad_query = sequence_major(query.shape, wide)
+    grad_key = sequence_major(key.shape, wide)
+    grad_value = sequence_major(value.shape, wide)
     full_mask = None if mask is None else mask_4d(mask)
     grad_mask = full_mask.new_zeros(full_mask.shape, dtype=dtype) if mask_needs_grad and full_mask is not None else None
     for block in _blocks(batch, heads, num_queries, num_keys, spec, query.device):

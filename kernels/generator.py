@@ -60,9 +60,10 @@ class _Key:
 
 
 def _chunks(num_rows: int, per_row: int) -> Iterator[tuple[int, int, int, int]]:
-    """Rectangles (first row, last row, first column, last column) of at most _CHUNK_BLOCKS blocks."""
-    rows = max(1, _CHUNK_BLOCKS // max(per_row, 1))
-    columns = min(per_row, _CHUNK_BLOCKS)
+    """Rectangles (first row, last row, first column, last column) of few enough blocks."""
+    limit = _CHUNK_BLOCKS * torch.get_num_threads()
+    rows = max(1, limit // max(per_row, 1))
+    columns = min(per_row, limit)
     for row in range(0, num_rows, rows):
         for column in range(0, per_row, columns):
             yield row, min(row + rows, num_rows), column, min(column + columns, per_row)
@@ -85,11 +86,13 @@ def generate(
         return torch.empty(tuple(local_shape), dtype=dtype, device=device)
     words_key = _Key.read(key, rng_index, device)
     base = words_key.microbatch * runs.global_numel
-    known = isinstance(base, int)
-    below_2_to_32 = known and 0 <= base and (base + runs.global_numel) < 2**34
     shift = runs.shift()
-    if shift is not None:
-        shift = (shift + base) % 4 if known else shift if runs.global_numel % 4 == 0 else None
+    below_2_to_32 = False
+    if isinstance(base, int):
+        below_2_to_32 = 0 <= base < 2**34 - runs.global_numel
+        shift = None if shift is None else (shift + base) % 4
+    elif runs.global_numel % 4:
+        shift = None  # where a block begins depends on the microbatch, which only the device knows
     # a run that begins `shift` elements into a block touches that many blocks; where runs differ, 3 is the most
     per_run = -(-(runs.run + (3 if shift is None else shift)) // 4)
     padded = torch.empty(runs.num_runs, per_run, 4, dtype=dtype, device=device)

@@ -2,8 +2,8 @@
 
 Importing this module registers the folder's operators in torch.ops.shardwright.
 
-The folder has no __init__.py on purpose: started at the top of a checkout, Python finds it before Hugging Face's package
-`kernels`, and prefers a package proper that stands later on its path to a folder without one.
+The folder has no __init__.py on purpose: started at the top of a checkout, Python finds it before Hugging Face's
+package `kernels`, and prefers a package proper that stands later on its path to a folder without one.
 """
 
 from .attention import attention, attention_backward

@@ -119,6 +119,19 @@ def test_grouped_heads_and_unequal_lengths_are_causal_from_the_top_left(kv_heads
         torch.testing.assert_close(call(*inputs, causal=True)[0], sdpa, rtol=1e-12, atol=1e-12)
 
 
+def test_inputs_and_gradients_of_any_layout():
+    inputs = [t.detach().mT.contiguous().mT.requires_grad_() for t in qkv()]
+    assert all(t.stride(-1) != 1 for t in inputs)
+    for grad in (
+        torch.randn(B, H, D, S, dtype=torch.float64).mT,
+        torch.ones((), dtype=torch.float64).expand(B, H, S, D),
+    ):
+        got = torch.autograd.grad(call(*inputs, causal=True)[0], inputs, grad)
+        want = torch.autograd.grad(oracle(*inputs, causal=True)[0], inputs, grad)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("causal,window", [(False, 0), (True, 3)])
 def test_dropout_keeps_what_the_counter_says(causal, window):
     inputs, rng_key = qkv(), make_key(seed=5, step=2, microbatch=1, random_base=3)
