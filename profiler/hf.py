@@ -204,6 +204,10 @@ def config_object(config: Mapping[str, Any], overrides: Mapping[str, Any] | None
         ) from None
     if hasattr(result, "use_cache"):
         result.use_cache = False  # a training step has no use for past keys and values
+    if getattr(result, "is_encoder_decoder", False) and getattr(result, "decoder_start_token_id", None) is None:
+        # targets are shifted right behind this token; some configurations leave it to generation settings
+        pad = getattr(result, "pad_token_id", None)
+        result.decoder_start_token_id = pad if isinstance(pad, int) else 0
     return result
 
 
@@ -266,21 +270,25 @@ def check_seq_len(model: nn.Module, config: Any, seq_len: int) -> None:
         )
 
 
-def resolve_kind(config: Mapping[str, Any]) -> str:
-    """Which of KINDS a configuration describes, by its architectures, else by its model_type."""
+def resolve_kind(config: Any) -> str:
+    """Which of KINDS a configuration object describes, by its architectures, else by its model_type."""
     require_transformers()
     with offline(), own_folders_hidden():
         from transformers.models.auto import modeling_auto
 
-    names = {kind: getattr(modeling_auto, mapping) for kind, (_, mapping) in _AUTO_CLASS.items()}
-    model_type = config["model_type"]
-    architectures = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    model_type = config.model_type
+    names = {}  # kind -> classes of this model_type for it
+    for kind, (_, mapping) in _AUTO_CLASS.items():
+        classes = getattr(modeling_auto, mapping).get(model_type)
+        if classes:
+            names[kind] = (classes,) if isinstance(classes, str) else tuple(classes)
+    architectures = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
     for architecture in architectures:
-        for kind, mapping in names.items():
-            if mapping.get(model_type) == architecture:
+        for kind, classes in names.items():
+            if architecture in classes:
                 return kind
     foreign = [name for name in architectures if not name.endswith(_BASE_SUFFIXES)]
-    candidates = [kind for kind, mapping in names.items() if model_type in mapping]
+    candidates = list(names)
     # a class that this version of transformers lacks or renamed still tells its kind by its ending
     for architecture in foreign:
         for kind, ending in (
@@ -296,14 +304,12 @@ def resolve_kind(config: Mapping[str, Any]) -> str:
             f"{model_type} ({', '.join(architectures) or 'no architectures named'}) is none of: {', '.join(KINDS)}",
             means="there is no training loss that could be chosen for it",
             change="MODEL, or 'architectures' in the configuration",
-            works=f"architectures: [{names[candidates[0]][model_type]!r}]" if candidates else "package.module:factory",
+            works=f"architectures: [{names[candidates[0]][0]!r}]" if candidates else "package.module:factory",
             exit_code=ExitCode.USAGE,
         )
-    if config.get("is_encoder_decoder") and "seq2seq" in candidates:
+    if "seq2seq" in candidates and (getattr(config, "is_encoder_decoder", False) or "causal-lm" not in candidates):
         return "seq2seq"
-    if "seq2seq" in candidates and "causal-lm" not in candidates:
-        return "seq2seq"
-    if "masked-lm" in candidates and not config.get("is_decoder"):
+    if "masked-lm" in candidates and not getattr(config, "is_decoder", False):
         return "masked-lm"
     return candidates[0]
 
@@ -312,6 +318,7 @@ def build_model(config: Any, kind: str, dtype: torch.dtype) -> nn.Module:
     """The model on the meta device, in training mode. Takes no memory for weights, whatever its size."""
     transformers = require_transformers()
     auto_class = getattr(transformers, _AUTO_CLASS[kind][0])
+    config.architectures = config.architectures or []  # transformers walks it where a type has several classes
     try:
         with offline(), own_folders_hidden(), _quiet(transformers), torch.device("meta"):
             model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)

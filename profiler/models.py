@@ -217,7 +217,7 @@ def _from_config(
     spec: str, config_json: dict[str, Any], preset: dict[str, Any] | None, name: str, options: _Options
 ) -> Workload:
     config = hf.config_object(config_json, options.overrides)
-    kind = preset["kind"] if preset else hf.resolve_kind(config_json)
+    kind = preset["kind"] if preset else hf.resolve_kind(config)
     seq_len: int | None = None
     if kind != "image-classification":
         seq_len = options.seq_len or (preset or {}).get("seq_len") or min(hf.own_seq_len(config) or 2048, 4096)
