@@ -115,14 +115,16 @@ FRAMEWORKS = {
     "nemo": Software(overlap_tp=True, overlap_dp=True, blocking_p2p=False, grad_bytes=4, fused_accumulation=True,
                      attention_slowdown=0.721, scattered_p2p=True, tp_overlap=0.856, dp_overlap=0.978, step_overhead=0.0209),
     "meta": Software(overlap_tp=True, overlap_dp=True, blocking_p2p=False, fused_accumulation=True),
-    "megatron2021": Software(attention="unfused", rotary=False, dropout=True, grad_bytes=2, scattered_p2p=True, dispatch_s=1e-05, step_overhead=0.03),
+    "megatron2021": Software(attention="unfused", rotary=False, dropout=True, grad_bytes=2, scattered_p2p=True,
+                             dispatch_s=1e-05, step_overhead=0.03),
+    "deepspeed": Software(attention="unfused", rotary=False, dropout=True, grad_bytes=2, step_overhead=0.05),
 }  # fmt: skip
 
 
 def framework_of(file: str, row: dict[str, str]) -> str:
     for prefix, name in (
         ("nanotron", "nanotron"), ("aleph", "aleph"), ("llm_foundry", "foundry"), ("torchtitan", "titan"),
-        ("nvidia_nemo", "nemo"), ("paper_llama3", "meta"),
+        ("nvidia_nemo", "nemo"), ("paper_llama3", "meta"), ("bigscience", "deepspeed"),
     ):  # fmt: skip
         if file.startswith(prefix):
             return name

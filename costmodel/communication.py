@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 
 from ..profiler.device import Device, GroupLink, Link
 from .constants import Constants
@@ -42,6 +44,25 @@ def level_rate(constants: Constants, level: GroupLink) -> float:
     return rate / (1 + constants.get("contention_per_doubling", level.link.name, level.link.family) * doublings)
 
 
+@dataclass(frozen=True)
+class _Algorithm:
+    """seconds = traffic_s_per_byte * bytes + latency_s + hops_s_per_byte * chunk."""
+
+    traffic_s_per_byte: float
+    latency_s: float
+    hops_s_per_byte: float
+
+
+@lru_cache(maxsize=4096)
+def _algorithms(constants: Constants, kind: str, group: GroupLink) -> tuple[_Algorithm, ...]:
+    """The algorithms that kind may use over group."""
+    levels = group.levels()
+    if kind == "all_to_all":
+        return (_all_to_all(constants, levels),)
+    ring = _ring(constants, kind, levels)
+    return (ring,) if kind in {"all_gather", "reduce_scatter"} else (ring, _tree(constants, kind, levels))
+
+
 def collective_seconds(constants: Constants, kind: str, bytes_full_tensor: float, group: GroupLink) -> float:
     """Seconds of one collective. bytes_full_tensor: the whole tensor: all-gather's output, reduce-scatter's input, what
     each member holds in an all-reduce, broadcast or all-to-all (of which it keeps 1/n)."""
@@ -49,14 +70,14 @@ def collective_seconds(constants: Constants, kind: str, bytes_full_tensor: float
         raise ValueError(f"collective {kind!r} is none of {', '.join(COLLECTIVES)}")
     if group.size <= 1 or bytes_full_tensor <= 0:
         return 0.0
-    levels = group.levels()
-    launch_s = constants.get("collective_launch_s", group.link.family)
-    if kind == "all_to_all":
-        return launch_s + _all_to_all_seconds(constants, bytes_full_tensor, levels)
-    ring_s = _ring_seconds(constants, kind, bytes_full_tensor, levels)
-    if kind in {"all_gather", "reduce_scatter"}:
-        return launch_s + ring_s
-    return launch_s + min(ring_s, _tree_seconds(constants, kind, bytes_full_tensor, levels))
+    chunk_limit = constants.get("chunk_bytes", group.link.family)
+    slice_bytes = bytes_full_tensor / group.size
+    chunk = chunk_limit * slice_bytes / (slice_bytes + chunk_limit / 2)  # min(slice, limit), smoothly
+    fastest_s = min(
+        way.traffic_s_per_byte * bytes_full_tensor + way.latency_s + way.hops_s_per_byte * chunk
+        for way in _algorithms(constants, kind, group)
+    )
+    return constants.get("collective_launch_s", group.link.family) + fastest_s
 
 
 def _hops_by_level(levels: list[GroupLink]) -> list[int]:
@@ -65,54 +86,47 @@ def _hops_by_level(levels: list[GroupLink]) -> list[int]:
     return [here - above for here, above in itertools.pairwise(crossings)]
 
 
-def _ring_seconds(constants: Constants, kind: str, num_bytes: float, levels: list[GroupLink]) -> float:
+def _ring(constants: Constants, kind: str, levels: list[GroupLink]) -> _Algorithm:
     size = levels[-1].size
     passes = 2 if kind == "all_reduce" else 1
-    sent = num_bytes if kind == "broadcast" else num_bytes * (size - 1) / size * passes
-    rates = [level_rate(constants, level) for level in levels]
-    hops = [passes * count for count in _hops_by_level(levels)]
-    return sent / min(rates) + _hops_seconds(constants, hops, num_bytes / size, levels, min(rates))
+    share = 1.0 if kind == "broadcast" else passes * (size - 1) / size
+    rate = min(level_rate(constants, level) for level in levels)
+    return _algorithm(share / rate, [passes * count for count in _hops_by_level(levels)], levels, rate)
 
 
-def _tree_seconds(constants: Constants, kind: str, num_bytes: float, levels: list[GroupLink]) -> float:
-    """Double binary tree over the subgroups of each level; inside the nearest one a chain, or the switch."""
-    size = levels[-1].size
+def _tree(constants: Constants, kind: str, levels: list[GroupLink]) -> _Algorithm:
+    """Double binary tree over hosts; inside a host a chain, or the switch."""
     passes = 2 if kind == "all_reduce" else 1
-    rates = [level_rate(constants, level) for level in levels]
-    traffic_s, hops = 0.0, []
-    for index, (level, rate) in enumerate(zip(levels, rates, strict=True)):
-        if index == 0 and kind == "all_reduce" and level.link.multicast and level.size >= MULTICAST_MIN_SIZE:
-            switched = level.bytes_per_s * constants.get("multicast_efficiency", level.link.name, level.link.family)
-            busy_s = num_bytes / switched
-        elif index == 0:
-            busy_s = passes * num_bytes / rate / constants.get("tree_efficiency")
+    traffic, hops = 0.0, []
+    for level in levels:
+        rate = level_rate(constants, level)
+        if level.scope == "network":
+            traffic = max(traffic, (1 if level.num_subgroups == 2 else passes) / rate)
+            hops.append(passes * math.ceil(math.log2(level.num_subgroups)))
+            continue
+        if kind == "all_reduce" and level.link.multicast and level.size >= MULTICAST_MIN_SIZE:
+            switched = constants.get("multicast_efficiency", level.link.name, level.link.family)
+            traffic = max(traffic, 1 / (level.bytes_per_s * switched))
         else:
-            busy_s = num_bytes * (1 if level.num_subgroups == 2 else passes) / rate
-        traffic_s = max(traffic_s, busy_s)
-        hops.append(passes * (level.size - 1 if index == 0 else math.ceil(math.log2(level.num_subgroups))))
-    return traffic_s + _hops_seconds(constants, hops, num_bytes / size, levels, min(rates))
+            traffic = max(traffic, passes / (rate * constants.get("tree_efficiency")))
+        hops.append(passes * (level.num_subgroups - 1))
+    return _algorithm(traffic, hops, levels, min(level_rate(constants, level) for level in levels))
 
 
-def _hops_seconds(
-    constants: Constants, hops: list[int], slice_bytes: float, levels: list[GroupLink], rate: float
-) -> float:
-    """Latency of each hop, and the chunk that it holds back: min(slice, chunk_bytes), smoothly."""
-    chunk_limit = constants.get("chunk_bytes", levels[-1].link.family)
-    chunk = chunk_limit * slice_bytes / (slice_bytes + chunk_limit / 2)
-    latency_s = sum(count * level.latency_s for count, level in zip(hops, levels, strict=True))
-    return latency_s + sum(hops) * chunk / rate
-
-
-def _all_to_all_seconds(constants: Constants, num_bytes: float, levels: list[GroupLink]) -> float:
+def _all_to_all(constants: Constants, levels: list[GroupLink]) -> _Algorithm:
     """Every member sends 1/n of its tensor to each other one; what leaves a subgroup crosses that level's ports."""
     size = levels[-1].size
-    busy_s = latency_s = 0.0
+    traffic = latency_s = 0.0
     for level in levels:
-        leaving = num_bytes * (level.size - level.members_per_subgroup) / size
         rate = level_rate(constants, level) / level.members_per_subgroup * constants.get("all_to_all_efficiency")
-        busy_s = max(busy_s, leaving / rate)
+        traffic = max(traffic, (level.size - level.members_per_subgroup) / size / rate)
         latency_s += level.latency_s * math.log2(max(2, level.num_subgroups))
-    return busy_s + latency_s
+    return _Algorithm(traffic, latency_s, 0.0)
+
+
+def _algorithm(traffic: float, hops: list[int], levels: list[GroupLink], rate: float) -> _Algorithm:
+    latency_s = sum(count * level.latency_s for count, level in zip(hops, levels, strict=True))
+    return _Algorithm(traffic, latency_s, sum(hops) / rate)
 
 
 def p2p_seconds(constants: Constants, num_bytes: float, link: Link | GroupLink) -> float:

@@ -1,18 +1,19 @@
 """Seconds of one op on one device: a roofline with an efficiency for each class of op.
 
-    matmul, convolution   flops / (peak * efficiency) + memory_share * bytes / (bandwidth * memory_efficiency)
+    matmul, convolution   flops / (peak * efficiency) + memory_share * bytes / (bandwidth * memory_efficiency), and
+                          never less than the memory time alone
     attention             the greater of arithmetic and memory time (tiles overlap the two)
     everything else       the greater of vector arithmetic and memory time
     views                 nothing
 
-and never less than the launch of a kernel. The memory term is added, not overlapped, for matrix products: it stands for
+and none less than the launch of a kernel. The memory term is added, not overlapped, for matrix products: it stands for
 the ramp, the tail and the operands of products too thin to hide them, which makes efficiency fall for small sizes.
 """
 
 from __future__ import annotations
 
 import re
-from functools import cache
+from functools import cache, lru_cache
 
 from ..profiler.device import Device, dtype_key
 from .constants import Constants
@@ -94,6 +95,22 @@ def memory_rate(constants: Constants, kind: str, device: Device) -> float:
     return device.memory_bytes_per_s * efficiency
 
 
+@lru_cache(maxsize=4096)
+def _rates(constants: Constants, kind: str, dtype: object, device: Device) -> tuple[float, float, float, float]:
+    """(FLOP/s, bytes/s, share of memory time added to arithmetic instead of hidden by it, least seconds)."""
+    base = "attention" if kind.startswith("attention") else kind
+    bytes_per_s = memory_rate(constants, base, device)
+    launch_s = constants.get("launch_s", device.kind)
+    if kind not in {"matmul", "convolution", "attention", "attention_backward"}:
+        vector = device.peak_flops_per_s("float64" if dtype_key(dtype) == "fp64" else "float32")
+        return vector * constants.get("vector_efficiency", device.kind), bytes_per_s, 0.0, launch_s
+    rate = matmul_rate(constants, dtype, device)
+    if kind != "matmul":
+        rate *= constants.get(f"{kind}_efficiency", *device_keys(device))
+    share = 0.0 if base == "attention" else constants.get("matmul_memory_share", device.kind)
+    return rate, bytes_per_s, share, launch_s
+
+
 def op_seconds(
     constants: Constants, op_name: str, flops: float, bytes_moved: float, dtype: object, device: Device
 ) -> float:
@@ -101,19 +118,6 @@ def op_seconds(
     kind = op_class(op_name)
     if kind == "view":
         return 0.0
-    launch_s = constants.get("launch_s", device.kind)
-    base = "attention" if kind.startswith("attention") else kind
-    memory_s = bytes_moved / memory_rate(constants, base, device)
-    if kind in {"matmul", "convolution", "attention", "attention_backward"}:
-        rate = matmul_rate(constants, dtype, device)
-        if kind != "matmul":
-            rate *= constants.get(f"{kind}_efficiency", *device_keys(device))
-        math_s = flops / rate
-        if base == "attention":
-            busy_s = max(math_s, memory_s)
-        else:
-            busy_s = math_s + constants.get("matmul_memory_share", device.kind) * memory_s
-    else:
-        vector_rate = device.peak_flops_per_s("float64" if dtype_key(dtype) == "fp64" else "float32")
-        busy_s = max(flops / (vector_rate * constants.get("vector_efficiency", device.kind)), memory_s)
-    return max(busy_s, launch_s)
+    flops_per_s, bytes_per_s, share, launch_s = _rates(constants, kind, dtype, device)
+    math_s, memory_s = flops / flops_per_s, bytes_moved / bytes_per_s
+    return max(math_s + share * memory_s, memory_s, launch_s)

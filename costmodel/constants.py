@@ -32,9 +32,12 @@ class Constant:
     meaning: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Constants:
-    """All of them. Look up with get('group', key): the key's own value, else the group's default."""
+    """All of them; compared by identity, so that functions of them can be cached.
+
+    Look up with get('group', key): the key's own value, else the group's default.
+    """
 
     table: Mapping[str, Constant]
 

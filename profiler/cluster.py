@@ -190,7 +190,7 @@ class Cluster:
         inner: GroupLink | None = None
         if in_bridge > 1:
             bridge = worst_link([group.bridge for group in groups if group.bridge is not None])
-            inner = _group_link(in_bridge, bridge, None)
+            inner = _group_link(in_bridge, bridge, None, "bridge")
         spans_network = len(np.unique(places.domain[index])) > 1
         if in_domain > in_bridge or (not spans_network and size > in_bridge):
             local = worst_link([group.local for group in groups])
@@ -199,7 +199,7 @@ class Cluster:
             network = worst_link([group.network for group in groups])
             hosts = set(places.host[index].tolist())
             special = [pair.link for pair in self.host_pairs if {pair.host_a, pair.host_b} <= hosts]
-            inner = _group_link(size, worst_link([network, *special]), inner)
+            inner = _group_link(size, worst_link([network, *special]), inner, "network")
         if inner is None:
             return _group_link(1, groups[0].local, None)
         return inner
@@ -349,8 +349,8 @@ def _link_dict(link: Link) -> dict[str, Any]:
     }
 
 
-def _group_link(size: int, link: Link, inner: GroupLink | None) -> GroupLink:
-    return GroupLink(size, link.latency_s, link.group_bytes_per_s(size), link, inner)
+def _group_link(size: int, link: Link, inner: GroupLink | None, scope: str = "local") -> GroupLink:
+    return GroupLink(size, link.latency_s, link.group_bytes_per_s(size), link, inner, scope)
 
 
 def _mean_count(places: np.ndarray) -> int:

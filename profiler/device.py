@@ -129,6 +129,7 @@ class GroupLink:
     bytes_per_s: float
     link: Link
     inner: GroupLink | None = None
+    scope: str = "local"  # bridge | local | network
 
     @property
     def num_subgroups(self) -> int:
