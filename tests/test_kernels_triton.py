@@ -56,10 +56,10 @@ def test_kernels_under_tritons_interpreter():
 
 
 @here
-@pytest.mark.parametrize("whole,local,offset", BOXES, ids=str)
-@pytest.mark.parametrize("words", KEYS, ids=str)
-def test_random_kernels_give_the_references_bits(words, whole, local, offset):
-    key = make_key(*words, device=DEVICE)
+@pytest.mark.parametrize("number", range(len(BOXES)))
+def test_random_kernels_give_the_references_bits(number):
+    whole, local, offset = BOXES[number]
+    key = make_key(*KEYS[number % len(KEYS)], device=DEVICE)
     for dtype in FLOATS:
         got = random_triton.uniform(key, local, whole, offset, 3, dtype, DEVICE)
         assert torch.equal(got, generator.uniform(key, local, whole, offset, 3, dtype, DEVICE))
@@ -89,10 +89,15 @@ def test_normal_kernel_agrees_to_rounding(whole, local, offset):
 
 
 @here
-@pytest.mark.parametrize("shape", [(7, 32), (2, 3, 48), (4, 1), (1, 300)], ids=str)
 @pytest.mark.parametrize("cast_first", [True, False])
 @pytest.mark.parametrize(
-    "dtype,tolerance", [(torch.float64, 1e-13), (torch.float32, 3e-6), (torch.bfloat16, 3e-2)], ids=str
+    "dtype,tolerance,shape",
+    [
+        *((torch.float64, 1e-13, shape) for shape in ((7, 32), (2, 3, 48), (4, 1), (1, 300))),
+        (torch.float32, 3e-6, (5, 48)),
+        (torch.bfloat16, 3e-2, (5, 48)),
+    ],
+    ids=str,
 )
 def test_rms_norm_kernels_agree_with_the_reference(dtype, tolerance, cast_first, shape):
     generator = torch.Generator().manual_seed(0)
