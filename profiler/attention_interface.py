@@ -77,7 +77,7 @@ def shardwright_attention(model: nn.Module) -> Iterator[None]:
         if "transformers" in sys.modules:
             _enter_transformers(model, state, stack)
         if _is_float64(model):
-            stack.enter_context(widened())
+            stack.enter_context(widened(model))
         yield
 
 
