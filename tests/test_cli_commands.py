@@ -1,0 +1,144 @@
+"""The command line without processes: options, exit codes, the four-part messages, JSON on stdout and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from shardwright import cli
+from shardwright.errors import ExitCode, ShardwrightError
+
+
+def run_main(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_models_lists_presets_with_their_parameter_counts(capsys):
+    code, out, err = run_main(capsys, "models")
+    assert code == 0 and not err
+    for line in ("preset:llama-3-8b 8.03B", "preset:gpt2 124.44M", "preset:mixtral-8x7b 46.70B"):
+        assert line in " ".join(out.split()), line
+
+
+@pytest.mark.parametrize("arguments", [("models",), ("hardware",), ("hardware", "2x8xH100-80GB"), ("doctor",)], ids=str)
+def test_json_is_all_there_is_on_stdout(capsys, arguments):
+    code, out, _ = run_main(capsys, *arguments, "--json")
+    assert code == 0
+    assert json.loads(out)
+
+
+TINY = ("plan", "preset:tiny-gpt2", "--hardware", "4xCPU", "--global-batch")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("plna",), "did you mean plan"),
+        (("plan", "preset:gpt2", "--globl-batch", "8"), "did you mean --global-batch"),
+        (("plan", "preset:gpt2", "--global-batch", "8"), "--hardware 4xCPU"),
+        (("plan", "preset:gpt2", "--hardware", "4xCPU"), "--global-batch 8"),
+        (("plan", "preset:gpt", "--hardware", "4xCPU", "--global-batch", "8"), "preset:gpt2"),
+        (("plan", "preset:gpt2", "--hardware", "4xH1000", "--global-batch", "8"), "H100"),
+        ((*TINY, "8", "--force", "shedule=1f1b"), "schedule"),
+        ((*TINY, "8", "--force", "pp"), "KEY=VALUE"),
+        ((*TINY, "x"), "--global-batch"),
+        ((*TINY, "8", "--memory-limit", "lots"), "600MiB"),
+        ((*TINY, "8", "-o", "/no/folder/plan.json"), "/no/folder"),
+        (("plan", "no/plan.json"), "no/plan.json"),
+        (("plan",), "MODEL"),
+        ((), "COMMAND"),
+        (("run", "no.json"), "no.json"),
+    ],
+)
+def test_mistakes_are_usage_errors_that_name_what_would_work(capsys, arguments, expected):
+    code, out, err = run_main(capsys, *arguments)
+    assert code == ExitCode.USAGE
+    assert not out
+    assert err.startswith("error: ") and expected in err, err
+    assert "Traceback" not in err
+
+
+def test_force_given_twice_with_different_values_is_refused(capsys):
+    code, _, err = run_main(capsys, "plan", "preset:tiny-gpt2", "--hardware", "4xCPU", "--global-batch", "8",
+                            "--force", "pp=2", "--force", "pp=4")  # fmt: skip
+    assert code == ExitCode.USAGE and "given twice" in err
+
+
+def test_a_plan_of_another_schema_is_refused_with_exit_code_7(capsys, tmp_path, hand_made_plan):
+    path = tmp_path / "plan.json"
+    path.write_text(hand_made_plan.to_json().replace("shardwright.plan/1", "shardwright.plan/0"))
+    for command in ("plan", "run", "check"):
+        code, _, err = run_main(capsys, command, str(path))
+        assert code == ExitCode.PLAN_MISMATCH and "shardwright.plan/0" in err
+
+
+def test_a_saved_plan_is_shown_again(capsys, tmp_path, hand_made_plan):
+    path = tmp_path / "plan.json"
+    hand_made_plan.save(path)
+    code, out, _ = run_main(capsys, "plan", str(path))
+    assert code == 0 and "preset:demo-llama on 4xCPU" in out
+    code, out, _ = run_main(capsys, "plan", str(path), "--json")
+    assert code == 0 and json.loads(out)["schema"] == "shardwright.plan/1"
+
+
+@pytest.mark.parametrize("exit_code", list(ExitCode)[2:])
+def test_each_error_ends_with_its_exit_code(capsys, monkeypatch, exit_code):
+    def fail(_):
+        raise ShardwrightError(
+            "it broke at 3", means="three is too many", change="--n", works="--n 2", exit_code=exit_code
+        )
+
+    monkeypatch.setattr("shardwright.commands.models.execute", fail)
+    code, out, err = run_main(capsys, "models", "--json")
+    assert code == exit_code and not out
+    assert err.splitlines() == [
+        "error: it broke at 3",
+        "what it means: three is too many",
+        "change: --n",
+        "would work: --n 2",
+    ]
+
+
+def test_an_internal_error_is_one_line_and_debug_shows_the_traceback(capsys, monkeypatch):
+    def fail(_):
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr("shardwright.commands.models.execute", fail)
+    code, _, err = run_main(capsys, "models")
+    assert code == ExitCode.INTERNAL and err.count("\n") == 1 and "--debug" in err
+    code, _, err = run_main(capsys, "models", "--debug")
+    assert code == ExitCode.INTERNAL and "Traceback" in err
+
+
+def test_interruption_is_one_line(capsys, monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shardwright.commands.models.execute", interrupt)
+    assert run_main(capsys, "models") == (cli.INTERRUPTED, "", "shardwright: interrupted\n")
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m shardwright models | head -1"
+    done = subprocess.run(["bash", "-c", "set -o pipefail; " + command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("plan", "--help"), ("models",)], ids=str)
+def test_answers_without_importing_torch(arguments):
+    code = (
+        "import sys\nfrom shardwright.cli import main\n"
+        f"try: main({list(arguments)!r})\nexcept SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules or sys.argv[1:] == ['torch'], 'torch was imported'\n"
+    )
+    may_import = ["torch"] if arguments == ("models",) else []
+    environment = {**os.environ, "COLUMNS": "80"}
+    subprocess.run(
+        [sys.executable, "-c", code, *may_import], check=True, timeout=60, env=environment, capture_output=True
+    )
