@@ -108,16 +108,37 @@ def _transformer(row: dict[str, str]) -> Transformer | None:
 # What each publisher's framework runs. Flags are from its documentation; dispatch, overlap, overhead and the slowdown
 # of its attention kernel are fitted to its rows (benchmarks/costmodel.py --fit steps).
 FRAMEWORKS = {
-    "nanotron": Software(overlap_tp=True, overlap_dp=True, dispatch_s=7.72e-05, tp_overlap=0.234, dp_overlap=0.571, step_overhead=0.03),
-    "aleph": Software(fused_rotary=False, dispatch_s=1e-05, step_overhead=0.0642),
-    "foundry": Software(rotary=False, overlap_dp=True, grad_bytes=2, attention_slowdown=1.55, dp_overlap=0.584, step_overhead=0.0301),
-    "titan": Software(fused_norm=False, fused_rotary=False, overlap_dp=True, attention_slowdown=1.0, tp_overlap=0.358, dp_overlap=0.978, step_overhead=0.0383),
-    "nemo": Software(overlap_tp=True, overlap_dp=True, blocking_p2p=False, grad_bytes=4, fused_accumulation=True,
-                     attention_slowdown=0.721, scattered_p2p=True, tp_overlap=0.856, dp_overlap=0.978, step_overhead=0.0209),
-    "meta": Software(overlap_tp=True, overlap_dp=True, blocking_p2p=False, fused_accumulation=True),
-    "megatron2021": Software(attention="unfused", rotary=False, dropout=True, grad_bytes=2, scattered_p2p=True,
-                             dispatch_s=1e-05, step_overhead=0.03),
-    "deepspeed": Software(attention="unfused", rotary=False, dropout=True, grad_bytes=2, step_overhead=0.05),
+    "nanotron": Software(
+        overlap_tp=True, overlap_dp=True,
+        dispatch_s=5.2e-05, tp_overlap=0.13, dp_overlap=0.46, step_overhead=0.03,
+    ),
+    "aleph": Software(
+        fused_rotary=False,
+        dispatch_s=1e-05, step_overhead=0.1,
+    ),
+    "foundry": Software(
+        rotary=False, overlap_dp=True, grad_bytes=2,
+        attention_slowdown=1.5, dp_overlap=0.39, step_overhead=0.039,
+    ),
+    "titan": Software(
+        fused_norm=False, fused_rotary=False, overlap_dp=True,
+        tp_overlap=0.34, dp_overlap=0.98, step_overhead=0.038,
+    ),
+    "nemo": Software(
+        overlap_tp=True, overlap_dp=True, blocking_p2p=False, fused_accumulation=True, scattered_p2p=True,
+        attention_slowdown=0.72, tp_overlap=0.86, dp_overlap=0.98, step_overhead=0.021,
+    ),
+    "meta": Software(
+        overlap_tp=True, overlap_dp=True, blocking_p2p=False, fused_accumulation=True,
+    ),
+    "megatron2021": Software(
+        attention="unfused", rotary=False, dropout=True, grad_bytes=2, scattered_p2p=True,
+        dispatch_s=1e-05, step_overhead=0.013,
+    ),
+    "deepspeed": Software(
+        attention="unfused", rotary=False, dropout=True, grad_bytes=2,
+        step_overhead=0.12,
+    ),
 }  # fmt: skip
 
 

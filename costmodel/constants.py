@@ -22,7 +22,7 @@ CONSTANTS_FILE = Path(__file__).parent / "constants.toml"
 
 @dataclass(frozen=True)
 class Constant:
-    """One constant. kind: datasheet | measured | fitted. The unit is in the name."""
+    """One constant. kind: datasheet | measured | fitted | assumed. The unit is in the name."""
 
     name: str
     value: float

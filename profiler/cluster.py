@@ -305,8 +305,8 @@ class Cluster:
         return list(seen)
 
     def sources_summary(self) -> dict[str, int]:
-        """How many figures are of each kind: {'datasheet': 21, 'fitted': 3, 'measured': 0}."""
-        counts = {"datasheet": 0, "fitted": 0, "measured": 0}
+        """How many figures are of each kind: {'datasheet': 21, 'measured': 0, 'fitted': 3, 'assumed': 2}."""
+        counts = {"datasheet": 0, "measured": 0, "fitted": 0, "assumed": 0}
         for figure in self.figures():
             counts[figure.kind] = counts.get(figure.kind, 0) + 1
         return counts

@@ -261,8 +261,8 @@ def _file_link(where: str, value: Any) -> Link:
     _check_keys(where, value, LINK_KEYS)
     base = find_link(value["name"]) if "name" in value else None
     kind = str(value.get("kind", "measured"))
-    if kind not in {"datasheet", "measured", "fitted"}:
-        raise ShardwrightError(f"{where}: kind {kind!r}", change="kind", works="datasheet, measured or fitted")
+    if kind not in {"datasheet", "measured", "fitted", "assumed"}:
+        raise ShardwrightError(f"{where}: kind {kind!r}", change="kind", works="datasheet, measured, fitted or assumed")
     if base is None and "gb_per_s" not in value:
         raise ShardwrightError(f"{where}: a link without name or gb_per_s", change="the link", works="gb_per_s = 50.0")
     rate = _number(where, value, "gb_per_s") * GB if "gb_per_s" in value else base.bytes_per_s  # type: ignore[union-attr]
@@ -317,7 +317,7 @@ def _number(where: str, entry: Mapping[str, Any], key: str) -> float:
 
 
 def describe(cluster: Cluster) -> list[dict[str, str]]:
-    """Rows for the `hardware` command: what, value, kind (datasheet, measured, fitted) and source of each figure."""
+    """Rows for the `hardware` command: what, value, kind (datasheet, measured, fitted, assumed) and source of each figure."""
     rows = []
     for index, group in enumerate(cluster.groups):
         device = cluster.device(sum(g.num_devices for g in cluster.groups[:index]))

@@ -105,7 +105,7 @@ def test_every_constant_is_printable_with_its_source() -> None:
     assert len(rows) > 40
     for row in rows:
         assert row["source"] and row["date"] and row["meaning"] and float(row["value"]) >= 0
-        assert row["kind"] in {"datasheet", "measured", "fitted"}
+        assert row["kind"] in {"datasheet", "measured", "fitted", "assumed"}
     assert len({row["name"] for row in rows}) == len(rows)
 
 
