@@ -29,7 +29,7 @@ def dtype_key(dtype: object) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number and where it is from. kind: datasheet | measured | fitted | assumed. The unit is at the end of the name."""
+    """One number and where it is from. kind: datasheet | measured | fitted | assumed. The unit ends the name."""
 
     name: str
     value: float

@@ -291,9 +291,11 @@ def _file_pair(path: Path, entry: Mapping[str, Any], num_hosts: int) -> HostPair
     pair = entry.get("hosts")
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(h, int) and 0 <= h < num_hosts for h in pair):
         raise ShardwrightError(
-            f"{where}: hosts = {pair!r}", means=f"two host numbers from 0 to {num_hosts - 1} are needed", change="hosts",
+            f"{where}: hosts = {pair!r}",
+            means=f"two host numbers from 0 to {num_hosts - 1} are needed",
+            change="hosts",
             works="hosts = [0, 1]",
-        )  # fmt: skip
+        )
     return HostPairLink(pair[0], pair[1], _file_link(where, {key: v for key, v in entry.items() if key != "hosts"}))
 
 
@@ -317,7 +319,7 @@ def _number(where: str, entry: Mapping[str, Any], key: str) -> float:
 
 
 def describe(cluster: Cluster) -> list[dict[str, str]]:
-    """Rows for the `hardware` command: what, value, kind (datasheet, measured, fitted, assumed) and source of each figure."""
+    """Rows for the `hardware` command: what, value, kind (datasheet, measured, ...) and source of each figure."""
     rows = []
     for index, group in enumerate(cluster.groups):
         device = cluster.device(sum(g.num_devices for g in cluster.groups[:index]))
@@ -344,7 +346,8 @@ def known_hardware() -> list[dict[str, str]]:
     rows = []
     for entry in accelerators().values():
         device = entry.device
-        best = "bf16" if device.kind == "gpu" else "fp32"
+        rates = dict(device.peaks)
+        best = max(("bf16", "fp16") if device.kind == "gpu" else ("fp32",), key=lambda dtype: rates.get(dtype, 0.0))
         rows.append(
             {
                 "name": entry.key,
