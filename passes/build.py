@@ -89,6 +89,7 @@ def build_segment_program(segment: Segment, context: ShardContext, recompute: bo
         grad_partial_axes=tuple(_partial_axes(axes, solutions, name, i) for i in range(len(segment.param_shapes))),
         output_meta=metas("output", segment.outputs),
         input_meta=metas("input", segment.inputs),
+        tangent_meta=metas("tangent", tuple(segment.outputs[j] for j in tangents)),
     )
 
 

@@ -7,6 +7,7 @@ meta['val'] (a fake tensor), meta['phase'] ('forward' or 'backward'), and for fo
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import _torch
 from .fold import RANDOM_INDEX_ARG, Piece
+from .graph import Segment
 from .normalize import value
 
 aten = torch.ops.aten
@@ -35,6 +37,7 @@ def forward_module(
     for prefix, nodes in (("param", piece.params), ("buffer", piece.buffers), ("input", piece.inputs), ("key", [key])):
         for i, node in enumerate(nodes):
             env[node] = graph.placeholder(f"{prefix}_{i}" if prefix != "key" else "key")
+            env[node].meta["val"] = value(node)
     num_random = 0
     for node in piece.nodes:
         new = graph.node_copy(node, lambda n: env[n])
@@ -115,6 +118,22 @@ def trace_joint(
     _name_placeholders(traced, num_params, num_buffers, num_inputs, boundary[0])
     _clean(traced)
     return traced, takes_tangent
+
+
+def retrace(segment: Segment, forward: fx.GraphModule) -> Segment:
+    """The segment with another forward of the same signature: what a pass over forward graphs leaves behind."""
+    held: dict[str, list[Any]] = {"param": [], "buffer": [], "input": [], "key": []}
+    for node in segment.joint.graph.nodes:
+        kind = node.name.split("_")[0]
+        if node.op == "placeholder" and kind in held:
+            held[kind].append(value(node))
+    outputs = flatten_outputs(segment.joint.graph)[: len(segment.outputs)]
+    joint, _ = trace_joint(
+        forward, held["param"], segment.param_requires_grad, held["buffer"], held["input"],
+        [info.requires_grad for info in segment.inputs], held["key"][0], [value(n) for n in outputs],
+        [info.requires_grad for info in segment.outputs], len(segment.mutated_buffers),
+    )  # fmt: skip
+    return dataclasses.replace(segment, forward=forward, joint=joint)
 
 
 def _mutates(forward: fx.GraphModule) -> bool:

@@ -14,6 +14,7 @@ from . import hashes
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
 from .passes.build import build_segment_programs
+from .passes.fuse import fuse_model
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
 from .planner.candidates import parse_forced
@@ -110,9 +111,10 @@ def _make_plan(
     say(f"capturing {workload.name}")
     capture_started = time.perf_counter()
     graph = capture_for_planning(workload)
+    cost_model = CostModel(cluster)
+    graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
     capture_s = time.perf_counter() - capture_started
     say("searching")
-    cost_model = CostModel(cluster)
     found = search(
         graph,
         cluster,
@@ -124,7 +126,11 @@ def _make_plan(
         memory_limit_bytes=memory_limit_bytes,
         progress=progress,
     )
-    conservative = list(found.solution.conservative)
+    solution = found.solution
+    if found.microbatch.size == 1:  # a batch of one broadcasts, so its graph has other ops: place those
+        graph = _capture_for_running(resize_batch(workload, 1), fusions)
+        solution = Sharder(graph, cost_model).solve(dp=1, tp=found.mesh.tp, local_batch=1)
+    conservative = list(solution.conservative)
     if strict and conservative:
         first = conservative[0]
         raise ShardwrightError(
@@ -144,9 +150,10 @@ def _make_plan(
         stages=found.stages,
         segments=[instance.segment for instance in graph.instances],
         placement_axes=list(PLACEMENT_AXES),
-        placements=found.solution.placements,
+        placements=solution.placements,
         zero=found.zero,
         memory_policy=found.memory_policy,
+        fusions=fusions,
         forced=dict(force),
         predicted=found.predicted,
         certificate=found.certificate,
@@ -154,6 +161,23 @@ def _make_plan(
         considered=found.considered,
         conservative_ops=conservative,
     )
+
+
+def _fusing_wins(cost_model: CostModel, dtype: torch.dtype) -> Callable[[int, int], bool]:
+    """A fused norm is taken where the cost model finds its traffic saved dearer than its arithmetic: memory is a roof."""
+
+    def wins(flops: int, bytes_saved: int) -> bool:
+        saved_s = cost_model.op_seconds("aten.add.Tensor", 0.0, float(bytes_saved), dtype)
+        return bytes_saved > 0 and saved_s > cost_model.op_seconds("aten.add.Tensor", float(flops), 0.0, dtype)
+
+    return wins
+
+
+def _capture_for_running(workload: Workload, fusions: Sequence[str]) -> ModelGraph:
+    """At the workload's own shapes, with the kernels fused that the plan names."""
+    graph = capture(workload)
+    fused = {name.split(":")[0] for name in fusions}
+    return fuse_model(graph, lambda dtype: lambda flops, saved: True, only=fused)[0] if fused else graph
 
 
 def capture_for_planning(workload: Workload) -> ModelGraph:
@@ -187,13 +211,13 @@ def build(plan: Plan, workload: Workload, *, device: torch.device | str | None =
     hashes.verify_hardware(plan, device, dist.get_world_size() if distributed else 1)
     if distributed:
         _verify_same_plan(plan)
-    graph = capture(resize_batch(workload, plan.microbatch.size))
+    graph = _capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
     hashes.verify_model(plan, graph)
     mesh = build_mesh(plan.mesh, device.type)
     axes = _mesh_axes(RankGrid.of(mesh), plan.placement_axes)
 
     def rebuild(shapes: dict[str, tuple[int, ...]]) -> Mapping[str, SegmentProgram]:
-        return build_segment_programs(capture(_reshaped(workload, shapes)), plan, axes, device)
+        return build_segment_programs(_capture_for_running(_reshaped(workload, shapes), plan.fusions), plan, axes, device)
 
     programs = build_segment_programs(graph, plan, axes, device)
     return Program(plan, graph, programs, workload, device=device, mesh=mesh, rebuild=rebuild, adopt=adopt)

@@ -49,7 +49,7 @@ def _from_kernels(view: OpView) -> list[Strategy]:
     for row in SHARDING_RULES[view.op](view.args, view.kwargs, view.outputs):
         places = tuple(place_of(p) for p in row)
         if None not in places:
-            found.append(Strategy(places[count:], places[:count]))  # type: ignore[arg-type]
+            found.append(Strategy(places[count:], places[:count], even=row.even))  # type: ignore[arg-type]
     return found
 
 

@@ -53,6 +53,8 @@ class Axis:
     inner_allowed: Callable[[str, fx.Node, Strategy], bool]  # may this op take this strategy, given the axes before
     input_place: Callable[[str, torch.Size], int]  # user input -> placement
     params_whole: bool  # the data axis: parameters are whole here, ZeRO shards them outside the graph
+    param_byte_s: float = TIE_BREAK_S_PER_BYTE  # price of a byte of parameters left on a rank: trades time for memory
+    result_byte_s: float = TIE_BREAK_S_PER_BYTE  # the same of an op's result
 
 
 @dataclass
@@ -203,7 +205,7 @@ def _add_params(graph: ModelGraph, axis: Axis, made: Build, pinned: dict[str, in
                 options = _domain(axis, shape, lambda d: True, partial=False)
             node = _placeholder(segment, f"param_{key[2]}")
             full = axis.local_bytes(segment.name, node, 0)
-            tie = [TIE_BREAK_S_PER_BYTE * (full if p == R else full / axis.size) for p in options]
+            tie = [axis.param_byte_s * (full if p == R else full / axis.size) for p in options]
             classes[root] = made.problem.add_variable(np.array(tie), ("param", key))
             made.place_options[classes[root]] = options
         made.slot_vars[key] = classes[root]
@@ -287,7 +289,7 @@ class _SegmentBuilder:
         for k, place in enumerate(strategy.outputs):
             if view.outputs[k] is not None:
                 kept += axis.local_bytes(name, node, k) / (axis.size if place >= 0 else 1)
-        seconds = axis.op_s(node, 1.0 / axis.size if split else 1.0, moved + kept) + TIE_BREAK_S_PER_BYTE * kept
+        seconds = axis.op_s(node, 1.0 / axis.size if split else 1.0, moved + kept) + axis.result_byte_s * kept
         return seconds + _lowering_seconds(axis, strategy.lowering, view)
 
     # ----- edges

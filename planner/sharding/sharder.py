@@ -25,11 +25,13 @@ from ..solver import Solution
 from .evaluate import AxisView, Move, evaluate
 from .pbqp import solve
 from .placement import R
-from .problem import Axis, Build, build
+from .problem import TIE_BREAK_S_PER_BYTE, Axis, Build, build
 from .solution import AxisSolution, read_choice, whole, write_placements
 from .strategy import Strategy, is_op, view_of
 
 PLACEMENT_AXES = ["dp", "tp"]
+MIN_SPLIT_SHARE = 0.1  # of the parameters: a tensor axis that splits less is of no use as it is
+MEMORY_FIRST_S_PER_BYTE = (1e-3, 1e-6)  # of parameters, far above what any collective costs; of results
 
 
 def carries_batch(tensor: torch.Tensor, batch: int) -> bool:
@@ -121,6 +123,8 @@ class Sharder:
 
     def _solve_data(self) -> _AxisResult:
         batch = self.batch
+        if batch == 1:  # captured for one data rank that holds one sample: nothing to split
+            return _AxisResult(whole(self.graph), Build(), Solution("optimal", 0.0, 0.0, 0.0, 0.0))
         axis = Axis(
             name="dp",
             size=batch,
@@ -136,6 +140,23 @@ class Sharder:
         return self._run(axis, {})
 
     def _solve_tensor(self, dp: int, tp: int, local_batch: int) -> _AxisResult:
+        """Fastest; where that splits hardly anything, as on models so small that traffic costs more than work, smallest."""
+        found = self._solve_tensor_weighted(dp, tp, local_batch, (TIE_BREAK_S_PER_BYTE, TIE_BREAK_S_PER_BYTE))
+        if self._split_share(found.solution, tp) < MIN_SPLIT_SHARE:
+            found = self._solve_tensor_weighted(dp, tp, local_batch, MEMORY_FIRST_S_PER_BYTE)
+        return found
+
+    def _split_share(self, solution: AxisSolution, tp: int) -> float:
+        """Share of the parameters' elements that the axis splits."""
+        split = total = 0
+        for name, segment in self.graph.segments.items():
+            for slot, shape in enumerate(segment.param_shapes):
+                elements = torch.Size(shape).numel() * self.counts[name]
+                total += elements
+                split += elements if solution.places.get((name, f"param_{slot}"), R) >= 0 else 0
+        return split / total if total else 1.0
+
+    def _solve_tensor_weighted(self, dp: int, tp: int, local_batch: int, byte_s: tuple[float, float]) -> _AxisResult:
         data = self.data.solution
         axis = Axis(
             name="tp",
@@ -148,6 +169,8 @@ class Sharder:
             inner_allowed=lambda segment, node, strategy: _compatible(data.strategies[(segment, node.name)], strategy),
             input_place=lambda name, shape: R,
             params_whole=False,
+            param_byte_s=byte_s[0],
+            result_byte_s=byte_s[1],
         )
         self._share_of = {
             id(node): self.data_share(name, node, dp, local_batch)
