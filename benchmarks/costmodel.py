@@ -56,6 +56,9 @@ FRAMEWORK_FIGURES = {
 }
 FRACTIONS = {"tp_overlap", "dp_overlap", "matmul_memory_share", "step_overhead"}
 UNIT_GROUPS = ("_fraction", "_efficiency")
+# Where a fit starts that must not know what the full fit found.
+NEUTRAL = {"sustained_fraction": 0.85, "attention_efficiency": 0.5, "attention_backward_efficiency": 0.45,
+           "matmul_memory_share": 0.5, "memory_efficiency": 0.75, "contention_per_doubling": 0.3}  # fmt: skip
 PRIOR_WEIGHT = 0.02  # keeps figures that the data barely constrain near where they start
 
 
@@ -178,7 +181,7 @@ def descend(figures: Figures, loss_of: Callable[[Figures], float], log: Callable
     """Coordinate descent with shrinking multiplicative steps."""
     best = loss_of(figures)
     log(f"{len(figures)} figures, starting loss {best:.4f}")
-    for step in (1.25, 1.12, 1.12, 1.06, 1.03):
+    for step in (1.25, 1.25, 1.12, 1.12, 1.06, 1.03):
         for key in figures:
             for factor in (step, 1 / step):
                 trial = {**figures, key: figures[key] * factor}
@@ -217,11 +220,13 @@ def fit_steps(folder: Path, constants: Constants, leave_out: str = "", log: Call
     """Mean |log error| of step times over the clean rows, and half of those of the largest sweep."""
     runs = [run for run in read_runs(folder) if is_clean(run) and not (leave_out and run.file.startswith(leave_out))]
     runs = [run for run in runs if run.framework != "nanotron" or run.row % 2 == 0]
-    start: Figures = {(group, key): constants.get(group, key) for group, key in FITTED}
+    start: Figures = {(group, key): NEUTRAL[group] if leave_out else constants.get(group, key) for group, key in FITTED}
     for framework, names in FRAMEWORK_FIGURES.items():
         if all(run.framework != framework for run in runs):
             continue
-        start.update({(framework, name): getattr(FRAMEWORKS[framework], name) for name in names})
+        start.update(
+            {(framework, name): getattr(Software() if leave_out else FRAMEWORKS[framework], name) for name in names}
+        )
     log(f"{len(runs)} rows")
     return descend(start, lambda figures: _loss(runs, constants, figures, start), log)
 
