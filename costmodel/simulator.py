@@ -99,7 +99,8 @@ class Timeline:
     makespan_s: float  # to the end of the last action, reduction and tail
     compute_end_s: list[float]  # end of each rank's last action
     busy_s: list[float]  # sum of the action durations
-    exposed_comm_s: list[float]  # collectives that the rank's compute waited for
+    waited_s: list[float]  # gathers and reductions between the actions that the rank waited for
+    exposed_comm_s: list[float]  # all collectives that it waited for: those, the ones inside actions, and the tail's
     peak_bytes: list[int]
     peak_in_flight: list[int]  # most microbatch activations (of single virtual stages) held at once
     extra: list[Event] = field(default_factory=list)  # transfers, collectives and tails, where events were asked for
@@ -110,9 +111,10 @@ class Timeline:
 
     @property
     def bubble_fractions(self) -> list[float]:
-        """Idle share of each rank, up to the end of the last action anywhere."""
+        """Share of each rank's time, to the end of the last action anywhere, without an action or a collective."""
         span = self.compute_makespan_s
-        return [(span - busy) / span if span else 0.0 for busy in self.busy_s]
+        used = (busy + waited for busy, waited in zip(self.busy_s, self.waited_s, strict=True))
+        return [(span - seconds) / span if span else 0.0 for seconds in used]
 
     @property
     def bubble_fraction(self) -> float:
@@ -140,17 +142,22 @@ def simulate(
     *,
     direction: Sequence[int] | None = None,
     overlap_collectives: bool = False,
+    overlap_reductions: bool = False,
     tails: Sequence[Tail] | None = None,
     wait_for_all: bool = False,
     static_bytes: Sequence[int] | None = None,
     with_events: bool = False,
+    with_memory: bool = True,
 ) -> Timeline:
     """Run the lists. Raises Deadlock where they cannot finish.
 
     placements: the rank of each virtual stage, one row for each direction; direction: the row of each microbatch
     (default: all use row 0). overlap_collectives: gathers and reductions run beside compute (a gather one action
-    ahead), else the rank waits for each. wait_for_all: tails start when every rank is done (clipping by global norm).
+    ahead), else the rank waits for each. overlap_reductions: once-a-step reductions start at their stage's last
+    backward, beside the work of the rank's other stages, else after the rank's last action. wait_for_all: tails start
+    when every rank is done (clipping by global norm).
     static_bytes: held on each rank throughout. with_events: also record transfers and collectives.
+    with_memory: also find the peaks (a third of the time).
     """
     num_ranks, num_stages, m = len(ranks), len(stages), num_microbatches
     last = num_stages - 1
@@ -295,8 +302,9 @@ def simulate(
         raise Deadlock(waiting)
 
     compute_end = [rank_ends[-1] if rank_ends else 0.0 for rank_ends in ends]
+    waited = list(exposed)
     _account_inside_comm(ranks, stages, exposed)
-    finish = _reductions(ranks, stages, ends, clock, collective_free, exposed, overlap_collectives, with_events, extra)
+    finish = _reductions(ranks, stages, ends, clock, collective_free, exposed, overlap_reductions, with_events, extra)
     if tails is not None:
         everyone = max(finish)
         for rank, tail in enumerate(tails):
@@ -308,7 +316,7 @@ def simulate(
                 extra.append(Event(rank, COMPUTE, "optimizer", -1, -1, begin, middle))
                 if tail.gather_s:
                     extra.append(Event(rank, COLLECTIVE, "gather", -1, -1, middle, finish[rank]))
-    peaks, in_flight = peak_memory(ranks, stages, static_bytes)
+    peaks, in_flight = peak_memory(ranks, stages, static_bytes) if with_memory else ([], [])
     return Timeline(
         ranks=ranks,
         starts=starts,
@@ -316,6 +324,7 @@ def simulate(
         makespan_s=max(finish, default=0.0),
         compute_end_s=compute_end,
         busy_s=busy,
+        waited_s=waited,
         exposed_comm_s=exposed,
         peak_bytes=peaks,
         peak_in_flight=in_flight,
@@ -357,7 +366,7 @@ def _reductions(
             for index, (kind, stage, _) in enumerate(actions):
                 if kind == "B" or kind == "W":
                     done_at[stage] = ends[rank][index]
-        free = collective_free[rank] if overlap else clock[rank]
+        free = collective_free[rank] if overlap else max(clock[rank], collective_free[rank])
         for stage, end in sorted(done_at.items(), key=lambda item: item[1]):
             seconds = stages[stage].reduce_s
             if not seconds:

@@ -165,7 +165,7 @@ def test_once_a_step_reductions_show_only_where_nothing_hides_them():
     schedule = interleaved_1f1b(2, 4, 2)
     alone = schedule.simulate([StageTimes(1.0, 1.0, 1.0)] * 4).makespan_s
     assert schedule.simulate(stages).makespan_s == pytest.approx(alone + 1.0)
-    assert schedule.simulate(stages, overlap_collectives=True).makespan_s == pytest.approx(alone + 0.5)
+    assert schedule.simulate(stages, overlap_reductions=True).makespan_s == pytest.approx(alone + 0.5)
 
 
 def test_gathers_and_reductions_of_every_action_are_exposed_unless_overlapped():

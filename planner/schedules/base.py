@@ -115,10 +115,12 @@ class PipelineSchedule:
         hops: Sequence[Hop] | Hop | None = None,
         *,
         overlap_collectives: bool = False,
+        overlap_reductions: bool = False,
         tails: Sequence[Tail] | None = None,
         wait_for_all: bool = False,
         static_bytes: Sequence[int] | None = None,
         with_events: bool = False,
+        with_memory: bool = True,
     ) -> Timeline:
         return simulate(
             self.ranks,
@@ -128,10 +130,12 @@ class PipelineSchedule:
             hops,
             direction=self.direction,
             overlap_collectives=overlap_collectives,
+            overlap_reductions=overlap_reductions,
             tails=tails,
             wait_for_all=wait_for_all,
             static_bytes=static_bytes,
             with_events=with_events,
+            with_memory=with_memory,
         )
 
     def in_flight(self) -> dict[int, int]:

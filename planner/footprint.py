@@ -1,0 +1,196 @@
+"""Bytes of each pipeline rank under a candidate, a chain and stage cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..costmodel import memory
+from ..costmodel.memory import StageState
+from .candidates import Candidate
+from .chain import Chain
+from .schedules.base import PipelineSchedule
+from .schedules.library import build_schedule
+from .setting import Setting
+
+# Send and receive buffers of each boundary, activations and gradients: one in use, one in flight.
+BUFFERS_PER_BOUNDARY = 2
+
+
+@lru_cache(maxsize=128)
+def cached_schedule(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> PipelineSchedule:
+    return build_schedule(name, num_ranks, num_microbatches, num_chunks)
+
+
+@lru_cache(maxsize=512)
+def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> tuple[np.ndarray, ...]:
+    """For each rank, the greatest numbers of microbatches held on its chunks at once: rows that no other row covers."""
+    p, m, v = num_ranks, num_microbatches, num_chunks
+    if name == "1f1b":
+        return tuple(np.array([[min(m, p - rank)]]) for rank in range(p))
+    if name == "gpipe" and v == 1:
+        return tuple(np.array([[m]]) for _ in range(p))
+    # beyond a few rounds the steady state repeats
+    schedule = cached_schedule(name, p, min(m, 4 * p + m % p), v)
+    profiles = []
+    for rank, actions in enumerate(schedule.ranks):
+        chunk_of = {stage: index for index, stage in enumerate(schedule.stages_of_rank(rank))}
+        held = [0] * len(chunk_of)
+        seen: set[tuple[int, ...]] = set()
+        for kind, stage, _ in actions:
+            if kind == "F":
+                held[chunk_of[stage]] += 1
+                seen.add(tuple(held))
+            elif kind in "BW":
+                held[chunk_of[stage]] -= 1
+        rows = np.array(sorted(seen))
+        covered = (rows[:, None, :] <= rows[None, :, :]).all(-1).sum(1) > 1
+        profiles.append(rows[~covered])
+    return tuple(profiles)
+
+
+def num_groups(candidate: Candidate) -> int:
+    """Communicators of a rank: the world, and one for each axis wider than 1."""
+    return 1 + sum(size > 1 for size in (candidate.pp, candidate.dp, candidate.tp))
+
+
+@dataclass(frozen=True)
+class IntervalBytes:
+    """[i, j] -> bytes of a stage over positions i..j-1, on a rank that holds no other.
+
+    lasting: held all through. pipeline: held with the actions, beside activations. step: held in the optimizer step
+    instead of pipeline and activations. boundary: send and receive buffers. slack, reserve: what is added to a rank's
+    sum.
+    """
+
+    lasting: np.ndarray
+    activation: np.ndarray  # of one microbatch; prologue values, of which a stage may need any, in full
+    workspace: np.ndarray
+    pipeline: np.ndarray
+    step: np.ndarray
+    boundary: np.ndarray
+    slack: float
+    reserve: int
+
+    def with_in_flight(self, in_flight: int) -> np.ndarray:
+        """[i, j] -> bytes of a rank with this stage alone."""
+        pipeline = in_flight * self.activation + self.workspace + self.pipeline
+        return (self.lasting + self.boundary + np.maximum(pipeline, self.step)) * self.slack + self.reserve
+
+    def peaks(self, bounds: Sequence[int], profiles: np.ndarray) -> np.ndarray:
+        """Bytes of each pipeline rank. profiles: [rank, row, chunk] of in_flight_profiles."""
+        num_ranks, _, num_chunks = profiles.shape
+        edges = np.asarray(bounds)
+        at = (edges[:-1], edges[1:])
+
+        def of(table: np.ndarray) -> np.ndarray:
+            return table[at].reshape(num_chunks, num_ranks)
+
+        activations = np.einsum("rkc,cr->rk", profiles, of(self.activation)).max(axis=1)
+        pipeline = activations + of(self.workspace).max(axis=0) + of(self.pipeline).max(axis=0)
+        held = of(self.lasting).sum(axis=0) + of(self.boundary).sum(axis=0)
+        return (held + np.maximum(pipeline, of(self.step).sum(axis=0))) * self.slack + self.reserve
+
+
+def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
+    """Cached: the same for all candidates that share a chain, dp, ZeRO stage and communicators."""
+    several = candidate.count > 1
+    key = ("bytes", chain, candidate.dp, candidate.zero, several, candidate.num_stages > 1, num_groups(candidate))
+    if key not in setting.cache:
+        setting.cache[key] = _interval_bytes(setting, candidate, chain)
+    return setting.cache[key]
+
+
+def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
+    kinds, dp, zero, m = setting.kinds, candidate.dp, candidate.zero, candidate.count
+    state = StageState(chain.param_of, chain.trainable_of, chain.buffer_of, chain.largest_of)
+    pipeline = memory.gradient_buffer_bytes(state, kinds, dp, zero, m)
+    if zero == 3 and dp > 1:
+        pipeline = pipeline + chain.param_of * kinds.compute
+    boundary = np.zeros_like(chain.param_of)
+    if candidate.num_stages > 1:
+        cut = BUFFERS_PER_BOUNDARY * (chain.cut_forward_bytes + chain.cut_backward_bytes)
+        boundary = cut[:, None] + cut[None, :]
+    kind = setting.mesh(candidate).devices[0].kind
+    return IntervalBytes(
+        lasting=memory.parameter_bytes(state, kinds, dp, zero)
+        + memory.gradient_bytes(state, kinds, dp, zero, m)
+        + memory.optimizer_bytes(state, kinds, dp, zero)
+        + chain.buffer_of,
+        activation=chain.activation_of,
+        workspace=chain.workspace_of,
+        pipeline=pipeline + np.zeros_like(boundary),
+        step=memory.optimizer_step_bytes(state, kinds, dp, zero),
+        boundary=boundary,
+        slack=1.0 if kind == "cpu" else 1.0 + memory.FRAGMENTATION,
+        reserve=memory.reserve_bytes(kind, num_groups(candidate)),
+    )
+
+
+@lru_cache(maxsize=512)
+def profile_table(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> np.ndarray:
+    """[rank, row, chunk]: in_flight_profiles, rows repeated to equal number."""
+    profiles = in_flight_profiles(name, num_ranks, num_microbatches, num_chunks)
+    rows = max(len(profile) for profile in profiles)
+    return np.stack([np.resize(profile, (rows, num_chunks)) for profile in profiles]).astype(float)
+
+
+def quick_peaks(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> np.ndarray:
+    """Bytes of each pipeline rank; never less than the sum of rank_breakdown."""
+    table = profile_table(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
+    return interval_bytes(setting, candidate, chain).peaks(bounds, table)
+
+
+@lru_cache(maxsize=512)
+def least_in_flight(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> int:
+    """At some moment every chunk of every rank holds at least this many microbatches (the moment may differ by
+    rank).
+    """
+    profiles = in_flight_profiles(name, num_ranks, num_microbatches, num_chunks)
+    return min(int(rows.min(axis=1).max()) for rows in profiles)
+
+
+def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> float:
+    """What the mean rank needs at least, whatever the cuts: lasting state, and activations that all chunks hold at
+    once.
+    """
+    held, n = interval_bytes(setting, candidate, chain), chain.num_instances
+    in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
+    shared = held.lasting[0, n] + in_flight * float(chain.activation_bytes.sum())
+    return shared * held.slack / candidate.pp + held.reserve
+
+
+def fits(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> bool:
+    return bool((quick_peaks(setting, candidate, chain, bounds) <= setting.limits(candidate)).all())
+
+
+def rank_breakdown(
+    setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...], rank: int
+) -> dict[str, int]:
+    """Every item of the worst rank among those of a pipeline rank; their sum is its peak."""
+    stages = [(bounds[s], bounds[s + 1]) for s in range(rank, candidate.num_stages, candidate.pp)]
+    states = [chain.stage_state(i, j) for i, j in stages]
+    activations = np.array([stage_activation(chain, i, j) for i, j in stages])
+    profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]
+    boundary = 0.0
+    if candidate.num_stages > 1:
+        cut = chain.cut_forward_bytes + chain.cut_backward_bytes
+        boundary = BUFFERS_PER_BOUNDARY * sum(cut[i] + cut[j] for i, j in stages)
+    kinds, dp, zero = setting.kinds, candidate.dp, candidate.zero
+    return memory.finish_breakdown(
+        memory.state_breakdown(states, kinds, dp, zero, candidate.count),
+        activation_bytes=int((profiles @ activations).max()),
+        workspace_bytes=int(max(chain.workspace_of[i, j] for i, j in stages)),
+        communication_bytes=int(boundary),
+        optimizer_step=sum(memory.optimizer_step_bytes(state, kinds, dp, zero) for state in states),
+        device_kind=setting.mesh(candidate).devices[rank].kind,
+        num_groups=num_groups(candidate),
+    )
+
+
+def stage_activation(chain: Chain, start: int, stop: int) -> float:
+    prologue = sum(chain.prologue_bytes[index] for index in chain.prologue_of(start, stop))
+    return float(chain.activation_bytes[start:stop].sum()) + prologue

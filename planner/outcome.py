@@ -1,0 +1,112 @@
+"""What the search learned of each candidate, and the runner-ups with the reason each lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..units import format_bytes, format_seconds
+from . import plan as plan_document
+from .candidates import Candidate
+from .interfaces import ShardingSolution
+
+MAX_ROWS = 24
+MAX_MISFITS = 4
+
+
+@dataclass
+class Outcome:
+    """bound_s: proven for every sharding; search_bound_s: under the sharding found. fits: None where not looked at."""
+
+    candidate: Candidate
+    bound_s: float = 0.0
+    search_bound_s: float = 0.0
+    step_s: float | None = None
+    bounds: tuple[int, ...] = ()
+    recompute: frozenset[str] = frozenset()
+    recompute_all: bool = False
+    solution: ShardingSolution | None = None
+    peak_bytes: int | None = None
+    limit_bytes: int = 0
+    missing_bytes: int = 0
+    worst_rank: int = 0
+    fits: bool | None = None
+    unsharded: bool = False
+    too_slow: bool = False  # with the least recomputation that might fit
+    note: str = ""
+
+    @property
+    def open(self) -> bool:
+        """May hold a plan, as far as is proven: what does not fit with even chunks might with others."""
+        if self.unsharded:
+            return False
+        return self.fits is not False
+
+    @property
+    def recompute_label(self) -> str:
+        if not self.recompute:
+            return "none"
+        return "all" if self.recompute_all else "some"
+
+
+def _reason(outcome: Outcome, best: Outcome, interrupted: str) -> str:
+    assert best.step_s is not None
+    if outcome.unsharded:
+        return f"tp={outcome.candidate.tp} cannot shard this model"
+    if outcome.fits is False:
+        return f"needs {format_bytes(outcome.peak_bytes or 0)} of {format_bytes(outcome.limit_bytes)}"
+    if outcome.step_s is not None:
+        slower = outcome.step_s / best.step_s - 1
+        return f"slower by {100 * slower:.1f} %" if slower > 5e-4 else "as fast, not better"
+    if outcome.note:
+        return outcome.note
+    bound_s = max(outcome.bound_s, outcome.search_bound_s)
+    if outcome.too_slow and bound_s < best.step_s:
+        return "with the recomputation that it needs, its bound is above the incumbent"
+    if bound_s >= best.step_s * 0.999:
+        return f"bound {format_seconds(bound_s)} is above the incumbent"
+    return f"not reached before {interrupted}" if interrupted else f"bound {format_seconds(bound_s)}"
+
+
+def considered_rows(
+    candidates: Iterable[Candidate], outcomes: Mapping[Candidate, Outcome], best: Outcome, interrupted: str
+) -> list[plan_document.Considered]:
+    """The best of each mesh, the nearest that do not fit, then the best of the rest; the chosen one left out."""
+    known = [outcomes[c] if c in outcomes else Outcome(c) for c in candidates if c != best.candidate]
+
+    def rank(outcome: Outcome) -> tuple[int, float]:
+        if outcome.step_s is not None:
+            return 0, outcome.step_s
+        if outcome.fits is False:
+            return 1, outcome.missing_bytes
+        if outcome.unsharded:
+            return 3, 0.0
+        return 2, max(outcome.bound_s, outcome.search_bound_s)
+
+    known.sort(key=rank)
+    first_of_mesh: dict[tuple[int, int, int], Outcome] = {}
+    for outcome in known:
+        c = outcome.candidate
+        first_of_mesh.setdefault((c.pp, c.dp, c.tp), outcome)
+    chosen = sorted(first_of_mesh.values(), key=rank)[: MAX_ROWS // 2]
+    taken = {outcome.candidate for outcome in chosen}
+    misfits = [outcome for outcome in known if outcome.fits is False and outcome.candidate not in taken][:MAX_MISFITS]
+    chosen += misfits
+    taken |= {outcome.candidate for outcome in misfits}
+    chosen += [outcome for outcome in known if outcome.candidate not in taken][: MAX_ROWS - len(chosen)]
+    return [_row(outcome, best, interrupted) for outcome in sorted(chosen, key=rank)]
+
+
+def _row(outcome: Outcome, best: Outcome, interrupted: str) -> plan_document.Considered:
+    c = outcome.candidate
+    chunks = f" x{c.virtual_stages}" if c.virtual_stages > 1 else ""
+    return plan_document.Considered(
+        mesh=plan_document.Mesh(pp=c.pp, dp=c.dp, tp=c.tp),
+        microbatch=c.microbatch,
+        schedule=c.schedule + chunks,
+        zero=c.zero,
+        recompute=outcome.recompute_label,
+        step_s=outcome.step_s,
+        peak_bytes=outcome.peak_bytes,
+        reason=_reason(outcome, best, interrupted),
+    )

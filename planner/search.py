@@ -1,0 +1,532 @@
+"""The outer search: mesh, microbatch, ZeRO stage, schedule, stage cuts and recomputation, scored by the simulator.
+
+Candidates are taken in groups that share a sharding solution: equal tensor axis and equal sequences on a rank. A
+group is solved only while the bound of its best candidate is below the incumbent. That bound needs no solution of its
+own: an op never takes less than its share of the same op on the whole batch on one device, which is costed once.
+Inside a group candidates go by their own bound (evaluate.lower_bound). For each the least recomputation that fits is
+found by bisection over distinct segments in the order of bytes freed per second spent, then the best cuts, then the
+simulated step.
+
+Two prunings are not proofs, and leave the certificate alone: a candidate that does not fit rules out those that
+differ in a larger microbatch only, and interleaving is looked at only where an optimistic estimate of its bubble
+beats the incumbent.
+
+The certificate is the least bound over all candidates that are not known not to fit, scaled by what the sharding solver
+left open. Ctrl-C and the time limit end the search with the incumbent and its gap.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from ..costmodel.model import CostModel
+from ..costmodel.simulator import Timeline
+from ..errors import ExitCode, ShardwrightError
+from ..profiler.cluster import Cluster
+from ..profiler.graph import ModelGraph
+from ..profiler.workload import Workload
+from ..units import format_seconds
+from . import plan as plan_document
+from .advice import does_not_fit
+from .candidates import Candidate, Forced, check_forced, divisors, enumerate_candidates, nothing_divides, parse_forced
+from .chain import Chain, build_chain
+from .evaluate import (
+    Passes,
+    estimate,
+    find_cuts,
+    level_ranks,
+    lower_bound,
+    order_bound,
+    path_seconds,
+    run_timeline,
+    step_seconds,
+    unevenness,
+)
+from .footprint import fits, quick_peaks, rank_breakdown
+from .interfaces import Sharder, ShardingSolution
+from .outcome import Outcome, considered_rows
+from .setting import Setting
+from .stages import improve_cuts
+
+Progress = Callable[[str], None]
+
+BETTER = 1 - 1e-6  # a new incumbent is better by more than this
+OPTIMAL_GAP = 1e-3
+POLISH_SECONDS = 2.0
+MAX_CHUNK_CHOICES = 4
+
+
+@dataclass
+class SearchResult:
+    """The chosen plan's parts, in the Plan document's own types, and how it was found."""
+
+    candidate: Candidate
+    mesh: plan_document.Mesh
+    microbatch: plan_document.Microbatch
+    schedule: plan_document.Schedule
+    stages: list[plan_document.Stage]
+    zero: int
+    memory_policy: plan_document.MemoryPolicy
+    predicted: plan_document.Predicted
+    certificate: plan_document.Certificate
+    considered: list[plan_document.Considered]
+    solution: ShardingSolution
+    timeline: Timeline
+    seconds: float
+    solve_seconds: float  # of it, in the sharding solver
+    num_candidates: int
+    interrupted: str = ""  # 'time limit' or 'Ctrl-C'
+
+
+@dataclass
+class _Search:
+    setting: Setting
+    sharder: Sharder
+    forced: Forced
+    candidates: list[Candidate]
+    deadline: float
+    progress: Progress
+    solutions: dict[tuple[int, int, int], ShardingSolution | None] = field(default_factory=dict)  # dp, tp, batch
+    outcomes: dict[Candidate, Outcome] = field(default_factory=dict)
+    incumbent: Outcome | None = None
+    solve_seconds: float = 0.0
+    whole_forward_s: float = 0.0  # of the whole batch on one device
+    whole_backward_s: float = 0.0
+
+    def run(self) -> str:
+        """Returns what cut it short, or ''."""
+        groups: dict[tuple[int, int], list[Candidate]] = {}
+        for candidate in self.candidates:
+            groups.setdefault((candidate.local_batch, candidate.tp), []).append(candidate)
+        try:
+            self._learn_whole()
+            for _, members in sorted(groups.items()):
+                self._run_group(members)
+        except KeyboardInterrupt:
+            return "Ctrl-C"
+        except _TimeUp:
+            return "time limit"
+        return ""
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise _TimeUp
+
+    def _learn_whole(self) -> None:
+        """Seconds of the whole batch on one device, forward and backward: what the bounds of unsolved groups share
+        out.
+        """
+        batch = self.setting.workload.global_batch
+        solution = self._solve_for(1, 1, batch)
+        if solution is None:
+            return
+        chain = build_chain(self.setting.graph, self.setting.shape, solution, frozenset())
+        scale = min(min(self.setting.mesh(candidate).scales) for candidate in self.candidates[:1])
+        self.whole_forward_s = float((chain.forward_s - chain.forward_comm_s).sum()) * scale
+        self.whole_backward_s = float((chain.backward_s - chain.backward_comm_s).sum()) * scale
+
+    def _ideal_seconds(self, candidate: Candidate) -> float:
+        """Step of this candidate without collectives, every op as efficient as on the whole batch."""
+        parts = candidate.dp * candidate.tp * candidate.count
+        passes = Passes.plain(self.whole_forward_s / parts, self.whole_backward_s / parts)
+        return path_seconds(candidate.schedule, passes, candidate.pp, candidate.count)
+
+    def _run_group(self, members: list[Candidate]) -> None:
+        self.setting.forget()
+        open_members = []
+        for candidate in members:
+            outcome = self.outcomes[candidate] = Outcome(candidate, bound_s=self._ideal_seconds(candidate))
+            smaller = self._smaller_that_does_not_fit(candidate)
+            if smaller is not None:
+                outcome.fits, outcome.peak_bytes, outcome.limit_bytes = False, smaller.peak_bytes, smaller.limit_bytes
+                outcome.missing_bytes, outcome.worst_rank = smaller.missing_bytes, smaller.worst_rank
+            elif self.incumbent is None or outcome.bound_s < self.incumbent.step_s:
+                open_members.append(candidate)
+        if not open_members:
+            return
+        self._check_time()
+        solution = self._solve(min(open_members, key=self._ideal_seconds))
+        if solution is None:
+            for candidate in members:
+                self.outcomes[candidate].unsharded = True
+            return
+        chain = self.setting.chain(solution, self._recompute_options(solution)[0])
+        ratio = _solver_ratio(solution)
+        order = {}
+        for candidate in open_members:
+            outcome = self.outcomes[candidate]
+            outcome.search_bound_s = lower_bound(self.setting, candidate, chain)
+            outcome.bound_s = max(outcome.bound_s, outcome.search_bound_s * ratio)
+            order[candidate] = estimate(self.setting, candidate, chain)
+        uneven = self._uneven_interleavings(open_members, chain)
+        for candidate in sorted(open_members, key=lambda c: (_rounded(order[c]), c.zero, c.virtual_stages, c.schedule)):
+            if candidate in uneven:
+                self.outcomes[candidate].note = "chunks less even than with other virtual stages"
+            elif self._may_win(order[candidate]):
+                self._check_time()
+                self._evaluate(candidate, solution)
+            elif self._may_win(self.outcomes[candidate].search_bound_s):
+                self.outcomes[candidate].note = f"estimated at {format_seconds(order[candidate])} with its bubble"
+
+    def _uneven_interleavings(self, members: list[Candidate], chain: Chain) -> set[Candidate]:
+        """Interleaved candidates beyond the MAX_CHUNK_CHOICES numbers of virtual stages that promise most for their
+        pp.
+        """
+        if self.forced.virtual_stages is not None:
+            return set()
+        left_out: set[Candidate] = set()
+        by_mesh: dict[tuple[int, int], dict[int, list[Candidate]]] = {}
+        for candidate in members:
+            if candidate.virtual_stages > 1:
+                chunks = by_mesh.setdefault((candidate.pp, candidate.count), {})
+                chunks.setdefault(candidate.virtual_stages, []).append(candidate)
+        for (pp, count), chunks in by_mesh.items():
+
+            def promise(v: int, pp: int = pp, count: int = count) -> float:
+                return count * unevenness(self.setting, chain, pp * v) + (pp - 1) / v
+
+            for v in sorted(chunks, key=promise)[MAX_CHUNK_CHOICES:]:
+                left_out.update(chunks[v])
+        return left_out
+
+    def _smaller_that_does_not_fit(self, candidate: Candidate) -> Outcome | None:
+        """The same with a smaller microbatch, known not to fit: activations only grow with the microbatch."""
+        for microbatch in divisors(candidate.microbatch)[:-1]:
+            if microbatch % candidate.dp:
+                continue
+            count = candidate.count * candidate.microbatch // microbatch
+            found = self.outcomes.get(replace(candidate, microbatch=microbatch, count=count))
+            if found is not None and found.fits is False:
+                return found
+        return None
+
+    def _solve(self, candidate: Candidate) -> ShardingSolution | None:
+        return self._solve_for(candidate.dp, candidate.tp, candidate.local_batch)
+
+    def _solve_for(self, dp: int, tp: int, local_batch: int) -> ShardingSolution | None:
+        key = (dp, tp, local_batch)
+        if key not in self.solutions:
+            self.progress(f"sharding dp={dp} tp={tp}, {local_batch} sequences a rank")
+            started = time.monotonic()
+            try:
+                self.solutions[key] = self.sharder.solve(dp=dp, tp=tp, local_batch=local_batch)
+            except ShardwrightError:
+                self.solutions[key] = None
+            self.solve_seconds += time.monotonic() - started
+        return self.solutions[key]
+
+    def _recompute_order(self, solution: ShardingSolution) -> list[str]:
+        """Distinct segments outside the prologue, most bytes freed for a second of recomputation first."""
+        costs = {name: solution.costs[name] for name in dict.fromkeys(self.setting.shape.segments)}
+
+        def freed_per_second(name: str) -> float:
+            cost = costs[name]
+            return (cost.saved_bytes - cost.recompute_saved_bytes) / max(cost.forward_s + cost.forward_comm_s, 1e-12)
+
+        return sorted(costs, key=freed_per_second, reverse=True)
+
+    def _recompute_options(self, solution: ShardingSolution) -> list[frozenset[str]]:
+        order = self._recompute_order(solution)
+        if self.forced.recompute == "all":
+            return [frozenset(order)]
+        if self.forced.recompute == "none":
+            return [frozenset()]
+        costs = solution.costs
+        useful = [name for name in order if costs[name].saved_bytes > costs[name].recompute_saved_bytes]
+        return [frozenset(useful[:k]) for k in range(len(useful) + 1)]
+
+    def _evaluate(self, candidate: Candidate, solution: ShardingSolution) -> None:
+        outcome = self._score(candidate, solution)
+        if self._is_better(outcome):
+            exact = self._solve(candidate)
+            if exact is not None and exact is not solution:
+                outcome = self._score(candidate, exact)
+            if self._is_better(outcome):
+                self.incumbent = outcome
+                self.progress(f"best so far {outcome.step_s:.3f} s: {candidate}")
+        self.outcomes[candidate] = outcome
+
+    def _may_win(self, at_least_s: float) -> bool:
+        return self.incumbent is None or at_least_s < (self.incumbent.step_s or 0.0) * BETTER
+
+    def _is_better(self, outcome: Outcome) -> bool:
+        if outcome.step_s is None:
+            return False
+        return self._may_win(outcome.step_s)
+
+    def _score(self, candidate: Candidate, solution: ShardingSolution) -> Outcome:
+        """Least recomputation that fits; its cuts; its simulated step. Looks no further where that cannot win."""
+        setting = self.setting
+        outcome = self.outcomes[candidate]
+        options = self._recompute_options(solution)
+        fitting: tuple[int, tuple[int, ...], float] | None = None
+        low, high, trial, slow_s = 0, len(options) - 1, 0, 0.0
+        while low <= high:
+            chain = setting.chain(solution, options[trial])
+            if not self._may_win(estimate(setting, candidate, chain)):
+                # more recomputation only takes longer: what is left to try is less of it
+                outcome.too_slow, high = True, trial - 1
+                slow_s = lower_bound(setting, candidate, chain)
+            else:
+                cuts = self._cuts(candidate, chain)
+                if cuts is not None:
+                    fitting, high = (trial, *cuts), trial - 1
+                else:
+                    low = trial + 1
+            # first none, then one step at a time where there are few, else halves
+            trial = low if len(options) <= 4 else (low + high + 1) // 2
+        if fitting is None and outcome.too_slow:
+            outcome.search_bound_s = max(outcome.search_bound_s, slow_s)
+            outcome.bound_s = max(outcome.bound_s, slow_s * _solver_ratio(solution))
+            return outcome
+        if fitting is None:
+            need = self._least_need(candidate, solution, options)
+            outcome.missing_bytes, outcome.peak_bytes, outcome.worst_rank = need
+            outcome.limit_bytes = setting.limit(candidate, outcome.worst_rank)
+            outcome.fits = False
+            return outcome
+        index, bounds, bottleneck = fitting
+        chain = setting.chain(solution, options[index])
+        if self.forced.cuts is None:
+            bounds = level_ranks(setting, candidate, chain, bounds)
+        outcome.fits = True
+        outcome.peak_bytes = int(quick_peaks(setting, candidate, chain, bounds).max())
+        at_least = order_bound(setting, candidate, chain, bounds)
+        if not self._may_win(at_least):
+            outcome.search_bound_s = max(outcome.search_bound_s, at_least)
+            return outcome
+        return Outcome(
+            candidate,
+            bound_s=max(outcome.bound_s, bottleneck * _solver_ratio(solution)),
+            search_bound_s=outcome.search_bound_s,
+            step_s=step_seconds(setting, candidate, chain, bounds),
+            bounds=bounds,
+            recompute=options[index],
+            solution=solution,
+            peak_bytes=outcome.peak_bytes,
+            fits=True,
+            recompute_all=index == len(options) - 1 and bool(options[index]),
+        )
+
+    def _cuts(self, candidate: Candidate, chain: Chain) -> tuple[tuple[int, ...], float] | None:
+        """(bounds, lower bound from the cuts or 0) where they fit."""
+        setting = self.setting
+        if self.forced.cuts is not None:
+            place = {index: position for position, index in enumerate(setting.shape.instances)}
+            missing = [cut for cut in self.forced.cuts if place.get(cut, 0) == 0]
+            if missing:
+                body = setting.shape.instances
+                raise ShardwrightError(
+                    f"--force cuts: no stage can begin at segment instance {missing[0]}",
+                    means=f"stages begin at one of the instances {body[1]} to {body[-1]}",
+                    change="--force cuts",
+                    works=f"--force cuts={body[len(body) // 2]}",
+                    exit_code=ExitCode.CONTRADICTION,
+                )
+            bounds = (0, *(place[cut] for cut in self.forced.cuts), chain.num_instances)
+            bottleneck = 0.0
+        else:
+            cuts = find_cuts(setting, candidate, chain)
+            if cuts is None:
+                return None
+            bounds = cuts.bounds
+            bottleneck = cuts.bottleneck if candidate.virtual_stages == 1 else 0.0
+        if not fits(setting, candidate, chain, bounds):
+            return None
+        return bounds, bottleneck
+
+    def _least_need(
+        self, candidate: Candidate, solution: ShardingSolution, options: list[frozenset[str]]
+    ) -> tuple[int, int, int]:
+        """(missing bytes, peak of the worst rank, that rank) with most recomputation and even cuts."""
+        chain = self.setting.chain(solution, options[-1])
+        cuts = find_cuts(self.setting, candidate, chain, ignore_memory=True)
+        if cuts is None:
+            return 0, 0, 0
+        peaks = quick_peaks(self.setting, candidate, chain, cuts.bounds)
+        lacking = peaks - self.setting.limits(candidate)
+        worst = int(lacking.argmax())
+        return max(int(lacking[worst]), 0), int(peaks[worst]), worst
+
+
+def _rounded(seconds: float) -> float:
+    """So that candidates of equal time go by simplicity, not by the last bit."""
+    return float(f"{seconds:.9g}")
+
+
+class _TimeUp(Exception):
+    pass
+
+
+def _one_of_each(cluster: Cluster) -> list[int]:
+    ranks, first = [], 0
+    for group in cluster.groups:
+        ranks.append(first)
+        first += group.num_devices
+    return ranks
+
+
+def _solver_ratio(solution: ShardingSolution) -> float:
+    """What the sharding solver proved: the share of its objective that is certain."""
+    if solution.objective_s <= 0:
+        return 1.0
+    return min(1.0, max(0.0, solution.lower_bound_s / solution.objective_s))
+
+
+def search(
+    graph: ModelGraph,
+    cluster: Cluster,
+    cost_model: CostModel,
+    workload: Workload,
+    sharder: Sharder,
+    *,
+    force: Mapping[str, str],
+    time_limit_s: float | None = None,
+    memory_limit_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """The fastest plan that fits. memory_limit_bytes: per device, below what the cluster says.
+
+    Raises ShardwrightError: unknown force key (2), contradiction or a batch that does not divide (4), nothing fits (3),
+    time limit with no incumbent (6).
+    """
+    started = time.monotonic()
+    setting = Setting(graph, cluster, cost_model, workload, memory_limit_bytes)
+    forced = parse_forced(force)
+    num_instances = len(setting.shape.instances)
+    check_forced(forced, cluster.num_devices, workload.global_batch, num_instances)
+    space = (forced, cluster.num_devices, workload.global_batch, num_instances, _widest_tp(cluster))
+    candidates = list(enumerate_candidates(*space))
+    if not candidates:
+        raise nothing_divides(*space)
+    state = _Search(
+        setting=setting,
+        sharder=sharder,
+        forced=forced,
+        candidates=candidates,
+        deadline=started + time_limit_s if time_limit_s is not None else float("inf"),
+        progress=progress or (lambda message: None),
+    )
+    interrupted = state.run()
+    if state.incumbent is None:
+        if interrupted:
+            looked_at = sum(outcome.fits is not None for outcome in state.outcomes.values())
+            raise ShardwrightError(
+                f"{interrupted} after {time.monotonic() - started:.1f} s, before any plan was found",
+                means=f"{looked_at} of {len(candidates)} candidates looked at",
+                change="--time-limit",
+                works=f"--time-limit {max(60, round(10 * (time_limit_s or 6)))}",
+                exit_code=ExitCode.TIME_LIMIT,
+            )
+        raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions)
+    return _result(state, started, interrupted)
+
+
+def _widest_tp(cluster: Cluster) -> int:
+    """The widest tensor axis tried: a fast domain, and at least 8."""
+    return max(8, *(group.devices_per_domain for group in cluster.groups))
+
+
+def _polish(state: _Search, outcome: Outcome) -> tuple[int, ...]:
+    """Move single cuts while the simulated step falls, for a short while."""
+    setting, candidate = state.setting, outcome.candidate
+    assert outcome.solution is not None and outcome.step_s is not None
+    chain = setting.chain(outcome.solution, outcome.recompute)
+    stop_at = time.monotonic() + POLISH_SECONDS
+
+    def score(bounds: tuple[int, ...]) -> float:
+        if bounds == outcome.bounds:
+            return outcome.step_s or 0.0
+        if time.monotonic() > stop_at:
+            return float("inf")
+        if not fits(setting, candidate, chain, bounds):
+            return float("inf")
+        return step_seconds(setting, candidate, chain, bounds)
+
+    if state.forced.cuts is not None or candidate.num_stages == 1:
+        return outcome.bounds
+    return improve_cuts(outcome.bounds, score)
+
+
+def _result(state: _Search, started: float, interrupted: str) -> SearchResult:
+    best, setting = state.incumbent, state.setting
+    assert best is not None and best.solution is not None
+    candidate, solution = best.candidate, best.solution
+    bounds = best.bounds if interrupted else _polish(state, best)
+    chain = setting.chain(solution, best.recompute)
+    timeline = run_timeline(setting, candidate, chain, bounds)
+    step_s = timeline.makespan_s
+    best.step_s, best.bounds = step_s, bounds
+    breakdowns = [rank_breakdown(setting, candidate, chain, bounds, rank) for rank in range(candidate.pp)]
+    peaks = [sum(items.values()) for items in breakdowns]
+    worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
+    bounds_s = [state.outcomes[c].bound_s if c in state.outcomes else state._ideal_seconds(c) for c in state.candidates
+                if c not in state.outcomes or state.outcomes[c].open]  # fmt: skip
+    bound_s = min([step_s, *bounds_s])
+    gap = (step_s - bound_s) / step_s if step_s else 0.0
+    workload = setting.workload
+    tokens = workload.global_batch * max(1, _tokens_per_sample(workload))
+    flops = chain.model_flops * candidate.dp * candidate.tp * candidate.count
+    peak_rate = sum(
+        group.num_devices * setting.cluster.device(rank).peak_flops_per_s(workload.precision.compute)
+        for group, rank in zip(setting.cluster.groups, _one_of_each(setting.cluster), strict=True)
+    )
+    return SearchResult(
+        candidate=candidate,
+        mesh=plan_document.Mesh(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp),
+        microbatch=plan_document.Microbatch(size=candidate.microbatch, count=candidate.count),
+        schedule=plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages),
+        stages=_stages(setting, candidate, chain, bounds),
+        zero=candidate.zero,
+        memory_policy=plan_document.MemoryPolicy(
+            recompute={name: "all" if name in best.recompute else "none" for name in setting.graph.segments}
+        ),
+        predicted=plan_document.Predicted(
+            step_s=step_s,
+            tokens_per_s_per_device=tokens / step_s / setting.cluster.num_devices,
+            mfu=flops / (peak_rate * step_s),
+            peak_bytes=[peaks[stage % candidate.pp] for stage in range(candidate.num_stages)],
+            bubble_fraction=max(0.0, timeline.bubble_fraction),
+            exposed_comm_s=max(timeline.exposed_comm_s),
+            memory=breakdowns[worst],
+            memory_limit_bytes=setting.limit(candidate, worst),
+        ),
+        certificate=plan_document.Certificate(
+            status="optimal" if gap <= OPTIMAL_GAP and not interrupted else "feasible",
+            lower_bound_s=bound_s,
+            gap_fraction=gap,
+        ),
+        considered=considered_rows(state.candidates, state.outcomes, best, interrupted),
+        solution=solution,
+        timeline=timeline,
+        seconds=time.monotonic() - started,
+        solve_seconds=state.solve_seconds,
+        num_candidates=len(state.candidates),
+        interrupted=interrupted,
+    )
+
+
+def _tokens_per_sample(workload: Workload) -> int:
+    """Sequence length; as Workload says: dimension 1 of the first integer tensor of the batch, else 1."""
+    if workload.tokens_per_sample:
+        return workload.tokens_per_sample
+    for tensor in workload.example_batch.values():
+        if not tensor.is_floating_point() and tensor.dim() > 1:
+            return int(tensor.shape[1])
+    return 1
+
+
+def _stages(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[plan_document.Stage]:
+    mesh = setting.mesh(candidate)
+    return [
+        plan_document.Stage(
+            segments=[
+                *chain.prologue_of(bounds[stage], bounds[stage + 1]),
+                *setting.shape.instances[bounds[stage] : bounds[stage + 1]],
+            ],
+            ranks=mesh.ranks_of(stage % candidate.pp),
+        )
+        for stage in range(candidate.num_stages)
+    ]

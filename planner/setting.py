@@ -1,0 +1,99 @@
+"""Setting: what stays the same through a search, and what a ZeRO stage costs on one mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..costmodel.memory import StateBytes
+from ..costmodel.model import CostModel
+from ..profiler.cluster import Cluster
+from ..profiler.device import Device
+from ..profiler.graph import ModelGraph
+from ..profiler.workload import Workload
+from .candidates import Candidate
+from .chain import Chain, Shape, build_chain, model_shape
+from .interfaces import ShardingSolution
+from .mesh_costs import MeshCosts
+
+
+@dataclass
+class Setting:
+    """What stays the same through a search, with the caches that it needs."""
+
+    graph: ModelGraph
+    cluster: Cluster
+    cost_model: CostModel
+    workload: Workload
+    memory_limit_bytes: int | None = None
+    shape: Shape = field(init=False)
+    kinds: StateBytes = field(init=False)
+    _meshes: dict[tuple[int, int, int], MeshCosts] = field(default_factory=dict)
+    cache: dict[Any, Any] = field(default_factory=dict)
+    _chains: dict[tuple[int, frozenset[str]], tuple[ShardingSolution, Chain]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shape = model_shape(self.graph)
+        self.kinds = StateBytes.of(self.workload.precision, self.workload.optimizer.state_tensors)
+
+    def mesh(self, candidate: Candidate) -> MeshCosts:
+        key = (candidate.pp, candidate.dp, candidate.tp)
+        if key not in self._meshes:
+            self._meshes[key] = MeshCosts(self.cluster, self.cost_model, *key, self.workload.precision.compute)
+        return self._meshes[key]
+
+    def chain(self, solution: ShardingSolution, recompute: Collection[str]) -> Chain:
+        key = (id(solution), frozenset(recompute))
+        if key not in self._chains:
+            self._chains[key] = solution, build_chain(self.graph, self.shape, solution, recompute)
+        return self._chains[key][1]
+
+    def limit(self, candidate: Candidate, rank: int) -> int:
+        device = self.mesh(candidate).devices[rank]
+        limit = device.memory_bytes
+        return limit if self.memory_limit_bytes is None else min(limit, self.memory_limit_bytes)
+
+    def forget(self) -> None:
+        """Drop what was cached of chains: called between groups of candidates, which share no chain."""
+        self.cache.clear()
+        self._chains.clear()
+
+    def limits(self, candidate: Candidate) -> np.ndarray:
+        key = ("limits", candidate.pp, candidate.dp, candidate.tp)
+        if key not in self.cache:
+            self.cache[key] = np.array([self.limit(candidate, rank) for rank in range(candidate.pp)], dtype=float)
+        return self.cache[key]
+
+    def optimizer_seconds(self, elements: float, device: Device) -> float:
+        """Reads gradient, master copy and state; writes master copy, state and compute copy: memory traffic alone."""
+        kinds = self.kinds
+        each = kinds.reduce + 2 * (1 + kinds.state_tensors) * kinds.master + (0 if kinds.single_copy else kinds.compute)
+        return self.cost_model.op_seconds("_foreach_add", 0.0, elements * each, self.workload.precision.master, device)
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """Seconds of ZeRO's collectives for one stage: see the table in costmodel/memory.py."""
+
+    gather_s: float = 0.0  # before each action
+    reduce_each_s: float = 0.0  # after each backward
+    reduce_s: float = 0.0  # once, after the last backward
+    tail_gather_s: float = 0.0  # once, after the optimizer
+
+    @classmethod
+    def of(cls, mesh: MeshCosts, kinds: StateBytes, zero: int, param_elements: float, trainable: float) -> DataParallel:
+        if mesh.dp == 1:
+            return cls()
+        params, grads = param_elements * kinds.compute, trainable * kinds.reduce
+        if zero == 0:
+            return cls(reduce_s=mesh.dp_seconds("all_reduce", grads))
+        scatter_s = mesh.dp_seconds("reduce_scatter", grads)
+        gather_s = mesh.dp_seconds("all_gather", params)
+        if zero == 1:
+            return cls(reduce_s=scatter_s, tail_gather_s=gather_s)
+        if zero == 2:
+            return cls(reduce_each_s=scatter_s, tail_gather_s=gather_s)
+        return cls(gather_s=gather_s, reduce_each_s=scatter_s)

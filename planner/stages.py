@@ -1,0 +1,140 @@
+"""Stage cuts: a chain of n segment instances into S contiguous stages, by dynamic programming.
+
+For stage s over positions i..j-1 let c_s(i, j) be its cost, infinite where it does not fit in the memory of its ranks.
+With f_s(j) the least bottleneck of the first s stages over the first j positions,
+
+    f_0(0) = 0        f_{s+1}(j) = min over i < j of max(f_s(i), c_s(i, j))        answer f_S(n)
+
+Among the cuts that reach this bottleneck a second pass of the same shape takes the one with the least sum of a
+secondary cost (transfers over the cuts, then evenness). Costs are matrices, so each stage is one vectorised O(n^2)
+step.
+
+The cost of a stage may count what comes before it: see `pipeline_cost`, whose bottleneck is a lower bound on the
+makespan over all cuts, and the makespan itself where stages are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .chain import Chain
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """bounds: S+1 positions, stage s runs bounds[s]..bounds[s+1]-1. bottleneck: greatest stage cost."""
+
+    bounds: tuple[int, ...]
+    bottleneck: float
+
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        return list(zip(self.bounds, self.bounds[1:], strict=False))
+
+
+def best_cuts(
+    cost: Callable[[int], np.ndarray],
+    num_stages: int,
+    num_instances: int,
+    secondary: Callable[[int], np.ndarray] | None = None,
+) -> Cuts | None:
+    """cost(s)[i, j]: what stage s costs over positions i..j-1 (inf: not allowed). None where no cut is allowed.
+
+    Every stage gets at least one position.
+    """
+    n = num_instances
+    if num_stages > n:
+        return None
+    allowed = np.triu(np.ones((n + 1, n + 1), dtype=bool), 1)
+    masked: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # stages may share one matrix
+    tables = []
+    for stage in range(num_stages):
+        table = cost(stage)
+        if id(table) not in masked:
+            masked[id(table)] = table, np.where(allowed, table, np.inf)
+        tables.append(masked[id(table)][1])
+    best = np.full(n + 1, np.inf)
+    best[0] = 0.0
+    for table in tables:
+        best = np.maximum(best[:, None], table).min(axis=0)
+    bottleneck = float(best[n])
+    if not math.isfinite(bottleneck):
+        return None
+    limit = bottleneck * (1 + 1e-12)
+    total = np.full(n + 1, np.inf)
+    total[0] = 0.0
+    choices = []
+    for stage, table in enumerate(tables):
+        extra = secondary(stage) if secondary is not None else np.zeros_like(table)
+        through = total[:, None] + np.where(table <= limit, extra, np.inf)
+        choice = through.argmin(axis=0)
+        choices.append(choice)
+        total = through[choice, np.arange(n + 1)]
+    bounds = [n]
+    for choice in reversed(choices):
+        bounds.append(int(choice[bounds[-1]]))
+    return Cuts(tuple(reversed(bounds)), bottleneck)
+
+
+def pipeline_cost(
+    chain: Chain,
+    num_microbatches: int,
+    stage: int,
+    num_stages: int,
+    *,
+    schedule: str,
+    gather_s: np.ndarray | float = 0.0,
+    reduce_s: np.ndarray | float = 0.0,
+    scale: float = 1.0,
+    least_scale: float = 1.0,
+) -> np.ndarray:
+    """[i, j] -> seconds that the pipeline takes at least, if stage `stage` runs positions i..j-1; one stage on a rank.
+
+    T = total forward and backward of one microbatch, L = F + B those of the stage, m microbatches, p stages:
+
+    gpipe  T + (m-1) L
+    1f1b   before the stage's first forward, all forwards before it; after its last backward, all backwards before it:
+           sum of earlier L + m L. And the first backward comes back to it only after T less the backwards before it,
+           when at most p - s forwards are done: T + (m-1) B + max(0, m - (p - s)) F.
+
+    gather_s, reduce_s: [i, j] -> seconds of collectives before each action, after each backward. They count between the
+    actions of the rank alone: a first gather can pass while the rank waits for its input, a last reduction while the
+    gradient travels on. scale: this rank's time over that of the rank that the chain was made for; least_scale: the
+    least of any rank.
+    """
+    m = num_microbatches
+    forward, backward = chain.forward_of * scale, chain.backward_of * scale
+    each = (chain.forward_s + chain.backward_s) * least_scale
+    whole = float(each.sum())
+    more_backwards = (m - 1) * (backward + gather_s + reduce_s)
+    if schedule == "gpipe":
+        return whole + more_backwards + (m - 1) * (forward + gather_s)
+    before = np.concatenate([[0.0], np.cumsum(each)])[:, None]
+    first = before + forward + backward + more_backwards + (m - 1) * (forward + gather_s)
+    in_flight = min(m, num_stages - stage)
+    second = whole + more_backwards + (m - in_flight) * (forward + gather_s)
+    return np.maximum(first, second)
+
+
+def improve_cuts(
+    bounds: tuple[int, ...], score: Callable[[tuple[int, ...]], float], max_rounds: int = 8
+) -> tuple[int, ...]:
+    """Hill climbing: move single cuts by one position while the score falls. score: inf where not allowed."""
+    best, best_score = bounds, score(bounds)
+    for _ in range(max_rounds):
+        moved = False
+        for index in range(1, len(best) - 1):
+            for step in (-1, 1):
+                trial = (*best[:index], best[index] + step, *best[index + 1 :])
+                if not trial[index - 1] < trial[index] < trial[index + 1]:
+                    continue
+                value = score(trial)
+                if value < best_score * (1 - 1e-9):
+                    best, best_score, moved = trial, value, True
+        if not moved:
+            break
+    return best

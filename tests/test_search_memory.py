@@ -1,0 +1,122 @@
+"""What a rank holds: ZeRO's table, repeated parameters, in-flight activations of the order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from planner_fakes import Case, Sizes
+
+from shardwright.costmodel import memory
+from shardwright.costmodel.memory import StageState, StateBytes
+from shardwright.costmodel.simulator import peak_memory
+from shardwright.planner.candidates import Candidate
+from shardwright.planner.evaluate import find_cuts, stage_times
+from shardwright.planner.footprint import cached_schedule, in_flight_profiles, quick_peaks, rank_breakdown
+from shardwright.planner.setting import Setting
+from shardwright.profiler.workload import Precision
+
+MIXED = StateBytes(compute=2, master=4, reduce=4, state_tensors=2, single_copy=False)
+SINGLE = StateBytes(compute=4, master=4, reduce=4, state_tensors=2, single_copy=True)
+STAGE = StageState(1000, 800, 10, 100)
+
+
+@pytest.mark.parametrize(
+    ("zero", "parameters", "gradients", "optimizer"),
+    [(0, 2000, 3200, 9600), (1, 2000, 3200, 2400), (2, 2000, 800, 2400), (3, 500, 800, 2400)],
+)
+def test_zero_shards_one_more_kind_of_state_at_each_stage(zero, parameters, gradients, optimizer):
+    items = memory.state_breakdown([STAGE], MIXED, dp=4, zero=zero, num_microbatches=8)
+    assert (items["parameters"], items["gradients"], items["optimizer"]) == (parameters, gradients, optimizer)
+    assert items["gathered_parameters"] == (2000 if zero == 3 else 0)
+
+
+def test_where_master_and_compute_type_are_one_the_shard_is_the_only_copy():
+    held = [memory.state_breakdown([STAGE], SINGLE, 4, zero, 1) for zero in range(4)]
+    assert [items["parameters"] for items in held] == [4000, 4000 + 800, 4000 + 800, 1000]
+    assert [items["optimizer"] for items in held] == [6400, 1600, 1600, 1600]
+
+
+def test_uneven_shards_are_rounded_up():
+    assert memory.optimizer_bytes(StageState(10, 10, 0, 10), MIXED, dp=4, zero=1) == 3 * 3 * 4
+
+
+def test_one_rank_and_one_microbatch_keep_gradients_in_the_compute_type():
+    assert memory.gradient_bytes(STAGE, MIXED, dp=1, zero=0, num_microbatches=1) == 1600
+    assert memory.gradient_bytes(STAGE, MIXED, dp=1, zero=0, num_microbatches=2) == 3200
+
+
+def test_the_optimizer_step_counts_where_it_needs_more_than_the_pipeline():
+    state = memory.state_breakdown([STAGE], MIXED, 1, 0, 1)
+    both = [
+        memory.finish_breakdown(
+            state, activation_bytes=act, workspace_bytes=5, communication_bytes=7, optimizer_step=3200,
+            device_kind="cpu", num_groups=1,
+        )
+        for act in (100, 9000)
+    ]  # fmt: skip
+    assert both[0]["activations"] == 0 and both[0]["workspace"] == 3200
+    assert both[1]["activations"] == 9000 and both[1]["workspace"] == 5
+    assert memory.reserve_bytes("gpu", 2) > memory.reserve_bytes("gpu", 1) > 0 == memory.reserve_bytes("cpu", 9)
+
+
+def setting_of(case: Case) -> Setting:
+    return Setting(case.graph, case.cluster, case.cost_model, case.workload)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pp", "m", "v"), [("gpipe", 4, 6, 1), ("1f1b", 4, 6, 1), ("interleaved_1f1b", 2, 6, 3)]
+)
+def test_profiles_and_the_simulated_order_agree_on_activations(schedule, pp, m, v):
+    case = Case(Sizes(layers=10), "4xCPU", 6)
+    setting = setting_of(case)
+    candidate = Candidate(pp, 1, 1, 1, m, schedule, v, 0)
+    chain = setting.chain(case.sharder.solve(dp=1, tp=1, local_batch=1), ())
+    cuts = find_cuts(setting, candidate, chain, ignore_memory=True)
+    order = cached_schedule(schedule, pp, m, v)
+    peaks, _ = peak_memory(order.ranks, stage_times(setting, candidate, chain, cuts.bounds))
+    quick = quick_peaks(setting, candidate, chain, cuts.bounds)
+    for rank in range(pp):
+        items = rank_breakdown(setting, candidate, chain, cuts.bounds, rank)
+        assert items["activations"] == pytest.approx(peaks[rank], abs=1)
+        assert sum(items.values()) <= quick[rank] + 20
+        assert sum(items.values()) >= 0.97 * quick[rank]
+
+
+def test_profiles_hold_the_closed_forms():
+    assert [p.tolist() for p in in_flight_profiles("1f1b", 3, 8, 1)] == [[[3]], [[2]], [[1]]]
+    rows = in_flight_profiles("interleaved_1f1b", 4, 16, 2)
+    assert [int(p.sum(axis=1).max()) for p in rows] == [2 * (4 - r - 1) + 4 + 1 for r in range(4)]
+
+
+def test_a_tied_weight_is_held_once_by_a_stage_that_reads_it_twice():
+    tied, loose = (Case(Sizes(layers=4, tied=t), "4xCPU", 4) for t in (True, False))
+    elements = []
+    for case in (tied, loose):
+        chain = setting_of(case).chain(case.sharder.solve(dp=1, tp=1, local_batch=1), ())
+        n = chain.num_instances
+        elements.append((chain.param_of[0, n], chain.param_of[0, n - 1] + chain.param_of[n - 1, n]))
+    assert elements[0][0] == elements[1][0] - 1000 * 64
+    assert elements[0][1] == elements[1][1]  # on two stages it is held twice
+
+
+def test_recomputation_trades_saved_bytes_for_workspace_and_time():
+    case = Case(Sizes(layers=6), "4xCPU", 4)
+    setting, solution = setting_of(case), case.sharder.solve(dp=1, tp=1, local_batch=2)
+    kept, again = setting.chain(solution, ()), setting.chain(solution, {"block"})
+    assert again.activation_bytes.sum() < 0.5 * kept.activation_bytes.sum()
+    assert again.backward_s.sum() == pytest.approx(kept.backward_s.sum() + kept.forward_s[1:-1].sum())
+    assert (again.backward_workspace_bytes[1:-1] > kept.backward_workspace_bytes[1:-1]).all()
+
+
+def test_prologue_work_is_rerun_by_the_stages_that_need_it_and_never_sent():
+    case = Case(Sizes(layers=4), "4xCPU", 4)
+    chain = setting_of(case).chain(case.sharder.solve(dp=1, tp=1, local_batch=1), ())
+    assert chain.prologue_of(0, 1) == [] and chain.prologue_of(1, 3) == [0]
+    hidden = 128 * 64 * 2
+    assert np.allclose(chain.cut_forward_bytes, [0, hidden, hidden, hidden, hidden, hidden, 0])
+
+
+def test_state_bytes_follow_the_precision():
+    kinds = StateBytes.of(Precision(torch.float64, torch.float64, torch.float64), 1)
+    assert kinds == StateBytes(8, 8, 8, 1, True)
