@@ -7,7 +7,8 @@ parameter never stands on a rank unless the plan replicates it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +21,6 @@ from .relayout import from_storage, grad_to_storage
 from .shards import narrow_shape, shard_index
 from .specs import ParamSpec, ParamUse, held_names
 from .units import ShardedUnit, Unit, WholeUnit, unit_names
-
-Reader = Callable[[tuple[slice, ...]], torch.Tensor]
 
 
 class ParameterStore:
@@ -135,11 +134,12 @@ class ParameterStore:
         tp, dp = (grid.size("tp"), grid.coord("tp")), (grid.size("dp"), grid.coord("dp"))
         return shard_index(spec.shape, spec.tp_dim, tp, spec.dp_sharded, dp)
 
-    def assign(self, name: str, read: Reader) -> None:
-        """Fill the storage of one parameter: read(index) gives that part of the whole tensor."""
-        value = read(self.local_index(name))
-        self._unit_of[name].masters[name].copy_(value)
+    @torch.no_grad()
+    def assign(self, name: str, whole: Any) -> None:
+        """Fill the storage of one parameter from a whole tensor, or from what gives parts of it by index."""
+        self._unit_of[name].masters[name].copy_(whole[self.local_index(name)])
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """After the parameters were written (a step, a load): bring the new values into the segments' tensors."""
         started: list[Unit] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,27 +13,26 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..costmodel.trace import COLLECTIVE, COMPUTE, Trace
-from ..errors import ExitCode, ShardwrightError
+from ..errors import ShardwrightError
 from ..passes.program import SegmentProgram
 from ..planner.plan import Plan
 from ..planner.schedules import PipelineSchedule, build_schedule, forward_only
 from ..profiler.graph import ModelGraph
 from ..profiler.initial_values import initial_tensors
 from ..profiler.workload import Workload
-from .batch import BatchPart, MicrobatchPart, batch_entries, conform, shard_batch, split_part
+from . import checkpoint
+from .batch import BatchPart, MicrobatchPart
 from .memory import MemoryMeter
 from .mesh import RankGrid
+from .microbatches import Keys, Microbatches, Rebuild
 from .optimizer import build_optimizer, clip_gradients, global_grad_norm
 from .parameters import ParameterStore, tied_subsets
 from .pipeline import PipelineEngine, Work
+from .safetensors import read_safetensors
 from .specs import param_specs
 from .stage import Buffers, StageRunner, Variant
 from .trace import Recorder
-from .wiring import USER_INPUT, Wiring, wire
-
-Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-# (whole-microbatch shape of each batch entry) -> segment programs for it
-Rebuild = Callable[[dict[str, tuple[int, ...]]], Mapping[str, SegmentProgram]]
+from .wiring import Wiring, wire
 
 
 class Program:
@@ -59,7 +59,6 @@ class Program:
         self.plan, self.graph, self.workload = plan, graph, workload
         self.device = torch.device(device)
         self.grid = RankGrid.of(mesh)
-        self.rebuild = rebuild
         self.step_index = 0
         self.grad_norm: torch.Tensor | None = None
 
@@ -89,20 +88,14 @@ class Program:
         self._buffer_names = _buffer_names(graph, self._eval_wiring, self.grid.coord("pp"))
         self.load_values(values)
 
-        self._key_table, self._key_rows = torch.zeros(4, dtype=torch.int64, device=self.device), {}
-        self._no_key = torch.zeros(4, dtype=torch.int64, device=self.device)
+        self._keys = Keys(graph, workload.seed, self.device)
         self.recorder = Recorder(self.grid.rank, self.device)
         self._runners = [self._runner(self.wiring, stage) for stage in own]
         self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval]
         self.memory = MemoryMeter(self.device)
         self.memory.watch(self._runners, self.store, self.buffers)
         self._engines: dict[bool, PipelineEngine] = {}
-        self._variants: dict[tuple[Shapes, bool], list[Variant]] = {}
-        shapes = {name: graph.values[name].shape for name in graph.input_names}
-        self.entries = frozenset(
-            name.removeprefix(USER_INPUT) for name in batch_entries(shapes, graph.batch_size or plan.microbatch.size)
-        )
-        self._programs: dict[Shapes, Mapping[str, SegmentProgram]] = {self._planned_shapes(): dict(segment_programs)}
+        self.microbatches = Microbatches(graph, segment_programs, plan.microbatch.size, self.grid, self.device, rebuild)
         self._optimizer: torch.optim.Optimizer | None = None
         self._has_optimizer = False
 
@@ -110,33 +103,69 @@ class Program:
         return int((self.grid.ranks == rank).nonzero()[0][0])
 
     def _runner(self, wiring: Wiring, stage: Any) -> StageRunner:
-        return StageRunner(self.graph, wiring, stage, self.store, self.buffers, self._key)
+        return StageRunner(self.graph, wiring, stage, self.store, self.buffers, self._keys)
 
     # values
 
-    def load_values(self, values: Iterable[tuple[str, torch.Tensor]] | None = None) -> None:
-        """Fill parameters and buffers from whole tensors, one at a time; each rank keeps its shards."""
-        params = set(self.store.parameters)
-        alias = self.graph.tied
+    def load_values(self, values: Iterable[tuple[str, Any]] | None = None) -> None:
+        """Fill parameters and buffers from (name, tensor) pairs, one at a time; each rank keeps its shards.
+
+        A tensor is whole, or anything that gives a part of one when it is indexed by slices.
+        """
         constants = {n: self.graph.constants[n] for n in self._buffer_names if n in self.graph.constants}
-        wanted = params | set(self._buffer_names) - set(constants)
+        wanted = {*self.store.parameters, *self._buffer_names} - set(constants)
         missing = set(wanted)
         if values is None:
             values = initial_tensors(self.workload.model, wanted, seed=self.workload.seed)
-        with torch.no_grad():
-            for name, value in values:
-                name = name if name in wanted else alias.get(name, name)
-                if name not in missing:
-                    continue
+        for name, value in values:
+            name = name if name in wanted else self.graph.tied.get(name, name)
+            if name in missing:
                 missing.discard(name)
-                if name in params:
-                    self.store.assign(name, lambda index, value=value: value.detach()[index])
-                else:
-                    self.buffers.tensors[name] = value.detach().to(self.device).clone()
-            for name, value in constants.items():
-                self.buffers.tensors[name] = value.to(self.device)
-            assert not missing, f"no values for {sorted(missing)[:4]}"
-            self.store.refresh()
+                self._fill(name, value)
+        assert not missing, f"no values for {sorted(missing)[:4]}"
+        self.buffers.tensors.update({name: value.to(self.device) for name, value in constants.items()})
+        self.store.refresh()
+
+    @torch.no_grad()
+    def _fill(self, name: str, value: Any) -> None:
+        if name in self.store.parameters:
+            self.store.assign(name, value)
+        else:
+            whole = value[tuple(slice(0, size) for size in value.shape)]
+            self.buffers.tensors[name] = whole.detach().to(self.device, self.graph.buffers[name][1], copy=True)
+
+    def load_safetensors(self, path: str | Path) -> None:
+        """Weights from a whole-model file or folder; each rank reads its shards alone. Buffers that the file lacks are
+        computed as the model computes them."""
+        wanted = {*self.store.parameters, *self._buffer_names} - set(self.graph.constants)
+        buffers = wanted - set(self.store.parameters)
+        found = set()
+        for name, value in read_safetensors(path, wanted, self.graph.tied, optional=buffers):
+            found.add(name)
+            self._fill(name, value)
+        for name, tensor in initial_tensors(self.workload.model, buffers - found, seed=self.workload.seed):
+            self._fill(name, tensor)
+        self.store.refresh()
+
+    def save(self, path: str | Path) -> None:
+        """A checkpoint folder, by torch.distributed.checkpoint. Every rank calls it."""
+        checkpoint.save(self, path)
+
+    def load(self, path: str | Path) -> None:
+        """A checkpoint folder of any layout of this model, or safetensors. Every rank calls it."""
+        path = Path(path)
+        if path.suffix == ".safetensors" or (path.is_dir() and next(path.glob("*.safetensors"), None)):
+            self.load_safetensors(path)
+        else:
+            checkpoint.load(self, path)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """This rank's part: model.NAME, buffer.NAME, optimizer.NAME.STATE. See runtime/checkpoint.py."""
+        return checkpoint.state_dict(self)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Of the same layout, or of whole tensors."""
+        checkpoint.load_state_dict(self, state)
 
     # batches
 
@@ -146,72 +175,7 @@ class Program:
 
     def shard_batch(self, batch: Mapping[str, torch.Tensor]) -> BatchPart:
         """This data-parallel rank's part of a global batch: what step() takes. See runtime/batch.py for the cut."""
-        return shard_batch(batch, self.entries, self.microbatch_size, self.grid.size("dp"), self.grid.coord("dp"))
-
-    def _planned_shapes(self) -> Shapes:
-        shapes = {}
-        for value in self.graph.input_names:
-            name, shape = value.removeprefix(USER_INPUT), tuple(self.graph.values[value].shape)
-            shapes[name] = (self.microbatch_size, *shape[1:]) if name in self.entries else shape
-        return tuple(sorted(shapes.items()))
-
-    def _split(self, batch: Mapping[str, torch.Tensor]) -> list[MicrobatchPart]:
-        names = [value.removeprefix(USER_INPUT) for value in self.graph.input_names]
-        missing = [name for name in names if name not in batch]
-        if missing:
-            raise ShardwrightError(
-                f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}",
-                means="the model was captured with these entries",
-                change="the batch",
-                works=f"a mapping with {', '.join(names)}",
-            )
-        tensors = {name: batch[name].to(self.device, non_blocking=True) for name in names}
-        part = BatchPart(tensors, batch.global_size) if isinstance(batch, BatchPart) else tensors
-        dp, coord = self.grid.size("dp"), self.grid.coord("dp")
-        if not self.entries:
-            return [MicrobatchPart(dict(tensors), self.microbatch_size)]
-        return split_part(part, self.entries, self.microbatch_size, dp, coord)
-
-    def _variants_of(self, part: MicrobatchPart, runners: list[StageRunner]) -> list[Variant]:
-        shapes = tuple(
-            sorted(
-                (n, (part.size, *t.shape[1:]) if n in self.entries else tuple(t.shape)) for n, t in part.tensors.items()
-            )
-        )
-        training = runners is self._runners
-        if (shapes, training) not in self._variants:
-            programs = self._programs_for(shapes)
-            self._variants[shapes, training] = [runner.variant(programs) for runner in runners]
-        return self._variants[shapes, training]
-
-    def _programs_for(self, shapes: Shapes) -> Mapping[str, SegmentProgram]:
-        if shapes not in self._programs:
-            if self.rebuild is None:
-                planned = dict(self._planned_shapes())
-                name, found = next((name, shape) for name, shape in shapes if planned[name] != shape)
-                raise ShardwrightError(
-                    f"{name} of a microbatch has shape {found}; the plan has {planned[name]}",
-                    means="the program was built for one microbatch shape",
-                    change="the batch size, or pass rebuild= when the program is built",
-                    works=f"a global batch that is a multiple of {self.microbatch_size}",
-                    exit_code=ExitCode.PLAN_MISMATCH,
-                )
-            self._programs[shapes] = self.rebuild(dict(shapes))
-        return self._programs[shapes]
-
-    def _inputs(self, part: MicrobatchPart, variants: list[Variant]) -> dict[str, torch.Tensor]:
-        expected: dict[str, tuple[int, ...]] = {}
-        for variant in variants:
-            for step in variant.steps:
-                for name, (shape, _) in zip(step.instance.inputs, step.program.input_meta, strict=True):
-                    if name.startswith(USER_INPUT):
-                        expected[name] = shape
-        group = self.grid.group("dp") if self.grid.size("dp") > 1 else None
-        inputs = {}
-        for name, shape in expected.items():
-            tensor = part.tensors[name.removeprefix(USER_INPUT)]
-            inputs[name] = conform(name, tensor, shape, part.size, group, self.grid.size("dp"))
-        return inputs
+        return self.microbatches.shard(batch)
 
     # steps
 
@@ -232,7 +196,7 @@ class Program:
         self.memory.begin(self._optimizer)
         for parameter in self.store.parameters.values():
             parameter.grad = None
-        parts = self._split(batch)
+        parts = self.microbatches.split(batch)
         count, total = len(parts), sum(part.size for part in parts)
         runs = [i for runner in self._runners for i in runner.stage.instances if i in self.wiring.backward_runs]
         self.store.begin_step(dict.fromkeys(runs, count))
@@ -269,7 +233,7 @@ class Program:
     def evaluate(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch, the same on every rank. Nothing is updated, buffers included. The captured graph is the
         training one: dropout, where the model has it, stays on."""
-        parts = self._split(batch)
+        parts = self.microbatches.split(batch)
         total = sum(part.size for part in parts)
         results = self._run(parts, self._eval_runners, None, training=False)
         return self._mean_loss(results, [part.size / total for part in parts])
@@ -277,7 +241,7 @@ class Program:
     @torch.no_grad()
     def outputs(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """The model's outputs, local parts, one entry for each microbatch; empty on ranks without the last stage."""
-        parts = self._split(batch)
+        parts = self.microbatches.split(batch)
         results = self._run(parts, self._eval_runners, None, training=False)
         return [{name: results[k][name] for name in self.graph.outputs} for k in sorted(results)]
 
@@ -289,9 +253,9 @@ class Program:
         *,
         training: bool,
     ) -> dict[int, dict[str, torch.Tensor]]:
-        variants = [self._variants_of(part, runners) for part in parts]
-        inputs = [self._inputs(part, variant) for part, variant in zip(parts, variants, strict=True)]
-        self._make_keys(len(parts))
+        variants = [self.microbatches.variants(part, runners) for part in parts]
+        inputs = [self.microbatches.inputs(part, variant) for part, variant in zip(parts, variants, strict=True)]
+        self._keys.begin(self.step_index, len(parts))
         try:
             if self.grid.size("pp") == 1:
                 return self._run_alone(variants, inputs, runners, loss_grad, training)
@@ -350,20 +314,6 @@ class Program:
             source = self.wiring.stages[-1].rank
             dist.broadcast(total, group=self.grid.group("pp"), group_src=source)
         return total
-
-    # randomness: key = [seed, step, microbatch, number of random ops before the instance]
-
-    def _make_keys(self, num_microbatches: int) -> None:
-        random = [inst for inst in self.graph.instances if self.graph.segments[inst.segment].has_random]
-        self._key_rows = {inst.index: row for row, inst in enumerate(random)}
-        if random:
-            seed, step = self.workload.seed, self.step_index
-            table = [[[seed, step, k, inst.random_base] for inst in random] for k in range(num_microbatches)]
-            self._key_table = torch.tensor(table, dtype=torch.int64).to(self.device, non_blocking=True)
-
-    def _key(self, microbatch: int, instance: int) -> torch.Tensor:
-        row = self._key_rows.get(instance)
-        return self._no_key if row is None else self._key_table[microbatch, row]
 
     # what a user looks at
 

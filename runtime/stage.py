@@ -13,7 +13,7 @@ import torch
 from ..passes.program import SegmentProgram
 from ..profiler.graph import ModelGraph, SegmentInstance
 from .parameters import ParameterStore
-from .wiring import StageWiring, Wiring
+from .wiring import USER_INPUT, StageWiring, Wiring
 
 KeyOf = Callable[[int, int], torch.Tensor]  # (microbatch, instance) -> the generator's key
 Meta = tuple[tuple[int, ...], torch.dtype]
@@ -48,6 +48,7 @@ class Variant:
     steps: list[Step]
     metas: Mapping[str, Meta]
     grad_metas: Mapping[str, Meta]
+    input_shapes: Mapping[str, tuple[int, ...]]  # local, of the user inputs that the steps read
     zeros: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -102,7 +103,13 @@ class StageRunner:
                     tuple((s, n) for s, n in enumerate(instance.inputs) if program.input_grads[s]),
                 )
             )
-        return Variant(steps, value_metas(self.graph, programs), grad_metas(self.graph, programs))
+        shapes = {
+            name: shape
+            for step in steps
+            for name, (shape, _) in zip(step.instance.inputs, step.program.input_meta, strict=True)
+            if name.startswith(USER_INPUT)
+        }
+        return Variant(steps, value_metas(self.graph, programs), grad_metas(self.graph, programs), shapes)
 
     def forward(
         self,

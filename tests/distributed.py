@@ -65,6 +65,16 @@ def _run_one(message: bytes) -> Any:
         return function(rank, *arguments, **keywords)
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """DTensor caches by the value of a mesh: an equal one of the next call would find this one's dead groups there."""
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
 
 
 class _Worker:
@@ -118,11 +128,12 @@ class Pool:
         for rank in waiting.values():
             failures.setdefault(rank, f"still running when time was up ({timeout_s} s, or {GRACE_S} s after a failure)")
         if failures:
-            # a worker that died or hangs is replaced; those that answered are fit for the next call
-            self.workers = [
-                worker for rank, worker in enumerate(self.workers)
-                if not (rank in waiting.values() or not worker.process.is_alive()) or worker.stop()
-            ]  # fmt: skip
+            # A worker that died or hangs is replaced in its place: a process always has the same rank, because DTensor
+            # caches coordinates by the value of the mesh.
+            for rank, worker in enumerate(self.workers):
+                if rank in waiting.values() or not worker.process.is_alive():
+                    worker.stop()
+                    self.workers[rank] = _Worker(self.context)
             raise RankFailed(failures)
         return [results[rank] for rank in range(size)]
 

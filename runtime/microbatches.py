@@ -1,0 +1,117 @@
+"""A batch becomes microbatches; each microbatch finds the segment programs built for its shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from ..errors import ExitCode, ShardwrightError
+from ..passes.program import SegmentProgram
+from ..profiler.graph import ModelGraph
+from .batch import BatchPart, MicrobatchPart, batch_entries, conform, shard_batch, split_part
+from .mesh import RankGrid
+from .stage import StageRunner, Variant
+from .wiring import USER_INPUT
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+# (shape of each entry of a whole microbatch) -> segment programs for it
+Rebuild = Callable[[dict[str, tuple[int, ...]]], Mapping[str, SegmentProgram]]
+
+
+class Microbatches:
+    """size: samples of the planned microbatch, all data-parallel ranks together."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        programs: Mapping[str, SegmentProgram],
+        size: int,
+        grid: RankGrid,
+        device: torch.device,
+        rebuild: Rebuild | None,
+    ) -> None:
+        self.graph, self.size, self.grid, self.device, self.rebuild = graph, size, grid, device, rebuild
+        self.names = [value.removeprefix(USER_INPUT) for value in graph.input_names]
+        captured = {name: tuple(graph.values[USER_INPUT + name].shape) for name in self.names}
+        self.entries = batch_entries(captured, graph.batch_size or size)
+        planned = {n: (size, *shape[1:]) if n in self.entries else shape for n, shape in captured.items()}
+        self.planned: Shapes = tuple(sorted(planned.items()))
+        self._programs: dict[Shapes, Mapping[str, SegmentProgram]] = {self.planned: dict(programs)}
+        self._variants: dict[tuple[Shapes, int], list[Variant]] = {}
+
+    def shard(self, batch: Mapping[str, torch.Tensor]) -> BatchPart:
+        return shard_batch(batch, self.entries, self.size, self.grid.size("dp"), self.grid.coord("dp"))
+
+    def split(self, batch: Mapping[str, torch.Tensor]) -> list[MicrobatchPart]:
+        """This rank's part of a batch, on the device, by microbatch."""
+        missing = [name for name in self.names if name not in batch]
+        if missing:
+            raise ShardwrightError(
+                f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}",
+                means="the model was captured with these entries",
+                change="the batch",
+                works=f"a mapping with {', '.join(self.names)}",
+            )
+        tensors = {name: batch[name].to(self.device, non_blocking=True) for name in self.names}
+        if not self.entries:
+            return [MicrobatchPart(tensors, self.size)]
+        part = BatchPart(tensors, batch.global_size) if isinstance(batch, BatchPart) else tensors
+        return split_part(part, self.entries, self.size, self.grid.size("dp"), self.grid.coord("dp"))
+
+    def variants(self, part: MicrobatchPart, runners: Sequence[StageRunner]) -> list[Variant]:
+        """For each stage, its steps for this microbatch's shape."""
+        found = {n: (part.size, *t.shape[1:]) if n in self.entries else tuple(t.shape) for n, t in part.tensors.items()}
+        shapes = tuple(sorted(found.items()))
+        key = (shapes, id(runners))
+        if key not in self._variants:
+            programs = self._programs_for(shapes)
+            self._variants[key] = [runner.variant(programs) for runner in runners]
+        return self._variants[key]
+
+    def _programs_for(self, shapes: Shapes) -> Mapping[str, SegmentProgram]:
+        if shapes not in self._programs:
+            if self.rebuild is None:
+                planned = dict(self.planned)
+                name, found = next((name, shape) for name, shape in shapes if planned[name] != shape)
+                raise ShardwrightError(
+                    f"{name} of a microbatch has shape {found}; the plan has {planned[name]}",
+                    means="the program was built for one microbatch shape",
+                    change="the batch size, or pass rebuild= when the program is built",
+                    works=f"a global batch that is a multiple of {self.size}",
+                    exit_code=ExitCode.PLAN_MISMATCH,
+                )
+            self._programs[shapes] = self.rebuild(dict(shapes))
+        return self._programs[shapes]
+
+    def inputs(self, part: MicrobatchPart, variants: Sequence[Variant]) -> dict[str, torch.Tensor]:
+        """The user inputs that these stages read, as their segments want them."""
+        group = self.grid.group("dp") if self.grid.size("dp") > 1 else None
+        inputs = {}
+        for variant in variants:
+            for name, shape in variant.input_shapes.items():
+                if name not in inputs:
+                    tensor = part.tensors[name.removeprefix(USER_INPUT)]
+                    inputs[name] = conform(name, tensor, shape, part.size, group, self.grid.size("dp"))
+        return inputs
+
+
+class Keys:
+    """The counter-based generator's key of each instance: [seed, step, microbatch, random ops before the instance]."""
+
+    def __init__(self, graph: ModelGraph, seed: int, device: torch.device) -> None:
+        random = [inst for inst in graph.instances if graph.segments[inst.segment].has_random]
+        self._bases = [inst.random_base for inst in random]
+        self._rows = {inst.index: row for row, inst in enumerate(random)}
+        self._seed, self._device = seed, device
+        self._none = torch.zeros(4, dtype=torch.int64, device=device)
+        self._table = self._none
+
+    def begin(self, step: int, num_microbatches: int) -> None:
+        if self._bases:
+            table = [[[self._seed, step, k, base] for base in self._bases] for k in range(num_microbatches)]
+            self._table = torch.tensor(table, dtype=torch.int64).to(self._device, non_blocking=True)
+
+    def __call__(self, microbatch: int, instance: int) -> torch.Tensor:
+        row = self._rows.get(instance)
+        return self._none if row is None else self._table[microbatch, row]

@@ -1,0 +1,83 @@
+"""Whole-model safetensors files, read by slices: no rank holds more of a tensor than its shard."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ShardwrightError
+
+
+class LazyTensor:
+    """Stands for a tensor in a file; indexing by slices reads just that part."""
+
+    def __init__(self, file: Any, key: str) -> None:
+        self._file, self._key = file, key
+        self._slice = file.get_slice(key)
+        self.shape = tuple(self._slice.get_shape())
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        if not self.shape:
+            return self._file.get_tensor(self._key)
+        sizes = [range(*part.indices(size)) for part, size in zip(index, self.shape, strict=True)]
+        if not all(len(size) for size in sizes):
+            return torch.empty([len(size) for size in sizes])
+        return self._slice[index]
+
+
+def read_safetensors(
+    path: str | Path,
+    names: Collection[str],
+    tied: Mapping[str, str] | None = None,
+    optional: Collection[str] = (),
+) -> Iterator[tuple[str, LazyTensor]]:
+    """Yield (name, lazy tensor) for each of `names` found in a file, or in all *.safetensors of a folder.
+
+    tied: other names that tensors may go by. A file may carry or lack the name of the model's outer module ("model."),
+    as transformers' files do. Raises ShardwrightError, before reading, where something not optional is missing.
+    """
+    from safetensors import safe_open
+
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise ShardwrightError(
+            f"no safetensors at {path}", change="the path", works="a .safetensors file, or a folder that holds some"
+        )
+    aliases: dict[str, list[str]] = {}
+    for other, name in (tied or {}).items():
+        aliases.setdefault(name, []).append(other)
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for file in files:
+            opened = stack.enter_context(safe_open(str(file), framework="pt"))
+            where.update(dict.fromkeys(opened.keys(), opened))
+        found = {name: _key_of([name, *aliases.get(name, [])], where) for name in names}
+        missing = sorted(name for name, key in found.items() if key is None and name not in optional)
+        if missing:
+            raise ShardwrightError(
+                f"{path} lacks {len(missing)} of {len(found)} tensors, first {', '.join(missing[:3])}",
+                means=f"it has {len(where)} tensors, such as {', '.join(sorted(where)[:2])}: those of another model",
+                change="the path",
+                works="the file that the model's own library saves",
+            )
+        for name, key in found.items():
+            if key is not None:
+                yield name, LazyTensor(where[key], key)
+
+
+def _key_of(names: list[str], keys: Mapping[str, Any]) -> str | None:
+    for name in names:
+        if name in keys:
+            return name
+    for name in names:
+        if "." in name and (inner := name.split(".", 1)[1]) in keys:
+            return inner
+        outer = [key for key in keys if key.split(".", 1)[-1] == name]
+        if len(outer) == 1:
+            return outer[0]
+    return None

@@ -1,0 +1,137 @@
+"""Checkpoints travel between layouts; safetensors are read by slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from runtime_toy import make_batch, make_plan, make_program, make_toy
+from safetensors.torch import save_file
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.workload import OptimizerSpec
+
+ADAM = OptimizerSpec("AdamW", torch.optim.AdamW, {"lr": 1e-2}, 2)
+
+
+def _save_after(rank: int, layout: dict, path: str, steps: int) -> list[float]:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, **layout), optimizer=ADAM)
+    losses = [float(program.step(program.shard_batch(make_batch(8, seed=s)))) for s in range(steps)]
+    program.save(path)
+    losses += [float(program.step(program.shard_batch(make_batch(8, seed=s)))) for s in range(steps, steps + 2)]
+    return losses[steps:]
+
+
+def _resume(rank: int, layout: dict, path: str, steps: int) -> list[float]:
+    toy = make_toy()
+    with torch.no_grad():
+        for parameter in toy.model.parameters():
+            parameter.zero_()  # nothing may come from the model
+    program = make_program(toy, make_plan(toy, **layout), optimizer=ADAM)
+    program.load(path)
+    assert program.step_index == steps
+    return [float(program.step(program.shard_batch(make_batch(8, seed=s)))) for s in range(steps, steps + 2)]
+
+
+LAYOUTS = [
+    {},
+    {"dp": 2, "zero": 1},
+    {"dp": 2, "zero": 3},
+    {"tp": 2},
+    {"pp": 2},
+    {"dp": 2, "tp": 2, "zero": 3},
+    {"pp": 2, "dp": 2, "zero": 2},
+]
+
+
+def _size(layout: dict) -> int:
+    return layout.get("pp", 1) * layout.get("dp", 1) * layout.get("tp", 1)
+
+
+@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS])
+def test_a_checkpoint_of_one_layout_goes_on_in_another(index: int, tmp_path: Path) -> None:
+    first, second = LAYOUTS[index], LAYOUTS[(index + 3) % len(LAYOUTS)]
+    path = str(tmp_path / "checkpoint")
+    expected = run_ranks(_size(first), _save_after, first, path, 2)[0]
+    for losses in run_ranks(_size(second), _resume, second, path, 2):
+        assert losses == pytest.approx(expected, rel=1e-9)
+
+
+def test_saving_again_replaces_the_old_checkpoint(tmp_path: Path) -> None:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy), optimizer=ADAM)
+    for _ in range(2):
+        program.step(make_batch(8))
+        program.save(tmp_path / "checkpoint")
+    again = make_program(make_toy(), make_plan(toy), optimizer=ADAM)
+    again.load(tmp_path / "checkpoint")
+    assert again.step_index == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_an_unfinished_checkpoint_is_refused(tmp_path: Path) -> None:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy))
+    program.save(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "program.json").unlink()
+    with pytest.raises(ShardwrightError, match="not a finished checkpoint"):
+        program.load(tmp_path / "checkpoint")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    toy = make_toy(num_blocks=2)
+    make_program(toy, make_plan(toy)).save(tmp_path / "checkpoint")
+    larger = make_toy(num_blocks=3)
+    with pytest.raises(ShardwrightError, match=r"model.blocks.2.gain is missing"):
+        make_program(larger, make_plan(larger)).load(tmp_path / "checkpoint")
+
+
+def test_no_permission_to_write_is_the_users_mistake(tmp_path: Path) -> None:
+    toy = make_toy()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ShardwrightError, match="cannot write the checkpoint"):
+        make_program(toy, make_plan(toy)).save(tmp_path / "file" / "checkpoint")
+
+
+def test_whole_tensors_load_as_a_state_dict() -> None:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy), optimizer=ADAM)
+    program.step(make_batch(8))
+    state = {key: value.clone() for key, value in program.state_dict().items()}
+    other = make_program(make_toy(), make_plan(toy), optimizer=ADAM)
+    other.load_state_dict(state)
+    other.step_index = 1
+    assert float(other.step(make_batch(8))) == float(program.step(make_batch(8)))
+
+
+def _load_safetensors(rank: int, layout: dict, path: str) -> float:
+    toy = make_toy()
+    with torch.no_grad():
+        for parameter in toy.model.parameters():
+            parameter.zero_()
+    program = make_program(toy, make_plan(toy, **layout))
+    program.load(path)
+    return float(program.step(program.shard_batch(make_batch(16))))
+
+
+@pytest.mark.parametrize("layout", [{}, {"dp": 2, "zero": 3}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}], ids=str)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_safetensors_load_into_shards(layout: dict, prefix: str, tmp_path: Path) -> None:
+    toy = make_toy()
+    expected = float(make_program(toy, make_plan(toy)).step(make_batch(16)))
+    tensors = {prefix + name: p.detach().clone() for name, p in toy.model.named_parameters()}
+    names = sorted(tensors)
+    save_file({n: tensors[n] for n in names[:5]}, tmp_path / "model-00001.safetensors")
+    save_file({n: tensors[n] for n in names[5:]}, tmp_path / "model-00002.safetensors")
+    for loss in run_ranks(_size(layout), _load_safetensors, layout, str(tmp_path)):
+        assert loss == pytest.approx(expected, rel=1e-9)
+
+
+def test_safetensors_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
+    save_file({"other.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    toy = make_toy()
+    with pytest.raises(ShardwrightError, match=r"lacks .* blocks\.0\.down"):
+        make_program(toy, make_plan(toy)).load(tmp_path / "model.safetensors")
