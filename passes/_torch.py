@@ -93,6 +93,18 @@ def static_input_slots(dynamo_graph: fx.Graph) -> list[int]:
     ]
 
 
+def trace_to_aten(dynamo_graph: fx.GraphModule) -> fx.GraphModule | None:
+    """Dynamo's graph as aten ops, before autograd; same inputs and outputs. None where shapes are symbolic."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    placeholders = [node for node in dynamo_graph.graph.nodes if node.op == "placeholder"]
+    fakes = [node.meta.get("example_value") for node in placeholders]
+    if not all(isinstance(fake, FakeTensor) and all(isinstance(n, int) for n in fake.shape) for fake in fakes):
+        return None
+    with fake_mode_of(fakes):
+        return make_fx(dynamo_graph, pre_dispatch=True)(*fakes)
+
+
 def world_group_name() -> str:
     """The name under which functional collectives know the default process group."""
     group = torch.distributed.group.WORLD

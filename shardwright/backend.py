@@ -18,10 +18,13 @@ import torch.distributed as dist
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .costmodel.model import CostModel
 from .errors import ShardwrightError, near_matches
 from .passes import _torch
 from .passes.activation_limit import partition_within
 from .passes.data_parallel import average_gradients
+from .passes.fuse_norm import Wins, fuse_add_rms_norm
+from .profiler.hardware import parse_hardware
 from .units import MIB, parse_bytes
 
 
@@ -31,7 +34,10 @@ class BackendOptions:
 
     data_parallel: average gradients over the ranks where torch.distributed is initialized with more than one.
     broadcast: take rank 0's parameters and buffers before the first training step, as DistributedDataParallel does.
-    bucket_mib: size of one all-reduce. inductor: generate code with Inductor instead of running op by op.
+    bucket_mib: size of one all-reduce.
+    inductor: generate code with Inductor instead of running op by op.
+    fuse: put our fused RMSNorm in where the cost model of this machine's GPU says that it wins ("auto"), everywhere
+    (True) or nowhere (False).
     activation_limit: most memory for tensors kept from forward to backward ("600MiB", or bytes); the rest is
     recomputed.
     """
@@ -40,6 +46,7 @@ class BackendOptions:
     broadcast: bool = True
     bucket_mib: float = 25.0
     inductor: bool = False
+    fuse: bool | str = "auto"
     activation_limit: int | str | None = None
 
     @classmethod
@@ -88,8 +95,9 @@ def shardwright(
         for slot, tensor in enumerate(example_inputs)
         if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
     }
+    static_slots = _torch.static_input_slots(graph_module.graph)
     run = _torch.aot_compile(
-        graph_module,
+        _fuse(graph_module, settings),
         example_inputs,
         forward_compiler=partial(_compile, settings=settings),
         backward_compiler=partial(_compile_backward, settings=settings, parameters=parameters, ranks=ranks),
@@ -98,7 +106,36 @@ def shardwright(
     )
     if ranks == 1 or not settings.broadcast or not parameters:
         return run
-    return _broadcast_first(run, _torch.static_input_slots(graph_module.graph))
+    return _broadcast_first(run, static_slots)
+
+
+def _fuse(graph_module: fx.GraphModule, settings: BackendOptions) -> fx.GraphModule:
+    """RMSNorm, with the residual addition before it, as one operator; the graph itself where that wins nothing."""
+    wins = _fusing_wins(settings.fuse)
+    if wins is None:
+        return graph_module
+    traced = _torch.trace_to_aten(graph_module)
+    if traced is None:
+        return graph_module
+    fused = fuse_add_rms_norm(traced, (), wins=wins)
+    changed = any(str(node.target).startswith("shardwright.") for node in fused.graph.nodes)
+    return fused if changed else graph_module
+
+
+def _fusing_wins(choice: bool | str) -> Wins | None:
+    if isinstance(choice, bool):
+        return (lambda flops, bytes_saved: True) if choice else None
+    if not torch.cuda.is_available():
+        return None
+    try:
+        cost_model = CostModel(parse_hardware("local"))
+    except ShardwrightError:  # an accelerator that the catalog lacks: nothing is known to win
+        return None
+    # memory is a roof: it wins where the traffic saved takes longer than the arithmetic
+    return lambda flops, bytes_saved: (
+        cost_model.op_seconds("aten.add.Tensor", 0.0, bytes_saved, torch.bfloat16)
+        > cost_model.op_seconds("aten.add.Tensor", flops, 0.0, torch.bfloat16)
+    )
 
 
 def _compile(

@@ -135,6 +135,47 @@ def test_activation_limit_is_kept_or_refused():
             torch.compile(model, backend="shardwright", options={"activation_limit": 3000})(batch()[0][0])
 
 
+class NormNet(nn.Module):
+    """A residual stream with RMSNorm, once by the module and once spelled out, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.norm = nn.RMSNorm(12, eps=1e-6)
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 12))
+        self.dropout = nn.Dropout(0.25)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.nn.functional.gelu(self.first(self.norm(x)))
+        x = x + self.dropout(self.second(x))
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.head(self.weight * normed)
+
+
+def test_fused_norms_give_the_same_numbers():
+    from shardwright import backend
+
+    torch._dynamo.reset()
+    reference, model = build(NormNet), build(NormNet)
+    torch.manual_seed(4)
+    expected = train(reference, reference)
+    fused_ops = []
+    fuse = backend.fuse_add_rms_norm
+
+    def recording(*arguments, **options):
+        fused = fuse(*arguments, **options)
+        fused_ops.extend(str(node.target) for node in fused.graph.nodes if "rms_norm" in str(node.target))
+        return fused
+
+    torch.manual_seed(4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "fuse_add_rms_norm", recording)
+        losses, state = train(model, torch.compile(model, backend="shardwright", options={"fuse": True}))
+    assert "shardwright.add_rms_norm.default" in fused_ops
+    assert losses == pytest.approx(expected[0], rel=1e-9)
+    assert_same(state, expected[1])
+
+
 def test_unknown_option_names_the_near_match():
     from shardwright.backend import BackendOptions
 
