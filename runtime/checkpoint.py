@@ -43,7 +43,7 @@ def state_dict(program: Program) -> dict[str, torch.Tensor]:
     state.update({f"buffer.{name}": tensor for name, tensor in program.named_buffers()})
     optimizer = program.optimizer
     if optimizer is not None:
-        names = {parameter: name for name, parameter in program.named_parameters()}
+        names: dict[Any, str] = {parameter: name for name, parameter in program.named_parameters()}
         for parameter, entries in optimizer.state.items():
             for key, value in entries.items():
                 if isinstance(value, torch.Tensor):

@@ -158,12 +158,12 @@ class PipelineEngine:
             self._runtimes[key] = runtime
         return self._runtimes[key]
 
-    def _forward(self, action: Any, context: Any) -> None:
+    def _forward(self, action: Any, ctx: Any) -> None:
         work = self._work
         assert work is not None
         index, microbatch = action.stage_index, action.microbatch_index
         stage = self.by_index[index]
-        wait_all(context.schedule_ref.fwd_recv_ops.pop((index, microbatch), []))
+        wait_all(ctx.schedule_ref.fwd_recv_ops.pop((index, microbatch), []))
         with self.recorder.action("F", index, microbatch):
             results = stage.runner.forward(
                 microbatch,
@@ -179,12 +179,12 @@ class PipelineEngine:
         else:
             stage.to_send["F", microbatch] = list(results.values())
 
-    def _backward(self, action: Any, context: Any) -> None:
+    def _backward(self, action: Any, ctx: Any) -> None:
         work = self._work
         assert work is not None
         index, microbatch = action.stage_index, action.microbatch_index
         stage = self.by_index[index]
-        wait_all(context.schedule_ref.bwd_recv_ops.pop((index, microbatch), []))
+        wait_all(ctx.schedule_ref.bwd_recv_ops.pop((index, microbatch), []))
         grads = stage.grads.pop(microbatch, {})
         if stage.is_last:
             grads = {stage.runner.wiring.loss: work.loss_grad(microbatch)}
@@ -196,7 +196,7 @@ class PipelineEngine:
         elif index:
             stage.to_send["B", microbatch] = list(sent.values())
 
-    def _backward_weight(self, action: Any, context: Any) -> None:
+    def _backward_weight(self, action: Any, ctx: Any) -> None:
         index, microbatch = action.stage_index, action.microbatch_index
         with self.recorder.action("W", index, microbatch):
             self.by_index[index].runner.backward_weight(microbatch)
