@@ -76,9 +76,30 @@ def shardwright_attention(model: nn.Module) -> Iterator[None]:
         stack.callback(_ACTIVE.reset, token)
         if "transformers" in sys.modules:
             _enter_transformers(model, state, stack)
+        _allow_disabled_autocast(stack)
         if _is_float64(model):
             stack.enter_context(widened(model))
         yield
+
+
+def _allow_disabled_autocast(stack: contextlib.ExitStack) -> None:
+    """Outside an autocast region `with torch.autocast(x.device.type, enabled=False)` does nothing: let it be nothing.
+
+    Rotary tables are commonly made so, or ask first whether autocast is on; for the meta device torch refuses either.
+    """
+    original, asked = torch.autocast, torch.is_autocast_enabled
+
+    def autocast(device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: bool | None = None) -> Any:
+        if not enabled and not asked():
+            return contextlib.nullcontext()
+        return original(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+
+    def is_autocast_enabled(*device_type: Any) -> bool:
+        return device_type != ("meta",) and asked(*device_type)
+
+    _set(stack, torch, "is_autocast_enabled", is_autocast_enabled)
+    _set(stack, torch, "autocast", autocast)
+    _set(stack, torch.amp, "autocast", autocast)
 
 
 def _is_float64(model: nn.Module) -> bool:

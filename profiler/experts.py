@@ -57,7 +57,8 @@ def _activation_of(module: Any) -> str | None:
     from transformers.integrations import moe
 
     usual = (
-        getattr(module, "has_gate", False)
+        hasattr(module, "gate_up_proj")
+        and getattr(module, "has_gate", True)
         and not getattr(module, "has_bias", False)
         and not getattr(module, "is_transposed", False)
         and not getattr(module, "has_post_expert_norm", False)

@@ -229,12 +229,12 @@ def _apply_overrides(
         key = getattr(config_class, "attribute_map", {}).get(key, key)
         changed[key] = value
         twin = _DECODER_TWIN.get(key)
-        if twin in known and twin not in overrides:
+        if twin is not None and twin in known and twin not in overrides:
             changed[twin] = value
         if name == "hidden_size":
             changed.pop("head_dim", None)
-    num_layers = config_class.from_dict({k: v for k, v in changed.items() if k != "layer_types"})
-    count = getattr(num_layers, "num_hidden_layers", None)
+    without_pattern = config_class.from_dict({k: v for k, v in changed.items() if k != "layer_types"})
+    count = getattr(without_pattern, "num_hidden_layers", None)
     if isinstance(changed.get("layer_types"), list) and count is not None and count != len(changed["layer_types"]):
         pattern = changed["layer_types"]
         changed["layer_types"] = [pattern[index % len(pattern)] for index in range(count)]
@@ -322,6 +322,7 @@ def build_model(config: Any, kind: str, dtype: torch.dtype) -> nn.Module:
     try:
         with offline(), own_folders_hidden(), _quiet(transformers), torch.device("meta"):
             model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+            model.tie_weights()  # early 5.x versions leave it to the loading of weights
     except Exception as error:  # layers check their settings with many kinds of exceptions
         raise ShardwrightError(
             f"transformers cannot build {config.model_type}: {_first_line(error)}",
