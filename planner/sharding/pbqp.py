@@ -3,9 +3,12 @@
     minimize   sum_u cost_u[x_u]  +  sum_(u,v) cost_uv[x_u, x_v]
 
 This is a partitioned Boolean quadratic problem (Scholz and Eckstein 2002, "Register allocation for irregular
-architectures", section 3). Variables with at most two neighbours are eliminated exactly (their rules R0, RI and RII:
-fold the best answer for each state of the neighbours into those), which leaves a small core. The core is an integer
-linear program, solved by HiGHS through PuLP:
+architectures", section 3). Two exact reductions alternate until neither applies:
+    elimination   a variable with at most two neighbours is folded into them: its best answer for each of their states
+                  (their rules R0, RI and RII)                                                   (_eliminate)
+    dominance     an option goes when another of the same variable is no worse whatever the neighbours take: in cost
+                  plus the largest difference on each edge                                       (_prune)
+What is left, usually little, is an integer linear program, solved by HiGHS through PuLP:
 
     y[u,i]   in {0,1}  u takes option i               one per variable: sum_i y[u,i] = 1           (_choose_one)
     e[uv,ij] >= 0      u takes i and v takes j        sum_j e[uv,ij] = y[u,i]                      (_link)
@@ -76,17 +79,18 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> tuple[list[int
 
 
 class _Elimination:
-    """Exact elimination of variables of degree 0, 1 and 2, with what is needed to recover their options."""
+    """The exact reductions, with what is needed to recover the options of the variables that they removed."""
 
     def __init__(self, problem: Problem) -> None:
         self.costs = [c.copy() for c in problem.costs]
+        self.options = [np.arange(len(c)) for c in problem.costs]  # original numbers of the options still there
         self.neighbours: list[dict[int, np.ndarray]] = [{} for _ in problem.costs]
         for (u, v), matrix in problem.edges.items():
             self.neighbours[u][v] = matrix
             self.neighbours[v][u] = matrix.T
         self.alive = set(range(len(problem.costs)))
         self.constant = 0.0
-        self.stack: list[tuple[int, list[int], np.ndarray]] = []
+        self.stack: list[tuple[int, list[int], np.ndarray, list[np.ndarray]]] = []
 
     def run(self) -> None:
         queue = sorted(self.alive, key=lambda u: len(self.neighbours[u]))
@@ -94,31 +98,82 @@ class _Elimination:
         while queue:
             u = queue.pop()
             pending.discard(u)
-            if u not in self.alive or len(self.neighbours[u]) > 2:
+            if u not in self.alive:
                 continue
+            pruned = self._prune(u)
             touched = list(self.neighbours[u])
-            self._eliminate(u, touched)
+            if len(touched) <= 2:
+                self._eliminate(u, touched)
+            elif len(self.costs[u]) == 1:
+                self._fix(u, touched)
+            elif not pruned:
+                continue
             for v in touched:
-                if len(self.neighbours[v]) <= 2 and v not in pending:
+                if v not in pending:
                     queue.append(v)
                     pending.add(v)
+
+    def _prune(self, u: int) -> bool:
+        """Remove impossible and dominated options; of two equal ones the first stays."""
+        costs = self.costs[u]
+        keep = np.isfinite(costs)
+        for matrix in self.neighbours[u].values():
+            keep &= np.isfinite(matrix).any(axis=1)
+        if not keep.any():
+            keep[0] = True  # infeasible: leave one option, whose infinite cost shows it
+        kept = list(np.flatnonzero(keep))
+        matrices = list(self.neighbours[u].values())
+        for i in list(kept):
+            for j in kept:
+                if i != j and costs[j] <= costs[i] and self._dominates(costs[j] - costs[i], matrices, i, j):
+                    kept.remove(i)
+                    break
+        if len(kept) == len(costs):
+            return False
+        self.costs[u], self.options[u] = costs[kept], self.options[u][kept]
+        for v, matrix in list(self.neighbours[u].items()):
+            self.neighbours[u][v] = matrix[kept]
+            self.neighbours[v][u] = self.neighbours[u][v].T
+        return True
+
+    @staticmethod
+    def _dominates(difference: float, matrices: list[np.ndarray], i: int, j: int) -> bool:
+        """Is option j no worse than i, whatever the neighbours take?"""
+        for matrix in matrices:
+            a, b = matrix[j], matrix[i]
+            possible = np.isfinite(b)
+            if possible.any():
+                difference += float((a[possible] - b[possible]).max())
+            if difference > 0:
+                return False
+        return True
+
+    def _fix(self, u: int, touched: list[int]) -> None:
+        """A variable with one option left is a cost of each neighbour."""
+        self.alive.discard(u)
+        self.stack.append((u, [], np.array(0), [self.options[u]]))
+        self.constant += float(self.costs[u][0])
+        for v in touched:
+            self.costs[v] = self.costs[v] + self.neighbours[u][v][0]
+            del self.neighbours[v][u]
+        self.neighbours[u] = {}
 
     def _eliminate(self, u: int, touched: list[int]) -> None:
         self.alive.discard(u)
         if not touched:
-            self.stack.append((u, [], np.array(int(np.argmin(self.costs[u])))))
+            self.stack.append((u, [], np.array(int(np.argmin(self.costs[u]))), [self.options[u]]))
             self.constant += float(self.costs[u].min())
             return
         if len(touched) == 1:
             (v,) = touched
             total = self.costs[u][:, None] + self.neighbours[u][v]
-            self.stack.append((u, [v], total.argmin(axis=0)))
+            self.stack.append((u, [v], total.argmin(axis=0), [self.options[u], self.options[v]]))
             self.costs[v] = self.costs[v] + total.min(axis=0)
             del self.neighbours[v][u]
             return
         v, w = touched
         total = self.costs[u][:, None, None] + self.neighbours[u][v][:, :, None] + self.neighbours[u][w][:, None, :]
-        self.stack.append((u, [v, w], total.argmin(axis=0)))
+        self.stack.append((u, [v, w], total.argmin(axis=0), [self.options[u], self.options[v], self.options[w]]))
         merged = total.min(axis=0)
         del self.neighbours[v][u], self.neighbours[w][u]
         known = self.neighbours[v].get(w)
@@ -126,8 +181,10 @@ class _Elimination:
         self.neighbours[v][w], self.neighbours[w][v] = merged, merged.T
 
     def back_substitute(self, choice: list[int]) -> None:
-        for u, others, table in reversed(self.stack):
-            choice[u] = int(table[tuple(choice[v] for v in others)])
+        """choice holds original option numbers; a removed variable's table is over the options left at that time."""
+        for u, others, table, options in reversed(self.stack):
+            states = tuple(int(np.searchsorted(known, choice[v])) for v, known in zip(others, options[1:], strict=True))
+            choice[u] = int(options[0][int(table[states])])
 
 
 def _solve_core(
@@ -148,7 +205,7 @@ def _solve_core(
     if solution.status not in ("optimal", "feasible"):
         return "infeasible", float("inf")
     for u in core:
-        choice[u] = max(pick[u], key=lambda i: pick[u][i].value() or 0.0)
+        choice[u] = int(work.options[u][max(pick[u], key=lambda i: pick[u][i].value() or 0.0)])
     return solution.status, solution.bound * scale
 
 
