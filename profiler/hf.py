@@ -167,7 +167,7 @@ def config_object(config: Mapping[str, Any], overrides: Mapping[str, Any] | None
     """The transformers configuration object of a configuration's JSON, with settings changed by name.
 
     overrides takes the configuration's own keys, and num_layers, hidden_size, num_heads, num_kv_heads,
-    intermediate_size for whatever the family calls these.
+    intermediate_size for whatever the family calls these; attn_implementation may be "eager", the model's own code.
     """
     transformers = require_transformers()
     model_type = config["model_type"]
@@ -186,6 +186,15 @@ def config_object(config: Mapping[str, Any], overrides: Mapping[str, Any] | None
             else "a model_type of this version, or a newer transformers (pip install -U transformers)",
         )
     cleaned = _clean(dict(config))
+    overrides = dict(overrides or {})
+    attention = overrides.pop("attn_implementation", None)
+    if attention not in (None, "sdpa", "eager"):
+        raise ShardwrightError(
+            f"attn_implementation={attention!r}",
+            means="no other implementation can be captured without running its kernel",
+            change="the override attn_implementation",
+            works="attn_implementation=eager",
+        )
     config_class = mapping[model_type]
     try:
         with offline(), own_folders_hidden(), _quiet(transformers):
@@ -202,6 +211,8 @@ def config_object(config: Mapping[str, Any], overrides: Mapping[str, Any] | None
             change="the configuration" + (f" or the overrides {dict(overrides)}" if overrides else ""),
             works="the file as save_pretrained wrote it",
         ) from None
+    if attention is not None:
+        result._attn_implementation = attention
     if hasattr(result, "use_cache"):
         result.use_cache = False  # a training step has no use for past keys and values
     if getattr(result, "is_encoder_decoder", False) and getattr(result, "decoder_start_token_id", None) is None:

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from shardwright.errors import ShardwrightError
 from shardwright.profiler.attention_interface import shardwright_attention
 from shardwright.profiler.initial_values import materialize
 from shardwright.profiler.models import load_workload, make_reference_dtype
@@ -136,6 +137,10 @@ def test_a_model_that_asks_for_eager_attention_keeps_it(tmp_path: Path) -> None:
     workload = workload_of(tmp_path, "llama")
     workload.model.set_attn_implementation("eager")
     assert attention_ops(exported(workload)) == {}
+    by_name = load_workload("preset:tiny-llama", overrides={"attn_implementation": "eager"})
+    assert attention_ops(exported(by_name)) == {}
+    with pytest.raises(ShardwrightError, match="flash"):
+        load_workload("preset:tiny-llama", overrides={"attn_implementation": "flash_attention_2"})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mistral"])
