@@ -27,7 +27,7 @@ _EXPORTS = {
     "ShardwrightError": ".errors",
     "Workload": ".profiler.workload",
     "build": ".api",
-    "check": ".api",
+    "check": ".checking",
     "load_workload": ".api",
     "parallelize": ".doors",
     "plan": ".api",
@@ -51,7 +51,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .api import build, check, load_workload, plan
+    from .api import build, load_workload, plan
+    from .checking import check
     from .doors import Parallel, parallelize
     from .errors import ExitCode, ShardwrightError
     from .planner.plan import Plan
