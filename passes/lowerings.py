@@ -11,6 +11,7 @@ Arguments: emitter, the captured node, its arguments with tensors replaced by lo
     log_softmax_cols          softmax over a split dimension: maximum and sum over ranks
     softmax_cols
     softmax_cols_backward, log_softmax_cols_backward
+    own_experts, own_experts_backward   experts split: choices of others' experts left out
 """
 
 from __future__ import annotations
@@ -133,10 +134,24 @@ def softmax_cols_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: M
     return emit.call(aten._to_copy.default, emit.call(aten.mul.Tensor, out, centred), dtype=dtype)
 
 
+def own_experts(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
+    """(hidden, index, weight, gate_up, down, activation), the experts split: numbers counted from this rank's first."""
+    start, _ = _range(node.args[3].meta["val"].shape[0], axis)  # type: ignore[union-attr]
+    index = emit.call(aten.sub.Scalar, args[1], start)
+    return emit.call(node.target, args[0], index, *args[2:])
+
+
+def own_experts_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
+    """(grad_out, hidden, index, weight, gate_up, down, pre, activation); without pre, which is computed again."""
+    start, _ = _range(node.args[4].meta["val"].shape[0], axis)  # type: ignore[union-attr]
+    index = emit.call(aten.sub.Scalar, args[2], start)
+    return emit.call(node.target, *args[:2], index, *args[3:6], None, args[7])
+
+
 LOWERINGS: dict[str, Lowering] = {
     function.__name__: function
     for function in (
         embedding_rows, embedding_rows_backward, nll_rows, nll_cols, nll_cols_backward, log_softmax_cols, softmax_cols,
-        log_softmax_cols_backward, softmax_cols_backward,
+        log_softmax_cols_backward, softmax_cols_backward, own_experts, own_experts_backward,
     )
 }  # fmt: skip

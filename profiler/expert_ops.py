@@ -3,7 +3,8 @@
 Letters: N tokens, K experts chosen for each, E experts, H hidden size, I intermediate size.
 
     hidden [N, H]   index [N, K] int64   weight [N, K]   gate_up [E, 2 I, H]   down [E, H, I]
-    out [N, H] = sum over k of weight * down(activation(gate) * up)     pre [N, K, 2 I] = gate and up, for the backward
+    out [N, H] = sum over k of weight * down(activation(gate) * up)     pre [N, K, 2 I] = gate and up, for the backward,
+                                                                        which without it computes them again
 
 A choice outside 0..E-1 adds nothing. So a rank that holds some of the experts shifts `index` by its first one, and the
 sum over ranks is the whole; and tokens are independent of each other, so they split freely.
@@ -81,17 +82,19 @@ def _backward(
     weight: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-    pre: torch.Tensor,
+    pre: torch.Tensor | None,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     num_choices = index.shape[1]
-    flat_pre, flat_weight = pre.reshape(-1, pre.shape[-1]), weight.reshape(-1, 1)
+    flat_weight = weight.reshape(-1, 1)
+    flat_pre = None if pre is None else pre.reshape(-1, pre.shape[-1])
     grad_choice = hidden.new_zeros(index.numel(), hidden.shape[1])
     grad_weight = weight.new_zeros(index.numel())
     grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
     for expert, at in _groups(index, gate_up.shape[0]):
         tokens = at // num_choices
-        gate, up = flat_pre[at].chunk(2, dim=-1)
+        both = hidden[tokens] @ gate_up[expert].T if flat_pre is None else flat_pre[at]
+        gate, up = both.chunk(2, dim=-1)
         grad, scale = grad_out[tokens], flat_weight[at].to(grad_out.dtype)
         activated = _activate(gate, activation)
         product = activated * up
@@ -126,7 +129,7 @@ def _backward_fake(
     weight: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-    pre: torch.Tensor,
+    pre: torch.Tensor | None,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     like = (hidden, weight, gate_up, down)
@@ -147,7 +150,7 @@ def _gradients(ctx: Any, grad_out: torch.Tensor, _grad_pre: torch.Tensor | None)
 
 _LIBRARY.define(f"expert_mlp({_INPUTS}, str activation) -> (Tensor out, Tensor pre)")
 _LIBRARY.define(
-    f"expert_mlp_backward(Tensor grad_out, {_INPUTS}, Tensor pre, str activation) "
+    f"expert_mlp_backward(Tensor grad_out, {_INPUTS}, Tensor? pre, str activation) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_gate_up, Tensor grad_down)"
 )
 _LIBRARY.impl("expert_mlp", _forward, "CompositeExplicitAutograd")

@@ -45,6 +45,14 @@ def test_experts_split_over_ranks_sum_to_the_whole_and_tokens_split_freely() -> 
     assert torch.allclose(torch.cat(rows), whole, rtol=0, atol=1e-12)
 
 
+def test_the_backward_computes_gate_and_up_again_where_they_were_not_kept() -> None:
+    args = [t.detach() for t in operands()]
+    out, pre = expert_mlp(*args, "silu")
+    backward = torch.ops.shardwright.expert_mlp_backward
+    kept, again = backward(out, *args, pre, "silu"), backward(out, *args, None, "silu")
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(kept, again, strict=True))
+
+
 def test_flops_are_those_of_the_chosen_experts() -> None:
     shapes = [tuple(t.shape) for t in operands()]
     assert expert_mlp_flops(*shapes) == TOKENS * CHOICES * (2 * 2 * INNER * HIDDEN + 2 * HIDDEN * INNER)

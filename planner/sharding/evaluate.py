@@ -197,6 +197,8 @@ def _matrix_flops(node: fx.Node) -> float:
     name = str(getattr(node.target, "overloadpacket", ""))
     if name.split(".")[-1] in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_grouped_mm"):
         return op_work(node).flops
+    if name.startswith("shardwright.expert_mlp"):
+        return op_work(node).flops
     if name.startswith("shardwright.attention"):
         # the backward recomputes the scores; the model's own count is four products of the backward's five
         return op_work(node).flops * (0.8 if name.endswith("backward") else 1.0)
