@@ -52,7 +52,7 @@ def average_gradients(
     Every rank of the group must run the same graph. Gradients of one bucket share dtype and device.
     """
     output = _torch.output_node(backward.graph)
-    results = list(output.args[0])
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     gradients = _gradients(backward.graph, results, slots)
     buckets = _buckets(gradients, bucket_bytes)
     last_placeholder = max(

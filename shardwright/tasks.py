@@ -60,7 +60,9 @@ def check(task: Mapping[str, Any], device: torch.device, report: Report) -> None
     optimizer = (
         workload.optimizer.factory(trainable(model), **workload.optimizer.options) if model is not None else None
     )
-    losses, expected, errors = [], [], {}
+    losses: list[float] = []
+    expected: list[float] = []
+    errors: dict[str, float] = {}
     for step in range(2):
         batch = make_batch(workload, workload.global_batch, seed=workload.seed + 1 + step)
         losses.append(program.forward_backward(program.shard_batch(batch)).item())
