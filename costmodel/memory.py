@@ -1,24 +1,31 @@
 """What a rank must hold through a training step: parameters, gradients, optimizer state, activations and the rest.
 
-With P parameter elements of a stage (T of them trainable) after tensor sharding, D data-parallel ranks, and c, g, o the
-bytes of the compute, gradient-reduction and master types (ZeRO: Rajbhandari et al., arXiv:1910.02054):
+P parameter elements of a stage (T of them trainable) after tensor sharding, u those of its largest segment instance, D
+data-parallel ranks; c, g, o bytes of the compute, gradient-reduction and master types, n state tensors of the
+optimizer. ZeRO as in Rajbhandari et al., arXiv:1910.02054:
 
-    zero                      0            1            2            3
-    compute copy              P c          P c          P c          P/D c, and P c of the stage in use
-    gradients                 T g          T g          T/D g        T/D g     (c instead of g: one microbatch, D = 1)
-    gradients of one backward one segment  one segment  whole stage  whole stage, in c, before they are added or reduced
-    master and state          T (k + n) o  T/D (k + n) o             k = 0 where master and compute type are the same,
-                                                                     n state tensors
+    zero                         0        1              2                   3
+    parameters                   P c      P c            P c                 P/D c
+    gathered for use             -        -              -                   3 u c: one in use, its buffer, the next
+    gradients                    T g      T g + T/D g    T/D g               T/D g
+    on their way there           u c      u c            T g + T/D g + u c   T g + T/D g + u c
+    master copy and state        T (k+n)o T/D (k+n) o    T/D (k+n) o         T/D (k+n) o
 
-Where master and compute type are the same the shard that the optimizer steps over is the only copy under zero 0 and 3,
-and stands beside the whole compute copy under zero 1 and 2.
+k is 0 where master and compute type are the same (the parameters are the optimizer's copy), else 1. One data-parallel
+rank and one microbatch keep gradients in c. Under ZeRO-2 and 3 each segment's reduction holds its input until its next
+one.
+
+The peak is the greater of two moments: inside the pipeline, with activations and workspace, and in the optimizer step,
+with gradients in the master type (of a shard under ZeRO-1 to 3) and the optimizer's temporaries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ..units import GIB, MIB
 
@@ -28,6 +35,8 @@ GPU_CONTEXT_BYTES = GIB
 COMMUNICATOR_BYTES = 160 * MIB
 # Blocks that the caching allocator holds but cannot hand out, as a share of what is allocated.
 FRAGMENTATION = 0.03
+# Units whose whole parameters ZeRO-3 holds at once: the one in use, the buffer it came in, the next one's.
+GATHERED_UNITS = 3
 
 ITEMS = (
     "parameters",
@@ -52,24 +61,64 @@ class StateBytes:
     reduce: int
     state_tensors: int
     single_copy: bool  # master and compute type are the same
+    reduces_in_master: bool = True
 
     @classmethod
     def of(cls, precision: object, state_tensors: int) -> StateBytes:
         """precision: profiler.workload.Precision (or anything with its three dtypes)."""
         compute, master, reduce = (getattr(precision, name) for name in ("compute", "master", "grad_reduce"))
-        return cls(compute.itemsize, master.itemsize, reduce.itemsize, state_tensors, compute == master)
+        wide = max(compute, reduce, key=lambda dtype: dtype.itemsize)
+        return cls(compute.itemsize, master.itemsize, wide.itemsize, state_tensors, compute == master, wide == master)
 
 
 @dataclass(frozen=True)
 class StageState:
-    """Elements and bytes that one virtual stage keeps, after tensor sharding, before ZeRO. Numbers, or arrays of
-    them.
-    """
+    """Elements and bytes that one virtual stage keeps, after tensor sharding, before ZeRO. Numbers, or arrays."""
 
     param_elements: Any
     trainable_elements: Any
     buffer_bytes: Any
-    largest_segment_elements: Any  # trainable elements of its largest segment instance
+    largest_segment_elements: Any  # parameter elements of its largest segment instance
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes of one stage (or arrays of them). *_each: of the one stage in use; the others add up over a rank's
+    stages."""
+
+    parameters: Any
+    optimizer: Any
+    buffers: Any
+    gathered_each: Any
+    gradients: Any
+    pending: Any  # on their way to the gradients
+    fresh_each: Any
+    step_gradients: Any  # in the optimizer step
+    step_temporaries: Any
+
+
+def state_memory(
+    state: StageState, kinds: StateBytes, dp: int, zero: int, num_microbatches: int, device_kind: str
+) -> StateMemory:
+    """See the module's table. zero counts where dp > 1."""
+    zero = zero if dp > 1 else 0
+    params, trainable, largest = state.param_elements, state.trainable_elements, state.largest_segment_elements
+    shard = _share(trainable, dp if zero else 1)
+    accumulates = dp > 1 or num_microbatches > 1
+    each = kinds.reduce if accumulates else kinds.compute
+    in_master = kinds.reduces_in_master if accumulates else kinds.single_copy
+    stepped = _smaller(shard, largest) if device_kind == "cpu" else shard  # on CPU torch steps one parameter at a time
+    return StateMemory(
+        parameters=(_share(params, dp) if zero == 3 else params) * kinds.compute,
+        optimizer=shard * (kinds.state_tensors + (0 if kinds.single_copy else 1)) * kinds.master,
+        buffers=state.buffer_bytes,
+        gathered_each=largest * (GATHERED_UNITS * kinds.compute if zero == 3 else 0),
+        gradients={0: trainable, 1: trainable + shard, 2: shard, 3: shard}[zero] * each,
+        pending=(trainable + shard) * (each if zero >= 2 else 0),
+        fresh_each=largest * (kinds.compute if accumulates else 0),
+        step_gradients=shard * (each + (0 if in_master else kinds.master)),
+        step_temporaries=stepped * kinds.master,
+    )
 
 
 def _share(elements: Any, parts: int) -> Any:
@@ -77,39 +126,8 @@ def _share(elements: Any, parts: int) -> Any:
     return -(-elements // max(1, parts))
 
 
-def parameter_bytes(state: StageState, kinds: StateBytes, dp: int, zero: int) -> Any:
-    """Compute copy (or its shard), and under zero 1 and 2 the shard beside it where there is no other master."""
-    if zero == 3:
-        return _share(state.param_elements, dp) * kinds.compute
-    beside = (
-        _share(state.trainable_elements, dp) * kinds.compute if kinds.single_copy and zero in (1, 2) and dp > 1 else 0
-    )
-    return state.param_elements * kinds.compute + beside
-
-
-def gradient_bytes(state: StageState, kinds: StateBytes, dp: int, zero: int, num_microbatches: int) -> Any:
-    each = kinds.reduce if dp > 1 or num_microbatches > 1 else kinds.compute
-    elements = _share(state.trainable_elements, dp) if zero >= 2 else state.trainable_elements
-    return elements * each
-
-
-def gradient_buffer_bytes(state: StageState, kinds: StateBytes, dp: int, zero: int, num_microbatches: int) -> Any:
-    """Fresh gradients of one backward, before they join the accumulated ones."""
-    if zero >= 2 and dp > 1:
-        return state.trainable_elements * kinds.compute
-    return state.largest_segment_elements * kinds.compute if num_microbatches > 1 or dp > 1 else 0
-
-
-def optimizer_bytes(state: StageState, kinds: StateBytes, dp: int, zero: int) -> Any:
-    elements = _share(state.trainable_elements, dp) if zero >= 1 else state.trainable_elements
-    copies = kinds.state_tensors + (0 if kinds.single_copy else 1)
-    return elements * copies * kinds.master
-
-
-def optimizer_step_bytes(state: StageState, kinds: StateBytes, dp: int, zero: int) -> Any:
-    """Temporaries of torch's multi-tensor optimizers: one tensor of the size of each parameter that is stepped over."""
-    elements = _share(state.trainable_elements, dp) if zero >= 1 else state.trainable_elements
-    return elements * kinds.master
+def _smaller(first: Any, second: Any) -> Any:
+    return np.minimum(first, second)
 
 
 def reserve_bytes(device_kind: str, num_groups: int) -> int:
@@ -119,46 +137,48 @@ def reserve_bytes(device_kind: str, num_groups: int) -> int:
     return GPU_CONTEXT_BYTES + num_groups * COMMUNICATOR_BYTES
 
 
-def state_breakdown(
-    states: Sequence[StageState], kinds: StateBytes, dp: int, zero: int, num_microbatches: int
-) -> dict[str, int]:
-    """What the virtual stages of one rank keep whatever the order of actions."""
-    gathered = max((s.param_elements for s in states), default=0) * kinds.compute if zero == 3 and dp > 1 else 0
-    return {
-        "parameters": sum(parameter_bytes(s, kinds, dp, zero) for s in states),
-        "gathered_parameters": gathered,
-        "gradients": sum(gradient_bytes(s, kinds, dp, zero, num_microbatches) for s in states),
-        "gradient_buffers": max(
-            (gradient_buffer_bytes(s, kinds, dp, zero, num_microbatches) for s in states), default=0
-        ),
-        "optimizer": sum(optimizer_bytes(s, kinds, dp, zero) for s in states),
-        "buffers": sum(s.buffer_bytes for s in states),
-    }
+def slack_factor(device_kind: str) -> float:
+    """Of what is allocated, over what is in use."""
+    return 1.0 if device_kind == "cpu" else 1.0 + FRAGMENTATION
 
 
-def finish_breakdown(
-    state: Mapping[str, int],
+def rank_items(
+    stages: Sequence[StateMemory],
     *,
     activation_bytes: int,
     workspace_bytes: int,
     communication_bytes: int,
-    optimizer_step: int,
     device_kind: str,
     num_groups: int,
 ) -> dict[str, int]:
-    """All items of the worst moment of a rank: inside the pipeline, or in the optimizer step where that needs more.
+    """All items of the worst moment of a rank; their sum is its peak.
 
-    activation_bytes and workspace_bytes: at the worst moment of the rank's order. The sum of the items is the peak.
+    stages: of the virtual stages that it holds. activation_bytes, workspace_bytes: at the worst moment of its order.
     """
-    items = dict(state)
-    in_pipeline = activation_bytes + workspace_bytes + items["gathered_parameters"] + items["gradient_buffers"]
-    if optimizer_step > in_pipeline:
-        items |= {"gathered_parameters": 0, "gradient_buffers": 0, "activations": 0, "workspace": optimizer_step}
-    else:
-        items |= {"activations": activation_bytes, "workspace": workspace_bytes}
-    items["communication"] = communication_bytes
+
+    def total(name: str) -> int:
+        return sum(int(getattr(stage, name)) for stage in stages)
+
+    def most(name: str) -> int:
+        return max(int(getattr(stage, name)) for stage in stages)
+
+    in_pipeline = {
+        "gathered_parameters": most("gathered_each"),
+        "gradients": total("gradients"),
+        "gradient_buffers": total("pending") + most("fresh_each"),
+        "activations": int(activation_bytes),
+        "workspace": int(workspace_bytes),
+    }
+    in_step = {
+        "gathered_parameters": 0,
+        "gradients": total("step_gradients"),
+        "gradient_buffers": 0,
+        "activations": 0,
+        "workspace": total("step_temporaries"),
+    }
+    items = in_pipeline if sum(in_pipeline.values()) >= sum(in_step.values()) else in_step
+    items |= {name: total(name) for name in ("parameters", "optimizer", "buffers")}
+    items["communication"] = int(communication_bytes)
     held = sum(items.values())
-    items["reserve"] = reserve_bytes(device_kind, num_groups)
-    if device_kind != "cpu":
-        items["reserve"] += round(FRAGMENTATION * held)
-    return {name: int(items[name]) for name in ITEMS}
+    items["reserve"] = reserve_bytes(device_kind, num_groups) + round((slack_factor(device_kind) - 1.0) * held)
+    return {name: items[name] for name in ITEMS}

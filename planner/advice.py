@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 from ..errors import ExitCode, ShardwrightError
+from ..profiler.accelerators import accelerators
 from ..profiler.cluster import Cluster
 from ..profiler.hardware import parse_hardware
 from ..units import GIB, format_bytes
@@ -17,13 +19,16 @@ from .outcome import Outcome
 from .setting import Setting
 
 Solutions = Mapping[tuple[int, int, int], ShardingSolution | None]
+Solve = Callable[[int, int, int], ShardingSolution | None]  # dp, tp, local batch
 
 # Most candidates looked at for one change.
-MAX_TRIES = 60
+MAX_TRIES = 120
+FACTORS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+WIDER_TP = (2, 8)
 
 
 def does_not_fit(
-    setting: Setting, forced: Forced, outcomes: Sequence[Outcome], solutions: Solutions
+    setting: Setting, forced: Forced, outcomes: Sequence[Outcome], solutions: Solutions, solve: Solve
 ) -> ShardwrightError:
     """The error to raise (exit 3). Solutions found stand in for those of other meshes with the same tensor axis."""
     tried = [outcome for outcome in outcomes if outcome.fits is False]
@@ -43,7 +48,7 @@ def does_not_fit(
         f"nothing fits: rank {first} ({device.name}) needs {format_bytes(nearest.peak_bytes or 0)} of "
         f"{format_bytes(nearest.limit_bytes)}, {format_bytes(nearest.missing_bytes)} missing"
     )
-    change, works = _nearest_change(setting, forced, nearest, solutions)
+    change, works = _nearest_change(setting, forced, nearest, solutions, solve)
     return ShardwrightError(
         what,
         means=f"the nearest of {len(outcomes)} candidates is {candidate}, recompute={nearest_recompute(forced)}",
@@ -57,11 +62,13 @@ def nearest_recompute(forced: Forced) -> str:
     return "none" if forced.recompute == "none" else "all"
 
 
-def _nearest_change(setting: Setting, forced: Forced, nearest: Outcome, solutions: Solutions) -> tuple[str, str]:
+def _nearest_change(
+    setting: Setting, forced: Forced, nearest: Outcome, solutions: Solutions, solve: Solve
+) -> tuple[str, str]:
     """(setting to change, value that fits)."""
     known = {(tp, batch): found for (_, tp, batch), found in solutions.items() if found is not None}
     for name in ("recompute", "zero", "microbatch", "schedule", "virtual_stages", "cuts", "pp", "dp", "tp"):
-        default = "auto" if name == "recompute" else None
+        default: Any = "auto" if name == "recompute" else None
         if getattr(forced, name) == default:
             continue
         found = first_fit(setting, replace(forced, **{name: default}), known)
@@ -71,13 +78,16 @@ def _nearest_change(setting: Setting, forced: Forced, nearest: Outcome, solution
     if setting.memory_limit_bytes is not None or setting.cluster.memory_limit_bytes is not None:
         need = nearest.peak_bytes or 0
         return "--memory-limit", f"--memory-limit {need / GIB + 0.05:.1f}GiB"
-    more = _more_devices(setting, forced, known)
-    if more is not None:
-        return "--hardware", f"--hardware {more}"
-    larger = _larger_device(setting, nearest.peak_bytes or 0)
-    if larger is not None:
-        return "--hardware", f"--hardware {larger}"
-    return "a smaller model or a shorter sequence", f"devices with {(nearest.peak_bytes or 0) / GIB:.0f} GiB"
+    for tp in WIDER_TP:  # more devices could also share a layer
+        if forced.tp in (None, tp) and (tp, 1) not in known:
+            found_solution = solve(1, tp, 1)
+            if found_solution is not None:
+                known[tp, 1] = found_solution
+    for names in (_more_of_the_same(setting.cluster), _larger_devices(setting.cluster)):
+        found_name = _first_cluster_that_fits(setting, forced, known, names)
+        if found_name is not None:
+            return "--hardware", f"--hardware {found_name}"
+    return "the model, or --seq-len", "a shorter sequence"
 
 
 def first_fit(setting: Setting, forced: Forced, known: Mapping[tuple[int, int], ShardingSolution]) -> Candidate | None:
@@ -101,50 +111,35 @@ def first_fit(setting: Setting, forced: Forced, known: Mapping[tuple[int, int], 
     return None
 
 
-def _more_devices(setting: Setting, forced: Forced, known: Mapping[tuple[int, int], ShardingSolution]) -> str | None:
-    """The name of the smallest cluster of more hosts (or processes) of the same kind on which something fits."""
-    for factor in (2, 4, 8, 16, 32, 64, 128, 256, 512):
-        name = scaled_name(setting.cluster, factor)
-        if name is None:
-            return None
+def _first_cluster_that_fits(
+    setting: Setting, forced: Forced, known: Mapping[tuple[int, int], ShardingSolution], names: Iterable[str]
+) -> str | None:
+    free = {field.name: None for field in fields(forced) if field.name in ("pp", "dp", "tp", "cuts")}
+    for name in names:
         try:
             cluster = parse_hardware(name)
         except ShardwrightError:
-            return None
-        limits = {field.name: None for field in fields(forced) if field.name in ("pp", "dp", "tp", "cuts")}
-        larger = replace(
-            setting,
-            cluster=cluster,
-            cost_model=replace(setting.cost_model, cluster=cluster),
-        )
-        if first_fit(larger, replace(forced, **limits), known) is not None:  # type: ignore[arg-type]
+            continue
+        larger = replace(setting, cluster=cluster, cost_model=replace(setting.cost_model, cluster=cluster))
+        if first_fit(larger, replace(forced, **free), known) is not None:  # type: ignore[arg-type]
             return name
     return None
 
 
-def scaled_name(cluster: Cluster, factor: int) -> str | None:
-    """'1x1xRTX4090' times 16 gives '16x1xRTX4090'; None for clusters that are no single row of like hosts."""
+def _more_of_the_same(cluster: Cluster) -> list[str]:
+    """'1x1xRTX4090' gives '2x1xRTX4090', '4x1xRTX4090', ...; none for clusters that are no single row of like hosts."""
     if len(cluster.groups) != 1 or cluster.host_pairs:
-        return None
+        return []
     group = cluster.groups[0]
     if group.device.kind == "cpu":
-        return f"{group.num_devices * factor}xCPU"
-    return f"{group.count * factor}x{group.devices_per_host}x{group.device.name}"
+        return [f"{group.num_devices * factor}xCPU" for factor in FACTORS]
+    return [f"{group.count * factor}x{group.devices_per_host}x{group.device.name}" for factor in FACTORS]
 
 
-def _larger_device(setting: Setting, need_bytes: int) -> str | None:
-    """The smallest device of the catalog that has that much memory, in equal number."""
-    from ..profiler.accelerators import accelerators
-
-    fitting = [
-        entry for entry in accelerators().values() if entry.device.memory_bytes >= need_bytes and entry.host_devices
-    ]
-    if not fitting:
-        return None
-    entry = min(fitting, key=lambda item: item.device.memory_bytes)
-    count = setting.cluster.num_devices
-    return (
-        f"{count}x{entry.key}"
-        if count <= entry.host_devices
-        else f"{-(-count // entry.host_devices)}x{entry.host_devices}x{entry.key}"
-    )
+def _larger_devices(cluster: Cluster) -> list[str]:
+    """Full hosts of catalog devices with more memory, the smallest device first."""
+    have = max(group.device.memory_bytes for group in cluster.groups)
+    larger = [e for e in accelerators().values() if e.device.memory_bytes > have and e.host_devices]
+    larger.sort(key=lambda entry: entry.device.memory_bytes)
+    hosts = {entry.key: -(-cluster.num_devices // entry.host_devices) for entry in larger}
+    return [f"{hosts[e.key] * factor}x{e.host_devices}x{e.key}" for e in larger for factor in (1, *FACTORS[:5])]

@@ -177,7 +177,7 @@ class Chain:
 
     @cached_property
     def largest_of(self) -> np.ndarray:
-        return interval_maxima(self.trainable_elements)
+        return interval_maxima(self.param_elements)
 
     @cached_property
     def buffer_of(self) -> np.ndarray:

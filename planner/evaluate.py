@@ -1,22 +1,20 @@
 """One candidate: a lower bound on its step, its best cuts, its memory and its simulated step.
 
 The bound is the greater of two that every order and every cut must pay. p pipeline ranks, m microbatches; F and B the
-forward and backward of one microbatch through all stages, F' and B' with ZeRO's collectives around them:
+forward and backward of one microbatch through all positions (tables.py), T = F + B:
 
-    work   m (F' + B') / p + tail                          some rank does at least the mean, and its own tail after it
-    path   gpipe        F + B + (m-1) (F' + B') / p         the greatest stage is at least the mean
-           1f1b         F + B + ((m-1) B' + (m - min(m, p)) F') / p     stages.pipeline_cost, averaged over stages
-           interleaved  F + B
+    work   m T / p + tail                          some rank does at least the mean, and its own tail after it
+    path   gpipe        T + (m-1) T / p             the greatest stage is at least the mean
+           1f1b         T + ((m-1) B + (m - min(m, p)) F) / p     stages.pipeline_cost, averaged over stages
+           interleaved  T
            and, where clipping makes all ranks wait for each other, the mean optimizer step and gather
 
-The tail of work is the mean rank's reduction (with one chunk a rank: else other chunks may hide it), optimizer step and
-gather. The time of a collective grows at most in proportion to its bytes, so that of a p-th of them is at least a p-th.
+The tail of work is the least reduction left of any position, the mean rank's optimizer step and its gathers after it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,8 +23,9 @@ from .candidates import Candidate
 from .chain import Chain
 from .footprint import cached_schedule, fits, interval_bytes, mean_bytes, profile_table, stage_activation
 from .mesh_costs import MeshCosts
-from .setting import DataParallel, Setting
+from .setting import Setting
 from .stages import Cuts, best_cuts, improve_cuts, pipeline_cost
+from .tables import stage_tables
 
 # Orders longer than this are simulated at two smaller microbatch counts and extended along their steady state.
 MAX_SIMULATED_ACTIONS = 12_000
@@ -35,57 +34,35 @@ MAX_SIMULATED_ACTIONS = 12_000
 INTERLEAVED_BUBBLE = 0.6
 
 
-@dataclass(frozen=True)
-class Passes:
-    """Seconds of one microbatch through all stages; *_full_s with ZeRO's collectives around each action."""
-
-    forward_s: float
-    backward_s: float
-    forward_full_s: float
-    backward_full_s: float
-
-    @classmethod
-    def plain(cls, forward_s: float, backward_s: float) -> Passes:
-        return cls(forward_s, backward_s, forward_s, backward_s)
-
-    @property
-    def full_s(self) -> float:
-        return self.forward_full_s + self.backward_full_s
-
-
-def path_seconds(schedule: str, passes: Passes, num_ranks: int, num_microbatches: int) -> float:
+def path_seconds(schedule: str, forward_s: float, backward_s: float, num_ranks: int, num_microbatches: int) -> float:
     """path of the bound above, or the work without its tail where that is more."""
-    p, m, once = num_ranks, num_microbatches, passes.forward_s + passes.backward_s
-    work = m * passes.full_s / p
+    p, m, once = num_ranks, num_microbatches, forward_s + backward_s
+    work = m * once / p
     if schedule == "gpipe":
-        return max(work, once + (m - 1) * passes.full_s / p)
+        return max(work, once + (m - 1) * once / p)
     if schedule == "1f1b":
-        return max(work, once + ((m - 1) * passes.backward_full_s + (m - min(m, p)) * passes.forward_full_s) / p)
+        return max(work, once + ((m - 1) * backward_s + (m - min(m, p)) * forward_s) / p)
     return max(work, once)
 
 
-def passes_of(setting: Setting, candidate: Candidate, chain: Chain) -> Passes:
-    """On the fastest rank."""
-    mesh, n = setting.mesh(candidate), chain.num_instances
-    shared = DataParallel.of(mesh, setting.kinds, candidate.zero, chain.param_of[0, n], chain.trainable_of[0, n])
-    scale = min(mesh.scales)
-    forward, backward = float(chain.forward_s.sum()) * scale, float(chain.backward_s.sum()) * scale
-    return Passes(forward, backward, forward + shared.gather_s, backward + shared.gather_s + shared.reduce_each_s)
+def _once_through(setting: Setting, candidate: Candidate, chain: Chain) -> tuple[float, float]:
+    """Forward and backward of one microbatch, were all ranks the fastest."""
+    tables, n, scale = stage_tables(setting, candidate, chain), chain.num_instances, min(setting.mesh(candidate).scales)
+    return float(tables.forward_of[0, n]) * scale, float(tables.backward_of[0, n]) * scale
 
 
 def lower_bound(setting: Setting, candidate: Candidate, chain: Chain) -> float:
     """Seconds that no cut of this candidate beats. See the module's docstring."""
     mesh, p, m, n = setting.mesh(candidate), candidate.pp, candidate.count, chain.num_instances
-    passes = passes_of(setting, candidate, chain)
-    trainable = chain.trainable_of[0, n]
-    shared = DataParallel.of(mesh, setting.kinds, candidate.zero, chain.param_of[0, n], trainable)
-    stepped = trainable / (candidate.dp if candidate.zero else 1) / p
+    tables = stage_tables(setting, candidate, chain)
+    forward_s, backward_s = _once_through(setting, candidate, chain)
+    stepped = chain.trainable_of[0, n] / (candidate.dp if candidate.zero else 1) / p
     fastest = max(mesh.devices, key=lambda device: device.memory_bytes_per_s)
-    step_s = setting.optimizer_seconds(stepped, fastest) + shared.tail_gather_s / p
-    reduce_s = shared.reduce_s / p if candidate.virtual_stages == 1 else 0.0
-    path = path_seconds(candidate.schedule, passes, p, m)
+    step_s = setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p
+    path = path_seconds(candidate.schedule, forward_s, backward_s, p, m)
     waits = setting.workload.optimizer.max_grad_norm is not None
-    return max(m * passes.full_s / p + reduce_s + step_s, path + (step_s if waits else 0.0))
+    work = m * (forward_s + backward_s) / p + float(tables.reduce_s.min()) + step_s
+    return max(work, path + (step_s if waits else 0.0))
 
 
 def estimate(setting: Setting, candidate: Candidate, chain: Chain) -> float:
@@ -94,26 +71,8 @@ def estimate(setting: Setting, candidate: Candidate, chain: Chain) -> float:
     if candidate.virtual_stages == 1 or candidate.schedule == "gpipe":
         return bound
     p, v = candidate.pp, candidate.virtual_stages
-    passes = passes_of(setting, candidate, chain)
-    return max(bound, (candidate.count + INTERLEAVED_BUBBLE * (p - 1) / v) * passes.full_s / p)
-
-
-def _gather_and_reduce(
-    setting: Setting, candidate: Candidate, chain: Chain
-) -> tuple[np.ndarray | float, np.ndarray | float]:
-    """[i, j] -> seconds of ZeRO's gather before an action, of its reduction after a backward: a share, by bytes, of the
-    whole model's, which is at most what the stage's own takes."""
-    mesh, n = setting.mesh(candidate), chain.num_instances
-    if candidate.dp == 1 or candidate.zero < 2:
-        return 0.0, 0.0
-    key = ("zero", chain, candidate.pp, candidate.dp, candidate.tp, candidate.zero)
-    if key not in setting.cache:
-        whole = DataParallel.of(mesh, setting.kinds, candidate.zero, chain.param_of[0, n], chain.trainable_of[0, n])
-        setting.cache[key] = (
-            chain.param_of * (whole.gather_s / max(1.0, chain.param_of[0, n])),
-            chain.trainable_of * (whole.reduce_each_s / max(1.0, chain.trainable_of[0, n])),
-        )
-    return setting.cache[key]
+    once = sum(_once_through(setting, candidate, chain))
+    return max(bound, (candidate.count + INTERLEAVED_BUBBLE * (p - 1) / v) * once / p)
 
 
 def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_memory: bool = False) -> Cuts | None:
@@ -122,9 +81,9 @@ def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_me
     """
     n, num_stages = chain.num_instances, candidate.num_stages
     mesh = setting.mesh(candidate)
-    gather_s, reduce_s = _gather_and_reduce(setting, candidate, chain)
+    tables = stage_tables(setting, candidate, chain)
     if candidate.virtual_stages > 1:
-        return _find_interleaved_cuts(setting, candidate, chain, 2 * gather_s + reduce_s, ignore_memory)
+        return _find_interleaved_cuts(setting, candidate, chain, ignore_memory)
     in_flight = profile_table(candidate.schedule, candidate.pp, candidate.count, 1).max(axis=1)[:, 0]
     limits = setting.limits(candidate)
     held = interval_bytes(setting, candidate, chain)
@@ -133,13 +92,12 @@ def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_me
 
     def cost(stage: int) -> np.ndarray:
         seconds = pipeline_cost(
-            chain,
+            tables.forward_of,
+            tables.backward_of,
             candidate.count,
             stage,
             num_stages,
             schedule=candidate.schedule,
-            gather_s=gather_s,
-            reduce_s=reduce_s,
             scale=mesh.scales[stage],
             least_scale=min(mesh.scales),
         )
@@ -165,14 +123,12 @@ def _secondary(mesh: MeshCosts, chain: Chain) -> Callable[[int], np.ndarray]:
     return secondary
 
 
-def _find_interleaved_cuts(
-    setting: Setting, candidate: Candidate, chain: Chain, extra: np.ndarray | float, ignore_memory: bool
-) -> Cuts | None:
+def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain, ignore_memory: bool) -> Cuts | None:
     """Even chunks first; where they do not fit, chunks that each keep to their share of the rank's memory, then chunks
     of least memory."""
     p, v, n = candidate.pp, candidate.virtual_stages, chain.num_instances
     mesh, limits = setting.mesh(candidate), setting.limits(candidate)
-    load = chain.forward_of + chain.backward_of + extra
+    load = stage_tables(setting, candidate, chain).load_of
     loads = {scale: load * scale for scale in set(mesh.scales)}
     secondary = _secondary(mesh, chain)
     key = ("even", chain, candidate.pp, candidate.dp, candidate.tp, v, candidate.zero)
@@ -234,15 +190,12 @@ def unevenness(setting: Setting, chain: Chain, num_stages: int) -> float:
 def loop_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> float:
     """Seconds that these cuts take at least, whatever the order: greatest over the ranks of the first microbatch's way
     to it and the last one's way on from it, and its own work."""
-    p, m = candidate.pp, candidate.count
-    gather_s, reduce_s = _gather_and_reduce(setting, candidate, chain)
-    scales = np.array(setting.mesh(candidate).scales)
+    p = candidate.pp
     edges = np.asarray(bounds)
-    at = (edges[:-1], edges[1:])
-    times = (chain.forward_of + chain.backward_of)[at].reshape(-1, p) * scales
-    around = (2 * gather_s + reduce_s + np.zeros_like(chain.forward_of))[at].reshape(-1, p)
+    load = stage_tables(setting, candidate, chain).load_of[edges[:-1], edges[1:]]
+    times = load.reshape(-1, p) * np.array(setting.mesh(candidate).scales)
     lead = np.concatenate([[0.0], np.cumsum(times[0])[:-1]])
-    return float((lead + m * (times + around).sum(axis=0) - around.sum(axis=0)).max())
+    return float((lead + candidate.count * times.sum(axis=0)).max())
 
 
 def order_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> float:
@@ -252,42 +205,48 @@ def order_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: tu
 
 
 def stage_times(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[StageTimes]:
-    mesh = setting.mesh(candidate)
+    mesh, tables = setting.mesh(candidate), stage_tables(setting, candidate, chain)
     result = []
     for stage in range(candidate.num_stages):
         i, j = bounds[stage], bounds[stage + 1]
         scale = mesh.scales[stage % candidate.pp]
-        data = DataParallel.of(mesh, setting.kinds, candidate.zero, chain.param_of[i, j], chain.trainable_of[i, j])
         prologue_s = sum(chain.prologue_s[index] for index in chain.prologue_of(i, j))
-        forward_comm, backward_comm = float(chain.forward_comm_s[i:j].sum()), float(chain.backward_comm_s[i:j].sum())
-        forward, backward = float(chain.forward_s[i:j].sum()), float(chain.backward_input_s[i:j].sum())
+        forward, backward = float(tables.forward_of[i, j]), float(tables.backward_of[i, j])
+        weight = float((chain.backward_weight_s + tables.accumulate_s)[i:j].sum())
+        own_forward = float((chain.forward_s - chain.forward_comm_s)[i:j].sum())
+        own_backward = float((chain.backward_s - chain.backward_comm_s + tables.accumulate_s)[i:j].sum())
+        faster = (1.0 - scale) * np.array([own_forward, own_backward - weight, weight])
         result.append(
             StageTimes(
-                forward_s=(forward - forward_comm + prologue_s) * scale + forward_comm,
-                backward_input_s=(backward - backward_comm) * scale + backward_comm,
-                backward_weight_s=float(chain.backward_weight_s[i:j].sum()) * scale,
-                forward_comm_s=forward_comm,
-                backward_comm_s=backward_comm,
+                forward_s=forward + prologue_s - faster[0],
+                backward_input_s=backward - weight - faster[1],
+                backward_weight_s=weight - faster[2],
+                forward_comm_s=forward - own_forward,
+                backward_comm_s=backward - own_backward,
                 activation_bytes=int(stage_activation(chain, i, j)),
-                gather_s=data.gather_s,
-                reduce_each_s=data.reduce_each_s,
-                reduce_s=data.reduce_s,
+                reduce_s=tables.reduction_left(i, j),
             )
         )
     return result
 
 
 def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[Tail]:
-    mesh, result = setting.mesh(candidate), []
-    for rank in range(candidate.pp):
-        elements, gather_s = 0.0, 0.0
-        for stage in range(rank, candidate.num_stages, candidate.pp):
-            i, j = bounds[stage], bounds[stage + 1]
-            elements += chain.trainable_of[i, j] / (candidate.dp if candidate.zero else 1)
-            data = DataParallel.of(mesh, setting.kinds, candidate.zero, chain.param_of[i, j], chain.trainable_of[i, j])
-            gather_s += data.tail_gather_s
-        result.append(Tail(setting.optimizer_seconds(elements, mesh.devices[rank]), gather_s))
-    return result
+    """Optimizer step, the gathers after it, and sums over the stages that share a parameter."""
+    mesh, tables, p = setting.mesh(candidate), stage_tables(setting, candidate, chain), candidate.pp
+    parts = candidate.dp if candidate.zero else 1
+    elements, gather_s = [0.0] * p, [0.0] * p
+    for stage in range(candidate.num_stages):
+        i, j = bounds[stage], bounds[stage + 1]
+        elements[stage % p] += chain.trainable_of[i, j] / parts
+        gather_s[stage % p] += float(tables.refresh_s[i:j].sum())
+    rank_of = np.repeat(np.arange(candidate.num_stages) % p, np.diff(bounds))
+    for repeat in chain.repeats:
+        ends = int(rank_of[repeat.earlier]), int(rank_of[repeat.later])
+        if ends[0] != ends[1]:
+            hop = mesh.hop(*ends, repeat.trainable / parts * setting.kinds.reduce, 0.0)
+            for rank in ends:
+                gather_s[rank] += 2 * (hop.forward_latency_s + hop.forward_occupancy_s)
+    return [Tail(setting.optimizer_seconds(elements[r], mesh.devices[r]), gather_s[r]) for r in range(p)]
 
 
 def run_timeline(

@@ -57,28 +57,27 @@ def num_groups(candidate: Candidate) -> int:
     return 1 + sum(size > 1 for size in (candidate.pp, candidate.dp, candidate.tp))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IntervalBytes:
     """[i, j] -> bytes of a stage over positions i..j-1, on a rank that holds no other.
 
-    lasting: held all through. pipeline: held with the actions, beside activations. step: held in the optimizer step
-    instead of pipeline and activations. boundary: send and receive buffers. slack, reserve: what is added to a rank's
-    sum.
+    lasting: held all through, boundary buffers included. activation: of one microbatch; prologue values, of which a
+    stage may need any, in full. pipeline: held beside activations; pipeline_each: by one stage of the rank at a time.
+    step: held in the optimizer step in their place. slack, reserve: what is added to a rank's sum.
     """
 
     lasting: np.ndarray
-    activation: np.ndarray  # of one microbatch; prologue values, of which a stage may need any, in full
-    workspace: np.ndarray
+    activation: np.ndarray
     pipeline: np.ndarray
+    pipeline_each: np.ndarray
     step: np.ndarray
-    boundary: np.ndarray
     slack: float
     reserve: int
 
     def with_in_flight(self, in_flight: int) -> np.ndarray:
         """[i, j] -> bytes of a rank with this stage alone."""
-        pipeline = in_flight * self.activation + self.workspace + self.pipeline
-        return (self.lasting + self.boundary + np.maximum(pipeline, self.step)) * self.slack + self.reserve
+        pipeline = in_flight * self.activation + self.pipeline + self.pipeline_each
+        return (self.lasting + np.maximum(pipeline, self.step)) * self.slack + self.reserve
 
     def peaks(self, bounds: Sequence[int], profiles: np.ndarray) -> np.ndarray:
         """Bytes of each pipeline rank. profiles: [rank, row, chunk] of in_flight_profiles."""
@@ -90,9 +89,9 @@ class IntervalBytes:
             return table[at].reshape(num_chunks, num_ranks)
 
         activations = np.einsum("rkc,cr->rk", profiles, of(self.activation)).max(axis=1)
-        pipeline = activations + of(self.workspace).max(axis=0) + of(self.pipeline).max(axis=0)
-        held = of(self.lasting).sum(axis=0) + of(self.boundary).sum(axis=0)
-        return (held + np.maximum(pipeline, of(self.step).sum(axis=0))) * self.slack + self.reserve
+        pipeline = activations + of(self.pipeline).sum(axis=0) + of(self.pipeline_each).max(axis=0)
+        held = of(self.lasting).sum(axis=0) + np.maximum(pipeline, of(self.step).sum(axis=0))
+        return held * self.slack + self.reserve
 
 
 def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
@@ -105,27 +104,20 @@ def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Inte
 
 
 def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
-    kinds, dp, zero, m = setting.kinds, candidate.dp, candidate.zero, candidate.count
+    kind = setting.mesh(candidate).devices[0].kind
     state = StageState(chain.param_of, chain.trainable_of, chain.buffer_of, chain.largest_of)
-    pipeline = memory.gradient_buffer_bytes(state, kinds, dp, zero, m)
-    if zero == 3 and dp > 1:
-        pipeline = pipeline + chain.param_of * kinds.compute
-    boundary = np.zeros_like(chain.param_of)
+    held = memory.state_memory(state, setting.kinds, candidate.dp, candidate.zero, candidate.count, kind)
+    lasting = held.parameters + held.optimizer + held.buffers
     if candidate.num_stages > 1:
         cut = BUFFERS_PER_BOUNDARY * (chain.cut_forward_bytes + chain.cut_backward_bytes)
-        boundary = cut[:, None] + cut[None, :]
-    kind = setting.mesh(candidate).devices[0].kind
+        lasting = lasting + cut[:, None] + cut[None, :]
     return IntervalBytes(
-        lasting=memory.parameter_bytes(state, kinds, dp, zero)
-        + memory.gradient_bytes(state, kinds, dp, zero, m)
-        + memory.optimizer_bytes(state, kinds, dp, zero)
-        + chain.buffer_of,
+        lasting=lasting,
         activation=chain.activation_of,
-        workspace=chain.workspace_of,
-        pipeline=pipeline + np.zeros_like(boundary),
-        step=memory.optimizer_step_bytes(state, kinds, dp, zero),
-        boundary=boundary,
-        slack=1.0 if kind == "cpu" else 1.0 + memory.FRAGMENTATION,
+        pipeline=held.gradients + held.pending,
+        pipeline_each=held.gathered_each + held.fresh_each + chain.workspace_of,
+        step=held.step_gradients + held.step_temporaries,
+        slack=memory.slack_factor(kind),
         reserve=memory.reserve_bytes(kind, num_groups(candidate)),
     )
 
@@ -159,7 +151,8 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> float:
     """
     held, n = interval_bytes(setting, candidate, chain), chain.num_instances
     in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
-    shared = held.lasting[0, n] + in_flight * float(chain.activation_bytes.sum())
+    moments = in_flight * float(chain.activation_bytes.sum()) + held.pipeline[0, n], held.step[0, n]
+    shared = held.lasting[0, n] + max(moments)
     return shared * held.slack / candidate.pp + held.reserve
 
 
@@ -172,21 +165,23 @@ def rank_breakdown(
 ) -> dict[str, int]:
     """Every item of the worst rank among those of a pipeline rank; their sum is its peak."""
     stages = [(bounds[s], bounds[s + 1]) for s in range(rank, candidate.num_stages, candidate.pp)]
-    states = [chain.stage_state(i, j) for i, j in stages]
+    kind = setting.mesh(candidate).devices[rank].kind
+    held = [
+        memory.state_memory(chain.stage_state(i, j), setting.kinds, candidate.dp, candidate.zero, candidate.count, kind)
+        for i, j in stages
+    ]
     activations = np.array([stage_activation(chain, i, j) for i, j in stages])
     profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]
     boundary = 0.0
     if candidate.num_stages > 1:
         cut = chain.cut_forward_bytes + chain.cut_backward_bytes
         boundary = BUFFERS_PER_BOUNDARY * sum(cut[i] + cut[j] for i, j in stages)
-    kinds, dp, zero = setting.kinds, candidate.dp, candidate.zero
-    return memory.finish_breakdown(
-        memory.state_breakdown(states, kinds, dp, zero, candidate.count),
+    return memory.rank_items(
+        held,
         activation_bytes=int((profiles @ activations).max()),
         workspace_bytes=int(max(chain.workspace_of[i, j] for i, j in stages)),
         communication_bytes=int(boundary),
-        optimizer_step=sum(memory.optimizer_step_bytes(state, kinds, dp, zero) for state in states),
-        device_kind=setting.mesh(candidate).devices[rank].kind,
+        device_kind=kind,
         num_groups=num_groups(candidate),
     )
 

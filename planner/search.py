@@ -33,7 +33,6 @@ from .advice import does_not_fit
 from .candidates import Candidate, Forced, check_forced, divisors, enumerate_candidates, nothing_divides, parse_forced
 from .chain import Chain, build_chain
 from .evaluate import (
-    Passes,
     estimate,
     find_cuts,
     level_ranks,
@@ -54,6 +53,7 @@ Progress = Callable[[str], None]
 
 BETTER = 1 - 1e-6  # a new incumbent is better by more than this
 OPTIMAL_GAP = 1e-3
+ALIKE = 1 + 1e-3
 POLISH_SECONDS = 2.0
 MAX_CHUNK_CHOICES = 4
 
@@ -130,8 +130,8 @@ class _Search:
     def _ideal_seconds(self, candidate: Candidate) -> float:
         """Step of this candidate without collectives, every op as efficient as on the whole batch."""
         parts = candidate.dp * candidate.tp * candidate.count
-        passes = Passes.plain(self.whole_forward_s / parts, self.whole_backward_s / parts)
-        return path_seconds(candidate.schedule, passes, candidate.pp, candidate.count)
+        forward_s, backward_s = self.whole_forward_s / parts, self.whole_backward_s / parts
+        return path_seconds(candidate.schedule, forward_s, backward_s, candidate.pp, candidate.count)
 
     def _run_group(self, members: list[Candidate]) -> None:
         self.setting.forget()
@@ -142,7 +142,7 @@ class _Search:
             if smaller is not None:
                 outcome.fits, outcome.peak_bytes, outcome.limit_bytes = False, smaller.peak_bytes, smaller.limit_bytes
                 outcome.missing_bytes, outcome.worst_rank = smaller.missing_bytes, smaller.worst_rank
-            elif self.incumbent is None or outcome.bound_s < self.incumbent.step_s:
+            elif self._may_win(outcome.bound_s):
                 open_members.append(candidate)
         if not open_members:
             return
@@ -420,7 +420,7 @@ def search(
                 works=f"--time-limit {max(60, round(10 * (time_limit_s or 6)))}",
                 exit_code=ExitCode.TIME_LIMIT,
             )
-        raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions)
+        raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions, state._solve_for)
     return _result(state, started, interrupted)
 
 
@@ -450,9 +450,27 @@ def _polish(state: _Search, outcome: Outcome) -> tuple[int, ...]:
     return improve_cuts(outcome.bounds, score)
 
 
+def _simplest(state: _Search) -> Outcome:
+    """Of the plans as fast as the incumbent, to ALIKE, the one of the lowest ZeRO stage and fewest virtual stages."""
+    best = state.incumbent
+    assert best is not None and best.step_s is not None
+
+    def simplicity(outcome: Outcome) -> tuple[int, int, float]:
+        return outcome.candidate.zero, outcome.candidate.virtual_stages, outcome.step_s or 0.0
+
+    alike = [o for o in state.outcomes.values() if o.step_s is not None and o.step_s <= best.step_s * ALIKE]
+    for outcome in sorted(alike, key=simplicity):
+        if outcome is best:
+            break
+        exact = state._solve(outcome.candidate)
+        if exact is outcome.solution:
+            return outcome
+    return best
+
+
 def _result(state: _Search, started: float, interrupted: str) -> SearchResult:
-    best, setting = state.incumbent, state.setting
-    assert best is not None and best.solution is not None
+    best, setting = _simplest(state), state.setting
+    assert best.solution is not None
     candidate, solution = best.candidate, best.solution
     bounds = best.bounds if interrupted else _polish(state, best)
     chain = setting.chain(solution, best.recompute)

@@ -1,4 +1,4 @@
-"""Setting: what stays the same through a search, and what a ZeRO stage costs on one mesh."""
+"""Setting: what stays the same through a search."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Setting:
     memory_limit_bytes: int | None = None
     shape: Shape = field(init=False)
     kinds: StateBytes = field(init=False)
-    _meshes: dict[tuple[int, int, int], MeshCosts] = field(default_factory=dict)
-    cache: dict[Any, Any] = field(default_factory=dict)
-    _chains: dict[tuple[int, frozenset[str]], tuple[ShardingSolution, Chain]] = field(default_factory=dict)
+    _meshes: dict[tuple[int, int, int], MeshCosts] = field(default_factory=dict, init=False)
+    cache: dict[Any, Any] = field(default_factory=dict, init=False)
+    _chains: dict[tuple[int, frozenset[str]], tuple[ShardingSolution, Chain]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.shape = model_shape(self.graph)
@@ -72,28 +72,3 @@ class Setting:
         kinds = self.kinds
         each = kinds.reduce + 2 * (1 + kinds.state_tensors) * kinds.master + (0 if kinds.single_copy else kinds.compute)
         return self.cost_model.op_seconds("_foreach_add", 0.0, elements * each, self.workload.precision.master, device)
-
-
-@dataclass(frozen=True)
-class DataParallel:
-    """Seconds of ZeRO's collectives for one stage: see the table in costmodel/memory.py."""
-
-    gather_s: float = 0.0  # before each action
-    reduce_each_s: float = 0.0  # after each backward
-    reduce_s: float = 0.0  # once, after the last backward
-    tail_gather_s: float = 0.0  # once, after the optimizer
-
-    @classmethod
-    def of(cls, mesh: MeshCosts, kinds: StateBytes, zero: int, param_elements: float, trainable: float) -> DataParallel:
-        if mesh.dp == 1:
-            return cls()
-        params, grads = param_elements * kinds.compute, trainable * kinds.reduce
-        if zero == 0:
-            return cls(reduce_s=mesh.dp_seconds("all_reduce", grads))
-        scatter_s = mesh.dp_seconds("reduce_scatter", grads)
-        gather_s = mesh.dp_seconds("all_gather", params)
-        if zero == 1:
-            return cls(reduce_s=scatter_s, tail_gather_s=gather_s)
-        if zero == 2:
-            return cls(reduce_each_s=scatter_s, tail_gather_s=gather_s)
-        return cls(gather_s=gather_s, reduce_each_s=scatter_s)

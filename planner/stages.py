@@ -21,8 +21,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chain import Chain
-
 
 @dataclass(frozen=True)
 class Cuts:
@@ -81,43 +79,38 @@ def best_cuts(
 
 
 def pipeline_cost(
-    chain: Chain,
+    forward_of: np.ndarray,
+    backward_of: np.ndarray,
     num_microbatches: int,
     stage: int,
     num_stages: int,
     *,
     schedule: str,
-    gather_s: np.ndarray | float = 0.0,
-    reduce_s: np.ndarray | float = 0.0,
     scale: float = 1.0,
     least_scale: float = 1.0,
 ) -> np.ndarray:
     """[i, j] -> seconds that the pipeline takes at least, if stage `stage` runs positions i..j-1; one stage on a rank.
 
-    T = total forward and backward of one microbatch, L = F + B those of the stage, m microbatches, p stages:
+    forward_of, backward_of: [i, j] -> seconds over positions i..j-1; a run split in two never takes less than whole.
+    T = forward and backward of all positions, L = F + B those of the stage, m microbatches, p stages:
 
     gpipe  T + (m-1) L
     1f1b   before the stage's first forward, all forwards before it; after its last backward, all backwards before it:
-           sum of earlier L + m L. And the first backward comes back to it only after T less the backwards before it,
-           when at most p - s forwards are done: T + (m-1) B + max(0, m - (p - s)) F.
+           earlier positions' L + m L. And the first backward comes back to it only after T less the backwards before
+           it, when at most p - s forwards are done: T - L + m B + (1 + max(0, m - (p - s))) F. T counts the other
+           stages as they are at least: positions before and after the stage.
 
-    gather_s, reduce_s: [i, j] -> seconds of collectives before each action, after each backward. They count between the
-    actions of the rank alone: a first gather can pass while the rank waits for its input, a last reduction while the
-    gradient travels on. scale: this rank's time over that of the rank that the chain was made for; least_scale: the
-    least of any rank.
+    scale: this rank's time over that of the rank that the tables were made for; least_scale: the least of any rank.
     """
     m = num_microbatches
-    forward, backward = chain.forward_of * scale, chain.backward_of * scale
-    each = (chain.forward_s + chain.backward_s) * least_scale
-    whole = float(each.sum())
-    more_backwards = (m - 1) * (backward + gather_s + reduce_s)
+    forward, backward = forward_of * scale, backward_of * scale
+    each = (forward_of + backward_of) * least_scale
+    before, after = each[0, :][:, None], each[:, -1][None, :]  # of positions 0..i-1 and j..n-1
     if schedule == "gpipe":
-        return whole + more_backwards + (m - 1) * (forward + gather_s)
-    before = np.concatenate([[0.0], np.cumsum(each)])[:, None]
-    first = before + forward + backward + more_backwards + (m - 1) * (forward + gather_s)
+        return before + after + m * (forward + backward)
     in_flight = min(m, num_stages - stage)
-    second = whole + more_backwards + (m - in_flight) * (forward + gather_s)
-    return np.maximum(first, second)
+    second = before + after + m * backward + (1 + m - in_flight) * forward
+    return np.maximum(before + m * (forward + backward), second)
 
 
 def improve_cuts(

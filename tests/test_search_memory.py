@@ -21,43 +21,72 @@ SINGLE = StateBytes(compute=4, master=4, reduce=4, state_tensors=2, single_copy=
 STAGE = StageState(1000, 800, 10, 100)
 
 
+def held(kinds=MIXED, dp=4, zero=0, m=8, kind="gpu"):
+    return memory.state_memory(STAGE, kinds, dp, zero, m, kind)
+
+
 @pytest.mark.parametrize(
     ("zero", "parameters", "gradients", "optimizer"),
-    [(0, 2000, 3200, 9600), (1, 2000, 3200, 2400), (2, 2000, 800, 2400), (3, 500, 800, 2400)],
+    [(0, 2000, 3200, 9600), (1, 2000, 3200 + 800, 2400), (2, 2000, 800, 2400), (3, 500, 800, 2400)],
 )
 def test_zero_shards_one_more_kind_of_state_at_each_stage(zero, parameters, gradients, optimizer):
-    items = memory.state_breakdown([STAGE], MIXED, dp=4, zero=zero, num_microbatches=8)
-    assert (items["parameters"], items["gradients"], items["optimizer"]) == (parameters, gradients, optimizer)
-    assert items["gathered_parameters"] == (2000 if zero == 3 else 0)
+    found = held(zero=zero)
+    assert (found.parameters, found.gradients, found.optimizer) == (parameters, gradients, optimizer)
+    assert found.gathered_each == (3 * 100 * 2 if zero == 3 else 0)
+    assert found.pending == (3200 + 800 if zero >= 2 else 0)
+    assert found.step_gradients == (3200 if zero == 0 else 800)
 
 
-def test_where_master_and_compute_type_are_one_the_shard_is_the_only_copy():
-    held = [memory.state_breakdown([STAGE], SINGLE, 4, zero, 1) for zero in range(4)]
-    assert [items["parameters"] for items in held] == [4000, 4000 + 800, 4000 + 800, 1000]
-    assert [items["optimizer"] for items in held] == [6400, 1600, 1600, 1600]
+def test_where_master_and_compute_type_are_one_the_parameters_are_the_optimizers_copy():
+    assert [held(SINGLE, zero=zero).parameters for zero in range(4)] == [4000, 4000, 4000, 1000]
+    assert [held(SINGLE, zero=zero).optimizer for zero in range(4)] == [6400, 1600, 1600, 1600]
+
+
+def test_one_data_parallel_rank_shards_nothing():
+    assert held(dp=1, zero=3) == held(dp=1, zero=0)
 
 
 def test_uneven_shards_are_rounded_up():
-    assert memory.optimizer_bytes(StageState(10, 10, 0, 10), MIXED, dp=4, zero=1) == 3 * 3 * 4
+    state = StageState(10, 10, 0, 10)
+    assert memory.state_memory(state, MIXED, 4, 1, 2, "gpu").optimizer == 3 * 3 * 4
 
 
 def test_one_rank_and_one_microbatch_keep_gradients_in_the_compute_type():
-    assert memory.gradient_bytes(STAGE, MIXED, dp=1, zero=0, num_microbatches=1) == 1600
-    assert memory.gradient_bytes(STAGE, MIXED, dp=1, zero=0, num_microbatches=2) == 3200
+    assert held(dp=1, m=1).gradients == 1600 and held(dp=1, m=2).gradients == 3200
+    assert held(dp=1, m=1).step_gradients == 1600 + 3200  # and turn them into the master type for the step
 
 
 def test_the_optimizer_step_counts_where_it_needs_more_than_the_pipeline():
-    state = memory.state_breakdown([STAGE], MIXED, 1, 0, 1)
-    both = [
-        memory.finish_breakdown(
-            state, activation_bytes=act, workspace_bytes=5, communication_bytes=7, optimizer_step=3200,
-            device_kind="cpu", num_groups=1,
+    small, large = (
+        memory.rank_items(
+            [held(dp=1, m=1)],
+            activation_bytes=act,
+            workspace_bytes=5,
+            communication_bytes=7,
+            device_kind="cpu",
+            num_groups=1,
         )
         for act in (100, 9000)
-    ]  # fmt: skip
-    assert both[0]["activations"] == 0 and both[0]["workspace"] == 3200
-    assert both[1]["activations"] == 9000 and both[1]["workspace"] == 5
+    )
+    assert small["activations"] == 0 and small["workspace"] == 3200 and small["gradients"] == 4800
+    assert large["activations"] == 9000 and large["workspace"] == 5 and large["gradients"] == 1600
     assert memory.reserve_bytes("gpu", 2) > memory.reserve_bytes("gpu", 1) > 0 == memory.reserve_bytes("cpu", 9)
+
+
+def test_what_one_stage_at_a_time_needs_is_not_added_up_over_the_chunks_of_a_rank():
+    one, two = (
+        memory.rank_items(
+            [held(zero=3)] * count,
+            activation_bytes=10**6,
+            workspace_bytes=0,
+            communication_bytes=0,
+            device_kind="cpu",
+            num_groups=1,
+        )
+        for count in (1, 2)
+    )
+    assert one["gathered_parameters"] == two["gathered_parameters"] == 600
+    assert two["parameters"] == 2 * one["parameters"] and two["optimizer"] == 2 * one["optimizer"]
 
 
 def setting_of(case: Case) -> Setting:
@@ -119,4 +148,5 @@ def test_prologue_work_is_rerun_by_the_stages_that_need_it_and_never_sent():
 
 def test_state_bytes_follow_the_precision():
     kinds = StateBytes.of(Precision(torch.float64, torch.float64, torch.float64), 1)
-    assert kinds == StateBytes(8, 8, 8, 1, True)
+    assert kinds == StateBytes(8, 8, 8, 1, True, True)
+    assert not StateBytes.of(Precision(grad_reduce=torch.bfloat16), 2).reduces_in_master

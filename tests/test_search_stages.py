@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_fakes import Case, Sizes
 
 from shardwright.costmodel.simulator import StageTimes
-from shardwright.planner.chain import build_chain, interval_maxima, interval_sums, model_shape
+from shardwright.planner.chain import interval_maxima, interval_sums
 from shardwright.planner.schedules import gpipe, one_f_one_b
 from shardwright.planner.stages import best_cuts, improve_cuts, pipeline_cost
 
@@ -53,17 +52,9 @@ def test_interval_tables_are_sums_and_maxima():
             assert sums[i, j] == values[i:j].sum() and maxima[i, j] == values[i:j].max()
 
 
-def chain_of(forward, backward):
-    sizes = Sizes(layers=len(forward) - 2)
-    case = Case(sizes, "4xCPU", 8)
-    chain = build_chain(case.graph, model_shape(case.graph), case.sharder.solve(dp=1, tp=1, local_batch=1), ())
-    for name, values in (
-        ("forward_s", forward),
-        ("backward_input_s", backward),
-        ("backward_weight_s", [0.0] * len(forward)),
-    ):
-        object.__setattr__(chain, name, np.array(values))
-    return chain
+def cut(forward, backward, m, p, schedule="1f1b"):
+    tables = interval_sums(np.array(forward)), interval_sums(np.array(backward))
+    return best_cuts(lambda s: pipeline_cost(*tables, m, s, p, schedule=schedule), p, len(forward))
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,8 +70,7 @@ def test_pipeline_cost_bounds_the_simulated_makespan_over_all_cuts(n, p, m, sche
     rng = random.Random(seed)
     forward = [rng.choice([1.0, 2.0, 3.0]) for _ in range(n)]
     backward = [rng.choice([1.0, 2.0, 5.0]) for _ in range(n)]
-    chain = chain_of(forward, backward)
-    found = best_cuts(lambda s: pipeline_cost(chain, m, s, p, schedule=schedule), p, n)
+    found = cut(forward, backward, m, p, schedule)
     make = gpipe if schedule == "gpipe" else one_f_one_b
 
     def simulated(bounds):
@@ -94,15 +84,13 @@ def test_pipeline_cost_bounds_the_simulated_makespan_over_all_cuts(n, p, m, sche
 
 
 def test_equal_stages_reach_the_bound():
-    chain = chain_of([1.0] * 8, [2.0] * 8)
-    found = best_cuts(lambda s: pipeline_cost(chain, 12, s, 4, schedule="1f1b"), 4, 8)
+    found = cut([1.0] * 8, [2.0] * 8, 12, 4)
     assert found.bounds == (0, 2, 4, 6, 8)
     assert found.bottleneck == pytest.approx((12 + 3) * 6.0)
 
 
 def test_a_heavy_last_segment_gets_fewer_companions():
-    chain = chain_of([1.0] * 9 + [3.0], [2.0] * 9 + [6.0])
-    found = best_cuts(lambda s: pipeline_cost(chain, 64, s, 4, schedule="1f1b"), 4, 10)
+    found = cut([1.0] * 9 + [3.0], [2.0] * 9 + [6.0], 64, 4)
     assert found.bounds == (0, 3, 6, 9, 10)
 
 
