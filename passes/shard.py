@@ -32,6 +32,7 @@ _OUTPUT_SIZE_ARG = {
     aten.new_zeros: 1, aten.new_ones: 1, aten.new_full: 1, aten.new_empty: 1, aten.slice_backward: 1, aten.select_backward: 1,
     aten.upsample_nearest2d_backward: 2, aten.upsample_bilinear2d_backward: 2, aten.upsample_bicubic2d_backward: 2,
 }  # fmt: skip
+_BATCH_SIZE_ARG = {aten.native_group_norm: 3, aten.native_group_norm_backward: 5}
 # counter-based ops: op name -> (position of the local size or None, position of the offset, operand or result that is split alike)
 _RANDOM_ARGS = {"dropout": (None, 5), "rand_uniform": (1, 3), "rand_normal": (1, 3), "attention": (None, 11), "attention_backward": (None, 14)}
 
@@ -179,7 +180,9 @@ class _Sharding:
 
     def _target(self, node: fx.Node) -> Any:
         # shards come with strides of their own: a view that held for the whole tensor may need a copy
-        return aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            return aten.reshape.default
+        return aten.squeeze.dims if node.target is aten.squeeze.default else node.target
 
     def _localize(self, node: fx.Node, args: list[Any], strategies: list[Any]) -> None:
         """Size and offset arguments for this rank's shard."""
@@ -190,6 +193,10 @@ class _Sharding:
             args[_OUTPUT_SIZE_ARG[packet]] = local_shape(first.shape, out_places, self.axes)
         elif packet is aten.convolution_backward and args[3] is not None:
             args[3] = local_shape(args[3], tuple(s.outputs[2] for s in strategies), self.axes)
+        elif packet in _BATCH_SIZE_ARG:
+            args[_BATCH_SIZE_ARG[packet]] = local_shape(first.shape, out_places, self.axes)[0]
+        elif node.target is aten.squeeze.default:  # of a shard of length one, only what is one in the whole
+            args.append([d for d, size in enumerate(node.args[0].meta["val"].shape) if size == 1])  # type: ignore[union-attr]
         name = getattr(node.target, "_schema", None)
         name = name.name.split("::")[1] if name is not None and name.name.startswith("shardwright::") else ""
         if name in _RANDOM_ARGS:

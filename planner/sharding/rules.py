@@ -81,12 +81,14 @@ def pointwise(view: OpView) -> list[Strategy]:
         found.append(Strategy((P, P), (P,)))
     elif count == 2 and name == "mul":
         found += [Strategy((P, R), (P,)), Strategy((R, P), (P,))]
-    elif count >= 2 and name in _LINEAR_FIRST:
+    elif count >= 2 and name in _LINEAR_FIRST and not view.kwargs.get("rounding_mode"):
         found.append(Strategy((P,) + (R,) * (count - 1), (P,)))
     elif name == "where" and count == 3:
         found.append(Strategy((R, P, P), (P,)))
     return found
 
+
+RULES[aten._to_copy] = pointwise  # not tagged so in every torch; DTensor's rule would round the parts of a sum
 
 def _by_number(view: OpView, name: str) -> bool:
     """x * 2 and x / 2 are linear; 2 / x is not."""
@@ -176,7 +178,7 @@ def _touched(view: OpView) -> set[int]:
     if name is aten.flip:
         return {wrap(d, rank) for d in view.args[1]}
     if name is aten.roll:
-        return {wrap(d, rank) for d in view.arg(2, "dims", range(rank))}
+        return {wrap(d, rank) for d in view.arg(2, "dims", ()) or range(rank)}
     if name is aten.constant_pad_nd:
         return {rank - 1 - i // 2 for i, amount in enumerate(view.args[1]) if amount != 0}
     return {wrap(view.args[1], rank)}
@@ -326,9 +328,13 @@ def reduce_whole(view: OpView) -> list[Strategy]:
 
 @rule_for("max", "min", "median", "mode", "kthvalue")
 def reduce_dim(view: OpView) -> list[Strategy]:
-    if len(view.inputs) == 2 or len(view.outputs) == 1:
+    if len(view.inputs) == 2:  # the larger of two tensors
+        return pointwise(view)
+    if len(view.outputs) == 1:
         return []
-    return _passing(view, {wrap(view.arg(1, "dim", 0), view.inputs[0].dim())}, bool(view.arg(2, "keepdim", False)))
+    first = 2 if view.op.overloadpacket is aten.kthvalue else 1  # after k
+    dim = wrap(view.arg(first, "dim", -1), view.inputs[0].dim())
+    return _passing(view, {dim}, bool(view.arg(first + 1, "keepdim", False)))
 
 
 @rule_for("var", "std", "var_mean", "std_mean")
@@ -427,8 +433,14 @@ def layer_norm_backward(view: OpView) -> list[Strategy]:
 
 @rule_for("native_group_norm")
 def group_norm(view: OpView) -> list[Strategy]:
-    """Not split: its size arguments count the batch. Handled by DTensor where it has a rule."""
-    return []
+    """(input, weight?, bias?, N, C, HxW, group, eps) -> (out, mean, rstd): samples, which N counts."""
+    return [Strategy((0, *(R,) * (len(view.inputs) - 1)), (0, 0, 0))]
+
+
+@rule_for("native_group_norm_backward")
+def group_norm_backward(view: OpView) -> list[Strategy]:
+    """(grad, input, mean, rstd, weight?, N, C, HxW, group, output_mask) -> gradients of input, weight, bias"""
+    return [Strategy((0, 0, 0, 0, *(R,) * (len(view.inputs) - 4)), (0, P, P))]
 
 
 # --------------------------------------------------------------------------- lookups
@@ -572,7 +584,8 @@ def convolution_backward(view: OpView) -> list[Strategy]:
 )  # fmt: skip
 def spatial(view: OpView) -> list[Strategy]:
     """Works on each image and channel alone (pixel shuffles: on each image)."""
-    if any(t.dim() < 4 for t in view.inputs) and view.inputs[0].dim() < 4:
+    batched = 3 if "1d" in view.op._schema.name else 4
+    if view.inputs[0].dim() < batched:
         return []
     channels = view.op.overloadpacket not in (aten.pixel_shuffle, aten.pixel_unshuffle)
     return same_everywhere(view, [0, 1] if channels else [0])
