@@ -49,7 +49,7 @@ docs-check: $(READY)
 	$(BIN)/python tools/docs_check.py README.md CONTRIBUTING.md docs/*.md
 
 bench: $(READY)
-	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/step.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
