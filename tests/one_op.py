@@ -53,8 +53,8 @@ class OneOp:
         inputs = tuple(ValueInfo(n.name, tuple(n.meta["val"].shape), n.meta["val"].dtype, False) for n in given)
         self.given = given
         self.segment = Segment(
-            name="op", joint=module, forward=module, param_shapes=(), param_dtypes=(), param_requires_grad=(), num_buffers=0,
-            mutated_buffers=(), inputs=inputs, outputs=infos, has_random=False, structure_hash="",
+            name="op", joint=module, forward=module, param_shapes=(), param_dtypes=(), param_requires_grad=(),
+            num_buffers=0, mutated_buffers=(), inputs=inputs, outputs=infos, has_random=False, structure_hash="",
         )  # fmt: skip
         out = node.target(*self._call(args), **self._call(kwargs))
         self.whole = [out[k] for k in self.kept] if isinstance(out, (tuple, list)) else [out]

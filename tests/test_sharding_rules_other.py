@@ -1,8 +1,7 @@
-"""Sharding rules of the ops that no small model has, on random tensors, against the op itself (see test_sharding_rules.py)."""
+"""Sharding rules of ops that no small model has, on random tensors, against the op itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from torch.utils import _pytree as pytree
 
 from shardwright.kernels import ops as kernels
 from shardwright.planner.sharding.catalog import strategies
-from shardwright.planner.sharding.placement import P
 from shardwright.planner.sharding.rules import RULES
 from shardwright.planner.sharding.strategy import is_op, replicated
 
@@ -255,11 +253,11 @@ case(aten.gather.default, X, -1, integers(5, 6, 4, 5))
 case(aten.scatter.src, X, 1, integers(4, 6, 4, 5).sort(1)[0] * 0 + torch.arange(4)[:, None], Y)
 case(aten.scatter.value, X, 1, integers(4, 6, 4, 5), 1.5)
 case(aten.scatter_add.default, X, 0, integers(6, 6, 4, 5), Y)
-I, J = integers(4, 3), integers(5, 3)
-case(aten.index.Tensor, X, [None, I])
+COLUMN, LAST = integers(4, 3), integers(5, 3)
+case(aten.index.Tensor, X, [None, COLUMN])
 case(aten.index.Tensor, X, [integers(6, 3, 2)])
-case(aten.index.Tensor, X, [None, I, J])
-case(aten.index.Tensor, X, [integers(6, 3), None, J])
+case(aten.index.Tensor, X, [None, COLUMN, LAST])
+case(aten.index.Tensor, X, [integers(6, 3), None, LAST])
 case(aten.index.Tensor, X, [integers(6, 3, 1), integers(4, 4)])
 case(aten.index_select.default, X, 1, integers(4, 6))
 for accumulate in (False, True):

@@ -60,7 +60,11 @@ class Problem:
 
 
 def solve(problem: Problem, time_limit_s: float | None = None) -> tuple[list[int], Solution]:
-    """The best option for each variable, and what is proven of it. Infeasible problems have an infinite objective."""
+    """The best option for each variable, and what is proven of it.
+
+    Where there is no answer (status infeasible, or unknown at the time limit) the objective is infinite and the options
+    mean nothing.
+    """
     started = time.perf_counter()
     work = _Elimination(problem)
     work.run()
@@ -69,10 +73,15 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> tuple[list[int
     choice = [-1] * len(problem.costs)
     if core:
         status, bound = _solve_core(work, core, choice, time_limit_s)
-        if status == "infeasible":
-            return choice, Solution(status, float("inf"), float("inf"), 0.0, time.perf_counter() - started)
-    work.back_substitute(choice)
-    objective = problem.objective(choice)
+    if status in ("optimal", "feasible"):
+        work.back_substitute(choice)
+        objective = problem.objective(choice)
+        if objective == float("inf"):
+            status = "infeasible"
+    if status in ("infeasible", "unknown"):  # unknown: the time limit came before a first answer
+        bound = float("inf") if status == "infeasible" else float("-inf")
+        gap = 0.0 if status == "infeasible" else float("inf")
+        return choice, Solution(status, float("inf"), bound, gap, time.perf_counter() - started)
     bound = objective if status == "optimal" and not core else min(objective, bound + work.constant)
     gap = 0.0 if objective <= bound else (objective - bound) / max(abs(objective), 1e-30)
     return choice, Solution(status, objective, bound, gap, time.perf_counter() - started)
@@ -123,7 +132,7 @@ class _Elimination:
             keep[0] = True  # infeasible: leave one option, whose infinite cost shows it
         kept = list(np.flatnonzero(keep))
         matrices = list(self.neighbours[u].values())
-        for i in list(kept):
+        for i in reversed(list(kept)):
             for j in kept:
                 if i != j and costs[j] <= costs[i] and self._dominates(costs[j] - costs[i], matrices, i, j):
                     kept.remove(i)
@@ -203,7 +212,7 @@ def _solve_core(
     model += pulp.lpSum(cost * variable for variable, cost in terms if cost)
     solution = solve_model(model, time_limit_s=time_limit_s)
     if solution.status not in ("optimal", "feasible"):
-        return "infeasible", float("inf")
+        return solution.status, solution.bound
     for u in core:
         choice[u] = int(work.options[u][max(pick[u], key=lambda i: pick[u][i].value() or 0.0)])
     return solution.status, solution.bound * scale
@@ -211,7 +220,8 @@ def _solve_core(
 
 def _scale(work: _Elimination, core: list[int]) -> float:
     """Costs are microseconds to seconds; the solver's tolerances expect numbers near one."""
-    finite = [float(c[np.isfinite(c)].max(initial=0.0)) for c in (work.costs[u] for u in core)]
+    tables = [work.costs[u] for u in core] + [matrix for u in core for matrix in work.neighbours[u].values()]
+    finite = [float(np.abs(c[np.isfinite(c)]).max(initial=0.0)) for c in tables]
     return max([*finite, 1e-12]) / 1000.0
 
 

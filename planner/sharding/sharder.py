@@ -183,6 +183,7 @@ class Sharder:
     def _run(self, axis: Axis, pinned: dict[str, int]) -> _AxisResult:
         made = build(self.graph, axis, pinned)
         choice, proof = solve(made.problem)
+        assert proof.status in ("optimal", "feasible"), f"{axis.name}: {proof.status}"  # all whole is always possible
         return _AxisResult(read_choice(self.graph, made, choice, axis.params_whole), made, proof)
 
     # ------------------------------------------------------------------ figures
