@@ -229,14 +229,14 @@ def _bar(fraction: float, style: str) -> Text:
 
 
 def _runners_up(plan: Plan, top: int) -> RenderableType:
-    table = make_table("mesh", "µbatch", "schedule", "ZeRO", "recompute", "step", "peak", "why it lost",
+    table = make_table("mesh", "µbatch", "schedule", "ZeRO", "recomp.", "step", "peak", "why it lost",
                        right=("µbatch", "ZeRO", "step", "peak"))  # fmt: skip
     ranked = sorted(plan.considered, key=lambda c: (c.step_s is None, c.step_s or 0.0))
     for other in ranked[:top]:
         table.add_row(
             _mesh_text(other),
             str(other.microbatch),
-            SCHEDULE_NAMES.get(other.schedule, other.schedule).replace("interleaved", "int."),
+            _short_schedule(other.schedule),
             str(other.zero),
             other.recompute,
             "" if other.step_s is None else format_seconds(other.step_s),
@@ -247,6 +247,12 @@ def _runners_up(plan: Plan, top: int) -> RenderableType:
     if left <= 0:
         return table
     return Group(table, Text(f"{left} more considered (--top N shows more, --json all)", "dim"))
+
+
+def _short_schedule(schedule: str) -> str:
+    """'interleaved_1f1b x3' -> 'int. 1F1B x3'."""
+    name, *chunks = schedule.split(" ", 1)
+    return " ".join([SCHEDULE_NAMES.get(name, name).replace("interleaved", "int."), *chunks])
 
 
 def _mesh_text(other: Considered) -> str:

@@ -28,7 +28,7 @@ def test_shows_what_the_plan_decides_and_predicts(hand_made_plan, width):
         "preset:demo-llama on 4xCPU", "pp 2 x tp 2", "1F1B", "4 microbatches of 4", "1.25 s", "410 tokens/s",
         "MFU 41.0%", "50.00 ms of communication exposed", "bubble 20.0%", "embed, block x2", "2-3", "560.00 MiB",
         "600.00 MiB", "40.00 MiB", "optimizer", "12.0%", "capture 1.50 s", "solve 2.00 s", "measured", "datasheet",
-        "pp=2", "slower by",
+        "pp=2", "slower by", "int. 1F1B",
     ):  # fmt: skip
         assert fact in text, fact
 
