@@ -5,7 +5,7 @@ each microbatch. With 8 samples, microbatches of 4 and two ranks:
 
     global   0 1 2 3 | 4 5 6 7        rank 0   0 1 | 4 5        rank 1   2 3 | 6 7
 
-A rank's part of the batch is therefore not one contiguous slice of it. The last microbatch may be smaller.
+A rank's part of the batch is therefore not one contiguous slice of it. The last microbatches may be smaller.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ class MicrobatchPart:
     size: int
 
 
-def microbatch_sizes(global_size: int, microbatch_size: int) -> list[int]:
-    """[4, 4, 2] for 10 samples in microbatches of 4."""
+def microbatch_sizes(global_size: int, microbatch_size: int, dp_size: int = 1) -> list[int]:
+    """[4, 4, 2] for 10 samples in microbatches of 4.
+
+    Where the rest does not divide over the data-parallel ranks, what is left over is a microbatch of its own that all
+    of them run whole: [8, 8, 4, 1] for 21 samples in microbatches of 8 on 4 ranks.
+    """
     full, rest = divmod(global_size, microbatch_size)
-    return [microbatch_size] * full + [rest] * (rest > 0)
+    left = rest % dp_size
+    return [microbatch_size] * full + [size for size in (rest - left, left) if size]
 
 
 def batch_entries(shapes: Mapping[str, tuple[int, ...]], batch_size: int) -> frozenset[str]:
@@ -54,7 +59,7 @@ def shard_batch(
     """The part of a global batch that a data-parallel rank passes to step(). Other entries go to every rank whole."""
     global_size = _common_size(batch, entries)
     part = dict(batch)
-    sizes = microbatch_sizes(global_size, microbatch_size)
+    sizes = microbatch_sizes(global_size, microbatch_size, dp_size)
     for name in entries:
         if name not in batch:
             continue
@@ -79,7 +84,7 @@ def split_part(
     global_size = part.global_size if isinstance(part, BatchPart) else local_size * dp_size
     microbatches = []
     start = 0
-    for size in microbatch_sizes(global_size, microbatch_size):
+    for size in microbatch_sizes(global_size, microbatch_size, dp_size):
         low, high = chunk_bounds(size, dp_size, dp_rank)
         rows = high - low
         tensors = {n: t.narrow(0, start, rows) if n in entries else t for n, t in part.items()}
@@ -111,15 +116,21 @@ def _common_size(batch: Mapping[str, torch.Tensor], entries: Collection[str]) ->
 def conform(
     name: str, tensor: torch.Tensor, expected: tuple[int, ...], microbatch_size: int, group: Any, dp_size: int
 ) -> torch.Tensor:
-    """An input as the segments want it: as it is, or whole where the plan does not shard it over dp."""
-    if tuple(tensor.shape) == tuple(expected):
-        return tensor
-    rest = tuple(tensor.shape[1:])
-    if dp_size > 1 and tuple(expected) == (microbatch_size, *rest):
+    """A batch entry as the segments want it: this rank's samples, or all of them where they are not sharded over dp.
+
+    Whether it is gathered depends on what every rank knows, not on how many samples this one has.
+    """
+    if dp_size > 1 and tuple(expected) == (microbatch_size, *tensor.shape[1:]):
         return all_gather_dim(tensor, tuple(expected), 0, group, dp_size)
-    raise ShardwrightError(
-        f"batch entry {name!r} has shape {tuple(tensor.shape)} on this rank where the plan has {tuple(expected)}",
-        means="the program was built for another shape",
-        change="the batch, or plan for this shape",
-        works=f"{name} of shape {tuple(expected)}",
-    )
+    check_shape(name, tensor, expected)
+    return tensor
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ShardwrightError(
+            f"batch entry {name!r} has shape {tuple(tensor.shape)} on this rank where the plan has {tuple(expected)}",
+            means="the program was built for another shape",
+            change="the batch, or plan for this shape",
+            works=f"{name} of shape {tuple(expected)}",
+        )

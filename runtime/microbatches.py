@@ -9,18 +9,20 @@ import torch
 from ..errors import ExitCode, ShardwrightError
 from ..passes.program import SegmentProgram
 from ..profiler.graph import ModelGraph
-from .batch import BatchPart, MicrobatchPart, batch_entries, conform, shard_batch, split_part
+from .batch import BatchPart, MicrobatchPart, batch_entries, check_shape, conform, shard_batch, split_part
 from .mesh import RankGrid
 from .stage import StageRunner, Variant
 from .wiring import USER_INPUT
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-# (shape of each entry of a whole microbatch) -> segment programs for it
+# (shape of each entry of a whole microbatch) -> segment programs for it. A batch that does not divide over dp is to be
+# run whole by every data-parallel rank; the runtime counts its gradients once.
 Rebuild = Callable[[dict[str, tuple[int, ...]]], Mapping[str, SegmentProgram]]
 
 
 class Microbatches:
-    """size: samples of the planned microbatch, all data-parallel ranks together."""
+    """size: samples of the planned microbatch, all data-parallel ranks together. example: shapes of another batch, and
+    its size."""
 
     def __init__(
         self,
@@ -30,11 +32,13 @@ class Microbatches:
         grid: RankGrid,
         device: torch.device,
         rebuild: Rebuild | None,
+        example: tuple[Mapping[str, tuple[int, ...]], int],
     ) -> None:
         self.graph, self.size, self.grid, self.device, self.rebuild = graph, size, grid, device, rebuild
         self.names = [value.removeprefix(USER_INPUT) for value in graph.input_names]
         captured = {name: tuple(graph.values[USER_INPUT + name].shape) for name in self.names}
-        self.entries = batch_entries(captured, graph.batch_size or size)
+        # two captures of different sizes tell the batch from a dimension that happens to be as long
+        self.entries = batch_entries(captured, graph.batch_size or size) & batch_entries(*example)
         planned = {n: (size, *shape[1:]) if n in self.entries else shape for n, shape in captured.items()}
         self.planned: Shapes = tuple(sorted(planned.items()))
         self._programs: dict[Shapes, Mapping[str, SegmentProgram]] = {self.planned: dict(programs)}
@@ -90,9 +94,15 @@ class Microbatches:
         inputs = {}
         for variant in variants:
             for name, shape in variant.input_shapes.items():
-                if name not in inputs:
-                    tensor = part.tensors[name.removeprefix(USER_INPUT)]
-                    inputs[name] = conform(name, tensor, shape, part.size, group, self.grid.size("dp"))
+                if name in inputs:
+                    continue
+                entry = name.removeprefix(USER_INPUT)
+                tensor = part.tensors[entry]
+                if entry in self.entries:
+                    tensor = conform(entry, tensor, shape, part.size, group, self.grid.size("dp"))
+                else:
+                    check_shape(entry, tensor, shape)
+                inputs[name] = tensor
         return inputs
 
 

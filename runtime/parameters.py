@@ -7,7 +7,7 @@ parameter never stands on a rank unless the plan replicates it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,12 @@ from .units import ShardedUnit, Unit, WholeUnit, unit_names
 
 
 class ParameterStore:
-    """uses: parameter slots of the instances that run here, by index. existing: tensors to adopt as storage."""
+    """names: parameters of each instance that runs here, by index. existing: tensors to adopt as storage."""
 
     def __init__(
         self,
         specs: Mapping[str, ParamSpec],
-        uses: Mapping[int, Sequence[ParamUse]],
+        names: Mapping[int, Sequence[str]],
         grid: RankGrid,
         *,
         zero: int,
@@ -37,28 +37,29 @@ class ParameterStore:
         device: torch.device,
         existing: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        names = held_names(specs, grid.coord("pp"))
-        self.specs = {name: specs[name] for name in names}
-        self.uses = uses
+        self.specs = {name: specs[name] for name in held_names(specs, grid.coord("pp"))}
         self.grid, self.device = grid, device
         self.storage_mesh = grid.storage_mesh()
-        self.units = self._make_units(zero, precision, existing or {})
+        users: dict[str, set[int]] = {}
+        for index, row in names.items():
+            for name in row:
+                users.setdefault(name, set()).add(index)
+        self.units = self._make_units(users, zero, precision, existing or {})
         self._unit_of = {name: unit for unit in self.units for name in unit.names}
         self._units_of_instance = {
-            index: tuple(dict.fromkeys(self._unit_of[use.name] for use in row)) for index, row in uses.items()
+            index: tuple(dict.fromkeys(self._unit_of[name] for name in row)) for index, row in names.items()
         }
-        self._converts = {
-            index: any(use.tp_dim != self.specs[use.name].tp_dim for use in row) for index, row in uses.items()
-        }
-        self.parameters: dict[str, nn.Parameter] = {name: self._parameter(name) for name in names}
+        self.parameters: dict[str, nn.Parameter] = {name: self._parameter(name) for name in self.specs}
         self._expected: dict[Unit, int] = {}
         self._left: dict[Unit, int] = {}
 
-    def _make_units(self, zero: int, precision: Precision, existing: Mapping[str, torch.Tensor]) -> list[Unit]:
-        users: dict[str, set[int]] = {}
-        for index, row in self.uses.items():
-            for use in row:
-                users.setdefault(use.name, set()).add(index)
+    def _make_units(
+        self,
+        users: Mapping[str, Collection[int]],
+        zero: int,
+        precision: Precision,
+        existing: Mapping[str, torch.Tensor],
+    ) -> list[Unit]:
         grid = self.grid
         dp = grid.size("dp")
 
@@ -67,7 +68,7 @@ class ParameterStore:
 
         kinds = {n: (s.dtype, s.master_dtype, s.has_grad, sharded(s)) for n, s in self.specs.items()}
         units: list[Unit] = []
-        for names in unit_names(list(self.specs), {n: frozenset(u) for n, u in users.items()}, kinds):
+        for names in unit_names(list(self.specs), users, kinds):
             first = self.specs[names[0]]
             common = {
                 "dtype": first.dtype,
@@ -157,13 +158,10 @@ class ParameterStore:
         for unit in self._units_of_instance[index]:
             unit.prefetch()
 
-    def acquire(self, index: int) -> list[torch.Tensor]:
-        """Parameter tensors of an instance, in its slot order, until release()."""
+    def acquire(self, index: int, uses: Sequence[ParamUse]) -> list[torch.Tensor]:
+        """Parameter tensors of an instance as its slots want them, until release()."""
         opened = {unit: unit.open() for unit in self._units_of_instance[index]}
-        tensors = [opened[self._unit_of[use.name]][use.name] for use in self.uses[index]]
-        if self._converts[index]:
-            tensors = [self._convert(use, tensor) for use, tensor in zip(self.uses[index], tensors, strict=True)]
-        return tensors
+        return [self._convert(use, opened[self._unit_of[use.name]][use.name]) for use in uses]
 
     def _convert(self, use: ParamUse, tensor: torch.Tensor) -> torch.Tensor:
         spec = self.specs[use.name]
@@ -185,9 +183,9 @@ class ParameterStore:
             for unit in self._units_of_instance[index]:
                 self._left[unit] += count
 
-    def accumulate(self, index: int, grads: Sequence[torch.Tensor | None]) -> None:
+    def accumulate(self, index: int, uses: Sequence[ParamUse], grads: Sequence[torch.Tensor | None]) -> None:
         """Parameter gradients of one instance for one microbatch. The reduction of a unit starts with its last one."""
-        for use, grad in zip(self.uses[index], grads, strict=True):
+        for use, grad in zip(uses, grads, strict=True):
             if not use.has_grad:
                 continue
             spec = self.specs[use.name]

@@ -19,6 +19,7 @@ from ..planner.plan import Plan
 from ..planner.schedules import PipelineSchedule, build_schedule, forward_only
 from ..profiler.graph import ModelGraph
 from ..profiler.initial_values import initial_tensors
+from ..profiler.inputs import example_batch_size
 from ..profiler.workload import Workload
 from . import checkpoint
 from .batch import BatchPart, MicrobatchPart
@@ -67,17 +68,18 @@ class Program:
         self.wiring = wire(graph, segment_programs, stages, ranks)
         self._eval_wiring = wire(graph, segment_programs, stages, ranks, outputs=graph.outputs)
         precision = workload.precision
-        specs, uses = param_specs(
+        specs = param_specs(
             graph, segment_programs, self._eval_wiring, precision, zero=plan.zero, sizes=self.grid.sizes
         )
         tied = tied_subsets(specs.values())
         if tied:
             self.grid.make_pipeline_subgroups(tied)
         own, own_eval = (w.stages_of(self.grid.coord("pp")) for w in (self.wiring, self._eval_wiring))
-        own_uses = {index: uses[index] for stage in own_eval for index in stage.instances}
+        by_index = {inst.index: inst for inst in graph.instances}
+        names = {index: by_index[index].params for stage in own_eval for index in stage.instances}
         self.store = ParameterStore(
             specs,
-            own_uses,
+            names,
             self.grid,
             zero=plan.zero,
             precision=precision,
@@ -95,7 +97,11 @@ class Program:
         self.memory = MemoryMeter(self.device)
         self.memory.watch(self._runners, self.store, self.buffers)
         self._engines: dict[bool, PipelineEngine] = {}
-        self.microbatches = Microbatches(graph, segment_programs, plan.microbatch.size, self.grid, self.device, rebuild)
+        size = plan.microbatch.size
+        example = {name: tuple(tensor.shape) for name, tensor in workload.example_batch.items()}
+        self.microbatches = Microbatches(
+            graph, segment_programs, size, self.grid, self.device, rebuild, (example, example_batch_size(workload))
+        )
         self._optimizer: torch.optim.Optimizer | None = None
         self._has_optimizer = False
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..passes.program import SegmentProgram
-from ..profiler.graph import ModelGraph
+from ..profiler.graph import ModelGraph, SegmentInstance
 from ..profiler.workload import Precision
 from .wiring import Wiring
 
@@ -65,8 +65,8 @@ def param_specs(
     *,
     zero: int,
     sizes: Mapping[str, int],
-) -> tuple[dict[str, ParamSpec], dict[int, tuple[ParamUse, ...]]]:
-    """Specs of all parameters of the model, and the uses by each instance. sizes: of the mesh axes."""
+) -> dict[str, ParamSpec]:
+    """Specs of all parameters of the model. sizes: of the mesh axes."""
     by_index = {inst.index: inst for inst in graph.instances}
     holders: dict[str, set[int]] = {}
     slots: dict[str, list[tuple[int, int]]] = {}  # parameter -> (instance, slot), in execution order
@@ -98,20 +98,21 @@ def param_specs(
             tuple(axis for axis in sizes if axis in partial),
             tuple(sorted(holders.get(name, {0}))),  # an unused parameter stays with the first pipeline rank
         )
-    uses = {
-        inst.index: tuple(
-            _use(specs[name], programs[inst.segment], slot, inst.index in wiring.backward_runs, sizes)
-            for slot, name in enumerate(inst.params)
-        )
-        for inst in graph.instances
-    }
-    return specs, uses
+    return specs
+
+
+def param_uses(
+    specs: Mapping[str, ParamSpec], inst: SegmentInstance, program: SegmentProgram, runs: bool, sizes: Mapping[str, int]
+) -> tuple[ParamUse, ...]:
+    """The parameter slots of one instance. runs: its backward runs."""
+    return tuple(_use(specs[name], program, slot, runs, sizes) for slot, name in enumerate(inst.params))
 
 
 def _use(spec: ParamSpec, program: SegmentProgram, slot: int, runs: bool, sizes: Mapping[str, int]) -> ParamUse:
     partial = tuple(axis for axis in program.grad_partial_axes[slot] if sizes[axis] > 1)
     # units always sum over dp
     summed = {*spec.partial_axes, "dp"} if sizes["dp"] > 1 else set(spec.partial_axes)
+    assert set(partial) <= summed, f"{spec.name}: a partial gradient over {partial} where the plan sums over {summed}"
     return ParamUse(
         spec.name,
         _tp_dim(program.param_shards[slot], sizes),

@@ -13,6 +13,7 @@ import torch
 from ..passes.program import SegmentProgram
 from ..profiler.graph import ModelGraph, SegmentInstance
 from .parameters import ParameterStore
+from .specs import ParamUse, param_uses
 from .wiring import USER_INPUT, StageWiring, Wiring
 
 KeyOf = Callable[[int, int], torch.Tensor]  # (microbatch, instance) -> the generator's key
@@ -29,6 +30,7 @@ class Step:
     runs_backward: bool
     tangents: tuple[str, ...]  # values, in the backward's order
     input_grads: tuple[tuple[int, str], ...]  # input slot and value, where a gradient goes on
+    uses: tuple[ParamUse, ...]
 
 
 @dataclass
@@ -84,11 +86,12 @@ class StageRunner:
         self.is_last = stage.index == len(wiring.stages) - 1
         self.on_forward: Callable[[], None] = _nothing
         self._kept: dict[int, list[_Kept]] = {}
-        self._deferred: dict[int, list[tuple[int, list[torch.Tensor | None]]]] = {}
+        self._deferred: dict[int, list[tuple[Step, list[torch.Tensor | None]]]] = {}
         self._flushes = store.flush_plan([index for index in stage.instances if index in wiring.backward_runs])
 
     def variant(self, programs: Mapping[str, SegmentProgram]) -> Variant:
         by_index = {inst.index: inst for inst in self.graph.instances}
+        runs = self.wiring.backward_runs
         steps = []
         for index, frees in zip(self.stage.instances, self.stage.frees, strict=True):
             instance = by_index[index]
@@ -98,9 +101,10 @@ class StageRunner:
                     instance,
                     program,
                     frees,
-                    index in self.wiring.backward_runs,
+                    index in runs,
                     tuple(instance.outputs[slot] for slot in program.tangent_outputs),
                     tuple((s, n) for s, n in enumerate(instance.inputs) if program.input_grads[s]),
+                    param_uses(self.store.specs, instance, program, index in runs, self.store.grid.sizes),
                 )
             )
         shapes = {
@@ -133,7 +137,7 @@ class StageRunner:
             instance, program = step.instance, step.program
             if position + 1 < len(steps):
                 self.store.prefetch(steps[position + 1].instance.index)
-            params = self.store.acquire(instance.index)
+            params = self.store.acquire(instance.index, step.uses)
             buffers = self.buffers.read(instance.buffers)
             key = self.key_of(microbatch, instance.index)
             outputs, updates, saved = program.run_forward(params, buffers, [env[n] for n in instance.inputs], key)
@@ -173,14 +177,14 @@ class StageRunner:
                 tangents.append(self._zero(variant, name) if tangent is None else tangent)
             if kept:
                 self.store.prefetch(kept[-1].step.instance.index)
-            params = self.store.acquire(index)
+            params = self.store.acquire(index, step.uses)
             of_params, of_inputs = program.run_backward(params, item.buffers, item.key, item.saved, tangents)
             self.store.release(index)
             del item, params, tangents
             if defer:
-                self._deferred.setdefault(microbatch, []).append((index, of_params))
+                self._deferred.setdefault(microbatch, []).append((step, of_params))
             else:
-                self._accumulate(index, of_params)
+                self._accumulate(step, of_params)
             del of_params
             for slot, name in step.input_grads:
                 grad = of_inputs[slot]
@@ -202,12 +206,12 @@ class StageRunner:
 
     def backward_weight(self, microbatch: int) -> None:
         """Accumulate what backward(defer=True) left."""
-        for index, grads in self._deferred.pop(microbatch, []):
-            self._accumulate(index, grads)
+        for step, grads in self._deferred.pop(microbatch, []):
+            self._accumulate(step, grads)
 
-    def _accumulate(self, index: int, grads: list[torch.Tensor | None]) -> None:
-        self.store.accumulate(index, grads)
-        for unit in self._flushes[index]:
+    def _accumulate(self, step: Step, grads: list[torch.Tensor | None]) -> None:
+        self.store.accumulate(step.instance.index, step.uses, grads)
+        for unit in self._flushes[step.instance.index]:
             unit.flush()
 
     def _zero(self, variant: Variant, name: str) -> torch.Tensor:

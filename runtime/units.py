@@ -7,7 +7,7 @@ stage 3 the parameters too. "Whole" means whole over dp: over tp they are cut as
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -323,7 +323,7 @@ def _without_aliases(grads: Mapping[str, torch.Tensor], owned: set[str]) -> dict
     return result
 
 
-def unit_names(names: Sequence[str], users: Mapping[str, frozenset[int]], kinds: Mapping[str, Any]) -> list[list[str]]:
+def unit_names(names: Sequence[str], users: Mapping[str, Collection[int]], kinds: Mapping[str, Any]) -> list[list[str]]:
     """Group parameters that the same instances use and that are of one kind (dtypes, sharding)."""
     groups: dict[Any, list[str]] = {}
     for name in names:

@@ -84,10 +84,13 @@ class _Worker:
         self.process.start()
         other.close()
 
-    def stop(self) -> None:
+    def stop(self, patience_s: float = 0.0) -> None:
+        """An idle worker ends when its connection closes; one that hangs is killed."""
         self.connection.close()
-        self.process.kill()
-        self.process.join(5)
+        self.process.join(patience_s)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(5)
 
 
 class Pool:
@@ -139,7 +142,7 @@ class Pool:
 
     def close(self) -> None:
         for worker in self.workers:
-            worker.stop()
+            worker.stop(patience_s=5.0)
         self.workers = []
 
 

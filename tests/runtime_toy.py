@@ -14,6 +14,7 @@ identity.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -310,7 +311,12 @@ def make_batch(size: int, seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def segment_programs(toy: Toy, grid: RankGrid, batch_size: int) -> dict[str, SegmentProgram]:
-    """What the passes would deliver: full recomputation, local shapes of this rank."""
+    """What the passes would deliver: full recomputation, local shapes of this rank.
+
+    A batch that does not divide over dp is run whole by every data-parallel rank.
+    """
+    if batch_size % grid.size("dp"):
+        grid = dataclasses.replace(grid, sizes={**grid.sizes, "dp": 1}, coords={**grid.coords, "dp": 0})
     programs = {}
     metas = _local_metas(toy, grid, batch_size)
     for name in toy.graph.segments:

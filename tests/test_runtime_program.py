@@ -85,6 +85,9 @@ def test_pipeline_and_tensor_parallel() -> None:
     _check(4, {"pp": 2, "tp": 2, "schedule": "interleaved_1f1b", "chunks": 2})
 
 
-@pytest.mark.parametrize(("size", "layout"), [(1, {}), (2, {"dp": 2, "zero": 3}), (2, {"pp": 2})])
-def test_fewer_microbatches_and_a_short_last_one(size: int, layout: dict) -> None:
-    _check(size, layout, batch=10)
+@pytest.mark.parametrize("batch", [10, 9, 1])
+@pytest.mark.parametrize(
+    ("size", "layout"), [(1, {}), (2, {"pp": 2}), (2, {"dp": 2, "zero": 0}), (2, {"dp": 2, "zero": 3})]
+)
+def test_fewer_microbatches_and_short_ones(size: int, layout: dict, batch: int) -> None:
+    _check(size, layout, batch=batch)

@@ -123,7 +123,10 @@ def _bf16_run(rank: int, layout: dict) -> dict[str, torch.Tensor]:
     assert {p.dtype for p in program.parameters() if p.requires_grad} == {torch.float32}
     assert {g.dtype for g in grads.values()} == {torch.float32}
     program.optimizer_step()
-    params = program.store.acquire(2)
+    params = program.store.acquire(
+        2,
+        program.microbatches.variants(program.microbatches.split(make_batch(4))[0], program._runners)[0].steps[2].uses,
+    )
     assert {p.dtype for p in params} == {torch.bfloat16}
     program.store.release(2)
     return grads
