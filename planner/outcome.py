@@ -32,6 +32,7 @@ class Outcome:
     worst_rank: int = 0
     fits: bool | None = None
     unsharded: bool = False
+    first_option: int = 0  # recomputation with less than this cannot fit
     too_slow: bool = False  # with the least recomputation that might fit
     note: str = ""
 

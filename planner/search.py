@@ -22,13 +22,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ..costmodel.model import CostModel
-from ..costmodel.simulator import Timeline
 from ..errors import ExitCode, ShardwrightError
 from ..profiler.cluster import Cluster
 from ..profiler.graph import ModelGraph
 from ..profiler.workload import Workload
 from ..units import format_seconds
-from . import plan as plan_document
 from .advice import does_not_fit
 from .candidates import Candidate, Forced, check_forced, divisors, enumerate_candidates, nothing_divides, parse_forced
 from .chain import Chain, build_chain
@@ -39,49 +37,25 @@ from .evaluate import (
     lower_bound,
     order_bound,
     path_seconds,
-    run_timeline,
     step_seconds,
     unevenness,
 )
-from .footprint import fits, quick_peaks, rank_breakdown
+from .footprint import fits, mean_bytes, quick_peaks
 from .interfaces import Sharder, ShardingSolution
-from .outcome import Outcome, considered_rows
+from .outcome import Outcome
+from .result import SearchResult, build_result
 from .setting import Setting
-from .stages import improve_cuts
 
 Progress = Callable[[str], None]
 
 BETTER = 1 - 1e-6  # a new incumbent is better by more than this
-OPTIMAL_GAP = 1e-3
-ALIKE = 1 + 1e-3
-POLISH_SECONDS = 2.0
 MAX_CHUNK_CHOICES = 4
 
 
 @dataclass
-class SearchResult:
-    """The chosen plan's parts, in the Plan document's own types, and how it was found."""
+class SearchState:
+    """One search under way."""
 
-    candidate: Candidate
-    mesh: plan_document.Mesh
-    microbatch: plan_document.Microbatch
-    schedule: plan_document.Schedule
-    stages: list[plan_document.Stage]
-    zero: int
-    memory_policy: plan_document.MemoryPolicy
-    predicted: plan_document.Predicted
-    certificate: plan_document.Certificate
-    considered: list[plan_document.Considered]
-    solution: ShardingSolution
-    timeline: Timeline
-    seconds: float
-    solve_seconds: float  # of it, in the sharding solver
-    num_candidates: int
-    interrupted: str = ""  # 'time limit' or 'Ctrl-C'
-
-
-@dataclass
-class _Search:
     setting: Setting
     sharder: Sharder
     forced: Forced
@@ -119,7 +93,7 @@ class _Search:
         out.
         """
         batch = self.setting.workload.global_batch
-        solution = self._solve_for(1, 1, batch)
+        solution = self.solve_for(1, 1, batch)
         if solution is None:
             return
         chain = build_chain(self.setting.graph, self.setting.shape, solution, frozenset())
@@ -127,7 +101,7 @@ class _Search:
         self.whole_forward_s = float((chain.forward_s - chain.forward_comm_s).sum()) * scale
         self.whole_backward_s = float((chain.backward_s - chain.backward_comm_s).sum()) * scale
 
-    def _ideal_seconds(self, candidate: Candidate) -> float:
+    def ideal_seconds(self, candidate: Candidate) -> float:
         """Step of this candidate without collectives, every op as efficient as on the whole batch."""
         parts = candidate.dp * candidate.tp * candidate.count
         forward_s, backward_s = self.whole_forward_s / parts, self.whole_backward_s / parts
@@ -137,29 +111,32 @@ class _Search:
         self.setting.forget()
         open_members = []
         for candidate in members:
-            outcome = self.outcomes[candidate] = Outcome(candidate, bound_s=self._ideal_seconds(candidate))
+            outcome = self.outcomes[candidate] = Outcome(candidate, bound_s=self.ideal_seconds(candidate))
             smaller = self._smaller_that_does_not_fit(candidate)
             if smaller is not None:
                 outcome.fits, outcome.peak_bytes, outcome.limit_bytes = False, smaller.peak_bytes, smaller.limit_bytes
                 outcome.missing_bytes, outcome.worst_rank = smaller.missing_bytes, smaller.worst_rank
+                outcome.recompute, outcome.recompute_all = smaller.recompute, smaller.recompute_all
             elif self._may_win(outcome.bound_s):
                 open_members.append(candidate)
         if not open_members:
             return
         self._check_time()
-        solution = self._solve(min(open_members, key=self._ideal_seconds))
+        solution = self.solve(min(open_members, key=self.ideal_seconds))
         if solution is None:
             for candidate in members:
                 self.outcomes[candidate].unsharded = True
             return
         chain = self.setting.chain(solution, self._recompute_options(solution)[0])
-        ratio = _solver_ratio(solution)
+        ratio = solver_ratio(solution)
         order = {}
         for candidate in open_members:
             outcome = self.outcomes[candidate]
-            outcome.search_bound_s = lower_bound(self.setting, candidate, chain)
+            outcome.first_option = self._first_option(candidate, solution)
+            least = self.setting.chain(solution, self._recompute_options(solution)[outcome.first_option])
+            outcome.search_bound_s = lower_bound(self.setting, candidate, least)
             outcome.bound_s = max(outcome.bound_s, outcome.search_bound_s * ratio)
-            order[candidate] = estimate(self.setting, candidate, chain)
+            order[candidate] = estimate(self.setting, candidate, least)
         uneven = self._uneven_interleavings(open_members, chain)
         for candidate in sorted(open_members, key=lambda c: (_rounded(order[c]), c.zero, c.virtual_stages, c.schedule)):
             if candidate in uneven:
@@ -169,6 +146,15 @@ class _Search:
                 self._evaluate(candidate, solution)
             elif self._may_win(self.outcomes[candidate].search_bound_s):
                 self.outcomes[candidate].note = f"estimated at {format_seconds(order[candidate])} with its bubble"
+
+    def _first_option(self, candidate: Candidate, solution: ShardingSolution) -> int:
+        """The least recomputation under which the mean rank may fit; the most where it fits under none."""
+        limit = self.setting.limits(candidate).max()
+        options = self._recompute_options(solution)
+        for index, recompute in enumerate(options):
+            if mean_bytes(self.setting, candidate, self.setting.chain(solution, recompute)) <= limit:
+                return index
+        return len(options) - 1
 
     def _uneven_interleavings(self, members: list[Candidate], chain: Chain) -> set[Candidate]:
         """Interleaved candidates beyond the MAX_CHUNK_CHOICES numbers of virtual stages that promise most for their
@@ -202,10 +188,10 @@ class _Search:
                 return found
         return None
 
-    def _solve(self, candidate: Candidate) -> ShardingSolution | None:
-        return self._solve_for(candidate.dp, candidate.tp, candidate.local_batch)
+    def solve(self, candidate: Candidate) -> ShardingSolution | None:
+        return self.solve_for(candidate.dp, candidate.tp, candidate.local_batch)
 
-    def _solve_for(self, dp: int, tp: int, local_batch: int) -> ShardingSolution | None:
+    def solve_for(self, dp: int, tp: int, local_batch: int) -> ShardingSolution | None:
         key = (dp, tp, local_batch)
         if key not in self.solutions:
             self.progress(f"sharding dp={dp} tp={tp}, {local_batch} sequences a rank")
@@ -238,11 +224,11 @@ class _Search:
         return [frozenset(useful[:k]) for k in range(len(useful) + 1)]
 
     def _evaluate(self, candidate: Candidate, solution: ShardingSolution) -> None:
-        outcome = self._score(candidate, solution)
+        outcome = self.score(candidate, solution)
         if self._is_better(outcome):
-            exact = self._solve(candidate)
+            exact = self.solve(candidate)
             if exact is not None and exact is not solution:
-                outcome = self._score(candidate, exact)
+                outcome = self.score(candidate, exact)
             if self._is_better(outcome):
                 self.incumbent = outcome
                 self.progress(f"best so far {outcome.step_s:.3f} s: {candidate}")
@@ -256,13 +242,14 @@ class _Search:
             return False
         return self._may_win(outcome.step_s)
 
-    def _score(self, candidate: Candidate, solution: ShardingSolution) -> Outcome:
+    def score(self, candidate: Candidate, solution: ShardingSolution) -> Outcome:
         """Least recomputation that fits; its cuts; its simulated step. Looks no further where that cannot win."""
         setting = self.setting
         outcome = self.outcomes[candidate]
         options = self._recompute_options(solution)
         fitting: tuple[int, tuple[int, ...], float] | None = None
-        low, high, trial, slow_s = 0, len(options) - 1, 0, 0.0
+        low, high = outcome.first_option, len(options) - 1
+        trial, slow_s = low, 0.0
         while low <= high:
             chain = setting.chain(solution, options[trial])
             if not self._may_win(estimate(setting, candidate, chain)):
@@ -279,13 +266,13 @@ class _Search:
             trial = low if len(options) <= 4 else (low + high + 1) // 2
         if fitting is None and outcome.too_slow:
             outcome.search_bound_s = max(outcome.search_bound_s, slow_s)
-            outcome.bound_s = max(outcome.bound_s, slow_s * _solver_ratio(solution))
+            outcome.bound_s = max(outcome.bound_s, slow_s * solver_ratio(solution))
             return outcome
         if fitting is None:
             need = self._least_need(candidate, solution, options)
             outcome.missing_bytes, outcome.peak_bytes, outcome.worst_rank = need
             outcome.limit_bytes = setting.limit(candidate, outcome.worst_rank)
-            outcome.fits = False
+            outcome.fits, outcome.recompute, outcome.recompute_all = False, options[-1], bool(options[-1])
             return outcome
         index, bounds, bottleneck = fitting
         chain = setting.chain(solution, options[index])
@@ -299,7 +286,7 @@ class _Search:
             return outcome
         return Outcome(
             candidate,
-            bound_s=max(outcome.bound_s, bottleneck * _solver_ratio(solution)),
+            bound_s=max(outcome.bound_s, bottleneck * solver_ratio(solution)),
             search_bound_s=outcome.search_bound_s,
             step_s=step_seconds(setting, candidate, chain, bounds),
             bounds=bounds,
@@ -360,15 +347,7 @@ class _TimeUp(Exception):
     pass
 
 
-def _one_of_each(cluster: Cluster) -> list[int]:
-    ranks, first = [], 0
-    for group in cluster.groups:
-        ranks.append(first)
-        first += group.num_devices
-    return ranks
-
-
-def _solver_ratio(solution: ShardingSolution) -> float:
+def solver_ratio(solution: ShardingSolution) -> float:
     """What the sharding solver proved: the share of its objective that is certain."""
     if solution.objective_s <= 0:
         return 1.0
@@ -401,7 +380,7 @@ def search(
     candidates = list(enumerate_candidates(*space))
     if not candidates:
         raise nothing_divides(*space)
-    state = _Search(
+    state = SearchState(
         setting=setting,
         sharder=sharder,
         forced=forced,
@@ -420,131 +399,10 @@ def search(
                 works=f"--time-limit {max(60, round(10 * (time_limit_s or 6)))}",
                 exit_code=ExitCode.TIME_LIMIT,
             )
-        raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions, state._solve_for)
-    return _result(state, started, interrupted)
+        raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions, state.solve_for)
+    return build_result(state, started, interrupted)
 
 
 def _widest_tp(cluster: Cluster) -> int:
     """The widest tensor axis tried: a fast domain, and at least 8."""
     return max(8, *(group.devices_per_domain for group in cluster.groups))
-
-
-def _polish(state: _Search, outcome: Outcome) -> tuple[int, ...]:
-    """Move single cuts while the simulated step falls, for a short while."""
-    setting, candidate = state.setting, outcome.candidate
-    assert outcome.solution is not None and outcome.step_s is not None
-    chain = setting.chain(outcome.solution, outcome.recompute)
-    stop_at = time.monotonic() + POLISH_SECONDS
-
-    def score(bounds: tuple[int, ...]) -> float:
-        if bounds == outcome.bounds:
-            return outcome.step_s or 0.0
-        if time.monotonic() > stop_at:
-            return float("inf")
-        if not fits(setting, candidate, chain, bounds):
-            return float("inf")
-        return step_seconds(setting, candidate, chain, bounds)
-
-    if state.forced.cuts is not None or candidate.num_stages == 1:
-        return outcome.bounds
-    return improve_cuts(outcome.bounds, score)
-
-
-def _simplest(state: _Search) -> Outcome:
-    """Of the plans as fast as the incumbent, to ALIKE, the one of the lowest ZeRO stage and fewest virtual stages."""
-    best = state.incumbent
-    assert best is not None and best.step_s is not None
-
-    def simplicity(outcome: Outcome) -> tuple[int, int, float]:
-        return outcome.candidate.zero, outcome.candidate.virtual_stages, outcome.step_s or 0.0
-
-    alike = [o for o in state.outcomes.values() if o.step_s is not None and o.step_s <= best.step_s * ALIKE]
-    for outcome in sorted(alike, key=simplicity):
-        if outcome is best:
-            break
-        exact = state._solve(outcome.candidate)
-        if exact is outcome.solution:
-            return outcome
-    return best
-
-
-def _result(state: _Search, started: float, interrupted: str) -> SearchResult:
-    best, setting = _simplest(state), state.setting
-    assert best.solution is not None
-    candidate, solution = best.candidate, best.solution
-    bounds = best.bounds if interrupted else _polish(state, best)
-    chain = setting.chain(solution, best.recompute)
-    timeline = run_timeline(setting, candidate, chain, bounds)
-    step_s = timeline.makespan_s
-    best.step_s, best.bounds = step_s, bounds
-    breakdowns = [rank_breakdown(setting, candidate, chain, bounds, rank) for rank in range(candidate.pp)]
-    peaks = [sum(items.values()) for items in breakdowns]
-    worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
-    bounds_s = [state.outcomes[c].bound_s if c in state.outcomes else state._ideal_seconds(c) for c in state.candidates
-                if c not in state.outcomes or state.outcomes[c].open]  # fmt: skip
-    bound_s = min([step_s, *bounds_s])
-    gap = (step_s - bound_s) / step_s if step_s else 0.0
-    workload = setting.workload
-    tokens = workload.global_batch * max(1, _tokens_per_sample(workload))
-    flops = chain.model_flops * candidate.dp * candidate.tp * candidate.count
-    peak_rate = sum(
-        group.num_devices * setting.cluster.device(rank).peak_flops_per_s(workload.precision.compute)
-        for group, rank in zip(setting.cluster.groups, _one_of_each(setting.cluster), strict=True)
-    )
-    return SearchResult(
-        candidate=candidate,
-        mesh=plan_document.Mesh(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp),
-        microbatch=plan_document.Microbatch(size=candidate.microbatch, count=candidate.count),
-        schedule=plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages),
-        stages=_stages(setting, candidate, chain, bounds),
-        zero=candidate.zero,
-        memory_policy=plan_document.MemoryPolicy(
-            recompute={name: "all" if name in best.recompute else "none" for name in setting.graph.segments}
-        ),
-        predicted=plan_document.Predicted(
-            step_s=step_s,
-            tokens_per_s_per_device=tokens / step_s / setting.cluster.num_devices,
-            mfu=flops / (peak_rate * step_s),
-            peak_bytes=[peaks[stage % candidate.pp] for stage in range(candidate.num_stages)],
-            bubble_fraction=max(0.0, timeline.bubble_fraction),
-            exposed_comm_s=max(timeline.exposed_comm_s),
-            memory=breakdowns[worst],
-            memory_limit_bytes=setting.limit(candidate, worst),
-        ),
-        certificate=plan_document.Certificate(
-            status="optimal" if gap <= OPTIMAL_GAP and not interrupted else "feasible",
-            lower_bound_s=bound_s,
-            gap_fraction=gap,
-        ),
-        considered=considered_rows(state.candidates, state.outcomes, best, interrupted),
-        solution=solution,
-        timeline=timeline,
-        seconds=time.monotonic() - started,
-        solve_seconds=state.solve_seconds,
-        num_candidates=len(state.candidates),
-        interrupted=interrupted,
-    )
-
-
-def _tokens_per_sample(workload: Workload) -> int:
-    """Sequence length; as Workload says: dimension 1 of the first integer tensor of the batch, else 1."""
-    if workload.tokens_per_sample:
-        return workload.tokens_per_sample
-    for tensor in workload.example_batch.values():
-        if not tensor.is_floating_point() and tensor.dim() > 1:
-            return int(tensor.shape[1])
-    return 1
-
-
-def _stages(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[plan_document.Stage]:
-    mesh = setting.mesh(candidate)
-    return [
-        plan_document.Stage(
-            segments=[
-                *chain.prologue_of(bounds[stage], bounds[stage + 1]),
-                *setting.shape.instances[bounds[stage] : bounds[stage + 1]],
-            ],
-            ranks=mesh.ranks_of(stage % candidate.pp),
-        )
-        for stage in range(candidate.num_stages)
-    ]

@@ -1,0 +1,178 @@
+"""The result of a search: its best plan polished, timed, weighed and certified, in the Plan document's own types."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..costmodel.simulator import Timeline
+from ..profiler.cluster import Cluster
+from ..profiler.workload import Workload
+from . import plan as plan_document
+from .candidates import Candidate
+from .chain import Chain
+from .evaluate import run_timeline, step_seconds
+from .footprint import fits, rank_breakdown
+from .interfaces import ShardingSolution
+from .outcome import Outcome, considered_rows
+from .setting import Setting
+from .stages import improve_cuts
+
+if TYPE_CHECKING:
+    from .search import SearchState
+
+OPTIMAL_GAP = 1e-3
+ALIKE = 1 + 1e-3
+POLISH_SECONDS = 2.0
+
+
+@dataclass
+class SearchResult:
+    """The chosen plan's parts, in the Plan document's own types, and how it was found."""
+
+    candidate: Candidate
+    mesh: plan_document.Mesh
+    microbatch: plan_document.Microbatch
+    schedule: plan_document.Schedule
+    stages: list[plan_document.Stage]
+    zero: int
+    memory_policy: plan_document.MemoryPolicy
+    predicted: plan_document.Predicted
+    certificate: plan_document.Certificate
+    considered: list[plan_document.Considered]
+    solution: ShardingSolution
+    timeline: Timeline
+    seconds: float
+    solve_seconds: float  # of it, in the sharding solver
+    num_candidates: int
+    interrupted: str = ""  # 'time limit' or 'Ctrl-C'
+
+
+def _one_of_each(cluster: Cluster) -> list[int]:
+    ranks, first = [], 0
+    for group in cluster.groups:
+        ranks.append(first)
+        first += group.num_devices
+    return ranks
+
+
+def _polish(state: SearchState, outcome: Outcome) -> tuple[int, ...]:
+    """Move single cuts while the simulated step falls, for a short while."""
+    setting, candidate = state.setting, outcome.candidate
+    assert outcome.solution is not None and outcome.step_s is not None
+    chain = setting.chain(outcome.solution, outcome.recompute)
+    stop_at = time.monotonic() + POLISH_SECONDS
+
+    def score(bounds: tuple[int, ...]) -> float:
+        if bounds == outcome.bounds:
+            return outcome.step_s or 0.0
+        if time.monotonic() > stop_at:
+            return float("inf")
+        if not fits(setting, candidate, chain, bounds):
+            return float("inf")
+        return step_seconds(setting, candidate, chain, bounds)
+
+    if state.forced.cuts is not None or candidate.num_stages == 1:
+        return outcome.bounds
+    return improve_cuts(outcome.bounds, score)
+
+
+def _simplest(state: SearchState) -> Outcome:
+    """Of the plans as fast as the incumbent, to ALIKE, the one of the lowest ZeRO stage and fewest virtual stages."""
+    best = state.incumbent
+    assert best is not None and best.step_s is not None
+
+    def simplicity(outcome: Outcome) -> tuple[int, int, float]:
+        return outcome.candidate.zero, outcome.candidate.virtual_stages, outcome.step_s or 0.0
+
+    alike = [o for o in state.outcomes.values() if o.step_s is not None and o.step_s <= best.step_s * ALIKE]
+    for outcome in sorted(alike, key=simplicity):
+        if outcome is best:
+            break
+        exact = state.solve(outcome.candidate)
+        if exact is outcome.solution:
+            return outcome
+    return best
+
+
+def build_result(state: SearchState, started: float, interrupted: str) -> SearchResult:
+    best, setting = _simplest(state), state.setting
+    assert best.solution is not None
+    candidate, solution = best.candidate, best.solution
+    bounds = best.bounds if interrupted else _polish(state, best)
+    chain = setting.chain(solution, best.recompute)
+    timeline = run_timeline(setting, candidate, chain, bounds)
+    step_s = timeline.makespan_s
+    best.step_s, best.bounds = step_s, bounds
+    breakdowns = [rank_breakdown(setting, candidate, chain, bounds, rank) for rank in range(candidate.pp)]
+    peaks = [sum(items.values()) for items in breakdowns]
+    worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
+    bounds_s = [state.outcomes[c].bound_s if c in state.outcomes else state.ideal_seconds(c) for c in state.candidates
+                if c not in state.outcomes or state.outcomes[c].open]  # fmt: skip
+    bound_s = min([step_s, *bounds_s])
+    gap = (step_s - bound_s) / step_s if step_s else 0.0
+    workload = setting.workload
+    tokens = workload.global_batch * max(1, _tokens_per_sample(workload))
+    flops = chain.model_flops * candidate.dp * candidate.tp * candidate.count
+    peak_rate = sum(
+        group.num_devices * setting.cluster.device(rank).peak_flops_per_s(workload.precision.compute)
+        for group, rank in zip(setting.cluster.groups, _one_of_each(setting.cluster), strict=True)
+    )
+    return SearchResult(
+        candidate=candidate,
+        mesh=plan_document.Mesh(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp),
+        microbatch=plan_document.Microbatch(size=candidate.microbatch, count=candidate.count),
+        schedule=plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages),
+        stages=_stages(setting, candidate, chain, bounds),
+        zero=candidate.zero,
+        memory_policy=plan_document.MemoryPolicy(
+            recompute={name: "all" if name in best.recompute else "none" for name in setting.graph.segments}
+        ),
+        predicted=plan_document.Predicted(
+            step_s=step_s,
+            tokens_per_s_per_device=tokens / step_s / setting.cluster.num_devices,
+            mfu=flops / (peak_rate * step_s),
+            peak_bytes=[peaks[stage % candidate.pp] for stage in range(candidate.num_stages)],
+            bubble_fraction=max(0.0, timeline.bubble_fraction),
+            exposed_comm_s=max(timeline.exposed_comm_s),
+            memory=breakdowns[worst],
+            memory_limit_bytes=setting.limit(candidate, worst),
+        ),
+        certificate=plan_document.Certificate(
+            status="optimal" if gap <= OPTIMAL_GAP and not interrupted else "feasible",
+            lower_bound_s=bound_s,
+            gap_fraction=gap,
+        ),
+        considered=considered_rows(state.candidates, state.outcomes, best, interrupted),
+        solution=solution,
+        timeline=timeline,
+        seconds=time.monotonic() - started,
+        solve_seconds=state.solve_seconds,
+        num_candidates=len(state.candidates),
+        interrupted=interrupted,
+    )
+
+
+def _tokens_per_sample(workload: Workload) -> int:
+    """Sequence length; as Workload says: dimension 1 of the first integer tensor of the batch, else 1."""
+    if workload.tokens_per_sample:
+        return workload.tokens_per_sample
+    for tensor in workload.example_batch.values():
+        if not tensor.is_floating_point() and tensor.dim() > 1:
+            return int(tensor.shape[1])
+    return 1
+
+
+def _stages(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[plan_document.Stage]:
+    mesh = setting.mesh(candidate)
+    return [
+        plan_document.Stage(
+            segments=[
+                *chain.prologue_of(bounds[stage], bounds[stage + 1]),
+                *setting.shape.instances[bounds[stage] : bounds[stage + 1]],
+            ],
+            ranks=mesh.ranks_of(stage % candidate.pp),
+        )
+        for stage in range(candidate.num_stages)
+    ]
