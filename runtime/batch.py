@@ -82,22 +82,21 @@ def split_part(
     """This rank's microbatches. A part that shard_batch did not cut counts as 1/dp_size of the global batch."""
     local_size = _common_size(part, entries)
     global_size = part.global_size if isinstance(part, BatchPart) else local_size * dp_size
-    microbatches = []
-    start = 0
-    for size in microbatch_sizes(global_size, microbatch_size, dp_size):
-        low, high = chunk_bounds(size, dp_size, dp_rank)
-        rows = high - low
-        tensors = {n: t.narrow(0, start, rows) if n in entries else t for n, t in part.items()}
-        microbatches.append(MicrobatchPart(tensors, size))
-        start += rows
-    if start != local_size:
+    sizes = microbatch_sizes(global_size, microbatch_size, dp_size)
+    bounds = [chunk_bounds(size, dp_size, dp_rank) for size in sizes]
+    rows = [high - low for low, high in bounds]
+    if sum(rows) != local_size:
         raise ShardwrightError(
-            f"this rank's part has {local_size} samples where {start} of a global batch of {global_size} belong to it",
+            f"this rank has {local_size} samples where {sum(rows)} of a global batch of {global_size} belong to it",
             means="the batch was not cut as the plan cuts it",
             change="cut the global batch with program.shard_batch",
             works="program.step(program.shard_batch(global_batch))",
         )
-    return microbatches
+    cut = {name: torch.split(tensor, rows) for name, tensor in part.items() if name in entries}
+    return [
+        MicrobatchPart({name: cut[name][k] if name in cut else tensor for name, tensor in part.items()}, size)
+        for k, size in enumerate(sizes)
+    ]
 
 
 def _common_size(batch: Mapping[str, torch.Tensor], entries: Collection[str]) -> int:

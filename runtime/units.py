@@ -55,6 +55,10 @@ class Unit:
     def close(self) -> None:
         pass
 
+    def open_tensors(self) -> Mapping[str, torch.Tensor]:
+        """Gathered tensors that will be freed again."""
+        return {}
+
     def add_grad(self, name: str, grad: torch.Tensor | None) -> None:
         """Add one contribution; None counts as zero. Gradients lie as in `shapes`."""
         raise NotImplementedError
@@ -235,6 +239,9 @@ class ShardedUnit(Unit):
             self._users -= 1
             if not self._users:
                 self.compute = {}
+
+    def open_tensors(self) -> Mapping[str, torch.Tensor]:
+        return self.compute if self.zero == 3 else {}
 
     def start_refresh(self) -> None:
         same = self.master_dtype == self.dtype

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from distributed import run_ranks
 from runtime_toy import make_batch, make_plan, make_program, make_toy, reference
+
+from shardwright.planner.schedules import build_schedule
 
 TOLERANCE = 1e-9
 
@@ -83,6 +86,63 @@ def test_pipeline_and_data_parallel(zero: int) -> None:
 
 def test_pipeline_and_tensor_parallel() -> None:
     _check(4, {"pp": 2, "tp": 2, "schedule": "interleaved_1f1b", "chunks": 2})
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_interleaved_stages_on_four_ranks_with_any_number_of_microbatches(count: int) -> None:
+    _check(4, {"pp": 4, "schedule": "interleaved_1f1b", "chunks": 2}, batch=4 * count, num_blocks=5)
+
+
+def _split_backward(rank: int, layout: dict) -> dict[str, torch.Tensor]:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, **layout))
+    program.schedule = lambda count, training=True: build_schedule("1f1b", 2, count).split_backward()  # type: ignore
+    program.forward_backward(program.shard_batch(make_batch(16)))
+    assert {event.kind for event in program.trace.events} >= {"F", "I", "W"}
+    return program.gradients()
+
+
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"pp": 2, "dp": 2, "zero": 2}], ids=str)
+def test_input_and_weight_gradients_as_separate_actions(layout: dict) -> None:
+    _, expected, _ = reference(make_toy(), make_batch(16), 4)
+    for grads in run_ranks(2 * layout.get("dp", 1), _split_backward, layout):
+        for name, grad in grads.items():
+            assert float((grad - expected[name]).abs().max()) < TOLERANCE
+
+
+def _zero_3_storage(rank: int) -> tuple[int, int, int, int]:
+    """Bytes of parameters that the rank keeps, most gathered at once, bytes of all units and of the largest."""
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, dp=4, zero=3))
+    units = program.store.units
+    most = 0
+
+    def gathered() -> int:
+        return sum(t.numel() * t.element_size() for unit in units for t in unit.open_tensors().values())
+
+    def spy(unit):  # type: ignore[no-untyped-def]
+        opened = unit.open
+
+        def spied():  # type: ignore[no-untyped-def]
+            nonlocal most
+            result = opened()
+            most = max(most, gathered())
+            return result
+
+        return spied
+
+    for unit in units:
+        unit.open = spy(unit)
+    program.step(program.shard_batch(make_batch(16)))
+    assert gathered() == 0
+    whole = [8 * sum(torch.Size(shape).numel() for shape in unit.shapes.values()) for unit in units]
+    return program.store.param_bytes(), most, sum(whole), max(whole)
+
+
+def test_zero_3_keeps_shards_and_gathers_one_segment_at_a_time() -> None:
+    for kept, most, whole, largest in run_ranks(4, _zero_3_storage):
+        assert kept < whole  # a quarter, but for padding, which weighs much in parameters this small
+        assert most <= 2 * largest
 
 
 @pytest.mark.parametrize("batch", [10, 9, 1])
