@@ -20,6 +20,7 @@ from .passes.redistribute import MeshAxis
 from .planner.candidates import parse_forced
 from .planner.plan import Plan, PlanningTime
 from .planner.search import search
+from .planner.sharding.placement import from_text
 from .planner.sharding.sharder import PLACEMENT_AXES, Sharder
 from .profiler.capture import capture
 from .profiler.cluster import Cluster
@@ -128,8 +129,11 @@ def _make_plan(
     )
     solution = found.solution
     if found.microbatch.size == 1:  # a batch of one broadcasts, so its graph has other ops: place those
+        pinned = _tensor_places(graph, solution.placements)  # the memory that the search counted on
         graph = _capture_for_running(resize_batch(workload, 1), fusions)
-        solution = Sharder(graph, cost_model).solve(dp=1, tp=found.mesh.tp, local_batch=1)
+        placed = Sharder(graph, cost_model, pinned).solve(dp=1, tp=found.mesh.tp, local_batch=1)
+        assert placed is not None
+        solution = placed
     conservative = list(solution.conservative)
     if strict and conservative:
         first = conservative[0]
@@ -163,8 +167,18 @@ def _make_plan(
     )
 
 
+def _tensor_places(graph: ModelGraph, placements: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, int]:
+    """Parameter -> how it lies over the tensor axis."""
+    axis = PLACEMENT_AXES.index("tp")
+    return {
+        name: from_text(placements[instance.segment][f"param_{slot}"][axis])
+        for instance in graph.instances
+        for slot, name in enumerate(instance.params)
+    }
+
+
 def _fusing_wins(cost_model: CostModel, dtype: torch.dtype) -> Callable[[int, int], bool]:
-    """A fused norm is taken where the cost model finds its traffic saved dearer than its arithmetic: memory is a roof."""
+    """A fused norm is taken where its traffic saved costs more than its arithmetic: memory is a roof."""
 
     def wins(flops: int, bytes_saved: int) -> bool:
         saved_s = cost_model.op_seconds("aten.add.Tensor", 0.0, float(bytes_saved), dtype)
@@ -217,7 +231,8 @@ def build(plan: Plan, workload: Workload, *, device: torch.device | str | None =
     axes = _mesh_axes(RankGrid.of(mesh), plan.placement_axes)
 
     def rebuild(shapes: dict[str, tuple[int, ...]]) -> Mapping[str, SegmentProgram]:
-        return build_segment_programs(_capture_for_running(_reshaped(workload, shapes), plan.fusions), plan, axes, device)
+        graph = _capture_for_running(_reshaped(workload, shapes), plan.fusions)
+        return build_segment_programs(graph, plan, axes, device)
 
     programs = build_segment_programs(graph, plan, axes, device)
     return Program(plan, graph, programs, workload, device=device, mesh=mesh, rebuild=rebuild, adopt=adopt)
