@@ -20,7 +20,7 @@ from .mesh import RankGrid
 from .relayout import from_storage, grad_to_storage
 from .shards import narrow_shape, shard_index
 from .specs import ParamSpec, ParamUse, held_names
-from .units import ShardedUnit, Unit, WholeUnit, unit_names
+from .units import ReduceQueue, ShardedUnit, Unit, WholeUnit, unit_names
 
 
 class ParameterStore:
@@ -44,6 +44,7 @@ class ParameterStore:
         for index, row in names.items():
             for name in row:
                 users.setdefault(name, set()).add(index)
+        self._queue = ReduceQueue()
         self.units = self._make_units(users, zero, precision, existing or {})
         self._unit_of = {name: unit for unit in self.units for name in unit.names}
         self._units_of_instance = {
@@ -82,7 +83,7 @@ class ParameterStore:
             shapes = {name: self._tp_shape(self.specs[name]) for name in names}
             unit: Unit
             if sharded(first):
-                unit = ShardedUnit(shapes, zero=zero, **common)
+                unit = ShardedUnit(shapes, zero=zero, queue=self._queue, **common)
             else:
                 adopted = {name: existing[name] for name in names if self._can_adopt(name, existing)}
                 unit = WholeUnit(shapes, existing=adopted, sum_over_dp=first.has_grad, **common)
@@ -259,7 +260,7 @@ class ParameterStore:
         return sum(unit.param_bytes() for unit in self.units)
 
     def grad_bytes(self) -> int:
-        accumulating = sum(unit.grad_bytes() for unit in self.units)
+        accumulating = sum(unit.grad_bytes() for unit in self.units) + self._queue.num_bytes()
         return accumulating + sum(g.numel() * g.element_size() for g in self.local_grads().values())
 
 

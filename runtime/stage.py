@@ -135,9 +135,9 @@ class StageRunner:
         steps = variant.steps
         for position, step in enumerate(steps):
             instance, program = step.instance, step.program
-            if position + 1 < len(steps):
-                self.store.prefetch(steps[position + 1].instance.index)
             params = self.store.acquire(instance.index, step.uses)
+            if position + 1 < len(steps):  # after acquire: the buffer that these came in is free again
+                self.store.prefetch(steps[position + 1].instance.index)
             buffers = self.buffers.read(instance.buffers)
             key = self.key_of(microbatch, instance.index)
             outputs, updates, saved = program.run_forward(params, buffers, [env[n] for n in instance.inputs], key)
@@ -175,9 +175,9 @@ class StageRunner:
             for name in step.tangents:
                 tangent = grads.pop(name, None)
                 tangents.append(self._zero(variant, name) if tangent is None else tangent)
+            params = self.store.acquire(index, step.uses)
             if kept:
                 self.store.prefetch(kept[-1].step.instance.index)
-            params = self.store.acquire(index, step.uses)
             of_params, of_inputs = program.run_backward(params, item.buffers, item.key, item.saved, tangents)
             self.store.release(index)
             del item, params, tangents

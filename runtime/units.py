@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ._torch import all_gather_flat, reduce_scatter_flat
 from .shards import ShardLayout, chunk_bounds
 
-MAX_PENDING = 2  # reductions in flight for one unit; each holds a flat buffer of the whole unit
+MAX_PENDING = 2  # reduce-scatters in flight on a rank; each holds a flat buffer of a whole unit
 
 
 class Unit:
@@ -172,12 +172,32 @@ class WholeUnit(Unit):
         return sum(t.numel() * t.element_size() for t in self._grads.values())
 
 
+class ReduceQueue:
+    """Reduce-scatters under way, of all units of a rank: oldest first, few at a time, because each holds its input."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[ShardedUnit, Any, torch.Tensor, torch.Tensor]] = []
+
+    def push(self, unit: ShardedUnit, work: Any, out: torch.Tensor, packed: torch.Tensor) -> None:
+        self._pending.append((unit, work, out, packed))
+        self.drain(MAX_PENDING)
+
+    def drain(self, leave: int = 0) -> None:
+        while len(self._pending) > leave:
+            unit, work, out, _ = self._pending.pop(0)
+            work.wait()
+            unit.add_shard(out)
+
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for _, _, out, packed in self._pending for t in (out, packed))
+
+
 class ShardedUnit(Unit):
     """zero: 1, 2 or 3. Dimension 0 of each tensor is cut over dp; a scalar stays whole on every rank."""
 
-    def __init__(self, *args: Any, zero: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, zero: int, queue: ReduceQueue, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.zero = zero
+        self.zero, self.queue = zero, queue
         self.layout = ShardLayout(self.shapes, self.dp_size, self.dp_rank)
         self.compute: dict[str, torch.Tensor] = {}
         self._block: torch.Tensor | None = None
@@ -196,7 +216,7 @@ class ShardedUnit(Unit):
         self._gathering: tuple[Any, torch.Tensor] | None = None
         self._packed: torch.Tensor | None = None
         self._written: set[str] = set()
-        self._pending: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
+        self._scattered = False
         self._sum: torch.Tensor | None = None
         self._refreshing: tuple[Any, torch.Tensor] | None = None
 
@@ -280,7 +300,7 @@ class ShardedUnit(Unit):
             self._scatter()
 
     def start_reduce(self) -> None:
-        if self.expects_grads and (self._packed is not None or (self._sum is None and not self._pending)):
+        if self.expects_grads and (self._packed is not None or not self._scattered):
             self.add_grad(self.names[0], None)
             self._scatter()
 
@@ -288,19 +308,15 @@ class ShardedUnit(Unit):
         assert self._packed is not None
         out = torch.empty(self.layout.block_elements, dtype=self.reduce_dtype, device=self.device)
         work = reduce_scatter_flat(out, self._packed, group=self.dp_group, async_op=True)
-        self._pending.append((work, out, self._packed))
-        self._packed, self._written = None, set()
-        self._drain(MAX_PENDING - 1)
+        packed, self._packed, self._written, self._scattered = self._packed, None, set(), True
+        self.queue.push(self, work, out, packed)
 
-    def _drain(self, leave: int) -> None:
-        while len(self._pending) > leave:
-            work, out, _ = self._pending.pop(0)
-            work.wait()
-            self._sum = out if self._sum is None else self._sum.add_(out)
+    def add_shard(self, out: torch.Tensor) -> None:
+        self._sum = out if self._sum is None else self._sum.add_(out)
 
     def finish_reduce(self) -> dict[str, torch.Tensor]:
-        self._drain(0)
-        total, self._sum = self._sum, None
+        self.queue.drain()
+        total, self._sum, self._scattered = self._sum, None, False
         return {} if total is None else {name: self.layout.shard(total, name) for name in self.names}
 
     def param_bytes(self) -> int:
@@ -312,8 +328,7 @@ class ShardedUnit(Unit):
         return held
 
     def grad_bytes(self) -> int:
-        flats = [self._packed, self._sum, *(t for _, out, packed in self._pending for t in (out, packed))]
-        return sum(t.numel() * t.element_size() for t in flats if t is not None)
+        return sum(t.numel() * t.element_size() for t in (self._packed, self._sum) if t is not None)
 
 
 def _without_aliases(grads: Mapping[str, torch.Tensor], owned: set[str]) -> dict[str, torch.Tensor]:
