@@ -19,6 +19,9 @@ from .chain import Chain, Shape, build_chain, model_shape
 from .interfaces import ShardingSolution
 from .mesh_costs import MeshCosts
 
+# Of a device's memory that a plan may fill by itself: the rest is for the memory model's own error
+MEMORY_SHARE = 0.93
+
 
 @dataclass
 class Setting:
@@ -52,9 +55,11 @@ class Setting:
         return self._chains[key][1]
 
     def limit(self, candidate: Candidate, rank: int) -> int:
+        """What a plan may use of the rank's memory: the user's limit, or the device's less headroom for what is not known."""
         device = self.mesh(candidate).devices[rank]
-        limit = device.memory_bytes
-        return limit if self.memory_limit_bytes is None else min(limit, self.memory_limit_bytes)
+        if self.memory_limit_bytes is None and self.cluster.memory_limit_bytes is None:
+            return int(device.memory_bytes * MEMORY_SHARE)
+        return device.memory_bytes if self.memory_limit_bytes is None else min(device.memory_bytes, self.memory_limit_bytes)
 
     def forget(self) -> None:
         """Drop what was cached of chains: called between groups of candidates, which share no chain."""
