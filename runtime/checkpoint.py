@@ -148,10 +148,24 @@ def load(program: Program, path: str | Path) -> None:
     reader = FileSystemReader(path)
     found = reader.read_metadata().state_dict_metadata
     with_optimizer = any(key.startswith("optimizer.") for key in found)
+    own = state_dict(program)
+    _check_shapes(path, found, {k: tensor for k, tensor in own.items() if not k.startswith("optimizer.")})
     if with_optimizer:
         make_optimizer_state(program)
-    state = {k: v for k, v in state_dict(program).items() if with_optimizer or not k.startswith("optimizer.")}
-    for key, tensor in state.items():
+        own = state_dict(program)
+        _check_shapes(path, found, own)
+    state = {k: tensor for k, tensor in own.items() if with_optimizer or not k.startswith("optimizer.")}
+    with _quiet():
+        dcp.load(state, storage_reader=reader)
+    program.step_index = int(document["step"])
+    if program.optimizer is not None and with_optimizer:
+        for group, options in zip(program.optimizer.param_groups, document["groups"], strict=False):
+            group.update(options)
+    program.store.refresh()
+
+
+def _check_shapes(path: Path, found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> None:
+    for key, tensor in wanted.items():
         entry = found.get(key)
         if not isinstance(entry, TensorStorageMetadata) or tuple(entry.size) != tuple(tensor.shape):
             have = "is missing" if entry is None else f"has shape {tuple(getattr(entry, 'size', ()))}"
@@ -162,13 +176,6 @@ def load(program: Program, path: str | Path) -> None:
                 works="a checkpoint that program.save wrote for this model",
                 exit_code=ExitCode.PLAN_MISMATCH,
             )
-    with _quiet():
-        dcp.load(state, storage_reader=reader)
-    program.step_index = int(document["step"])
-    if program.optimizer is not None and with_optimizer:
-        for group, options in zip(program.optimizer.param_groups, document["groups"], strict=False):
-            group.update(options)
-    program.store.refresh()
 
 
 @contextmanager
