@@ -80,7 +80,8 @@ def _tidy(text: str) -> str:
 def run(example: Example, folder: Path) -> str:
     """'' where the command prints what is expected, else what is wrong."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = {**os.environ, "PATH": path, "COLUMNS": "80", "PYTHONWARNINGS": "ignore", "NO_COLOR": "1"}
+    ours = {"PATH": path, "COLUMNS": "80", "NO_COLOR": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **ours}
     done = subprocess.run(
         ["bash", "-c", example.command],
         cwd=folder,
