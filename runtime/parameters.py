@@ -7,7 +7,7 @@ parameter never stands on a rank unless the plan replicates it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from .relayout import from_storage, grad_to_storage
 from .shards import narrow_shape, shard_index
 from .specs import ParamSpec, ParamUse, held_names
 from .units import ReduceQueue, ShardedUnit, Unit, WholeUnit, unit_names
+
+BUCKET_ELEMENTS = 1 << 25  # of one collective that sums several gradients: 128 MiB in float32
 
 
 class ParameterStore:
@@ -228,16 +230,14 @@ class ParameterStore:
             if name in grads and (spec.partial_axes or len(spec.pipeline_ranks) > 1):
                 grads[name] = grads[name].to(self._unit_of[name].reduce_dtype)  # the same on every rank that adds
         for axis in self.grid.sizes:
-            if axis in ("pp", "dp"):
-                continue
-            names = [name for name in self.specs if axis in self.specs[name].partial_axes and name in grads]
-            if names:
-                sum_in_one([grads[name] for name in names], self.grid.group(axis))
+            if axis not in ("pp", "dp"):
+                names = [name for name in self.specs if axis in self.specs[name].partial_axes and name in grads]
+                grads.update(sum_together({name: grads[name] for name in names}, axis, self.grid.group))
         for subset in tied_subsets(self.specs.values()):
             names = [n for n, s in self.specs.items() if s.pipeline_ranks == subset and n in grads]
-            if names:
-                sum_in_one([grads[name] for name in names], self.grid.pipeline_subgroup(subset))
-        for name, grad in grads.items():
+            grads.update(sum_together({name: grads[name] for name in names}, subset, self.grid.pipeline_subgroup))
+        for name in list(grads):
+            grad = grads.pop(name)
             if not self.specs[name].has_grad:
                 continue
             grad = grad.to(self.specs[name].master_dtype)
@@ -273,15 +273,26 @@ def tied_subsets(specs: Iterable[ParamSpec]) -> list[tuple[int, ...]]:
     return sorted({spec.pipeline_ranks for spec in specs if spec.has_grad and len(spec.pipeline_ranks) > 1})
 
 
-def sum_in_one(tensors: Sequence[torch.Tensor], group: object) -> None:
-    """All-reduce in place, one collective for each dtype."""
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for dtype in sorted(by_dtype, key=str):
-        flat = torch.cat([tensor.reshape(-1) for tensor in by_dtype[dtype]])
-        dist.all_reduce(flat, group=group)  # type: ignore[arg-type]
-        offset = 0
-        for tensor in by_dtype[dtype]:
-            tensor.copy_(flat[offset : offset + tensor.numel()].view(tensor.shape))
-            offset += tensor.numel()
+def sum_together(
+    tensors: Mapping[str, torch.Tensor], where: Any, group_of: Callable[[Any], Any]
+) -> dict[str, torch.Tensor]:
+    """The sums of these tensors over group_of(where), in few collectives. The given tensors are not written to."""
+    summed: dict[str, torch.Tensor] = {}
+    bucket: list[str] = []
+    elements = 0
+    for name, tensor in tensors.items():
+        if bucket and (elements + tensor.numel() > BUCKET_ELEMENTS or tensor.dtype != tensors[bucket[0]].dtype):
+            summed.update(_sum_bucket(tensors, bucket, group_of(where)))
+            bucket, elements = [], 0
+        bucket.append(name)
+        elements += tensor.numel()
+    if bucket:
+        summed.update(_sum_bucket(tensors, bucket, group_of(where)))
+    return summed
+
+
+def _sum_bucket(tensors: Mapping[str, torch.Tensor], names: Sequence[str], group: Any) -> dict[str, torch.Tensor]:
+    flat = torch.cat([tensors[name].reshape(-1) for name in names])
+    dist.all_reduce(flat, group=group)
+    pieces = torch.split(flat, [tensors[name].numel() for name in names])
+    return {name: piece.view(tensors[name].shape) for name, piece in zip(names, pieces, strict=True)}
