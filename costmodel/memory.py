@@ -8,12 +8,12 @@ optimizer. ZeRO as in Rajbhandari et al., arXiv:1910.02054:
     parameters                   P c      P c            P c                 P/D c
     gathered for use             -        -              -                   3 u c: one in use, its buffer, the next
     gradients                    T g      T g + T/D g    T/D g               T/D g
-    on their way there           u c      u c            T g + T/D g + u c   T g + T/D g + u c
+    on their way there           u c      u c            u c + 3 u g         u c + 3 u g
     master copy and state        T (k+n)o T/D (k+n) o    T/D (k+n) o         T/D (k+n) o
 
 k is 0 where master and compute type are the same (the parameters are the optimizer's copy), else 1. One data-parallel
-rank and one microbatch keep gradients in c. Under ZeRO-2 and 3 each segment's reduction holds its input until its next
-one.
+rank and one microbatch keep gradients in c. Under ZeRO-2 and 3 two reductions are in flight while the next
+is packed.
 
 The peak is the greater of two moments: inside the pipeline, with activations and workspace, and in the optimizer step,
 with gradients in the master type (of a shard under ZeRO-1 to 3) and the optimizer's temporaries.
@@ -37,6 +37,8 @@ COMMUNICATOR_BYTES = 160 * MIB
 FRAGMENTATION = 0.03
 # Units whose whole parameters ZeRO-3 holds at once: the one in use, the buffer it came in, the next one's.
 GATHERED_UNITS = 3
+# Units whose whole gradients ZeRO-2 and 3 hold at once: two being reduced, one being packed.
+REDUCED_UNITS = 3
 
 ITEMS = (
     "parameters",
@@ -91,8 +93,7 @@ class StateMemory:
     buffers: Any
     gathered_each: Any
     gradients: Any
-    pending: Any  # on their way to the gradients
-    fresh_each: Any
+    fresh_each: Any  # on their way to the gradients
     step_gradients: Any  # in the optimizer step
     step_temporaries: Any
 
@@ -114,8 +115,7 @@ def state_memory(
         buffers=state.buffer_bytes,
         gathered_each=largest * (GATHERED_UNITS * kinds.compute if zero == 3 else 0),
         gradients={0: trainable, 1: trainable + shard, 2: shard, 3: shard}[zero] * each,
-        pending=(trainable + shard) * (each if zero >= 2 else 0),
-        fresh_each=largest * (kinds.compute if accumulates else 0),
+        fresh_each=largest * ((kinds.compute if accumulates else 0) + (REDUCED_UNITS * each if zero >= 2 else 0)),
         step_gradients=shard * (each + (0 if in_master else kinds.master)),
         step_temporaries=stepped * kinds.master,
     )
@@ -165,7 +165,7 @@ def rank_items(
     in_pipeline = {
         "gathered_parameters": most("gathered_each"),
         "gradients": total("gradients"),
-        "gradient_buffers": total("pending") + most("fresh_each"),
+        "gradient_buffers": most("fresh_each"),
         "activations": int(activation_bytes),
         "workspace": int(workspace_bytes),
     }

@@ -46,7 +46,7 @@ def check_fits(graph: ModelGraph, plan: Plan) -> None:
         missing = [n.name for n in segment.joint.graph.nodes if is_op(n) and (rows is None or n.name not in rows)]
         if rows is None or missing:
             raise ShardwrightError(
-                f"the plan has no placement for {len(missing)} ops of {name} (first: {missing[0] if missing else 'all'})",
+                f"the plan has no placement for {len(missing)} ops of {name}, as {missing[0] if missing else 'all'}",
                 means="the plan was made for another model, or for another version of its code",
                 change="make the plan again for this model",
                 works="shardwright plan MODEL --hardware NAME -o plan.json",
@@ -83,7 +83,11 @@ def build_segment_program(segment: Segment, context: ShardContext, recompute: bo
         input_grads=tuple(gradients[len(segment.param_shapes) :]),
         param_grads=tuple(gradients[: len(segment.param_shapes)]),
         param_shards=tuple(
-            {axis.name: place for axis, place in zip(axes, places(f"param_{i}"), strict=True) if place >= 0 and axis.size > 1}
+            {
+                axis.name: place
+                for axis, place in zip(axes, places(f"param_{i}"), strict=True)
+                if place >= 0 and axis.size > 1
+            }
             for i in range(len(segment.param_shapes))
         ),
         grad_partial_axes=tuple(_partial_axes(axes, solutions, name, i) for i in range(len(segment.param_shapes))),

@@ -21,13 +21,16 @@ def fuse_model(
 ) -> tuple[ModelGraph, list[str]]:
     """The model with kernels fused where they win, and what was fused, as 'segment3: add_rms_norm x2'.
 
-    wins(dtype) answers for operands of that dtype. only: the segments to look at. A segment in which nothing is fused is kept as it is.
+    wins(dtype) answers for operands of that dtype. only: the segments to look at. A segment in which
+    nothing is fused is kept as it is.
     """
     segments, done = dict(graph.segments), []
     for name, segment in graph.segments.items():
         if only is not None and name not in only:
             continue
-        dtype = next((info.dtype for info in (*segment.inputs, *segment.outputs) if info.dtype.is_floating_point), torch.float32)
+        dtype = next(
+            (info.dtype for info in (*segment.inputs, *segment.outputs) if info.dtype.is_floating_point), torch.float32
+        )
         fused = fuse_add_rms_norm(segment.forward, (), wins=wins(dtype))
         counts = _fused_ops(fused.graph)
         if counts:

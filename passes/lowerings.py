@@ -62,8 +62,10 @@ def embedding_rows_backward(emit: Emitter, node: fx.Node, args: list[Any], axis:
     return emit.call(aten.embedding_dense_backward.default, grad, local, count, -1, False)
 
 
-def nll(emit: Emitter, node: fx.Node, args: list[Any], rows: list[MeshAxis], cols: list[MeshAxis]) -> tuple[fx.Node, fx.Node]:
-    """(log_probabilities, target, weight, reduction, ignore_index) -> (loss, total weight), both whole on every rank."""
+def nll(
+    emit: Emitter, node: fx.Node, args: list[Any], rows: list[MeshAxis], cols: list[MeshAxis]
+) -> tuple[fx.Node, fx.Node]:
+    """(log_probabilities, target, weight, reduction, ignore_index) -> (loss, total weight), whole on every rank."""
     target, ignore = args[1], args[4]
     for axis in cols:
         target = _target_at(emit, target, ignore, node.args[0].meta["val"].shape[1], axis)  # type: ignore[union-attr]

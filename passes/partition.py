@@ -33,7 +33,9 @@ def partition(
     both = [n for n in placeholders if n.name.startswith(("param_", "buffer_")) or n.name == "key"]
     inputs = [n for n in placeholders if n.name.startswith("input_")]
     tangents = [n for n in placeholders if n.name.startswith("tangent_")]
-    results = dict(zip(result_keys(segment), next(n for n in reversed(graph.nodes) if n.op == "output").args[0], strict=True))
+    results = dict(
+        zip(result_keys(segment), next(n for n in reversed(graph.nodes) if n.op == "output").args[0], strict=True)
+    )
     forward_results = [v for k, v in results.items() if k.startswith(("output_", "update_"))]
     backward_results = [v for k, v in results.items() if k.startswith(("param_grad_", "input_grad_"))]
     if not any(isinstance(v, fx.Node) for v in backward_results):
@@ -41,9 +43,7 @@ def partition(
     kept = _kept(graph, backward_results, recompute)
     written = {f"buffer_{slot}" for slot in segment.mutated_buffers}
     copies = [n for n in both if n.name in written and recompute and n.users]
-    forward = _extract(
-        joint, [*both[:-1], *inputs, both[-1]], [*forward_results, *kept, *copies], clone=set(copies)
-    )
+    forward = _extract(joint, [*both[:-1], *inputs, both[-1]], [*forward_results, *kept, *copies], clone=set(copies))
     # a buffer that the forward overwrites is read by the recomputation as it was before
     renamed = {n: f"before_{n.name}" for n in copies}
     backward = _extract(joint, [*both, *kept, *copies, *tangents], backward_results, renamed=renamed)
@@ -108,7 +108,7 @@ def _extract(
     for node in joint.graph.nodes:
         if node in needed:
             env[node] = graph.node_copy(node, lambda n: env[n])
-    results = []
+    results: list[fx.Node | None] = []
     for node in wanted:
         if not isinstance(node, fx.Node):
             results.append(None)

@@ -16,7 +16,7 @@ class SegmentProgram:
     forward(*params, *buffers, *inputs, key) -> (*outputs, *buffer_updates, *saved)
     backward(*params, *buffers, key, *saved, *tangents) -> (*param_grads, *input_grads)
 
-    saved never holds a parameter or a buffer. Under full recomputation saved is just the inputs that the backward needs.
+    saved never holds a parameter or a buffer. Under full recomputation it is just the inputs that the backward needs.
     Gradients stand as None where nothing is differentiated. A gradient may be partial over the axes named in
     grad_partial_axes: the runtime sums it there, once per step.
     """

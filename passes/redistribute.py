@@ -50,9 +50,7 @@ class Emitter:
         return self.call(aten.contiguous.default, x)
 
 
-def redistribute(
-    emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, before: int, after: int
-) -> fx.Node:
+def redistribute(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, before: int, after: int) -> fx.Node:
     """shape: sizes of the tensor on this rank, were it whole on the axis."""
     if before == after or axis.size == 1:
         return x
@@ -69,7 +67,12 @@ def redistribute(
 def _slice(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, dim: int) -> fx.Node:
     start = shard_start(shape[dim], axis.size, axis.index)
     size = shard_size(shape[dim], axis.size, axis.index)
-    return emit.call(aten.slice.Tensor, x, dim, start, start + size)
+    return _part(emit, x, dim, start, start + size)
+
+
+def _part(emit: Emitter, x: fx.Node, dim: int, start: int, end: int) -> fx.Node:
+    """Contiguous, as ops make their results: the kernels of norms read the statistics handed to their backward so."""
+    return emit.contiguous(emit.call(aten.slice.Tensor, x, dim, start, end))
 
 
 def _keep_on_first(emit: Emitter, x: fx.Node, axis: MeshAxis) -> fx.Node:
@@ -93,7 +96,7 @@ def _all_gather(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis,
     elif dim != 0:  # only ones before: the pieces already lie one after the other
         gathered = emit.call(aten.reshape.default, gathered, [*shape[:dim], chunk * axis.size, *shape[dim + 1 :]])
     if chunk * axis.size != shape[dim]:  # chunks are full but for the last ones, so padding is all at the end
-        gathered = emit.call(aten.slice.Tensor, gathered, dim, 0, shape[dim])
+        gathered = _part(emit, gathered, dim, 0, shape[dim])
     return gathered
 
 
@@ -113,12 +116,10 @@ def _reduce_scatter(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshA
     if dim != 0 and all(s == 1 for s in shape[:dim]):
         out = emit.call(aten.reshape.default, out, [*shape[:dim], chunk, *shape[dim + 1 :]])
     own = shard_size(shape[dim], axis.size, axis.index)
-    return out if own == chunk else emit.call(aten.slice.Tensor, out, dim, 0, own)
+    return out if own == chunk else _part(emit, out, dim, 0, own)
 
 
-def _all_to_all(
-    emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, before: int, after: int
-) -> fx.Node:
+def _all_to_all(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, before: int, after: int) -> fx.Node:
     """Split on `after`, exchange, join on `before`: each rank sends piece j to rank j."""
     n = axis.size
     out_chunk, in_chunk = -(-shape[after] // n), -(-shape[before] // n)
@@ -133,6 +134,6 @@ def _all_to_all(
     parts = emit.call(aten.split.Tensor, moved, local[0], 0)
     joined = emit.call(aten.cat.default, [_item(emit, parts, i) for i in range(n)], before)
     if in_chunk * n != shape[before]:
-        joined = emit.call(aten.slice.Tensor, joined, before, 0, shape[before])
+        joined = _part(emit, joined, before, 0, shape[before])
     own = shard_size(shape[after], n, axis.index)
-    return joined if own == out_chunk else emit.call(aten.slice.Tensor, joined, after, 0, own)
+    return joined if own == out_chunk else _part(emit, joined, after, 0, own)

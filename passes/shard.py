@@ -28,13 +28,20 @@ aten = torch.ops.aten
 
 # ops with an argument that is the size of their result: packet -> position
 _OUTPUT_SIZE_ARG = {
-    aten.view: 1, aten.reshape: 1, aten._unsafe_view: 1, aten.expand: 1, aten.zeros: 0, aten.ones: 0, aten.full: 0, aten.empty: 0,
-    aten.new_zeros: 1, aten.new_ones: 1, aten.new_full: 1, aten.new_empty: 1, aten.slice_backward: 1, aten.select_backward: 1,
-    aten.upsample_nearest2d_backward: 2, aten.upsample_bilinear2d_backward: 2, aten.upsample_bicubic2d_backward: 2,
+    aten.view: 1, aten.reshape: 1, aten._unsafe_view: 1, aten.expand: 1, aten.zeros: 0, aten.ones: 0, aten.full: 0,
+    aten.empty: 0, aten.new_zeros: 1, aten.new_ones: 1, aten.new_full: 1, aten.new_empty: 1, aten.slice_backward: 1,
+    aten.select_backward: 1, aten.upsample_nearest2d_backward: 2, aten.upsample_bilinear2d_backward: 2,
+    aten.upsample_bicubic2d_backward: 2,
 }  # fmt: skip
 _BATCH_SIZE_ARG = {aten.native_group_norm: 3, aten.native_group_norm_backward: 5}
-# counter-based ops: op name -> (position of the local size or None, position of the offset, operand or result that is split alike)
-_RANDOM_ARGS = {"dropout": (None, 5), "rand_uniform": (1, 3), "rand_normal": (1, 3), "attention": (None, 11), "attention_backward": (None, 14)}
+# counter-based ops: op name -> (position of the local size or None, position of the offset)
+_RANDOM_ARGS = {
+    "dropout": (None, 5),
+    "rand_uniform": (1, 3),
+    "rand_normal": (1, 3),
+    "attention": (None, 11),
+    "attention_backward": (None, 14),
+}
 
 Places = tuple[int, ...]
 
@@ -123,6 +130,8 @@ class _Sharding:
 
     def _move_axes(self, x: fx.Node, shape: Sequence[int], current: list[int], after: Places) -> fx.Node:
         """One axis at a time. An axis may only be cut or joined on a dimension that no later axis cuts meanwhile."""
+        cuts = [place for place, axis in zip(after, self.axes, strict=True) if axis.size > 1 and place >= 0]
+        assert len(cuts) == len(set(cuts)), f"two axes cut one dimension: {after}"
         pending = [k for k, axis in enumerate(self.axes) if axis.size > 1 and current[k] != after[k]]
         while pending:
             ready = [k for k in pending if not self._conflicts(k, current, after[k])]
@@ -155,12 +164,14 @@ class _Sharding:
                 return self.env[origin(n)]
             return self._read(*origin(n), next(places))
 
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), operand)
-        args, kwargs = list(args), dict(kwargs)
+        local_args, local_kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), operand)
+        args: list[Any] = [self.context.device if isinstance(a, torch.device) else a for a in local_args]
+        kwargs: dict[str, Any] = dict(local_kwargs)
         if "device" in kwargs:
             kwargs["device"] = self.context.device
-        args = [self.context.device if isinstance(a, torch.device) else a for a in args]
-        lowered = [(s.lowering, axis) for s, axis in zip(strategies, self.axes, strict=True) if s.lowering and axis.size > 1]
+        lowered = [
+            (s.lowering, axis) for s, axis in zip(strategies, self.axes, strict=True) if s.lowering and axis.size > 1
+        ]
         if lowered:
             result = self._lower(node, args, lowered)
         else:
@@ -218,7 +229,9 @@ class _Sharding:
             return
         for k, item in enumerate(val):
             if isinstance(item, torch.Tensor):
-                self.env[(node, k)] = result[k] if isinstance(result, tuple) else self.emit.call(operator.getitem, result, k)
+                self.env[(node, k)] = (
+                    result[k] if isinstance(result, tuple) else self.emit.call(operator.getitem, result, k)
+                )
 
     # ----- results
 
@@ -247,6 +260,3 @@ def result_keys(segment: Segment) -> list[str]:
         + [f"param_grad_{k}" for k in range(len(segment.param_shapes))]
         + [f"input_grad_{k}" for k in range(len(segment.inputs))]
     )
-
-
-

@@ -114,7 +114,7 @@ def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Int
     return IntervalBytes(
         lasting=lasting,
         activation=chain.activation_of,
-        pipeline=held.gradients + held.pending,
+        pipeline=held.gradients,
         pipeline_each=held.gathered_each + held.fresh_each + chain.workspace_of,
         step=held.step_gradients + held.step_temporaries,
         slack=memory.slack_factor(kind),

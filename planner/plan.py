@@ -74,12 +74,14 @@ class Predicted(_Document):
     peak_bytes: list[int]  # the worst rank of each stage
     bubble_fraction: float
     exposed_comm_s: float
-    memory: dict[str, int] = Field(default_factory=dict)  # worst rank: parameters, gradients, optimizer, activations, ...
+    memory: dict[str, int] = Field(
+        default_factory=dict
+    )  # worst rank: parameters, gradients, optimizer, activations, ...
     memory_limit_bytes: int = 0
 
 
 class Certificate(_Document):
-    """status: optimal (gap proven within tolerance) | feasible. lower_bound_s is a bound on any plan in the searched space."""
+    """status: optimal (gap proven within tolerance) | feasible. lower_bound_s: of any plan in the searched space."""
 
     status: str
     lower_bound_s: float
@@ -113,7 +115,9 @@ class ConservativeOp(_Document):
 class Plan(_Document):
     schema_: str = Field(default=SCHEMA_VERSION, alias="schema")
     hashes: Hashes
-    workload: dict[str, Any]  # enough for the command line to rebuild the Workload: model spec, batch, seq_len, dtype, ...
+    workload: dict[
+        str, Any
+    ]  # enough for the command line to rebuild the Workload: model spec, batch, seq_len, dtype, ...
     hardware: dict[str, Any]  # name, devices, sources of the figures
     mesh: Mesh
     microbatch: Microbatch
@@ -159,19 +163,26 @@ class Plan(_Document):
             os.replace(temporary, path)
         except OSError as error:
             Path(temporary).unlink(missing_ok=True)
-            raise ShardwrightError(f"cannot write {path}: {error.strerror}", change="-o PATH", works="-o plan.json") from None
+            raise ShardwrightError(
+                f"cannot write {path}: {error.strerror}", change="-o PATH", works="-o plan.json"
+            ) from None
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         try:
             text = Path(path).read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ShardwrightError(f"cannot read plan {path}: {error}", change="the plan's path", works="plan.json") from None
+            raise ShardwrightError(
+                f"cannot read plan {path}: {error}", change="the plan's path", works="plan.json"
+            ) from None
         try:
             document = json.loads(text)
         except json.JSONDecodeError as error:
             raise ShardwrightError(
-                f"{path} is not JSON: {error}", means="it is not a plan", change="the plan's path", works="plan.json",
+                f"{path} is not JSON: {error}",
+                means="it is not a plan",
+                change="the plan's path",
+                works="plan.json",
                 exit_code=ExitCode.PLAN_MISMATCH,
             ) from None
         found = document.get("schema") if isinstance(document, dict) else None

@@ -55,11 +55,15 @@ class Setting:
         return self._chains[key][1]
 
     def limit(self, candidate: Candidate, rank: int) -> int:
-        """What a plan may use of the rank's memory: the user's limit, or the device's less headroom for what is not known."""
+        """What a plan may use of the rank's memory: the user's limit, or the device's less some headroom."""
         device = self.mesh(candidate).devices[rank]
         if self.memory_limit_bytes is None and self.cluster.memory_limit_bytes is None:
             return int(device.memory_bytes * MEMORY_SHARE)
-        return device.memory_bytes if self.memory_limit_bytes is None else min(device.memory_bytes, self.memory_limit_bytes)
+        return (
+            device.memory_bytes
+            if self.memory_limit_bytes is None
+            else min(device.memory_bytes, self.memory_limit_bytes)
+        )
 
     def forget(self) -> None:
         """Drop what was cached of chains: called between groups of candidates, which share no chain."""

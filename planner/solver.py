@@ -14,7 +14,10 @@ import pulp
 
 @dataclass(frozen=True)
 class Solution:
-    """status: optimal | feasible (limit reached with an answer) | infeasible | unknown. gap_fraction = (objective - bound) / objective."""
+    """status: optimal | feasible (limit reached with an answer) | infeasible | unknown.
+
+    gap_fraction = (objective - bound) / objective.
+    """
 
     status: str
     objective: float

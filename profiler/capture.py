@@ -51,7 +51,12 @@ def compute_loss(model: nn.Module, loss: Callable[[Any, Any], torch.Tensor] | No
     found = getattr(output, "loss", None)
     if found is None and isinstance(output, dict):
         found = output.get("loss")
-    if found is None and isinstance(output, (tuple, list)) and isinstance(output[0], torch.Tensor) and output[0].dim() == 0:
+    if (
+        found is None
+        and isinstance(output, (tuple, list))
+        and isinstance(output[0], torch.Tensor)
+        and output[0].dim() == 0
+    ):
         found = output[0]
     if found is None:
         raise ShardwrightError(
@@ -86,7 +91,13 @@ def capture(workload: Workload) -> ModelGraph:
     if not isinstance(loss_node, fx.Node):
         raise ShardwrightError("the loss is a constant", means="it does not depend on the model", change="loss")
     pieces = fold.cut(
-        graph, workload.model, ROOT, nodes_of(param_fqn), nodes_of(buffer_fqn), nodes_of(mutated), [loss_node, *mutated.values()]
+        graph,
+        workload.model,
+        ROOT,
+        nodes_of(param_fqn),
+        nodes_of(buffer_fqn),
+        nodes_of(mutated),
+        [loss_node, *mutated.values()],
     )
     return _assemble(workload, exported, pieces, loss_node, key, mutated, param_fqn, buffer_fqn, user_inputs)
 
@@ -97,7 +108,10 @@ def _strip(fqn: str) -> str:
 
 def _export(workload: Workload) -> tuple[Any, dict[str, torch.Tensor]]:
     # torch.export takes two arguments that are the same tensor for one: give it distinct ones
-    batch = {name: t.clone() if t.device.type != "meta" else torch.empty_like(t) for name, t in workload.example_batch.items()}
+    batch = {
+        name: t.clone() if t.device.type != "meta" else torch.empty_like(t)
+        for name, t in workload.example_batch.items()
+    }
     step = TrainingStep(workload.model, workload.loss)
     try:
         with warnings.catch_warnings(), shardwright_attention(workload.model), lazy_recompile(), _no_collection():
@@ -111,7 +125,7 @@ def _export(workload: Workload) -> tuple[Any, dict[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Hold the garbage collector back: a trace makes millions of objects that live, and walking them is a quarter of it."""
+    """Hold the garbage collector back: a trace makes millions of objects that live, and walking them is a quarter."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -124,7 +138,11 @@ def _no_collection() -> Iterator[None]:
 def _capture_error(error: Exception) -> ShardwrightError:
     """Name the op and the user's own line."""
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if "/torch/" not in f.filename and "/shardwright/" not in f.filename and f.filename != __file__]
+    outside = [
+        f
+        for f in frames
+        if "/torch/" not in f.filename and "/shardwright/" not in f.filename and f.filename != __file__
+    ]
     own = [f for f in outside if "site-packages" not in f.filename and not f.filename.startswith("<")]
     frame = (own or outside or frames)[-1]
     reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
@@ -153,8 +171,16 @@ def _assemble(
     canonical, tied = _canonical_params(model, param_fqn)
     requires_grad = _requires_grad(graph, {n.name for n in graph.nodes if n.name in param_fqn and
                                            _parameter(model, param_fqn[n.name]).requires_grad})  # fmt: skip
-    result = ModelGraph(name=workload.name, segments={}, instances=[], values={}, input_names=tuple(user_inputs.values()),
-                        params={}, buffers={}, tied=tied)  # fmt: skip
+    result = ModelGraph(
+        name=workload.name,
+        segments={},
+        instances=[],
+        values={},
+        input_names=tuple(user_inputs.values()),
+        params={},
+        buffers={},
+        tied=tied,
+    )
     for fqn in canonical.values():
         parameter = _parameter(model, fqn)
         result.params[fqn] = (tuple(parameter.shape), parameter.dtype, parameter.requires_grad)
@@ -167,11 +193,15 @@ def _assemble(
     for index, piece in enumerate(pieces):
         updates = [n for n in piece.nodes if n in written]
         piece.outputs = [n for n in piece.outputs if n not in written or _read_elsewhere(n, piece)]
-        digest = fold.structure_hash(piece, lambda n: _facts(n, requires_grad), extra=str([written[n] for n in updates] and len(updates)))
+        digest = fold.structure_hash(
+            piece, lambda n: _facts(n, requires_grad), extra=str([written[n] for n in updates] and len(updates))
+        )
         if digest not in names:
             names[digest] = f"{'prologue' if piece.prologue else 'segment'}{len(names)}"
             slots = tuple(piece.buffers.index(_placeholder(graph, written[n])) for n in updates)
-            result.segments[names[digest]] = _segment(names[digest], digest, piece, updates, slots, key, requires_grad, mode)
+            result.segments[names[digest]] = _segment(
+                names[digest], digest, piece, updates, slots, key, requires_grad, mode
+            )
         segment = result.segments[names[digest]]
         outputs = tuple(f"{names[digest]}.{index}/{i}" for i in range(len(piece.outputs)))
         for node, name, info in zip(piece.outputs, outputs, segment.outputs, strict=True):
@@ -261,7 +291,7 @@ def _segment(
     flags = lambda nodes: [n in requires_grad for n in nodes]  # noqa: E731
     with mode:
         key_value = torch.empty(4, dtype=torch.int64)
-    traced, takes_tangent = joint.trace_joint(
+    traced, _ = joint.trace_joint(
         forward, fake(piece.params), flags(piece.params), fake(piece.buffers), fake(piece.inputs), flags(piece.inputs),
         key_value, fake(outputs), flags(outputs), len(updates),
     )  # fmt: skip
@@ -274,10 +304,10 @@ def _segment(
         param_requires_grad=tuple(flags(piece.params)),
         num_buffers=len(piece.buffers),
         mutated_buffers=slots,
-        inputs=tuple(ValueInfo(n.name, tuple(value(n).shape), value(n).dtype, n in requires_grad) for n in piece.inputs),
-        outputs=tuple(
-            ValueInfo(n.name, tuple(value(n).shape), value(n).dtype, n in requires_grad) for n in outputs
+        inputs=tuple(
+            ValueInfo(n.name, tuple(value(n).shape), value(n).dtype, n in requires_grad) for n in piece.inputs
         ),
+        outputs=tuple(ValueInfo(n.name, tuple(value(n).shape), value(n).dtype, n in requires_grad) for n in outputs),
         has_random=piece.num_random > 0,
         structure_hash=digest,
         is_prologue=piece.prologue,
@@ -285,7 +315,7 @@ def _segment(
 
 
 def _model_hash(graph: ModelGraph) -> str:
-    """Of the ops, the wiring and the parameters; not of the batch size, so that a plan fits other captures of the model."""
+    """Of the ops, the wiring and the parameters; not of the batch size, so that a plan fits other captures."""
     parts: list[str] = []
     for segment in graph.segments.values():
         parts.append(segment.name + ",".join(f"{n.name}:{n.target}" for n in segment.joint.graph.nodes))

@@ -201,7 +201,7 @@ def _measure_gloo() -> tuple[float, float]:
 
     def end(rank: int, folder: str) -> None:
         store = dist.FileStore(f"{folder}/store", 2)
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
         options._timeout = datetime.timedelta(seconds=10)
         group = dist.ProcessGroupGloo(store, rank, 2, options)
@@ -210,7 +210,7 @@ def _measure_gloo() -> tuple[float, float]:
             times = []
             for _ in range(repeats):
                 start = time.perf_counter()
-                group.allreduce([mine]).wait()
+                group.allreduce([mine]).wait()  # type: ignore[attr-defined]
                 times.append(time.perf_counter() - start)
             if rank == 0:
                 seconds[name] = sorted(times)[len(times) // 2]

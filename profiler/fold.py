@@ -227,6 +227,3 @@ def _kind(node: fx.Node) -> str:
     if isinstance(val, torch.Tensor):
         return f"{tuple(val.shape)}{val.dtype}"
     return str(type(val))
-
-
-

@@ -41,7 +41,8 @@ class OpCost:
 class Segment:
     """A distinct piece of the forward graph with its joint forward+backward graph.
 
-    joint has placeholders in this order: params, buffers, inputs, key, tangents (one for each output that requires grad).
+    joint has placeholders in this order: params, buffers, inputs, key, tangents (one for each output that requires
+    grad).
     It returns outputs, buffer_updates (one for each name in mutated_buffers), param_grads (None where frozen),
     input_grads (None where the input does not require grad), flattened into one tuple.
     """

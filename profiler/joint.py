@@ -45,7 +45,7 @@ def forward_module(
             new.kwargs = {**new.kwargs, "device": torch.device("cpu")}
         new.args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in new.args)
         if node.meta.get("random"):
-            position = RANDOM_INDEX_ARG[node.target._schema.name.split("::")[1]]
+            position = RANDOM_INDEX_ARG[node.target._schema.name.split("::")[1]]  # type: ignore[union-attr]
             new.args = (*new.args[:position], num_random, *new.args[position + 1 :])
             num_random += 1
         env[node] = new
@@ -95,7 +95,9 @@ def trace_joint(
         boundary.append(_torch.last_traced_node_name())
         pairs = [
             (out, tangent)
-            for out, tangent in zip((o for o, r in zip(outs, output_requires_grad, strict=True) if r), tangents, strict=True)
+            for out, tangent in zip(
+                (o for o, r in zip(outs, output_requires_grad, strict=True) if r), tangents, strict=True
+            )
             if out.requires_grad
         ]
         takes_tangent[:] = [bool(r and o.requires_grad) for o, r in zip(outs, output_requires_grad, strict=True)]
@@ -137,9 +139,7 @@ def retrace(segment: Segment, forward: fx.GraphModule) -> Segment:
 
 
 def _mutates(forward: fx.GraphModule) -> bool:
-    return any(
-        isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in forward.graph.nodes
-    )
+    return any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in forward.graph.nodes)
 
 
 def _functional(forward: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
@@ -201,7 +201,6 @@ def _mean(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 def _mean_dim(x: torch.Tensor, dim: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> torch.Tensor:
     return torch.div(torch.sum(x, dim, keepdim, dtype=dtype), _count(x, dim))
-
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {

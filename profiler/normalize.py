@@ -37,13 +37,15 @@ _CASTS = {
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
 
-def value(node: fx.Node) -> Any:
-    return node.meta.get("val")
+def value(node: Any) -> Any:
+    return node.meta.get("val") if isinstance(node, fx.Node) else None
 
 
 def source_of(node: fx.Node) -> str:
     """'file:line' of the user's code, the last frame of the stack that the trace kept."""
-    lines = [line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith('File "')]
+    lines = [
+        line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith('File "')
+    ]
     if not lines:
         return ""
     parts = lines[-1].split('"')
@@ -104,7 +106,9 @@ def inline_scopes(graph_module: fx.GraphModule) -> None:
 
 
 def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, operands: list[Any], detach: bool) -> None:
-    environment: dict[fx.Node, Any] = dict(zip((n for n in body.graph.nodes if n.op == "placeholder"), operands, strict=True))
+    environment: dict[fx.Node, Any] = dict(
+        zip((n for n in body.graph.nodes if n.op == "placeholder"), operands, strict=True)
+    )
     outputs: Any = ()
     with graph.inserting_before(node):
         for inner in body.graph.nodes:
@@ -182,7 +186,10 @@ def _has_views(node: fx.Node) -> bool:
         if not isinstance(target, torch._ops.OpOverload):
             return target is operator.getitem
         returns = target._schema.returns
-        return any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or target is aten.reshape.default
+        return (
+            any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+            or target is aten.reshape.default
+        )
 
     if is_view(node):
         return True
@@ -190,7 +197,7 @@ def _has_views(node: fx.Node) -> bool:
 
 
 def replace_inplace(graph: fx.Graph, buffer_placeholders: set[str]) -> dict[str, fx.Node]:
-    """x.add_(y) becomes x1 = add(x, y), later readers of x read x1. Returns buffers written: placeholder -> new value."""
+    """x.add_(y) becomes x1 = add(x, y), later readers of x read x1. Returns buffers written: name -> new value."""
     mutated: dict[str, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or not _is_inplace(node.target):
@@ -251,7 +258,9 @@ def replace_batch_norm(graph: fx.Graph, mutated: dict[str, fx.Node]) -> None:
         with graph.inserting_before(node):
             mean = call(aten.div.Scalar, call(aten.sum.dim_IntList, x, dims, True), count)
             centred = call(aten.sub.Tensor, x, mean)
-            var = call(aten.div.Scalar, call(aten.sum.dim_IntList, call(aten.mul.Tensor, centred, centred), dims, True), count)
+            var = call(
+                aten.div.Scalar, call(aten.sum.dim_IntList, call(aten.mul.Tensor, centred, centred), dims, True), count
+            )
             out = call(aten.mul.Tensor, centred, call(aten.rsqrt.default, call(aten.add.Scalar, var, eps)))
             if weight is not None:
                 out = call(aten.mul.Tensor, out, call(aten.view.default, weight, stat))
@@ -275,7 +284,11 @@ def add_key(graph: fx.Graph) -> fx.Node:
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(last):
         key = graph.placeholder("random_key")
-    with value(last).fake_mode if isinstance(value(last), torch.Tensor) and hasattr(value(last), "fake_mode") else _null():
+    with (
+        value(last).fake_mode
+        if isinstance(value(last), torch.Tensor) and hasattr(value(last), "fake_mode")
+        else _null()
+    ):
         key.meta["val"] = torch.empty(4, dtype=torch.int64, device="meta")
     return key
 
@@ -288,7 +301,8 @@ class _null:
 
 _RANDOM_NAMES = {"rand", "rand_like", "randn", "randn_like", "bernoulli", "randint", "randint_like", "randperm",
                  "multinomial", "normal", "uniform", "normal_functional", "rrelu", "poisson", "native_dropout",
-                 "bernoulli_", "uniform_", "normal_", "random_", "exponential_", "exponential", "geometric_"}  # fmt: skip
+                 "bernoulli_", "uniform_", "normal_", "random_", "exponential_", "exponential",
+                 "geometric_"}  # fmt: skip
 
 
 def replace_random(graph: fx.Graph, key: fx.Node) -> None:
@@ -304,7 +318,7 @@ def replace_random(graph: fx.Graph, key: fx.Node) -> None:
 
 
 def _replace_dropout(graph: fx.Graph, node: fx.Node, key: fx.Node) -> None:
-    x, probability, training = node.args[:3]
+    x, probability, training = node.all_input_nodes[0], node.args[1], node.args[2]
     if not training or probability == 0:
         node.replace_all_uses_with(x)
         graph.erase_node(node)
@@ -378,10 +392,14 @@ def replace_attention(graph: fx.Graph, key: fx.Node) -> None:
             causal = node.kwargs.get("is_causal", causal)
             scale = node.kwargs.get("scale")
             window = 0
-        elif getattr(node.target, "_schema", None) is not None and node.target._schema.name == "shardwright::sdpa_window":
+        elif (
+            getattr(node.target, "_schema", None) is not None and node.target._schema.name == "shardwright::sdpa_window"
+        ):
             q, k, v, dropout_p, scale, window = node.args[:6]
             mask, causal = None, True
-        elif getattr(node.target, "_schema", None) is not None and node.target._schema.name == "shardwright::sdpa_masked":
+        elif (
+            getattr(node.target, "_schema", None) is not None and node.target._schema.name == "shardwright::sdpa_masked"
+        ):
             q, k, v, mask, dropout_p, scale, causal, window = node.args[:8]
         else:
             continue

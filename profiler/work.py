@@ -1,4 +1,4 @@
-"""FLOPs and bytes of one op from its shapes: torch's own flop formulas where it has them, one per output element elsewhere."""
+"""FLOPs and bytes of one op from its shapes: torch's own formulas where it has them, else one per output element."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ VIEWS = {
     getattr(aten, name)
     for name in (
         "view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "split", "unbind",
-        "split_with_sizes", "alias", "detach", "diagonal", "narrow", "chunk", "unfold", "_reshape_alias", "movedim", "real", "imag",
+        "split_with_sizes", "alias", "detach", "diagonal", "narrow", "chunk", "unfold", "_reshape_alias",
+        "movedim", "real", "imag",
     )
     if hasattr(aten, name)
 }  # fmt: skip
@@ -38,7 +39,7 @@ def is_view(node: fx.Node) -> bool:
         return False
     packet = getattr(node.target, "overloadpacket", None)
     if packet is aten.reshape or packet is aten.contiguous:
-        source, out = node.args[0].meta["val"], node.meta["val"]
+        source, out = node.all_input_nodes[0].meta["val"], node.meta["val"]
         return packet is aten.reshape and source.is_contiguous() and out.is_contiguous()
     return packet in VIEWS
 

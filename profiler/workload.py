@@ -14,7 +14,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """name as in torch.optim; factory(params) -> Optimizer. state_tensors: tensors of a parameter's size that it keeps."""
+    """name as in torch.optim; factory(params) -> Optimizer. state_tensors: of a parameter's size that it keeps."""
 
     name: str = "AdamW"
     factory: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
@@ -53,5 +53,7 @@ class Workload:
     batch_size: int = 0  # of example_batch; 0: that of its first tensor
     tokens_per_sample: int = 0  # sequence length; 0: dimension 1 of the first integer tensor, else 1
     name: str = "model"
-    spec: Mapping[str, Any] = field(default_factory=dict)  # what rebuilds it: {"model": "preset:gpt2", "seq_len": 1024, ...}
+    spec: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what rebuilds it: {"model": "preset:gpt2", "seq_len": 1024, ...}
     seed: int = 0

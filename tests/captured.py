@@ -40,8 +40,8 @@ class Recorded:
     values: dict[fx.Node, Any]
 
     @property
-    def arguments(self) -> list[Any]:
-        return [self.values[n] for n in self.segment.joint.graph.nodes if n.op == "placeholder"]
+    def placeholders(self) -> dict[fx.Node, Any]:
+        return {n: self.values[n] for n in self.segment.joint.graph.nodes if n.op == "placeholder"}
 
     @property
     def results(self) -> tuple[Any, ...]:

@@ -53,8 +53,8 @@ def hand_made_plan() -> Plan:
         certificate=Certificate(status="feasible", lower_bound_s=1.1, gap_fraction=0.12),
         planning_s=PlanningTime(capture=1.5, solve=2.0, total=3.75),
         considered=[
-            Considered(mesh=Mesh(dp=4), microbatch=4, schedule="interleaved_1f1b x2", zero=3, recompute="none", step_s=1.5,
-                       peak_bytes=400 << 20, reason="slower by 20.0 %"),
+            Considered(mesh=Mesh(dp=4), microbatch=4, schedule="interleaved_1f1b x2", zero=3, recompute="none",
+                       step_s=1.5, peak_bytes=400 << 20, reason="slower by 20.0 %"),
             Considered(mesh=Mesh(tp=4), microbatch=4, schedule="gpipe", zero=0, recompute="all", step_s=None,
                        peak_bytes=700 << 20, reason="needs 700 MiB of 600 MiB"),
         ],

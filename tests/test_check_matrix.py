@@ -6,7 +6,6 @@ benchmarks/check_matrix.py runs the same through `shardwright check` itself and 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +18,11 @@ from distributed import run_ranks
 
 from shardwright import api, tasks
 from shardwright.checking import TOLERANCE
-from shardwright.planner.plan import Plan
 from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.workload import Workload
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from check_matrix import LAYOUTS, MODELS, spec  # noqa: E402
+from check_matrix import LAYOUTS, MODELS, spec
 
 _captured: dict[tuple[Any, ...], ModelGraph] = {}  # of this process: each worker has its own
 

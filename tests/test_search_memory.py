@@ -33,7 +33,7 @@ def test_zero_shards_one_more_kind_of_state_at_each_stage(zero, parameters, grad
     found = held(zero=zero)
     assert (found.parameters, found.gradients, found.optimizer) == (parameters, gradients, optimizer)
     assert found.gathered_each == (3 * 100 * 2 if zero == 3 else 0)
-    assert found.pending == (3200 + 800 if zero >= 2 else 0)
+    assert found.fresh_each == 100 * 2 + (3 * 100 * 4 if zero >= 2 else 0)
     assert found.step_gradients == (3200 if zero == 0 else 800)
 
 

@@ -77,7 +77,7 @@ def test_dense_core_reaches_the_integer_program(seed: int, monkeypatch: pytest.M
     problem, reached = dense(6, 3, seed), []
     original = pbqp._solve_core
 
-    def spy(work, core, choice, time_limit_s):  # noqa: ANN001, ANN202
+    def spy(work, core, choice, time_limit_s):
         reached.extend(core)
         return original(work, core, choice, time_limit_s)
 

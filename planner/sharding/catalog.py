@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,13 +15,13 @@ from .placement import P, R, can_shard
 from .rules import find_rule
 from .strategy import OpView, Strategy, replicated, view_of
 
-CUSTOM: dict[torch._ops.OpOverload, Callable[[OpView], list[Strategy]]] = {}
+CUSTOM: dict[Any, Callable[[OpView], list[Strategy]]] = {}
 
 
 def strategies(node: fx.Node) -> tuple[list[Strategy], bool]:
     """Every strategy that is valid for the shapes at hand, whatever the axis size; and whether a rule was found."""
     view = view_of(node)
-    rule = CUSTOM.get(node.target) or find_rule(node.target)  # type: ignore[arg-type]
+    rule = CUSTOM.get(node.target) or find_rule(node.target)
     if rule is not None:
         found, known = list(rule(view)), True
     elif node.target in SHARDING_RULES:
@@ -38,9 +39,7 @@ def _well_formed(strategy: Strategy, view: OpView) -> bool:
     for place, tensor in zip(strategy.inputs, view.inputs, strict=True):
         if place >= tensor.dim() or (place == P and not tensor.is_floating_point()):
             return False
-    return all(
-        out is None or place < out.dim() for place, out in zip(strategy.outputs, view.outputs, strict=True)
-    )
+    return all(out is None or place < out.dim() for place, out in zip(strategy.outputs, view.outputs, strict=True))
 
 
 def _from_kernels(view: OpView) -> list[Strategy]:

@@ -39,8 +39,10 @@ class AxisView:
 
 
 def moves(segment: Segment, axes: list[AxisView], bytes_before: Callable[[fx.Node, int, int], float]) -> list[Move]:
-    """Every collective that the solution needs in the segment. bytes_before(node, output, axis number): tensor bytes with
-    the other axes' sharding applied and this axis whole."""
+    """Every collective that the solution needs in the segment.
+
+    bytes_before(node, output, axis number): tensor bytes with the other axes' sharding applied and this axis whole.
+    """
     found: list[Move] = []
     for number, axis in enumerate(axes):
         if axis.size == 1:
@@ -113,7 +115,7 @@ def storage_root(node: fx.Node) -> tuple[fx.Node, int]:
 
 
 def saved_tensors(segment: Segment) -> list[tuple[fx.Node, int]]:
-    """Results of the forward (and inputs) that the backward reads, each memory once; parameters and buffers excluded."""
+    """Results of the forward (and inputs) that the backward reads, each memory once; no parameters and buffers."""
     found: dict[tuple[fx.Node, int], None] = {}
     for node in segment.joint.graph.nodes:
         if node.meta.get("phase") != "backward" or node.op != "call_function" or is_getitem(node):

@@ -130,7 +130,7 @@ class _Elimination:
             keep &= np.isfinite(matrix).any(axis=1)
         if not keep.any():
             keep[0] = True  # infeasible: leave one option, whose infinite cost shows it
-        kept = list(np.flatnonzero(keep))
+        kept: list[int] = np.flatnonzero(keep).tolist()
         matrices = list(self.neighbours[u].values())
         for i in reversed(list(kept)):
             for j in kept:

@@ -57,7 +57,12 @@ def transition(before: int, after: int) -> str | None:
 
 
 def transition_seconds(
-    before: int, after: int, full_bytes: int, parts: int, collective_s: Callable[[str, int], float], memory_s: Callable[[int], float]
+    before: int,
+    after: int,
+    full_bytes: int,
+    parts: int,
+    collective_s: Callable[[str, int], float],
+    memory_s: Callable[[int], float],
 ) -> float:
     """full_bytes: of the tensor whole on this axis. A split on a dimension that is not the first costs a local copy."""
     kind = transition(before, after)

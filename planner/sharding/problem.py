@@ -50,6 +50,7 @@ class Axis:
     op_s: Callable[[fx.Node, float, float], float]  # node, share of flops, bytes -> seconds
     local_bytes: Callable[[str, fx.Node, int], float]  # segment, node, output index -> bytes before this axis splits it
     allowed: Callable[[str, fx.Node, int, torch.Tensor, int], bool]  # segment, node, output, tensor, dim: may be split
+    key_allowed: Callable[[str, str, int], bool]  # segment, key of AxisSolution.places, dim: may be split there
     inner_allowed: Callable[[str, fx.Node, Strategy], bool]  # may this op take this strategy, given the axes before
     input_place: Callable[[str, torch.Size], int]  # user input -> placement
     params_whole: bool  # the data axis: parameters are whole here, ZeRO shards them outside the graph
@@ -159,7 +160,7 @@ def _boundary_node(graph: ModelGraph, key: tuple[str, str, int]) -> tuple[Segmen
 def _boundary_variable(
     graph: ModelGraph, axis: Axis, made: Build, key: tuple[str, str, int], fixed: int | None, partial: bool
 ) -> int:
-    segment, node, tensor = _boundary_node(graph, key)
+    _, _, tensor = _boundary_node(graph, key)
     if fixed is not None:
         options = [fixed]
     else:
@@ -169,13 +170,19 @@ def _boundary_variable(
     return index
 
 
+def slot_key(segment: Segment, kind: str, slot: int) -> str:
+    """Where a slot variable stands in AxisSolution.places."""
+    if kind == "tan":
+        return f"tangent_{tangent_slots(segment).index(slot)}"
+    return {"in": "input_{}", "out": "output_{}", "gin": "input_grad_{}", "param": "param_{}"}[kind].format(slot)
+
+
 def _narrow(graph: ModelGraph, axis: Axis, made: Build, key: tuple[str, str, int], index: int) -> None:
     """Forbid what the axes solved before do not allow for this slot."""
-    segment, node, tensor = _boundary_node(graph, key)
-    source, output = origin(node)
+    segment = graph.segments[key[0]]
     costs = made.problem.costs[index]
     for i, place in enumerate(made.place_options[index]):
-        if place >= 0 and len(costs) > 1 and not axis.allowed(segment.name, source, output, tensor, place):
+        if place >= 0 and len(costs) > 1 and not axis.key_allowed(segment.name, slot_key(segment, *key[1:]), place):
             costs[i] = np.inf
 
 
@@ -219,7 +226,8 @@ def origin(node: fx.Node) -> tuple[fx.Node, int]:
 
 
 # lowering -> number of all-reduces of one value per row of the op's first operand (0 rows: of one number)
-_LOWERING_REDUCES = {"nll_rows": (2, False), "nll_cols": (2, False), "log_softmax_cols": (2, True), "softmax_cols": (2, True),
+_LOWERING_REDUCES = {"nll_rows": (2, False), "nll_cols": (2, False),
+                     "log_softmax_cols": (2, True), "softmax_cols": (2, True),
                      "log_softmax_cols_backward": (1, True), "softmax_cols_backward": (1, True)}  # fmt: skip
 
 
@@ -266,10 +274,9 @@ class _SegmentBuilder:
 
     def _fits(self, strategy: Strategy, view: OpView) -> bool:
         sources = [origin(n) for n in view.operands]
-        tensors = [
-            (tensor, source, output)
-            for tensor, (source, output) in zip(view.inputs, sources, strict=True)
-        ] + [(tensor, view.node, k) for k, tensor in enumerate(view.outputs)]
+        tensors = [(tensor, source, output) for tensor, (source, output) in zip(view.inputs, sources, strict=True)] + [
+            (tensor, view.node, k) for k, tensor in enumerate(view.outputs)
+        ]
         for place, (tensor, source, output) in zip((*strategy.inputs, *strategy.outputs), tensors, strict=True):
             if place >= 0 and tensor is not None:
                 if not can_shard(tensor.shape[place], self.axis.size, strategy.even):
@@ -306,7 +313,12 @@ class _SegmentBuilder:
         for a in set(before):
             for b in set(after):
                 table[(a, b)] = transition_seconds(
-                    a, b, int(full), self.axis.size, self.axis.collective_s, self.axis.memory_s  # type: ignore[arg-type]
+                    a,
+                    b,
+                    int(full),
+                    self.axis.size,
+                    self.axis.collective_s,
+                    self.axis.memory_s,  # type: ignore[arg-type]
                 )
         return np.array([[table[(a, b)] for b in after] for a in before])
 
@@ -333,7 +345,8 @@ class _SegmentBuilder:
         for node in self.segment.joint.graph.nodes:
             if is_op(node):
                 for position, operand in enumerate(view_of(node).operands):
-                    readers[(*origin(operand), node.meta.get("phase", "forward"))].append((node, position))
+                    source, output = origin(operand)
+                    readers[(source, output, node.meta.get("phase", "forward"))].append((node, position))
         for (source, output, phase), group in readers.items():
             producer = self._variable_of(source)
             if len({id(n) for n, _ in group}) > 1:
@@ -351,9 +364,12 @@ class _SegmentBuilder:
         tensor = tensor[output] if isinstance(tensor, (tuple, list)) else tensor
         if not isinstance(tensor, torch.Tensor):
             return producer
-        allowed = lambda d: self.axis.allowed(self.segment.name, source, output, tensor, d)  # noqa: E731
+        name, key = self.segment.name, f"{source.name}.{output}>{phase}"
+        allowed = lambda d: self.axis.allowed(name, source, output, tensor, d) and self.axis.key_allowed(name, key, d)  # noqa: E731
         options = _domain(self.axis, tensor.shape, allowed, partial=tensor.is_floating_point())
-        index = self.problem.add_variable(np.zeros(len(options)), ("copy", self.segment.name, source.name, output, phase))
+        index = self.problem.add_variable(
+            np.zeros(len(options)), ("copy", self.segment.name, source.name, output, phase)
+        )
         self.made.place_options[index] = options
         self.made.copy_vars[(self.segment.name, source.name, output, phase)] = index
         matrix = self._matrix(self._places(producer, output), options, source, output)
@@ -364,7 +380,11 @@ class _SegmentBuilder:
         """Outputs to their boundary, new buffer values whole, gradients to parameters and boundaries."""
         segment, name = self.segment, self.segment.name
         results = flatten_outputs(segment.joint.graph)
-        num_outputs, num_updates, num_params = len(segment.outputs), len(segment.mutated_buffers), len(segment.param_shapes)
+        num_outputs, num_updates, num_params = (
+            len(segment.outputs),
+            len(segment.mutated_buffers),
+            len(segment.param_shapes),
+        )
         for k, node in enumerate(results):
             if not isinstance(node, fx.Node):
                 continue

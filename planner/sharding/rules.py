@@ -7,7 +7,7 @@ rules (dtensor_rules.py), then planned replicated and reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -51,7 +51,18 @@ def wrap(dim: int, rank: int) -> int:
 
 # --------------------------------------------------------------------------- pointwise
 # ops through which a partial sum passes: linear in the operands listed (positions among tensor operands), others whole
-_LINEAR_UNARY = {"neg", "clone", "_to_copy", "alias", "detach", "mul.Scalar", "div.Scalar", "contiguous", "real", "imag"}
+_LINEAR_UNARY = {
+    "neg",
+    "clone",
+    "_to_copy",
+    "alias",
+    "detach",
+    "mul.Scalar",
+    "div.Scalar",
+    "contiguous",
+    "real",
+    "imag",
+}
 _LINEAR_FIRST = {"silu_backward", "gelu_backward", "threshold_backward", "tanh_backward", "sigmoid_backward",
                  "native_dropout_backward", "hardtanh_backward", "leaky_relu_backward", "elu_backward",
                  "hardswish_backward", "softplus_backward", "div"}  # fmt: skip
@@ -89,6 +100,7 @@ def pointwise(view: OpView) -> list[Strategy]:
 
 
 RULES[aten._to_copy] = pointwise  # not tagged so in every torch; DTensor's rule would round the parts of a sum
+
 
 def _by_number(view: OpView, name: str) -> bool:
     """x * 2 and x / 2 are linear; 2 / x is not."""
@@ -162,9 +174,7 @@ def keep_untouched(view: OpView) -> list[Strategy]:
     source, out = view.inputs[0], view.outputs[0]
     assert out is not None
     touched = _touched(view)
-    found = [
-        Strategy((d,), (d,)) for d in range(source.dim()) if d not in touched and source.shape[d] == out.shape[d]
-    ]
+    found = [Strategy((d,), (d,)) for d in range(source.dim()) if d not in touched and source.shape[d] == out.shape[d]]
     fill = view.arg(2, "value", 0) if view.op.overloadpacket is aten.constant_pad_nd else 0
     return found + ([Strategy((P,), (P,))] if fill == 0 else [])
 
@@ -187,9 +197,7 @@ def _touched(view: OpView) -> set[int]:
 @rule_for("select")
 def select(view: OpView) -> list[Strategy]:
     dim = wrap(view.arg(1, "dim", 0), view.inputs[0].dim())
-    return [Strategy((P,), (P,))] + [
-        Strategy((d,), (d - (d > dim),)) for d in range(view.inputs[0].dim()) if d != dim
-    ]
+    return [Strategy((P,), (P,))] + [Strategy((d,), (d - (d > dim),)) for d in range(view.inputs[0].dim()) if d != dim]
 
 
 @rule_for("split", "split_with_sizes", "unbind", "chunk")
@@ -250,7 +258,13 @@ def scatter_slice(view: OpView) -> list[Strategy]:
 
 @rule_for("mm")
 def mm(view: OpView) -> list[Strategy]:
-    return [Strategy((0, R), (0,)), Strategy((R, 1), (1,)), Strategy((1, 0), (P,)), Strategy((P, R), (P,)), Strategy((R, P), (P,))]
+    return [
+        Strategy((0, R), (0,)),
+        Strategy((R, 1), (1,)),
+        Strategy((1, 0), (P,)),
+        Strategy((P, R), (P,)),
+        Strategy((R, P), (P,)),
+    ]
 
 
 @rule_for("addmm")
@@ -381,7 +395,10 @@ def softmax_backward(view: OpView) -> list[Strategy]:
 
 @rule_for("nll_loss_forward", "nll_loss2d_forward")
 def nll_loss(view: OpView) -> list[Strategy]:
-    """(log_probabilities, target, weight, reduction, ignore_index) -> (loss, total_weight). reduction: 0 none, 1 mean, 2 sum"""
+    """(log_probabilities, target, weight, reduction, ignore_index) -> (loss, total_weight).
+
+    reduction: 0 none, 1 mean, 2 sum.
+    """
     probabilities, rest = view.inputs[0], len(view.inputs) - 2
     if probabilities.dim() == 1:
         return []
@@ -448,7 +465,7 @@ def group_norm_backward(view: OpView) -> list[Strategy]:
 
 @rule_for("embedding")
 def embedding(view: OpView) -> list[Strategy]:
-    weight, index = view.inputs
+    _, index = view.inputs
     found = [Strategy((R, d), (d,)) for d in range(index.dim())]
     found.append(Strategy((1, R), (index.dim(),)))
     found.append(Strategy((0, R), (P,), lowering="embedding_rows"))
@@ -471,9 +488,9 @@ def embedding_backward(view: OpView) -> list[Strategy]:
 def gather(view: OpView) -> list[Strategy]:
     source, index = view.inputs
     dim = wrap(view.args[1], max(source.dim(), 1))
-    return [
-        Strategy((d, d), (d,)) for d in range(source.dim()) if d != dim and source.shape[d] == index.shape[d]
-    ] + [Strategy((P, R), (P,))]
+    return [Strategy((d, d), (d,)) for d in range(source.dim()) if d != dim and source.shape[d] == index.shape[d]] + [
+        Strategy((P, R), (P,))
+    ]
 
 
 @rule_for("scatter", "scatter_add")
@@ -486,7 +503,7 @@ def scatter(view: OpView) -> list[Strategy]:
 
 @rule_for("index")
 def index(view: OpView) -> list[Strategy]:
-    """x[i, j, ...] with index tensors: dimensions that are not indexed, when the indices stand together in front or back."""
+    """x[i, j, ...] with index tensors: dimensions that are not indexed, and those of the indices."""
     source, out = view.inputs[0], view.outputs[0]
     assert out is not None
     indices = view.args[1]
@@ -575,7 +592,8 @@ def convolution_backward(view: OpView) -> list[Strategy]:
 
 
 @rule_for(
-    "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "max_pool3d_with_indices", "avg_pool3d",
+    "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d",
+    "max_pool3d_with_indices", "avg_pool3d",
     "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest1d", "upsample_linear1d",
     "reflection_pad2d", "replication_pad2d", "pixel_shuffle", "pixel_unshuffle",
     "max_pool2d_with_indices_backward", "avg_pool2d_backward", "_adaptive_avg_pool2d_backward",
@@ -626,5 +644,3 @@ def repeat(view: OpView) -> list[Strategy]:
     source, times = view.inputs[0], view.args[1]
     shift = len(times) - source.dim()
     return [Strategy((P,), (P,))] + [Strategy((d,), (d + shift,)) for d in range(source.dim()) if times[d + shift] == 1]
-
-

@@ -1,9 +1,9 @@
 """The Sharder: solves the placements of a captured model for a (data, tensor) mesh, one axis after the other.
 
-The data axis comes first. Its problem has the batch split as given and parameters whole; solved on the captured batch (a
-number that divides no other dimension, so that a dimension that carries the batch can be told by its size), it holds for
-every data-parallel degree and microbatch size. The tensor axis is then solved on what one data rank holds. Given the
-data axis, each answer is optimal with a proven bound; the two are not solved jointly.
+The data axis comes first. Its problem has the batch split as given and parameters whole; solved on the captured batch
+(a number that divides no other dimension, so that a dimension that carries the batch can be told by its size), it holds
+for every data-parallel degree and microbatch size. The tensor axis is then solved on what one data rank holds. Given
+the data axis, each answer is optimal with a proven bound; the two are not solved jointly.
 """
 
 from __future__ import annotations
@@ -102,16 +102,22 @@ class Sharder:
             return 0.0
         return self.cost_model.op_seconds(str(node.target), work.flops * share, moved, _dtype(node))
 
-    def _collectives(self, axis: str, size: int):  # noqa: ANN202
+    def _collectives(self, axis: str, size: int):
         total = self.cost_model.cluster.num_devices
-        mesh = {"pp": 1, "dp": max(total // size, 1), "tp": size} if axis == "tp" else {"pp": 1, "dp": max(total, 2), "tp": 1}
+        mesh = (
+            {"pp": 1, "dp": max(total // size, 1), "tp": size}
+            if axis == "tp"
+            else {"pp": 1, "dp": max(total, 2), "tp": 1}
+        )
         if mesh["dp"] * mesh["tp"] > total:
             mesh = {"pp": 1, "dp": 1, "tp": total}
         group = self.cost_model.cluster.axis_links(mesh, axis)
         return lambda kind, num_bytes: self.cost_model.collective_seconds(kind, num_bytes, group)
 
     def _memory_s(self, num_bytes: float) -> float:
-        return self.cost_model.op_seconds("aten.clone.default", 0.0, 2.0 * num_bytes, torch.float32) if num_bytes else 0.0
+        return (
+            self.cost_model.op_seconds("aten.clone.default", 0.0, 2.0 * num_bytes, torch.float32) if num_bytes else 0.0
+        )
 
     # ------------------------------------------------------------------ the two axes
 
@@ -133,6 +139,7 @@ class Sharder:
             op_s=self.op_seconds,
             local_bytes=lambda segment, node, output: _captured_bytes(node, output),
             allowed=lambda segment, node, output, tensor, dim: tensor.shape[dim] % batch == 0,
+            key_allowed=lambda segment, key, dim: True,
             inner_allowed=lambda segment, node, strategy: True,
             input_place=lambda name, shape: 0 if len(shape) and shape[0] == batch else R,
             params_whole=True,
@@ -140,7 +147,7 @@ class Sharder:
         return self._run(axis, {})
 
     def _solve_tensor(self, dp: int, tp: int, local_batch: int) -> _AxisResult:
-        """Fastest; where that splits hardly anything, as on models so small that traffic costs more than work, smallest."""
+        """Fastest; where that splits hardly anything, as on models too small to be worth the traffic, smallest."""
         found = self._solve_tensor_weighted(dp, tp, local_batch, (TIE_BREAK_S_PER_BYTE, TIE_BREAK_S_PER_BYTE))
         if self._split_share(found.solution, tp) < MIN_SPLIT_SHARE:
             found = self._solve_tensor_weighted(dp, tp, local_batch, MEMORY_FIRST_S_PER_BYTE)
@@ -166,6 +173,7 @@ class Sharder:
             op_s=lambda node, share, moved: self.op_seconds(node, share * self._share_of[id(node)], moved),
             local_bytes=lambda segment, node, output: self.data_bytes(segment, node, output, dp, local_batch),
             allowed=lambda segment, node, output, tensor, dim: data.of_result(segment, node, output) != dim,
+            key_allowed=lambda segment, key, dim: data.places.get((segment, key)) != dim,
             inner_allowed=lambda segment, node, strategy: _compatible(data.strategies[(segment, node.name)], strategy),
             input_place=lambda name, shape: R,
             params_whole=False,
@@ -207,7 +215,8 @@ class Sharder:
             costs[name], listed[name] = self._evaluate(segment, axes, dp, tp, local_batch)
         self.moves[(dp, tp, local_batch)] = listed
         objective = sum(
-            self.counts[n] * (c.forward_s + c.backward_s + c.forward_comm_s + c.backward_comm_s) for n, c in costs.items()
+            self.counts[n] * (c.forward_s + c.backward_s + c.forward_comm_s + c.backward_comm_s)
+            for n, c in costs.items()
         )
         return ShardingSolution(
             costs=costs,
@@ -221,13 +230,13 @@ class Sharder:
             conservative=self._conservative(dp, tp, local_batch),
         )
 
-    def _local_bytes(self, solution: AxisSolution, segment: str, node: fx.Node, output: int, dp: int, tp: int, batch: int) -> float:
+    def _local_bytes(
+        self, solution: AxisSolution, segment: str, node: fx.Node, output: int, dp: int, tp: int, batch: int
+    ) -> float:
         full = self.data_bytes(segment, node, output, dp, batch)
         return full / tp if tp > 1 and solution.of_result(segment, node, output) >= 0 else full
 
-    def _evaluate(
-        self, segment: Segment, axes: list[AxisView], dp: int, tp: int, local_batch: int
-    ):  # noqa: ANN202
+    def _evaluate(self, segment: Segment, axes: list[AxisView], dp: int, tp: int, local_batch: int):
         name, solution, data = segment.name, axes[1].solution, self.data.solution
 
         def bytes_before(node: fx.Node, output: int, axis: int) -> float:
@@ -254,7 +263,10 @@ class Sharder:
         found: dict[str, int] = {}
         for instance in self.graph.instances:
             segment = self.graph.segments[instance.segment]
-            for names, infos, key in ((instance.inputs, segment.inputs, "input"), (instance.outputs, segment.outputs, "output")):
+            for names, infos, key in (
+                (instance.inputs, segment.inputs, "input"),
+                (instance.outputs, segment.outputs, "output"),
+            ):
                 for slot, (name, info) in enumerate(zip(names, infos, strict=True)):
                     full = float(torch.Size(info.shape).numel() * info.dtype.itemsize)
                     batched = any(s % self.batch == 0 and s > 0 for s in info.shape)
@@ -271,10 +283,13 @@ class Sharder:
         for segment, node in self.data.made.unknown:
             share = self.data_share(segment, node, dp, local_batch)
             moved = sum(
-                self.data_bytes(segment, *pair, dp, local_batch) for pair in [(node, k) for k in range(len(view_of(node).outputs))]
+                self.data_bytes(segment, *pair, dp, local_batch)
+                for pair in [(node, k) for k in range(len(view_of(node).outputs))]
             )
             cost = self.op_seconds(node, share, moved) * self.counts[segment]
-            rows.append(ConservativeOp(op=str(node.target), node=f"{segment}.{node.name}", source=source_of(node), cost_s=cost))
+            rows.append(
+                ConservativeOp(op=str(node.target), node=f"{segment}.{node.name}", source=source_of(node), cost_s=cost)
+            )
         return rows
 
 

@@ -16,7 +16,7 @@ from torch import fx
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
 from .placement import P, R, from_text, to_text
-from .problem import Build, origin, tangent_slots
+from .problem import Build, origin, slot_key
 from .strategy import Strategy, is_op, replicated, view_of
 
 
@@ -41,22 +41,18 @@ def read_choice(graph: ModelGraph, made: Build, choice: list[int], params_whole:
     ZeRO level asks; one that is already whole is kept by the first rank alone.
     """
     solution = AxisSolution()
-    for (segment, node), index in made.op_vars.items():
-        solution.strategies[(segment, node)] = made.op_options[index][choice[index]]
+    for (owner, node), index in made.op_vars.items():
+        solution.strategies[(owner, node)] = made.op_options[index][choice[index]]
 
     def place(index: int) -> int:
         return made.place_options[index][choice[index]]
 
-    for (segment, node, output, phase), index in made.copy_vars.items():
-        solution.places[(segment, f"{node}.{output}>{phase}")] = place(index)
+    for (owner, node, output, phase), index in made.copy_vars.items():
+        solution.places[(owner, f"{node}.{output}>{phase}")] = place(index)
     for segment in graph.segments.values():
-        slots = tangent_slots(segment)
-        names = {"in": "input_{}", "out": "output_{}", "gin": "input_grad_{}", "param": "param_{}"}
         for (owner, kind, slot), index in made.slot_vars.items():
-            if owner != segment.name:
-                continue
-            key = f"tangent_{slots.index(slot)}" if kind == "tan" else names[kind].format(slot)
-            solution.places[(segment.name, key)] = place(index)
+            if owner == segment.name:
+                solution.places[(segment.name, slot_key(segment, kind, slot))] = place(index)
         _param_gradients(segment, solution, params_whole)
     return solution
 
@@ -69,7 +65,9 @@ def _param_gradients(segment: Segment, solution: AxisSolution, params_whole: boo
         if isinstance(node, fx.Node):
             param = solution.places[(segment.name, f"param_{slot}")]
             found = solution.of_result(segment.name, *origin(node))
-            solution.places[(segment.name, f"param_grad_{slot}")] = P if params_whole or (found == P and param == R) else param
+            solution.places[(segment.name, f"param_grad_{slot}")] = (
+                P if params_whole or (found == P and param == R) else param
+            )
 
 
 def write_placements(graph: ModelGraph, axes: list[AxisSolution]) -> dict[str, dict[str, list[str]]]:
