@@ -1,0 +1,87 @@
+"""PipelineProblem: what a schedule is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...costmodel.simulator import Hop, StageTimes
+
+
+@dataclass(frozen=True)
+class PipelineProblem:
+    """One direction. stages: seconds and activation bytes of each virtual stage; hops: transfers between neighbours.
+
+    memory_limit: most activation bytes on each rank, infinite where there is none. splits_backward: may the backward
+    run as I and W.
+    """
+
+    num_microbatches: int
+    stage_rank: tuple[int, ...]
+    stages: tuple[StageTimes, ...]
+    hops: tuple[Hop, ...]
+    memory_limit: tuple[float, ...]
+    splits_backward: bool = True
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.memory_limit)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stage_rank)
+
+    def stages_of(self, rank: int) -> list[int]:
+        return [stage for stage, place in enumerate(self.stage_rank) if place == rank]
+
+    def forward_hop_s(self, stage: int) -> float:
+        """From stage to stage+1; 0 on one rank."""
+        if self.stage_rank[stage] == self.stage_rank[stage + 1]:
+            return 0.0
+        return self.hops[stage].forward_latency_s + self.hops[stage].forward_occupancy_s
+
+    def backward_hop_s(self, stage: int) -> float:
+        """From stage to stage-1; 0 on one rank."""
+        if self.stage_rank[stage] == self.stage_rank[stage - 1]:
+            return 0.0
+        return self.hops[stage - 1].backward_latency_s + self.hops[stage - 1].backward_occupancy_s
+
+    @property
+    def work_s(self) -> list[float]:
+        """Seconds of one microbatch on each rank."""
+        work = [0.0] * self.num_ranks
+        for stage, rank in enumerate(self.stage_rank):
+            work[rank] += self.stages[stage].forward_s + self.stages[stage].backward_s
+        return work
+
+    def with_microbatches(self, count: int) -> PipelineProblem:
+        return replace(self, num_microbatches=count)
+
+
+def problem_of_shares(
+    num_microbatches: int,
+    stage_rank: Sequence[int],
+    num_ranks: int,
+    times: tuple[float, float, float],
+    transfer_s: float = 0.0,
+    *,
+    stage_extra: tuple[float, float] = (0.0, 0.0),
+    memory_limit: float = float("inf"),
+) -> PipelineProblem:
+    """times: F, I, W of one rank's share of the model; each of its v chunks takes 1/v of it and holds 1/v of a
+    microbatch's activations. stage_extra: shares that the first and the last virtual stage carry besides.
+    memory_limit: microbatches.
+    """
+    num_stages = len(stage_rank)
+    chunks = num_stages // num_ranks
+    shares = [1.0 / chunks] * num_stages
+    shares[0] += stage_extra[0]
+    shares[-1] += stage_extra[1]
+    stages = tuple(StageTimes(*(seconds * share for seconds in times), activation_bytes=1) for share in shares)
+    return PipelineProblem(
+        num_microbatches,
+        tuple(stage_rank),
+        stages,
+        (Hop.latency(transfer_s),) * (num_stages - 1),
+        (memory_limit * chunks + 1e-6,) * num_ranks,
+    )
