@@ -87,10 +87,20 @@ def check(
 ) -> CheckResult:
     """spec: as in Workload.spec: {"model": "preset:gpt2", "global_batch": 8, ...}; shrunk where the model is big."""
     say = progress or (lambda message: None)
-    small = shrink(spec)
-    plan = api.plan(check_workload(small), hardware, force=force, progress=progress)
+    workload = check_workload(shrink(spec))
+    plan = api.plan(workload, hardware, force=_fill_pipeline(force or {}, workload.global_batch), progress=progress)
     say(f"running on {plan.mesh.num_devices} processes")
     return run_check(plan, debug=debug)
+
+
+def _fill_pipeline(force: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
+    """A pipeline without a microbatch asked for gets two for each stage: times of toy sizes would not choose them."""
+    asked = {key: int(str(force[key])) for key in ("pp", "dp") if str(force.get(key, "")).isdigit()}
+    stages = asked.get("pp", 1)
+    size, rest = divmod(global_batch, 2 * stages)
+    if stages == 1 or "microbatch" in force or rest or size == 0 or size % max(asked.get("dp", 1), 1):
+        return dict(force)
+    return {**force, "microbatch": size}
 
 
 def run_check(plan: Plan, *, debug: bool = False) -> CheckResult:
