@@ -92,7 +92,7 @@ class OrderState:
         """(rank, index) of neighbours index, index+1 along one critical path, the second not waiting for the first."""
         end, seconds, before, lag, orders = self.end, self.seconds, self.before, self.lag, self.orders
         node = max((row[-1] for row in orders if row), key=end.__getitem__)
-        pairs = []
+        pairs: list[tuple[int, int]] = []
         while True:
             start = end[node] - seconds[node]
             if start <= 1e-9:

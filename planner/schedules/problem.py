@@ -77,7 +77,10 @@ def problem_of_shares(
     shares = [1.0 / chunks] * num_stages
     shares[0] += stage_extra[0]
     shares[-1] += stage_extra[1]
-    stages = tuple(StageTimes(*(seconds * share for seconds in times), activation_bytes=1) for share in shares)
+    forward_s, input_s, weight_s = times
+    stages = tuple(
+        StageTimes(forward_s * share, input_s * share, weight_s * share, activation_bytes=1) for share in shares
+    )
     return PipelineProblem(
         num_microbatches,
         tuple(stage_rank),
