@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import ExitCode, ShardwrightError
 from ..profiler.near import near_matches
-from .schedules.library import SCHEDULES, canonical_name
+from .schedules.library import SCHEDULES, SEARCHED, canonical_name
 
 FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "virtual_stages", "recompute", "cuts")
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
@@ -83,7 +83,7 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
                 works=f"--force {near[0] if near else 'pp'}={_example(near[0] if near else 'pp')}",
             )
         if name == "schedule":
-            values[name] = canonical_name(text)
+            values[name] = canonical_name(text, SEARCHED)
         elif name == "recompute":
             values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
         elif name == "cuts":
@@ -206,14 +206,14 @@ def nearest_multiple(number: int, of: int) -> int:
 def _check_stages(forced: Forced, num_devices: int, num_instances: int) -> None:
     pp, chunks, schedule = forced.pp, forced.virtual_stages, forced.schedule
     if schedule is not None and chunks is not None and chunks not in SCHEDULES[schedule].chunks:
-        works = SCHEDULES[schedule].chunks.start
+        works = SCHEDULES[schedule].chunks[0]
         raise _contradiction(
             f"schedule={schedule} with virtual_stages={chunks}",
             f"{schedule} takes virtual_stages={works}{' or more' if works > 1 else ''}",
             "--force virtual_stages",
             f"--force virtual_stages={works}",
         )
-    interleaved = (schedule is not None and SCHEDULES[schedule].chunks.start > 1) or (chunks or 1) > 1
+    interleaved = (schedule is not None and SCHEDULES[schedule].chunks[0] > 1) or (chunks or 1) > 1
     if interleaved and (pp == 1 or num_devices == 1):
         raise _contradiction(
             f"{'schedule=' + schedule if schedule else f'virtual_stages={chunks}'} with pp=1",
@@ -281,14 +281,15 @@ def _zeros(forced: Forced, dp: int) -> Sequence[int]:
 def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[str, int]]:
     if pp == 1:
         name = forced.schedule or "1f1b"
-        if SCHEDULES[name].chunks.start == 1 and forced.virtual_stages in (None, 1):
+        if SCHEDULES[name].chunks[0] == 1 and forced.virtual_stages in (None, 1):
             if forced.cuts in (None, ()):
                 yield name, 1
         return
-    for name, entry in SCHEDULES.items():
+    for name in SEARCHED:
+        entry = SCHEDULES[name]
         if forced.schedule not in (None, name):
             continue
-        options = [1] if entry.chunks.start == 1 else [v for v in VIRTUAL_STAGES if v in entry.chunks]
+        options = [1] if entry.chunks[0] == 1 else [v for v in VIRTUAL_STAGES if v in entry.chunks]
         if forced.virtual_stages is not None:
             options = [forced.virtual_stages] if forced.virtual_stages in entry.chunks else []
         for chunks in options:

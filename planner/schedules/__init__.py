@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from .base import PipelineSchedule, loop_placement, v_placement
-from .classic import forward_only, gpipe, interleaved_1f1b, one_f_one_b
-from .library import SCHEDULES, build_schedule, near_names
+from .classic import breadth_first, forward_only, gpipe, interleaved_1f1b, one_f_one_b
+from .library import SCHEDULES, SEARCHED, build_schedule, near_names
 
 __all__ = [
     "SCHEDULES",
+    "SEARCHED",
     "PipelineSchedule",
+    "breadth_first",
     "build_schedule",
     "forward_only",
     "gpipe",

@@ -173,19 +173,24 @@ class PipelineSchedule:
         )
 
     def to_judge(self) -> dict[str, Any]:
-        """The plain JSON form: {"p", "m", "v", "stage_rank", "ranks": [["0F0", ...], ...]}."""
-        return {
+        """The plain JSON form: {"p", "m", "v", "stage_rank", "ranks": [["0F0", ...], ...]}; two directions also give
+        "reverse_stage_rank" and "reverse_from"."""
+        document: dict[str, Any] = {
             "p": self.num_ranks,
             "m": self.num_microbatches,
             "v": self.num_chunks,
             "stage_rank": list(self.stage_rank),
             "ranks": [[str(action) for action in actions] for actions in self.ranks],
         }
+        if self.reverse_stage_rank:
+            document |= {"reverse_stage_rank": list(self.reverse_stage_rank), "reverse_from": self.reverse_from}
+        return document
 
     @classmethod
     def from_judge(cls, document: dict[str, Any], name: str = "custom") -> PipelineSchedule:
         ranks = tuple(tuple(parse_action(text) for text in actions) for actions in document["ranks"])
-        return cls(name, document["m"], tuple(document["stage_rank"]), ranks)
+        reverse = tuple(document.get("reverse_stage_rank", ()))
+        return cls(name, document["m"], tuple(document["stage_rank"]), ranks, reverse, document.get("reverse_from", -1))
 
     def to_json(self) -> str:
         return json.dumps(self.to_judge())

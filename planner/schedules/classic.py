@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from ...costmodel.actions import Action
@@ -23,6 +24,15 @@ def gpipe(num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Pipelin
         backward = [Action("B", stage, i) for stage in reversed(stages) for i in range(m)]
         ranks.append(tuple(forward + backward))
     return PipelineSchedule("gpipe", m, placement, tuple(ranks))
+
+
+def breadth_first(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> PipelineSchedule:
+    """Each stage runs all microbatches before the next one does (Lamy-Poirier, arXiv:2211.05953, section 3).
+
+    Bubble fraction (p-1)/(v m + p-1) where m is at least p; every rank holds all m microbatches, and ZeRO-3 gathers
+    each stage's parameters once in each direction.
+    """
+    return replace(gpipe(num_ranks, num_microbatches, num_chunks), name="breadth_first")
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> PipelineSchedule:

@@ -51,7 +51,9 @@ def block_targets(problem: PipelineProblem, block: Block) -> Targets:
         if stage % p == 0:
             now += block.backward_pause[chunk] * period_s
         weight[stage] = backward[stage] + stages[stage].backward_input_s + block.weight_delay[chunk] * period_s
-    return Targets(forward, backward, weight, period_s * block.period, block.patience)
+    return Targets.periodic(
+        forward, backward, weight, period_s * block.period, problem.num_microbatches, block.patience
+    )
 
 
 def draw_block(chunks: int, rng: random.Random) -> Block:

@@ -3,49 +3,75 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from ...errors import ShardwrightError
 from .base import PipelineSchedule
-from .classic import gpipe, interleaved_1f1b, one_f_one_b
+from .classic import breadth_first, gpipe, interleaved_1f1b, one_f_one_b
+from .dual_pipe import dualpipe_v
+from .v_blocks import v_schedule
+from .waves import bitpipe, chimera, hanayo
+from .zero_bubble import zb_h1, zb_h2
 
 
 @dataclass(frozen=True)
 class ScheduleEntry:
-    """build(num_ranks, num_microbatches, num_chunks). chunks: the numbers of chunks that it takes."""
+    """build(num_ranks, num_microbatches, num_chunks). chunks: the numbers of chunks that it takes, the usual one first.
+
+    directions: 2 where every rank holds the stages of a second pipeline of the opposite direction.
+    """
 
     name: str
     build: Callable[[int, int, int], PipelineSchedule]
-    chunks: range
+    chunks: Sequence[int]
     citation: str
+    splits_backward: bool = False
+    directions: int = 1
 
+
+def _v(name: str) -> Callable[[int, int, int], PipelineSchedule]:
+    return lambda p, m, v: v_schedule(name, p, m)
+
+
+_ONE, _TWO, _MORE, _EVEN = (1,), (2,), range(2, 65), range(2, 65, 2)
 
 SCHEDULES: dict[str, ScheduleEntry] = {
     entry.name: entry
     for entry in (
-        ScheduleEntry("gpipe", lambda p, m, v: gpipe(p, m, v), range(1, 2), "Huang et al., arXiv:1811.06965"),
-        ScheduleEntry("1f1b", lambda p, m, v: one_f_one_b(p, m), range(1, 2), "Narayanan et al., arXiv:2006.09503"),
-        ScheduleEntry("interleaved_1f1b", interleaved_1f1b, range(2, 65), "Narayanan et al., arXiv:2104.04473"),
+        ScheduleEntry("gpipe", lambda p, m, v: gpipe(p, m, v), _ONE, "Huang et al., arXiv:1811.06965"),
+        ScheduleEntry("1f1b", lambda p, m, v: one_f_one_b(p, m), _ONE, "Narayanan et al., arXiv:2006.09503"),
+        ScheduleEntry("interleaved_1f1b", interleaved_1f1b, _MORE, "Narayanan et al., arXiv:2104.04473"),
+        ScheduleEntry("breadth_first", breadth_first, _MORE, "Lamy-Poirier, arXiv:2211.05953"),
+        ScheduleEntry("zb_h1", lambda p, m, v: zb_h1(p, m), _ONE, "Qi et al., arXiv:2401.10241", True),
+        ScheduleEntry("zb_h2", lambda p, m, v: zb_h2(p, m), _ONE, "Qi et al., arXiv:2401.10241", True),
+        ScheduleEntry("zb_v", _v("zb_v"), _TWO, "Qi et al., arXiv:2401.10241", True),
+        ScheduleEntry("v_half", _v("v_half"), _TWO, "Qi et al., arXiv:2405.15362", True),
+        ScheduleEntry("v_min", _v("v_min"), _TWO, "Qi et al., arXiv:2405.15362", True),
+        ScheduleEntry("dualpipe_v", lambda p, m, v: dualpipe_v(p, m), _TWO, "DeepSeek-AI, arXiv:2412.19437", True),
+        ScheduleEntry("hanayo", hanayo, _EVEN, "Liu et al., arXiv:2308.15762"),
+        ScheduleEntry("chimera", lambda p, m, v: chimera(p, m), _ONE, "Li and Hoefler, arXiv:2107.06925", False, 2),
+        ScheduleEntry("bitpipe", lambda p, m, v: bitpipe(p, m), _TWO, "Wu et al., arXiv:2410.19367", False, 2),
     )
 }
+SEARCHED = ("gpipe", "1f1b", "interleaved_1f1b")  # what the outer search chooses from
 
-_ALIASES = {"interleaved": "interleaved_1f1b", "interleaved-1f1b": "interleaved_1f1b"}
+_ALIASES = {"interleaved": "interleaved_1f1b", "zbv": "zb_v", "zb1p": "zb_h1", "dualpipev": "dualpipe_v"}
 
 
 def near_names(name: str) -> list[str]:
     return difflib.get_close_matches(name.lower(), SCHEDULES, n=3, cutoff=0.3)
 
 
-def canonical_name(name: str) -> str:
+def canonical_name(name: str, among: Collection[str] = tuple(SCHEDULES)) -> str:
     """The library's own name of a schedule. Raises ShardwrightError, with near matches, where there is none."""
-    wanted = name.lower().strip()
+    wanted = name.lower().strip().replace("-", "_")
     wanted = _ALIASES.get(wanted, wanted)
-    if wanted not in SCHEDULES:
-        near = near_names(wanted)
+    if wanted not in among:
+        near = [match for match in near_names(wanted) if match in among]
         raise ShardwrightError(
-            f"unknown schedule {name!r}; the library has {', '.join(SCHEDULES)}",
-            means="no order of actions goes by that name",
+            f"unknown schedule {name!r}; there are {', '.join(among)}",
+            means="no order of actions goes by that name here",
             change="--force schedule=NAME",
             works=f"--force schedule={near[0] if near else '1f1b'}",
         )
@@ -56,7 +82,7 @@ def build_schedule(name: str, num_ranks: int, num_microbatches: int, num_chunks:
     """Raises ShardwrightError where the name is unknown or does not take that number of chunks."""
     entry = SCHEDULES[canonical_name(name)]
     if num_chunks not in entry.chunks:
-        low, high = entry.chunks.start, entry.chunks.stop - 1
+        low, high = min(entry.chunks), max(entry.chunks)
         span = str(low) if low == high else f"{low} to {high}"
         raise ShardwrightError(
             f"schedule {entry.name} takes {span} virtual stages on a rank, not {num_chunks}",

@@ -1,9 +1,9 @@
 """List scheduling: each rank, whenever it is free, starts the ready action of the earliest target.
 
-Targets are times, one for each kind of action and virtual stage, a period apart from microbatch to microbatch: a
-periodic building block (Qi et al., Pipeline Parallelism with Controllable Memory, arXiv:2405.15362) that the list fits
-into what is really ready, in warm-up and cool-down as in between. The result runs in the order in which it was built,
-so it is complete and free of deadlock.
+Targets are times. Mostly they are a period apart from microbatch to microbatch: a periodic building block (Qi et al.,
+Pipeline Parallelism with Controllable Memory, arXiv:2405.15362) that the list fits into what is really ready, in
+warm-up and cool-down as in between. The result runs in the order in which it was built, so it is complete and free of
+deadlock.
 
 Memory never blocks: a forward starts only if, after it, the oldest microbatch that is not yet through the rank's
 forwards could still finish them. Microbatches pass each stage in order, and one that has finished gives back all that
@@ -13,6 +13,7 @@ it held, so the next one can finish too.
 from __future__ import annotations
 
 import heapq
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,17 +27,50 @@ _TIME_SLACK = 1e-9
 
 @dataclass(frozen=True)
 class Targets:
-    """When each stage's F, I (or B) and W of microbatch 0 should start; period_s later for each further one.
+    """When each stage's F, I (or B) and W should start, by microbatch.
 
     patience: a rank waits for an action of an earlier target that is about to arrive, up to this share of the action
     that it could start instead.
     """
 
-    forward_s: Sequence[float]
-    backward_s: Sequence[float]
-    weight_s: Sequence[float]
-    period_s: float
+    forward_s: Sequence[Sequence[float]]  # [stage][microbatch]
+    backward_s: Sequence[Sequence[float]]
+    weight_s: Sequence[Sequence[float]]
     patience: float = 0.0
+
+    @classmethod
+    def periodic(
+        cls,
+        forward_s: Sequence[float],
+        backward_s: Sequence[float],
+        weight_s: Sequence[float],
+        period_s: float,
+        num_microbatches: int,
+        patience: float = 0.0,
+    ) -> Targets:
+        """Of microbatch 0; each further one a period later."""
+        shifts = [period_s * i for i in range(num_microbatches)]
+        tables = ([[first + shift for shift in shifts] for first in row] for row in (forward_s, backward_s, weight_s))
+        return cls(*tables, patience=patience)
+
+    @classmethod
+    def of_starts(
+        cls, ranks: Sequence[Sequence[Action]], starts: Sequence[Sequence[float]], num_stages: int, m: int
+    ) -> Targets:
+        """The start times of a schedule with split backwards."""
+        tables = {kind: [[0.0] * m for _ in range(num_stages)] for kind in "FIW"}
+        for row, times in zip(ranks, starts, strict=True):
+            for (kind, stage, i), start in zip(row, times, strict=True):
+                tables[kind][stage][i] = start
+        return cls(tables["F"], tables["I"], tables["W"])
+
+    def shaken(self, amount_s: float, rng: random.Random) -> Targets:
+        """Every target moved at random by up to amount_s."""
+        tables = (
+            [[at + rng.uniform(-amount_s, amount_s) for at in row] for row in table]
+            for table in (self.forward_s, self.backward_s, self.weight_s)
+        )
+        return Targets(*tables, patience=self.patience)
 
 
 @dataclass(frozen=True)
@@ -99,7 +133,6 @@ class _State:
             [value for one in targets for value in getattr(one, name)]
             for name in ("forward_s", "backward_s", "weight_s")
         ]
-        self.period = [one.period_s for one in targets for _ in range(num_stages)]
         self.patience = max(one.patience for one in targets)
         self.hop_on = [0.0] * self.num_nodes
         self.hop_back = [0.0] * self.num_nodes
@@ -117,7 +150,7 @@ class _State:
         rank_of, count, local, fused = self.rank, self.count, self.local, self.fused
         seconds_of, sizes, limit = self.seconds, self.bytes, self.limit
         forward_target, backward_target, weight_target = self.targets
-        period, patience, num_stages = self.period, self.patience, self.num_stages
+        patience, num_stages = self.patience, self.num_stages
         input_at = [[INFINITE] * count[node] for node in range(num_nodes)]
         gradient_at = [[INFINITE] * count[node] for node in range(num_nodes)]
         for node in range(0, num_nodes, num_stages):
@@ -143,7 +176,7 @@ class _State:
                 if i < forwards[node]:
                     at = gradient_at[node][i]
                     if at < INFINITE:
-                        target = backward_target[node] + i * period[node]
+                        target = backward_target[node][i]
                         if at <= until:
                             if target < best_target:
                                 best, best_target = num_nodes + node, target
@@ -152,14 +185,14 @@ class _State:
                 if not fused:
                     i = weights[node]
                     if i < backwards[node]:
-                        target = weight_target[node] + i * period[node]
+                        target = weight_target[node][i]
                         if target < best_target:
                             best, best_target = 2 * num_nodes + node, target
                 i = forwards[node]
                 if i < count[node]:
                     at = input_at[node][i]
                     if at < INFINITE:
-                        target = forward_target[node] + i * period[node]
+                        target = forward_target[node][i]
                         if at <= until and target >= best_target:
                             continue
                         if used[rank] + claim(node, i, forwards, local[rank]) <= limit[rank]:
