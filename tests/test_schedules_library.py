@@ -89,6 +89,13 @@ def test_waves_beat_1f1b_within_its_memory(p, m):
         assert max(timeline.peak_bytes) / (2 * waves) <= p
 
 
+@pytest.mark.parametrize("p", [2, 4, 6, 8, 16])
+def test_chimera_with_as_many_microbatches_as_ranks_has_the_papers_bubble(p):
+    schedule = build_schedule("chimera", p, p)
+    stages = [StageTimes(1.0, 1.0, 0.0, activation_bytes=1)] * p
+    assert schedule.simulate(stages).makespan_s == pytest.approx(2 * p + p - 2)
+
+
 @pytest.mark.parametrize("p", [4, 8])
 def test_two_directions_beat_one(p):
     m = p

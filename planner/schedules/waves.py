@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from ...costmodel.actions import Action
 from ...costmodel.simulator import Hop, StageTimes
 from .base import PipelineSchedule, loop_placement, v_placement
 from .listing import Lane, Listing, Targets, list_schedule
@@ -56,8 +57,26 @@ def _two_way(name: str, p: int, m: int, placement: tuple[int, ...], limit: int) 
     reverse = tuple(p - 1 - rank for rank in placement)
     lanes = [Lane(placement, 0, down), Lane(reverse, down, m - down)]
     least = 2 * len(placement) // p  # room for one microbatch of each direction
-    ranks = _best(_problem(p, m, placement, max(limit, least)), lanes)
-    return PipelineSchedule(name, m, placement, ranks, reverse, down)
+    problem = _problem(p, m, placement, max(limit, least))
+    if name == "chimera" and m == p and p % 2 == 0:
+        return PipelineSchedule(name, m, placement, _woven(p, lanes), reverse, down)
+    return PipelineSchedule(name, m, placement, _best(problem, lanes), reverse, down)
+
+
+def _woven(p: int, lanes: list[Lane]) -> tuple[tuple[Action, ...], ...]:
+    """The paper's own order for m = p: were F and B one unit, each direction would take every second unit of a rank.
+
+    Microbatch i of a direction starts 2 i after its first; the directions differ by p - 1, which is odd.
+    """
+    rows: list[list[tuple[int, Action]]] = [[] for _ in range(p)]
+    for lane in lanes:
+        num_stages = len(lane.stage_rank)
+        for stage, rank in enumerate(lane.stage_rank):
+            for i in range(lane.num_microbatches):
+                microbatch = lane.first_microbatch + i
+                rows[rank].append((stage + 2 * i, Action("F", stage, microbatch)))
+                rows[rank].append((2 * num_stages - 1 - stage + 2 * i, Action("B", stage, microbatch)))
+    return tuple(tuple(action for _, action in sorted(row)) for row in rows)
 
 
 def _problem(p: int, m: int, placement: tuple[int, ...], limit: int) -> PipelineProblem:
@@ -65,22 +84,21 @@ def _problem(p: int, m: int, placement: tuple[int, ...], limit: int) -> Pipeline
     return PipelineProblem(m, placement, (UNIT,) * num_stages, (Hop(),) * (num_stages - 1), (float(limit),) * p)
 
 
-def _best(problem: PipelineProblem, lanes: list[Lane]) -> tuple:  # type: ignore[type-arg]
+def _best(problem: PipelineProblem, lanes: list[Lane]) -> tuple[tuple[Action, ...], ...]:
     """The shortest list under a few preferences."""
     found: Listing | None = None
-    num_stages = problem.num_stages
+    num_stages, m = problem.num_stages, problem.num_microbatches
     work_s = max(problem.work_s) * len(lanes)
-    for lead in LEADS:
-        for pace in (1.0, 2.0):
-            forward = [pace * stage for stage in range(num_stages)]
-            turn = pace * num_stages
-            backward = [turn + 2 * pace * (num_stages - 1 - stage) - lead for stage in range(num_stages)]
-            for period_s in (work_s, 0.5 * work_s, 2.0 * work_s):
-                for patience in (0.0, 0.6):
-                    m = problem.num_microbatches
-                    targets = Targets.periodic(forward, backward, backward, period_s, m, patience)
-                    listing = list_schedule(problem, targets, fused=True, lanes=lanes)
-                    if listing is not None and (found is None or listing.makespan_s < found.makespan_s - 1e-9):
-                        found = listing
+    paces = [(pace, 2.0 * pace, period) for pace in (1.0, 2.0) for period in (work_s, 0.5 * work_s, 2.0 * work_s)]
+    for forward_pace, backward_pace, period_s in ((1.0, 1.0, 2.0), *paces):
+        forward = [forward_pace * stage for stage in range(num_stages)]
+        turn = forward_pace * num_stages
+        for lead in LEADS:
+            backward = [turn + backward_pace * (num_stages - 1 - stage) - lead for stage in range(num_stages)]
+            for patience in (0.0, 0.6):
+                targets = Targets.periodic(forward, backward, backward, period_s, m, patience)
+                listing = list_schedule(problem, targets, fused=True, lanes=lanes)
+                if listing is not None and (found is None or listing.makespan_s < found.makespan_s - 1e-9):
+                    found = listing
     assert found is not None
     return tuple(tuple(row) for row in found.ranks)
