@@ -36,9 +36,8 @@ def execute(args: argparse.Namespace) -> int:
         return _show(Plan.load(args.model), args)
     if args.hardware is None:
         raise ShardwrightError("no hardware is named", change="--hardware", works="--hardware 4xCPU")
-    if args.global_batch is None:
-        raise ShardwrightError("no global batch is given", change="--global-batch", works="--global-batch 8")
     force = _options.parse_assignments(args.force, "--force")
+    _check_names(args, force)
     if args.output is not None:
         _refuse_unwritable(Path(args.output))
     from .. import api
@@ -72,6 +71,19 @@ def _refuse_unwritable(path: Path) -> None:
         raise ShardwrightError(
             f"cannot write {path}: {reason}", means="nothing was planned", change="-o PATH", works="-o plan.json"
         )
+
+
+def _check_names(args: argparse.Namespace, force: dict[str, str]) -> None:
+    """What is mistyped is said before what is missing, and before the model is traced."""
+    from ..planner.candidates import parse_forced
+    from ..profiler.hardware import parse_hardware
+
+    parse_forced(force)
+    parse_hardware(args.hardware)
+    if args.global_batch is None:
+        args.global_batch = 1
+        _options.workload_from_args(args)
+        raise ShardwrightError("no global batch is given", change="--global-batch", works="--global-batch 8")
 
 
 def _show(plan, args: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]
