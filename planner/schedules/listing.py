@@ -51,7 +51,8 @@ class Targets:
         """Of microbatch 0; each further one a period later."""
         shifts = [period_s * i for i in range(num_microbatches)]
         tables = ([[first + shift for shift in shifts] for first in row] for row in (forward_s, backward_s, weight_s))
-        return cls(*tables, patience=patience)
+        forwards, backwards, weights = tables
+        return cls(forwards, backwards, weights, patience)
 
     @classmethod
     def of_starts(
@@ -70,7 +71,8 @@ class Targets:
             [[at + rng.uniform(-amount_s, amount_s) for at in row] for row in table]
             for table in (self.forward_s, self.backward_s, self.weight_s)
         )
-        return Targets(*tables, patience=self.patience)
+        forwards, backwards, weights = tables
+        return Targets(forwards, backwards, weights, self.patience)
 
 
 @dataclass(frozen=True)
