@@ -16,7 +16,7 @@ from ..costmodel.trace import COLLECTIVE, COMPUTE, Trace
 from ..errors import ShardwrightError
 from ..passes.program import SegmentProgram
 from ..planner.plan import Plan
-from ..planner.schedules import PipelineSchedule, build_schedule, forward_only
+from ..planner.schedules import PipelineSchedule
 from ..profiler.graph import ModelGraph
 from ..profiler.initial_values import initial_tensors
 from ..profiler.inputs import example_batch_size
@@ -27,6 +27,7 @@ from .memory import MemoryMeter
 from .mesh import RankGrid
 from .microbatches import Keys, Microbatches, Rebuild
 from .optimizer import build_optimizer, clip_gradients, global_grad_norm
+from .orders import forward_order, schedule_for
 from .parameters import ParameterStore, tied_subsets
 from .pipeline import PipelineEngine, Work
 from .safetensors import read_safetensors
@@ -77,6 +78,8 @@ class Program:
         own, own_eval = (w.stages_of(self.grid.coord("pp")) for w in (self.wiring, self._eval_wiring))
         by_index = {inst.index: inst for inst in graph.instances}
         names = {index: by_index[index].params for stage in own_eval for index in stage.instances}
+        if self.grid.size("pp") > 1:
+            schedule_for(plan.schedule.name, ranks, plan.microbatch.count)  # refused now rather than at the first step
         self.store = ParameterStore(
             specs,
             names,
@@ -299,10 +302,10 @@ class Program:
 
     def schedule(self, num_microbatches: int, training: bool = True) -> PipelineSchedule:
         """The order of actions of a step of so many microbatches."""
-        pp, chunks = self.grid.size("pp"), len(self.plan.stages) // self.grid.size("pp")
+        ranks = [stage.rank for stage in self.wiring.stages]
         if not training:
-            return forward_only(pp, num_microbatches, chunks)
-        return build_schedule(self.plan.schedule.name, pp, num_microbatches, chunks)
+            return forward_order(ranks, num_microbatches)
+        return schedule_for(self.plan.schedule.name, ranks, num_microbatches)
 
     def _engine(self, training: bool) -> PipelineEngine:
         if training not in self._engines:

@@ -36,6 +36,7 @@ from shardwright.planner.plan import (
     Schedule,
     Stage,
 )
+from shardwright.planner.schedules import build_schedule
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from shardwright.profiler.workload import OptimizerSpec, Precision, Workload
 from shardwright.runtime.mesh import RankGrid, build_mesh
@@ -438,9 +439,10 @@ def make_plan(
     if cuts is None:
         cuts = [len(body) * (s + 1) // num_stages - len(body) * s // num_stages for s in range(num_stages)]
     ranks = torch.arange(pp * dp * tp).view(pp, dp * tp)
+    places = build_schedule(schedule, pp, count, chunks).stage_rank if pp > 1 else [0] * num_stages
     stages, start = [], 0
     for s, count_here in enumerate(cuts):
-        stages.append(Stage(segments=body[start : start + count_here], ranks=ranks[s % pp].tolist()))
+        stages.append(Stage(segments=body[start : start + count_here], ranks=ranks[places[s]].tolist()))
         start += count_here
     assert start == len(body)
     return Plan(

@@ -7,7 +7,9 @@ import torch
 from distributed import run_ranks
 from runtime_toy import make_batch, make_plan, make_program, make_toy, reference
 
+from shardwright.errors import ShardwrightError
 from shardwright.planner.schedules import build_schedule
+from shardwright.runtime.orders import schedule_for
 
 TOLERANCE = 1e-9
 
@@ -91,6 +93,34 @@ def test_pipeline_and_tensor_parallel() -> None:
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_interleaved_stages_on_four_ranks_with_any_number_of_microbatches(count: int) -> None:
     _check(4, {"pp": 4, "schedule": "interleaved_1f1b", "chunks": 2}, batch=4 * count, num_blocks=5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "chunks"),
+    [("zb_h1", 1), ("zb_v", 2), ("v_min", 2), ("dualpipe_v", 2), ("hanayo", 2), ("breadth_first", 2)],
+)
+def test_published_schedules_of_one_direction(schedule: str, chunks: int) -> None:
+    _check(2, {"pp": 2, "schedule": schedule, "chunks": chunks})
+
+
+def _evaluate(rank: int, layout: dict) -> float:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, **layout))
+    return float(program.evaluate(program.shard_batch(make_batch(16))))
+
+
+def test_evaluation_follows_any_placement_of_stages() -> None:
+    expected = float(reference(make_toy(), make_batch(16), 4)[0])
+    assert run_ranks(2, _evaluate, {"pp": 2, "schedule": "zb_v", "chunks": 2}) == pytest.approx(
+        [expected] * 2, rel=1e-9
+    )
+
+
+def test_schedules_that_the_stages_do_not_follow_are_refused() -> None:
+    with pytest.raises(ShardwrightError, match="two directions"):
+        schedule_for("chimera", [0, 1], 4)
+    with pytest.raises(ShardwrightError, match="on pipeline ranks"):
+        schedule_for("zb_v", [0, 1, 0, 1], 4)
 
 
 def _split_backward(rank: int, layout: dict) -> dict[str, torch.Tensor]:
