@@ -16,10 +16,9 @@ import torch
 from torch import fx
 
 from ..planner.sharding.evaluate import results
-from ..planner.sharding.placement import R, shard_size, shard_start
-from ..planner.sharding.problem import origin
+from ..planner.sharding.placement import R, route, shard_size, shard_start
 from ..planner.sharding.solution import AxisSolution
-from ..planner.sharding.strategy import is_op, replicated, view_of
+from ..planner.sharding.strategy import is_op, origin, replicated, view_of
 from ..profiler.graph import Segment
 from .lowerings import LOWERINGS, nll
 from .redistribute import Emitter, MeshAxis, redistribute
@@ -112,16 +111,25 @@ class _Sharding:
 
     def _read(self, source: fx.Node, output: int, wanted: Places) -> fx.Node:
         """The operand in the placements that a reader wants, by way of the form shared by readers of this phase."""
-        made = self._made(source, output)
-        key = f"{source.name}.{output}>{self.emit.phase}"
-        shared = tuple(
-            s.places.get((self.segment.name, key), place) for s, place in zip(self.context.solutions, made, strict=True)
-        )
-        node = self._move(source, output, self.env[(source, output)], made, shared)
-        return self._move(source, output, node, shared, wanted)
+        made, x = self._made(source, output), self.env[(source, output)]
+        if self.emit.phase == "backward" and self._has(f"{source.name}.{output}>kept"):
+            shared = self._shared(source, output, "forward", made)
+            x, made = self.moved.get((source, output, made, shared, "forward"), x), shared
+        shared = self._shared(source, output, self.emit.phase, made)
+        return self._move(source, output, self._move(source, output, x, made, shared), shared, wanted)
+
+    def _has(self, key: str) -> bool:
+        return any((self.segment.name, key) in s.places for s in self.context.solutions)
+
+    def _shared(self, source: fx.Node, output: int, phase: str, made: Places) -> Places:
+        """The form that all readers of a phase go by."""
+        key = (self.segment.name, f"{source.name}.{output}>{phase}")
+        return tuple(s.places.get(key, place) for s, place in zip(self.context.solutions, made, strict=True))
 
     def _move(self, source: fx.Node, output: int, x: fx.Node, before: Places, after: Places) -> fx.Node:
         key = (source, output, before, after, self.emit.phase)
+        if before == after:
+            return x
         if key not in self.moved:
             val = source.meta["val"]
             shape = (val[output] if isinstance(val, (tuple, list)) else val).shape
@@ -129,26 +137,16 @@ class _Sharding:
         return self.moved[key]
 
     def _move_axes(self, x: fx.Node, shape: Sequence[int], current: list[int], after: Places) -> fx.Node:
-        """One axis at a time. An axis may only be cut or joined on a dimension that no later axis cuts meanwhile."""
-        cuts = [place for place, axis in zip(after, self.axes, strict=True) if axis.size > 1 and place >= 0]
-        assert len(cuts) == len(set(cuts)), f"two axes cut one dimension: {after}"
-        pending = [k for k, axis in enumerate(self.axes) if axis.size > 1 and current[k] != after[k]]
-        while pending:
-            ready = [k for k in pending if not self._conflicts(k, current, after[k])]
-            if ready:
-                k, target = ready[0], after[ready[0]]
-                pending.remove(k)
-            else:  # two axes swap dimensions: make one whole first
-                k, target = pending[-1], R
-            x = redistribute(self.emit, x, self._whole_on(shape, current, k), self.axes[k], current[k], target)
+        """Along the route that the planner counted on (placement.route)."""
+        wide = [axis.size > 1 for axis in self.axes]
+        start, end = (tuple(p if w else R for p, w in zip(q, wide, strict=True)) for q in (current, after))
+        current = list(start)
+        steps = route(start, end)
+        assert steps is not None, f"no collective leads from {start} to {end}"
+        for k, place, target in steps:
+            x = redistribute(self.emit, x, self._whole_on(shape, current, k), self.axes[k], place, target)
             current[k] = target
         return x
-
-    def _conflicts(self, k: int, current: list[int], target: int) -> bool:
-        touched = {p for p in (current[k], target) if p >= 0}
-        return any(
-            current[j] in touched for j, axis in enumerate(self.axes) if j != k and axis.size > 1 and current[j] >= 0
-        )
 
     def _whole_on(self, shape: Sequence[int], current: list[int], k: int) -> list[int]:
         return local_shape(shape, tuple(R if j == k else p for j, p in enumerate(current)), self.axes)

@@ -21,6 +21,7 @@ from . import _torch
 from .fold import RANDOM_INDEX_ARG, Piece
 from .graph import Segment
 from .normalize import value
+from .work import is_view
 
 aten = torch.ops.aten
 
@@ -119,6 +120,7 @@ def trace_joint(
         traced = make_fx(joint, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*flat_args)
     _name_placeholders(traced, num_params, num_buffers, num_inputs, boundary[0])
     _clean(traced)
+    _view_again(traced)
     return traced, takes_tangent
 
 
@@ -175,6 +177,41 @@ def _clean(traced: fx.GraphModule) -> None:
         if node.op == "call_function" and node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    graph.eliminate_dead_code()
+    traced.recompile()
+
+
+def _view_again(traced: fx.GraphModule) -> None:
+    """The backward makes its own views of what the forward left, so that what is kept is always an op's result and may
+    be kept in another placement than the forward's readers need. Views of parameters and buffers stay: nothing is kept.
+    """
+    graph = traced.graph
+    again: dict[fx.Node, fx.Node] = {}
+
+    def viewed(node: fx.Node) -> bool:
+        if node.op != "call_function" or node.meta.get("phase") != "forward" or not is_view(node):
+            return False
+        root = node
+        while root.op == "call_function" and not is_getitem(root) and is_view(root):
+            root = root.args[0]  # type: ignore[assignment]
+        return not (root.op == "placeholder" and root.name.startswith(("param_", "buffer_", "key")))
+
+    def remake(node: fx.Node, before: fx.Node) -> fx.Node:
+        if not viewed(node):
+            return node
+        if node not in again:
+            source = remake(node.args[0], before)  # type: ignore[arg-type]
+            with graph.inserting_before(before):
+                new = graph.call_function(node.target, (source, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
+            new.meta = {**node.meta, "phase": "backward"}
+            again[node] = new
+        return again[node]
+
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.meta.get("phase") == "backward":
+            for operand in node.all_input_nodes:
+                if viewed(operand):
+                    node.replace_input_with(operand, remake(operand, node))
     graph.eliminate_dead_code()
     traced.recompile()
 

@@ -10,11 +10,10 @@ from torch import fx
 
 from shardwright.planner.sharding.catalog import strategies
 from shardwright.planner.sharding.evaluate import results
+from shardwright.planner.sharding.mesh import compatible
 from shardwright.planner.sharding.placement import P, R, can_shard
-from shardwright.planner.sharding.problem import origin
-from shardwright.planner.sharding.sharder import _compatible
 from shardwright.planner.sharding.solution import AxisSolution
-from shardwright.planner.sharding.strategy import Strategy, is_op, view_of
+from shardwright.planner.sharding.strategy import Strategy, is_op, origin, view_of
 from shardwright.profiler.graph import Segment
 
 
@@ -80,7 +79,7 @@ class _Draw:
             ]
             if any(p >= 0 and t is not None and not can_shard(t.shape[p], size, strategy.even) for p, t in tensors):
                 return False
-            return all(_compatible(s.strategies[(name, node.name)], strategy) for s in self.done)
+            return all(compatible(s.strategies[(name, node.name)], strategy) for s in self.done)
 
         options = [s for s in strategies(node)[0] if fits(s)]
         return options[0] if self.random.random() < self.replicate else self.random.choice(options)
@@ -88,6 +87,11 @@ class _Draw:
     def _form(self, source: fx.Node, output: int, phase: str, solution: AxisSolution, size: int) -> int:
         """The form in which readers of a phase find a result: as it is made, or a copy that they share."""
         made = solution.of_result(self.segment.name, source, output)
+        forward = (self.segment.name, f"{source.name}.{output}>forward")
+        if phase == "backward" and forward in solution.places:
+            kept = f"{source.name}.{output}>kept"
+            if self.copied.setdefault(kept, self.random.random() < 0.5):
+                solution.places[(self.segment.name, kept)] = made = solution.places[forward]
         key = f"{source.name}.{output}>{phase}"
         if key not in self.copied:
             self.copied[key] = self.random.random() < 0.2

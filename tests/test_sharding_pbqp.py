@@ -81,11 +81,21 @@ def test_dense_core_reaches_the_integer_program(seed: int, monkeypatch: pytest.M
         reached.extend(core)
         return original(work, core, choice, time_limit_s)
 
+    monkeypatch.setattr(pbqp, "plan_order", lambda *_: None)
     monkeypatch.setattr(pbqp, "_solve_core", spy)
     choice, solution = solve(problem)
     assert len(reached) >= 4
     assert problem.objective(choice) == pytest.approx(least(problem), rel=1e-7)
     assert solution.status == "optimal"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tables_over_several_variables_find_what_enumeration_finds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pbqp, "_solve_core", lambda *_: pytest.fail("reached the integer program"))
+    problem = dense(4 + seed % 3, 4, seed)
+    choice, solution = solve(problem)
+    assert problem.objective(choice) == pytest.approx(least(problem), rel=1e-12)
+    assert (solution.status, solution.gap_fraction) == ("optimal", 0.0)
 
 
 def test_time_limit_gives_an_incumbent_and_a_true_bound() -> None:

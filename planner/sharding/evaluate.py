@@ -13,15 +13,16 @@ from ...costmodel.segment import SegmentCost
 from ...profiler.graph import Segment
 from ...profiler.joint import flatten_outputs, is_getitem
 from ...profiler.work import is_view, op_work
-from .placement import R, transition
-from .problem import origin
+from .mesh import Mesh
+from .placement import Places, R, route, shares, transition
 from .solution import AxisSolution
-from .strategy import is_op, view_of
+from .strategy import Strategy, is_op, origin, storage_root, view_of
 
 
 @dataclass(frozen=True)
 class Move:
-    """A redistribution that the solution asks for on one axis. full_bytes: of the tensor whole on that axis."""
+    """A collective that the solution asks for on one axis. full_bytes: of the tensor whole on that axis, as the other
+    axes have it. node: whose result moves."""
 
     axis: str
     kind: str
@@ -31,59 +32,84 @@ class Move:
 
 
 @dataclass(frozen=True)
-class AxisView:
-    name: str
-    size: int
-    solution: AxisSolution
-    collective_s: Callable[[str, float], float]
+class Placed:
+    """A segment with its placements on a mesh."""
+
+    segment: Segment
+    mesh: Mesh
+    solutions: tuple[AxisSolution, ...]
+
+    def strategies(self, node: fx.Node) -> tuple[Strategy, ...]:
+        return tuple(s.strategies[(self.segment.name, node.name)] for s in self.solutions)
+
+    def made(self, source: fx.Node, output: int) -> Places:
+        return tuple(s.of_result(self.segment.name, source, output) for s in self.solutions)
+
+    def read_from(self, source: fx.Node, output: int, phase: str) -> Places:
+        return tuple(s.read_from(self.segment.name, source, output, phase) for s in self.solutions)
+
+    def shared(self, source: fx.Node, output: int, phase: str) -> Places | None:
+        return self.at(f"{source.name}.{output}>{phase}")
+
+    def at(self, key: str) -> Places | None:
+        if (self.segment.name, key) not in self.solutions[0].places:
+            return None
+        return tuple(s.places[(self.segment.name, key)] for s in self.solutions)
+
+    def kept(self, source: fx.Node, output: int) -> Places:
+        """Placement of what the backward keeps of a result."""
+        return self.read_from(source, output, "backward")
+
+    def local_bytes(self, source: fx.Node, output: int, places: Places | None = None) -> float:
+        return self.mesh.local_bytes(source, output, places if places is not None else self.made(source, output))
 
 
-def moves(segment: Segment, axes: list[AxisView], bytes_before: Callable[[fx.Node, int, int], float]) -> list[Move]:
-    """Every collective that the solution needs in the segment.
+def moves(placed: Placed) -> list[Move]:
+    """Every collective that the solution needs in the segment, each once."""
+    found: dict[tuple[str, Places, Places, str], list[Move]] = {}
 
-    bytes_before(node, output, axis number): tensor bytes with the other axes' sharding applied and this axis whole.
-    """
-    found: list[Move] = []
-    for number, axis in enumerate(axes):
-        if axis.size == 1:
-            continue
-        found += _axis_moves(segment, number, axis, bytes_before)
-    return found
+    def add(source: fx.Node, output: int, before: Places, after: Places, phase: str) -> None:
+        key = (f"{source.name}.{output}", before, after, phase)
+        if before != after and key not in found:
+            found[key] = _steps(placed, source, output, before, after, phase)
 
-
-def _axis_moves(
-    segment: Segment, number: int, axis: AxisView, bytes_before: Callable[[fx.Node, int, int], float]
-) -> list[Move]:
-    name, solution = segment.name, axis.solution
-    found: dict[tuple[str, int, int, str], Move] = {}
-
-    def add(source: fx.Node, output: int, before: int, after: int, phase: str) -> None:
-        kind = transition(before, after)
-        if kind in ("", "local", None):
-            return
-        move = Move(axis.name, kind, bytes_before(source, output, number), phase, source.name)  # type: ignore[arg-type]
-        found[(f"{source.name}.{output}:{before}", after, 0, phase)] = move
-
-    for node in segment.joint.graph.nodes:
+    for node in placed.segment.joint.graph.nodes:
         if not is_op(node):
             continue
         phase = node.meta.get("phase", "forward")
+        strategies = placed.strategies(node)
         for position, operand in enumerate(view_of(node).operands):
             source, output = origin(operand)
-            wanted = solution.strategies[(name, node.name)].inputs[position]
-            made = solution.of_result(name, source, output)
-            copy = solution.places.get((name, f"{source.name}.{output}>{phase}"))
-            if copy is not None:
-                add(source, output, made, copy, phase)
-                made = copy
-            add(source, output, made, wanted, phase)
-    for key, (source, output), phase in results(segment):
-        target = solution.places.get((name, key))
+            base = placed.read_from(source, output, phase)
+            shared = placed.shared(source, output, phase)
+            if shared is not None:
+                add(source, output, base, shared, phase)
+                base = shared
+            add(source, output, base, tuple(s.inputs[position] for s in strategies), phase)
+    for key, (source, output), phase in results(placed.segment):
+        target = placed.at(key)
+        if target is None and key.startswith("update_"):
+            target = (R,) * len(placed.solutions)
         if target is not None:
-            add(source, output, solution.of_result(name, source, output), target, phase)
-        elif key.startswith("update_"):
-            add(source, output, solution.of_result(name, source, output), R, phase)
-    return list(found.values())
+            add(source, output, placed.made(source, output), target, phase)
+    return [move for listed in found.values() for move in listed]
+
+
+def _steps(placed: Placed, source: fx.Node, output: int, before: Places, after: Places, phase: str) -> list[Move]:
+    """One move for each collective of the route."""
+    mesh, current, found = placed.mesh, list(before), []
+    num_bytes = mesh.sizes(source, output).num_bytes
+    wide = [axis.size > 1 for axis in mesh.axes]
+    start, end = (tuple(p if w else R for p, w in zip(places, wide, strict=True)) for places in (before, after))
+    current = list(start)
+    for k, place, target in route(start, end) or ():
+        kind = transition(place, target)
+        current[k] = R
+        if kind not in ("", "local", None):
+            full = num_bytes / shares(tuple(current), mesh.counts)
+            found.append(Move(mesh.axes[k].name, kind, full, phase, source.name))  # type: ignore[arg-type]
+        current[k] = target
+    return found
 
 
 def results(segment: Segment) -> list[tuple[str, tuple[fx.Node, int], str]]:
@@ -104,14 +130,6 @@ def results(segment: Segment) -> list[tuple[str, tuple[fx.Node, int], str]]:
             key, phase = f"input_grad_{k - num_outputs - num_updates - num_params}", "backward"
         found.append((key, origin(node), phase))
     return found
-
-
-def storage_root(node: fx.Node) -> tuple[fx.Node, int]:
-    """The op that owns the memory of a result: views belong to what they view."""
-    source, output = origin(node)
-    while is_op(source) and is_view(source) and isinstance(source.args[0], fx.Node):
-        source, output = origin(source.args[0])
-    return source, output
 
 
 def saved_tensors(segment: Segment) -> list[tuple[fx.Node, int]]:
@@ -143,15 +161,8 @@ def split_backward(segment: Segment) -> tuple[set[fx.Node], set[fx.Node]]:
     return backward & wanted, backward - wanted
 
 
-def evaluate(
-    segment: Segment,
-    axes: list[AxisView],
-    bytes_before: Callable[[fx.Node, int, int], float],
-    local_bytes: Callable[[fx.Node, int], float],
-    op_seconds: Callable[[fx.Node, float, float], float],
-    op_share: Callable[[fx.Node], float],
-) -> tuple[SegmentCost, list[Move]]:
-    """local_bytes: of a result on one rank, all axes applied. op_share: the rank's share of an op's captured flops."""
+def evaluate(placed: Placed) -> tuple[SegmentCost, list[Move]]:
+    segment, mesh = placed.segment, placed.mesh
     for_input, for_weight = split_backward(segment)
     seconds: dict[str, float] = defaultdict(float)
     flops = 0.0
@@ -159,20 +170,21 @@ def evaluate(
         if not is_op(node):
             continue
         part = "I" if node in for_input else "W" if node in for_weight else "F"
-        moved = sum(local_bytes(*origin(n)) for n in view_of(node).operands)
-        moved += sum(local_bytes(node, k) for k, o in enumerate(view_of(node).outputs) if o is not None)
-        share = op_share(node)
-        seconds[part] += op_seconds(node, share, moved)
+        share, moved = op_load(placed, node)
+        seconds[part] += mesh.op_s(node, share, moved)
         flops += _matrix_flops(node) * share
-    listed = moves(segment, axes, bytes_before)
-    by_axis = {axis.name: axis for axis in axes}
+    listed = moves(placed)
+    by_axis = {axis.name: axis for axis in mesh.axes}
     comm: dict[str, float] = defaultdict(float)
     for move in listed:
         comm[move.phase] += by_axis[move.axis].collective_s(move.kind, move.full_bytes)
+
+    def local(node: fx.Node, output: int = 0) -> float:
+        return placed.local_bytes(node, output)
+
     placeholders = {n.name: n for n in segment.joint.graph.nodes if n.op == "placeholder"}
     params = [placeholders[f"param_{i}"] for i in range(len(segment.param_shapes))]
-    elements = [local_bytes(n, 0) / n.meta["val"].element_size() for n in params]
-    buffers = [n for name, n in placeholders.items() if name.startswith("buffer_")]
+    elements = [local(n) / n.meta["val"].element_size() for n in params]
     inputs = [placeholders[f"input_{i}"] for i in range(len(segment.inputs))]
     saved = saved_tensors(segment)
     outputs = [origin(n) for n in flatten_outputs(segment.joint.graph)[: len(segment.outputs)]]
@@ -184,14 +196,29 @@ def evaluate(
         backward_comm_s=comm["backward"],
         param_elements=int(sum(elements)),
         trainable_elements=int(sum(e for e, t in zip(elements, segment.param_requires_grad, strict=True) if t)),
-        buffer_bytes=int(sum(local_bytes(n, 0) for n in buffers)),
-        saved_bytes=int(sum(local_bytes(*s) for s in saved)),
-        recompute_saved_bytes=int(sum(local_bytes(n, 0) for n in inputs if n.meta["val"].is_floating_point())),
-        input_bytes=int(sum(local_bytes(n, 0) for n in inputs)),
-        output_bytes=int(sum(local_bytes(*o) for o in outputs)),
-        workspace_bytes=int(_workspace(segment, local_bytes, {s for s in saved})),
+        buffer_bytes=int(sum(local(n) for name, n in placeholders.items() if name.startswith("buffer_"))),
+        saved_bytes=int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in saved)),
+        recompute_saved_bytes=int(sum(local(n) for n in inputs if n.meta["val"].is_floating_point())),
+        input_bytes=int(sum(local(n) for n in inputs)),
+        output_bytes=int(sum(local(*o) for o in outputs)),
+        workspace_bytes=int(_workspace(segment, local, {s for s in saved})),
         model_flops=flops,
     ), listed
+
+
+def op_load(placed: Placed, node: fx.Node) -> tuple[float, float]:
+    """(share of the captured op's flops, bytes read and written) on one rank."""
+    view, mesh, strategies = view_of(node), placed.mesh, placed.strategies(node)
+    moved, batched = 0.0, False
+    for k, operand in enumerate(view.operands):
+        sizes = mesh.sizes(*origin(operand))
+        batched = batched or any(sizes.batched)
+        moved += sizes.num_bytes / shares(tuple(s.inputs[k] for s in strategies), mesh.counts)
+    for k in range(len(view.outputs)):
+        sizes = mesh.sizes(node, k)
+        batched = batched or any(sizes.batched)
+        moved += sizes.num_bytes / shares(tuple(s.outputs[k] for s in strategies), mesh.counts)
+    return mesh.share(strategies, batched), moved
 
 
 def _matrix_flops(node: fx.Node) -> float:
@@ -236,6 +263,3 @@ def _workspace(
                 held.discard(key)
                 alive -= local_bytes(*key)
     return peak
-
-
-__all__ = ["AxisView", "Move", "evaluate", "moves", "results", "saved_tensors", "split_backward", "storage_root"]

@@ -8,7 +8,8 @@ architectures", section 3). Two exact reductions alternate until neither applies
                   (their rules R0, RI and RII)                                                   (_eliminate)
     dominance     an option goes when another of the same variable is no worse whatever the neighbours take: in cost
                   plus the largest difference on each edge                                       (_prune)
-What is left, usually little, is an integer linear program, solved by HiGHS through PuLP:
+What is left is eliminated by tables over more than two variables where these stay small (bucket.py); else it is an
+integer linear program, solved by HiGHS through PuLP:
 
     y[u,i]   in {0,1}  u takes option i               one per variable: sum_i y[u,i] = 1           (_choose_one)
     e[uv,ij] >= 0      u takes i and v takes j        sum_j e[uv,ij] = y[u,i]                      (_link)
@@ -29,6 +30,7 @@ import numpy as np
 import pulp
 
 from ..solver import Solution, solve_model
+from .bucket import Factor, eliminate, plan_order
 
 
 @dataclass
@@ -71,7 +73,8 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> tuple[list[int
     core = sorted(work.alive)
     status, bound = "optimal", 0.0
     choice = [-1] * len(problem.costs)
-    if core:
+    proven = not core or _eliminate_core(work, core, choice)
+    if not proven:
         status, bound = _solve_core(work, core, choice, time_limit_s)
     if status in ("optimal", "feasible"):
         work.back_substitute(choice)
@@ -82,7 +85,7 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> tuple[list[int
         bound = float("inf") if status == "infeasible" else float("-inf")
         gap = 0.0 if status == "infeasible" else float("inf")
         return choice, Solution(status, float("inf"), bound, gap, time.perf_counter() - started)
-    bound = objective if status == "optimal" and not core else min(objective, bound + work.constant)
+    bound = objective if proven else min(objective, bound + work.constant)
     gap = 0.0 if objective <= bound else (objective - bound) / max(abs(objective), 1e-30)
     return choice, Solution(status, objective, bound, gap, time.perf_counter() - started)
 
@@ -130,13 +133,8 @@ class _Elimination:
             keep &= np.isfinite(matrix).any(axis=1)
         if not keep.any():
             keep[0] = True  # infeasible: leave one option, whose infinite cost shows it
-        kept: list[int] = np.flatnonzero(keep).tolist()
-        matrices = list(self.neighbours[u].values())
-        for i in reversed(list(kept)):
-            for j in kept:
-                if i != j and costs[j] <= costs[i] and self._dominates(costs[j] - costs[i], matrices, i, j):
-                    kept.remove(i)
-                    break
+        kept = np.flatnonzero(keep)
+        kept = kept[self._undominated(costs[kept], [m[kept] for m in self.neighbours[u].values()])]
         if len(kept) == len(costs):
             return False
         self.costs[u], self.options[u] = costs[kept], self.options[u][kept]
@@ -146,16 +144,25 @@ class _Elimination:
         return True
 
     @staticmethod
-    def _dominates(difference: float, matrices: list[np.ndarray], i: int, j: int) -> bool:
-        """Is option j no worse than i, whatever the neighbours take?"""
+    def _undominated(costs: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
+        """Positions of options that no other beats whatever the neighbours take; of two equal ones the first."""
+        if len(costs) == 1:
+            return np.array([0])
+        worst = costs[:, None] - costs[None, :]  # [j, i]: option j in place of i, at most this much dearer
         for matrix in matrices:
-            a, b = matrix[j], matrix[i]
-            possible = np.isfinite(b)
-            if possible.any():
-                difference += float((a[possible] - b[possible]).max())
-            if difference > 0:
-                return False
-        return True
+            with np.errstate(invalid="ignore"):
+                difference = matrix[:, None, :] - matrix[None, :, :]
+            difference[np.isnan(difference)] = -np.inf  # impossible with either
+            worst = worst + difference.max(axis=2)
+        beaten = worst <= 0
+        np.fill_diagonal(beaten, False)
+        # of options that beat each other, the first stays
+        beaten &= ~(beaten.T & (np.arange(len(costs))[:, None] > np.arange(len(costs))[None, :]))
+        alive = np.ones(len(costs), dtype=bool)
+        for i in range(len(costs) - 1, -1, -1):  # one at a time: what beats an option must itself be there
+            if (beaten[:, i] & alive).any():
+                alive[i] = False
+        return np.flatnonzero(alive)
 
     def _fix(self, u: int, touched: list[int]) -> None:
         """A variable with one option left is a cost of each neighbour."""
@@ -194,6 +201,19 @@ class _Elimination:
         for u, others, table, options in reversed(self.stack):
             states = tuple(int(np.searchsorted(known, choice[v])) for v, known in zip(others, options[1:], strict=True))
             choice[u] = int(options[0][int(table[states])])
+
+
+def _eliminate_core(work: _Elimination, core: list[int], choice: list[int]) -> bool:
+    """Fills in the core's options where tables over its neighbourhoods stay small enough; else returns False."""
+    sizes = {u: len(work.costs[u]) for u in core}
+    order = plan_order(sizes, {u: list(work.neighbours[u]) for u in core})
+    if order is None:
+        return False
+    factors = [Factor((u,), work.costs[u]) for u in core]
+    factors += [Factor((u, v), m) for u in core for v, m in work.neighbours[u].items() if u < v]
+    for u, option in eliminate(order, factors)[1].items():
+        choice[u] = int(work.options[u][option])
+    return True
 
 
 def _solve_core(

@@ -1,61 +1,51 @@
-"""The sharding problem of a whole model on one mesh axis, over its distinct segments.
+"""The sharding problem of a whole model on a mesh of one to four axes, over its distinct segments.
 
-Variables (each an option out of a list of placements or strategies):
-    op         one per op of each distinct segment's joint graph: which strategy it runs          (_add_ops)
-    param      one per distinct parameter slot; slots that ever hold the same parameter are one   (_add_params)
+Every option is joint: one placement, or one strategy, for each axis of the mesh. Variables:
+    op         one per op of each distinct segment's joint graph: which strategies it runs         (_add_ops)
+    param      one per distinct parameter slot; slots that ever hold the same parameter are one    (_add_params)
     value      one per class of boundary values: an instance's output and the input slots that
-               read it lie the same way, so a segment stored once is rewritten once               (_add_boundaries)
-    gradient   the same for gradients of boundary values                                          (_add_boundaries)
-    copy       the form in which one result reaches several readers of a phase                    (_add_copies)
+               read it lie the same way, so a segment stored once is rewritten once                (_add_boundaries)
+    gradient   the same for gradients of boundary values                                           (_add_boundaries)
+    copy       the form in which one result reaches several readers of a phase                     (_add_copy)
+    kept       the form in which a result is kept for the backward: the producer's own, or that
+               of the copy which the forward's readers share                                       (_add_kept)
 
 Costs, in seconds per microbatch, times the number of instances of the segment:
-    op         compute time of the strategy's local share
-    edge       producer -> copy -> reader, reader -> boundary: the cheapest collective between the two placements
-    gradient of a parameter -> parameter: nothing when equal or when a partial sum stays one (it is summed once a step);
-               otherwise the collective between them                                              (_add_param_gradients)
+    op         compute time of the local share, and the price of the bytes of its results          (_op_costs)
+    param      the price of the bytes of parameters on a rank                                      (_add_params)
+    edge       producer -> copy -> reader, reader -> boundary: the cheapest sequence of collectives
+               between the two placements (mesh.Mesh.transfer_s)                                   (_join)
+    kept       the price of the bytes kept from forward to backward                                (_add_kept)
+    gradient of a parameter -> parameter: on each axis nothing when a partial sum stays one (it is
+               summed once a step); otherwise the collective between them                          (_add_param_gradient)
 
-An edge whose producer is a forward op and whose reader is a backward op redistributes in the backward, so that what is
-kept from forward to backward is the producer's own shard.
+Prices are what turns this into a frontier of (seconds, bytes): each price gives one point of its lower convex hull.
+Bounds on memory are the outer search's, which sees stages and microbatches in flight.
+
+An edge whose producer is a forward op and whose reader is a backward op redistributes in the backward.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx
 
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
-from .catalog import fits, strategies
+from .catalog import strategies
+from .mesh import Mesh, Sizes, compatible
 from .pbqp import Problem
-from .placement import P, R, can_shard, transition_seconds
-from .strategy import OpView, Strategy, is_op, view_of
+from .placement import P, Places, R, shares
+from .strategy import OpView, Strategy, is_op, origin, storage_root, view_of
 
-TIE_BREAK_S_PER_BYTE = 1e-16  # of two equal choices, the one that leaves fewer bytes on a rank
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One mesh axis as the solver sees it. Sizes of tensors are local to the axes solved before."""
-
-    name: str
-    size: int
-    collective_s: Callable[[str, float], float]  # kind, bytes of the whole tensor (on this axis) -> seconds
-    memory_s: Callable[[float], float]  # bytes -> seconds of a local copy
-    op_s: Callable[[fx.Node, float, float], float]  # node, share of flops, bytes -> seconds
-    local_bytes: Callable[[str, fx.Node, int], float]  # segment, node, output index -> bytes before this axis splits it
-    allowed: Callable[[str, fx.Node, int, torch.Tensor, int], bool]  # segment, node, output, tensor, dim: may be split
-    key_allowed: Callable[[str, str, int], bool]  # segment, key of AxisSolution.places, dim: may be split there
-    inner_allowed: Callable[[str, fx.Node, Strategy], bool]  # may this op take this strategy, given the axes before
-    input_place: Callable[[str, torch.Size], int]  # user input -> placement
-    params_whole: bool  # the data axis: parameters are whole here, ZeRO shards them outside the graph
-    param_byte_s: float = TIE_BREAK_S_PER_BYTE  # price of a byte of parameters left on a rank: trades time for memory
-    result_byte_s: float = TIE_BREAK_S_PER_BYTE  # the same of an op's result
+Strategies = tuple[Strategy, ...]  # of one op, one per axis
+OWN, COPY = "own", "copy"
 
 
 @dataclass
@@ -64,11 +54,26 @@ class Build:
 
     problem: Problem = field(default_factory=Problem)
     op_vars: dict[tuple[str, str], int] = field(default_factory=dict)  # (segment, node) -> variable
-    op_options: dict[int, list[Strategy]] = field(default_factory=dict)
-    place_options: dict[int, list[int]] = field(default_factory=dict)  # param, value, gradient and copy variables
+    op_options: dict[int, list[Strategies]] = field(default_factory=dict)
+    place_options: dict[int, list[Places]] = field(default_factory=dict)  # param, value, gradient and copy variables
     slot_vars: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (segment, in|out|gin|tan|param, slot)
     copy_vars: dict[tuple[str, str, int, str], int] = field(default_factory=dict)  # (segment, node, output, phase)
+    kept_vars: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (segment, node, output)
+    kept_options: dict[int, list[tuple[str, Places]]] = field(default_factory=dict)
     unknown: list[tuple[str, fx.Node]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What the caller fixes. inputs: places of the model's inputs by name; other values that must lie so.
+
+    param: name of a parameter -> its places, None on the axes that are free. result: segment, op node -> the same for
+    its first result.
+    """
+
+    inputs: Callable[[str, Sizes], Places]
+    param: Callable[[str], Sequence[int | None]] | None = None
+    result: Callable[[Segment, fx.Node], Sequence[int | None]] | None = None
 
 
 class _Union:
@@ -86,25 +91,33 @@ class _Union:
         self.parent[self.find(a)] = self.find(b)
 
 
-def build(graph: ModelGraph, axis: Axis, pinned: dict[str, int] | None = None) -> Build:
-    """pinned: FQN of a parameter -> placement it must take."""
+def build(graph: ModelGraph, mesh: Mesh, demands: Demands, catalog: Catalog | None = None) -> Build:
+    """catalog: strategies of each op, kept between problems of the same graph."""
     made = Build()
     counts: dict[str, int] = defaultdict(int)
     for instance in graph.instances:
         counts[instance.segment] += 1
-    _add_boundaries(graph, axis, made)
-    _add_params(graph, axis, made, pinned or {})
+    _add_boundaries(graph, mesh, made, demands)
+    _add_params(graph, mesh, made, demands)
+    catalog = catalog if catalog is not None else Catalog()
     for segment in graph.segments.values():
-        _SegmentBuilder(graph, segment, axis, made, counts[segment.name]).run()
+        _SegmentBuilder(segment, mesh, made, demands, catalog, counts[segment.name]).run()
     return made
 
 
+class Catalog:
+    """The view and all strategies of each op, which depend on the graph alone."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[OpView, list[Strategy], bool]] = {}
+
+    def of(self, node: fx.Node) -> tuple[OpView, list[Strategy], bool]:
+        if id(node) not in self._known:
+            self._known[id(node)] = (view_of(node), *strategies(node))
+        return self._known[id(node)]
+
+
 # --------------------------------------------------------------------------- shared between segments
-
-
-def _domain(axis: Axis, tensor_shape: Iterable[int], allowed: Callable[[int], bool], partial: bool) -> list[int]:
-    options = [R] + ([P] if partial else [])
-    return options + [d for d, s in enumerate(tensor_shape) if s > 1 and can_shard(s, axis.size) and allowed(d)]
 
 
 def _placeholder(segment: Segment, name: str) -> fx.Node:
@@ -116,7 +129,7 @@ def tangent_slots(segment: Segment) -> list[int]:
     return [j for j, out in enumerate(segment.outputs) if out.requires_grad]
 
 
-def _add_boundaries(graph: ModelGraph, axis: Axis, made: Build) -> None:
+def _add_boundaries(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) -> None:
     """One variable for each class of values, and one for each class of their gradients."""
     values, gradients = _Union(), _Union()
     for instance in graph.instances:
@@ -129,11 +142,9 @@ def _add_boundaries(graph: ModelGraph, axis: Axis, made: Build) -> None:
             values.join(("value", name), (segment.name, "out", j))
             if graph.values[name].requires_grad:
                 gradients.join(("gradient", name), (segment.name, "tan", j))
-    fixed: dict[Any, int] = {}
-    for name in graph.input_names:
-        fixed[values.find(("value", name))] = axis.input_place(name, torch.Size(graph.values[name].shape))
-    fixed[values.find(("value", graph.loss))] = R
-    fixed[gradients.find(("gradient", graph.loss))] = R
+    whole = (R,) * len(mesh.axes)
+    inputs = {values.find(("value", name)): name for name in graph.input_names}
+    losses = {values.find(("value", graph.loss)), gradients.find(("gradient", graph.loss))}
     for union, kinds in ((values, ("in", "out")), (gradients, ("gin", "tan"))):
         classes: dict[Any, int] = {}
         for key in list(union.parent):
@@ -141,31 +152,28 @@ def _add_boundaries(graph: ModelGraph, axis: Axis, made: Build) -> None:
                 continue
             root = union.find(key)
             if root not in classes:
-                classes[root] = _boundary_variable(graph, axis, made, key, fixed.get(root), kinds[0] == "gin")
+                sizes = mesh.sizes(*origin(_boundary_node(graph, key)))
+                if root in losses:
+                    options = [whole]
+                elif root in inputs:
+                    options = [demands.inputs(inputs[root], sizes)]
+                else:
+                    options = mesh.domain(sizes, partial=kinds[0] == "gin")
+                classes[root] = _place_variable(made, options, ("boundary", key))
             made.slot_vars[key] = classes[root]
-            _narrow(graph, axis, made, key, classes[root])
 
 
-def _boundary_node(graph: ModelGraph, key: tuple[str, str, int]) -> tuple[Segment, fx.Node, torch.Tensor]:
+def _boundary_node(graph: ModelGraph, key: tuple[str, str, int]) -> fx.Node:
     segment = graph.segments[key[0]]
     if key[1] in ("in", "gin"):
-        node = _placeholder(segment, f"input_{key[2]}")
-    elif key[1] == "tan":
-        node = _placeholder(segment, f"tangent_{tangent_slots(segment).index(key[2])}")
-    else:
-        node = flatten_outputs(segment.joint.graph)[key[2]]
-    return segment, node, node.meta["val"]
+        return _placeholder(segment, f"input_{key[2]}")
+    if key[1] == "tan":
+        return _placeholder(segment, f"tangent_{tangent_slots(segment).index(key[2])}")
+    return flatten_outputs(segment.joint.graph)[key[2]]
 
 
-def _boundary_variable(
-    graph: ModelGraph, axis: Axis, made: Build, key: tuple[str, str, int], fixed: int | None, partial: bool
-) -> int:
-    _, _, tensor = _boundary_node(graph, key)
-    if fixed is not None:
-        options = [fixed]
-    else:
-        options = _domain(axis, tensor.shape, lambda d: True, partial and tensor.is_floating_point())
-    index = made.problem.add_variable(np.zeros(len(options)), ("boundary", key))
+def _place_variable(made: Build, options: list[Places], label: Any, costs: np.ndarray | None = None) -> int:
+    index = made.problem.add_variable(np.zeros(len(options)) if costs is None else costs, label)
     made.place_options[index] = options
     return index
 
@@ -177,77 +185,51 @@ def slot_key(segment: Segment, kind: str, slot: int) -> str:
     return {"in": "input_{}", "out": "output_{}", "gin": "input_grad_{}", "param": "param_{}"}[kind].format(slot)
 
 
-def _narrow(graph: ModelGraph, axis: Axis, made: Build, key: tuple[str, str, int], index: int) -> None:
-    """Forbid what the axes solved before do not allow for this slot."""
-    segment = graph.segments[key[0]]
-    costs = made.problem.costs[index]
-    for i, place in enumerate(made.place_options[index]):
-        if place >= 0 and len(costs) > 1 and not axis.key_allowed(segment.name, slot_key(segment, *key[1:]), place):
-            costs[i] = np.inf
-
-
-def _add_params(graph: ModelGraph, axis: Axis, made: Build, pinned: dict[str, int]) -> None:
+def _add_params(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) -> None:
     union = _Union()
-    fqns: dict[Any, set[str]] = defaultdict(set)
+    names: dict[Any, list[str]] = defaultdict(list)
+    counts: dict[Any, int] = defaultdict(int)
     for instance in graph.instances:
-        for i, fqn in enumerate(instance.params):
-            union.join(("param", fqn), (instance.segment, "param", i))
-    for instance in graph.instances:
-        for fqn in instance.params:
-            fqns[union.find(("param", fqn))].add(fqn)
+        for i, name in enumerate(instance.params):
+            union.join(("param", name), (instance.segment, "param", i))
+    for key in list(union.parent):
+        if key[0] == "param" and len(key) == 2:
+            names[union.find(key)].append(key[1])
+            counts[union.find(key)] += 1
     classes: dict[Any, int] = {}
     for key in list(union.parent):
         if len(key) != 3:
             continue
         root = union.find(key)
-        segment = graph.segments[key[0]]
         if root not in classes:
-            shape = segment.param_shapes[key[2]]
-            wanted = {pinned[f] for f in fqns[root] if f in pinned}
-            if axis.params_whole:
-                options = [R]
-            elif wanted:
-                options = sorted(wanted)[:1]
-            else:
-                options = _domain(axis, shape, lambda d: True, partial=False)
-            node = _placeholder(segment, f"param_{key[2]}")
-            full = axis.local_bytes(segment.name, node, 0)
-            tie = [axis.param_byte_s * (full if p == R else full / axis.size) for p in options]
-            classes[root] = made.problem.add_variable(np.array(tie), ("param", key))
-            made.place_options[classes[root]] = options
+            sizes = mesh.sizes(_placeholder(graph.segments[key[0]], f"param_{key[2]}"))
+            options = mesh.domain(sizes, partial=False, whole_on_data=True)
+            options = _demanded(options, [demands.param(n) for n in names[root]] if demands.param else [])
+            price = mesh.prices.param * counts[root]
+            costs = np.array([price * sizes.num_bytes / shares(p, mesh.counts) for p in options])
+            classes[root] = _place_variable(made, options, ("param", key), costs)
         made.slot_vars[key] = classes[root]
 
 
-def origin(node: fx.Node) -> tuple[fx.Node, int]:
-    """The op behind a getitem, and which of its results it is."""
-    if node.op == "call_function" and not is_op(node):
-        return node.args[0], int(node.args[1])  # type: ignore[return-value, arg-type]
-    return node, 0
+def _demanded(options: list[Places], demands: Sequence[Sequence[int | None]]) -> list[Places]:
+    """Those that meet every demand; where none can, as where a dimension does not divide, all."""
+    met = [o for o in options if all(_meets(o, d) for d in demands)]
+    return met or options
 
 
-# lowering -> number of all-reduces of one value per row of the op's first operand (0 rows: of one number)
-_LOWERING_REDUCES = {"nll_rows": (2, False), "nll_cols": (2, False),
-                     "log_softmax_cols": (2, True), "softmax_cols": (2, True),
-                     "log_softmax_cols_backward": (1, True), "softmax_cols_backward": (1, True)}  # fmt: skip
-
-
-def _lowering_seconds(axis: Axis, lowering: str, view: OpView) -> float:
-    """The collectives inside a lowering (passes/lowerings.py)."""
-    if lowering not in _LOWERING_REDUCES:
-        return 0.0
-    times, per_row = _LOWERING_REDUCES[lowering]
-    first = view.inputs[0]
-    rows = first.numel() // first.shape[-1] if per_row else 1
-    return times * axis.collective_s("all_reduce", float(rows * first.element_size()))
+def _meets(places: Places, demand: Sequence[int | None]) -> bool:
+    return all(wanted is None or place == wanted for place, wanted in zip(places, demand, strict=True))
 
 
 # --------------------------------------------------------------------------- one distinct segment
 
 
 class _SegmentBuilder:
-    def __init__(self, graph: ModelGraph, segment: Segment, axis: Axis, made: Build, count: int) -> None:
-        self.graph, self.segment, self.axis, self.made, self.count = graph, segment, axis, made, count
-        self.problem = made.problem
+    def __init__(
+        self, segment: Segment, mesh: Mesh, made: Build, demands: Demands, catalog: Catalog, count: int
+    ) -> None:
+        self.segment, self.mesh, self.made, self.demands = segment, mesh, made, demands
+        self.catalog, self.count, self.problem = catalog, count, made.problem
         self.whole: dict[str, int] = {}  # variables of placeholders that are whole everywhere
 
     def run(self) -> None:
@@ -258,69 +240,71 @@ class _SegmentBuilder:
     # ----- variables
 
     def _add_ops(self) -> None:
-        axis, name = self.axis, self.segment.name
+        name = self.segment.name
         for node in self.segment.joint.graph.nodes:
             if not is_op(node):
                 continue
-            view = view_of(node)
-            listed, known = strategies(node)
+            view, listed, known = self.catalog.of(node)
             if not known and (view.inputs or any(o is not None for o in view.outputs)):
                 self.made.unknown.append((name, node))
-            options = [s for s in listed if self._fits(s, view) and axis.inner_allowed(name, node, s)]
-            costs = np.array([self._op_seconds(node, view, s) for s in options])
-            index = self.problem.add_variable(costs * self.count, ("op", name, node.name))
+            operands = [self.mesh.sizes(*origin(n)) for n in view.operands]
+            results = [self.mesh.sizes(node, k) for k in range(len(view.outputs))]
+            options = self._options(listed, operands, results)
+            if self.demands.result is not None:
+                wanted = self.demands.result(self.segment, node)
+                met = [o for o in options if _meets(tuple(s.outputs[0] for s in o), wanted)]
+                options = met or options
+            index = self.problem.add_variable(
+                self._op_costs(node, options, operands, results) * self.count, ("op", name, node.name)
+            )
             self.made.op_vars[(name, node.name)] = index
             self.made.op_options[index] = options
 
-    def _fits(self, strategy: Strategy, view: OpView) -> bool:
-        sources = [origin(n) for n in view.operands]
-        tensors = [(tensor, source, output) for tensor, (source, output) in zip(view.inputs, sources, strict=True)] + [
-            (tensor, view.node, k) for k, tensor in enumerate(view.outputs)
-        ]
-        for place, (tensor, source, output) in zip((*strategy.inputs, *strategy.outputs), tensors, strict=True):
-            if place >= 0 and tensor is not None:
-                if not can_shard(tensor.shape[place], self.axis.size, strategy.even):
-                    return False
-                if not self.axis.allowed(self.segment.name, source, output, tensor, place):
-                    return False
-        return True
+    def _options(self, listed: list[Strategy], operands: list[Sizes], results: list[Sizes]) -> list[Strategies]:
+        """Every combination over the axes that fits the sizes; the first is whole on all of them."""
+        found: list[Strategies] = [()]
+        for axis in self.mesh.axes:
+            here = self.mesh.fitting(axis, listed, operands, results)
+            found = [(*before, s) for before in found for s in here if all(compatible(b, s) for b in before)]
+        return found
 
-    def _op_seconds(self, node: fx.Node, view: OpView, strategy: Strategy) -> float:
-        axis, name = self.axis, self.segment.name
-        split = any(p >= 0 for p in (*strategy.inputs, *strategy.outputs)) or bool(strategy.lowering)
-        moved = 0.0
-        for place, operand in zip(strategy.inputs, view.operands, strict=True):
-            source, output = origin(operand)
-            moved += axis.local_bytes(name, source, output) / (axis.size if place >= 0 else 1)
-        kept = 0.0
-        for k, place in enumerate(strategy.outputs):
-            if view.outputs[k] is not None:
-                kept += axis.local_bytes(name, node, k) / (axis.size if place >= 0 else 1)
-        seconds = axis.op_s(node, 1.0 / axis.size if split else 1.0, moved + kept) + axis.result_byte_s * kept
-        return seconds + _lowering_seconds(axis, strategy.lowering, view)
+    def _op_costs(
+        self, node: fx.Node, options: list[Strategies], operands: list[Sizes], results: list[Sizes]
+    ) -> np.ndarray:
+        """Seconds of each option. Compute depends on the share of work and the bytes moved alone."""
+        mesh, known = self.mesh, {}
+        batched = any(any(sizes.batched) for sizes in (*operands, *results))
+        costs = np.empty(len(options))
+        for i, option in enumerate(options):
+            read = sum(
+                sizes.num_bytes / shares(tuple(s.inputs[k] for s in option), mesh.counts)
+                for k, sizes in enumerate(operands)
+            )
+            kept = sum(
+                sizes.num_bytes / shares(tuple(s.outputs[k] for s in option), mesh.counts)
+                for k, sizes in enumerate(results)
+                if sizes.num_bytes
+            )
+            key = (mesh.share(option, batched), read + kept)
+            if key not in known:
+                known[key] = mesh.op_s(node, *key)
+            costs[i] = known[key] + mesh.prices.result * kept
+            if any(s.lowering for s in option):
+                costs[i] += mesh.lowering_s(option, operands[0])
+        return costs
 
     # ----- edges
 
-    def _places(self, index: int, output: int) -> list[int]:
+    def _places(self, index: int, output: int) -> list[Places]:
         """Placement of result `output` under each option of a variable."""
         if index in self.made.op_options:
-            return [s.outputs[output] for s in self.made.op_options[index]]
+            return [tuple(s.outputs[output] for s in option) for option in self.made.op_options[index]]
+        if index in self.made.kept_options:
+            return [places for _, places in self.made.kept_options[index]]
         return self.made.place_options[index]
 
-    def _matrix(self, before: list[int], after: list[int], node: fx.Node, output: int) -> np.ndarray:
-        full = self.axis.local_bytes(self.segment.name, node, output)
-        table: dict[tuple[int, int], float] = {}
-        for a in set(before):
-            for b in set(after):
-                table[(a, b)] = transition_seconds(
-                    a,
-                    b,
-                    int(full),
-                    self.axis.size,
-                    self.axis.collective_s,
-                    self.axis.memory_s,  # type: ignore[arg-type]
-                )
-        return np.array([[table[(a, b)] for b in after] for a in before])
+    def _join(self, producer: int, before: list[Places], reader: int, after: list[Places], sizes: Sizes) -> None:
+        self.problem.add_edge(producer, reader, _table(before, after, self.mesh, sizes) * self.count)
 
     def _variable_of(self, node: fx.Node) -> int:
         """The variable that decides where a tensor lies: its op's, or its placeholder's."""
@@ -335,89 +319,133 @@ class _SegmentBuilder:
         if kind == "tangent":
             return self.made.slot_vars[(name, "tan", tangent_slots(self.segment)[int(slot)])]
         if node.name not in self.whole:  # buffers and the random key
-            index = self.problem.add_variable(np.zeros(1), ("whole", name, node.name))
-            self.made.place_options[index] = [R]
-            self.whole[node.name] = index
+            whole = [(R,) * len(self.mesh.axes)]
+            self.whole[node.name] = _place_variable(self.made, whole, ("whole", name, node.name))
         return self.whole[node.name]
 
     def _add_reads(self) -> None:
-        readers: dict[tuple[fx.Node, int, str], list[tuple[fx.Node, int]]] = defaultdict(list)
+        readers: dict[tuple[fx.Node, int], dict[str, list[tuple[fx.Node, int]]]] = defaultdict(dict)
         for node in self.segment.joint.graph.nodes:
             if is_op(node):
-                for position, operand in enumerate(view_of(node).operands):
-                    source, output = origin(operand)
-                    readers[(source, output, node.meta.get("phase", "forward"))].append((node, position))
-        for (source, output, phase), group in readers.items():
+                phase = node.meta.get("phase", "forward")
+                for position, operand in enumerate(self.catalog.of(node)[0].operands):
+                    readers[origin(operand)].setdefault(phase, []).append((node, position))
+        for (source, output), groups in readers.items():
+            sizes = self.mesh.sizes(source, output)
             producer = self._variable_of(source)
-            if len({id(n) for n, _ in group}) > 1:
-                producer, output_at = self._add_copy(source, output, phase, producer), 0
-            else:
-                output_at = output
-            for node, position in group:
-                reader = self.made.op_vars[(self.segment.name, node.name)]
-                wanted = [s.inputs[position] for s in self.made.op_options[reader]]
-                matrix = self._matrix(self._places(producer, output_at), wanted, source, output)
-                self.problem.add_edge(producer, reader, matrix * self.count)
+            saved = "backward" in groups and _is_saved(source)
+            base = producer
+            for phase in ("forward", "backward"):
+                group = groups.get(phase, [])
+                if not group:
+                    continue
+                shared = base
+                reading = [(self.made.op_vars[(self.segment.name, node.name)], position) for node, position in group]
+                wanted = {
+                    (reader, position): [tuple(s.inputs[position] for s in o) for o in self.made.op_options[reader]]
+                    for reader, position in reading
+                }
+                if len({reader for reader, _ in reading}) > 1 or (saved and phase == "forward"):
+                    shared = self._add_copy(source, output, phase, base, [*wanted.values()], sizes)
+                for (reader, _), places in wanted.items():
+                    self._join(shared, self._places(shared, output), reader, places, sizes)
+                if saved and phase == "forward":
+                    base = self._add_kept(source, output, producer, shared, sizes)
+            if saved and "forward" not in groups:
+                self._price_saved(producer, output, sizes)
 
-    def _add_copy(self, source: fx.Node, output: int, phase: str, producer: int) -> int:
-        tensor = source.meta["val"]
-        tensor = tensor[output] if isinstance(tensor, (tuple, list)) else tensor
-        if not isinstance(tensor, torch.Tensor):
-            return producer
-        name, key = self.segment.name, f"{source.name}.{output}>{phase}"
-        allowed = lambda d: self.axis.allowed(name, source, output, tensor, d) and self.axis.key_allowed(name, key, d)  # noqa: E731
-        options = _domain(self.axis, tensor.shape, allowed, partial=tensor.is_floating_point())
-        index = self.problem.add_variable(
-            np.zeros(len(options)), ("copy", self.segment.name, source.name, output, phase)
-        )
-        self.made.place_options[index] = options
+    def _add_copy(
+        self, source: fx.Node, output: int, phase: str, producer: int, wanted: list[list[Places]], sizes: Sizes
+    ) -> int:
+        """On each axis a copy lies as its producer or as one of its readers has it: another form never helps."""
+        used = [set(axis) for axis in zip(*self._places(producer, output), *itertools.chain(*wanted), strict=True)]
+        options = [
+            places
+            for places in self.mesh.domain(sizes, partial=True)
+            if all(p in axis for p, axis in zip(places, used, strict=True))
+        ]
+        index = _place_variable(self.made, options, ("copy", self.segment.name, source.name, output, phase))
         self.made.copy_vars[(self.segment.name, source.name, output, phase)] = index
-        matrix = self._matrix(self._places(producer, output), options, source, output)
-        self.problem.add_edge(producer, index, matrix * self.count)
+        self._join(producer, self._places(producer, output), index, options, sizes)
         return index
+
+    def _add_kept(self, source: fx.Node, output: int, producer: int, copy: int, sizes: Sizes) -> int:
+        """What the backward reads: the tensor as its producer made it, or as the forward's readers had it."""
+        own, shared = self._places(producer, output), self.made.place_options[copy]
+        options = [(OWN, p) for p in dict.fromkeys(own)] + [(COPY, p) for p in shared]
+        price = self.mesh.prices.saved * self.count
+        index = self.problem.add_variable(
+            np.array([price * sizes.num_bytes / shares(p, self.mesh.counts) for _, p in options]),
+            ("kept", self.segment.name, source.name, output),
+        )
+        self.made.kept_vars[(self.segment.name, source.name, output)] = index
+        self.made.kept_options[index] = options
+        for variable, places, kind in ((producer, own, OWN), (copy, shared, COPY)):
+            matrix = [[0.0 if k != kind or p == q else np.inf for k, q in options] for p in places]
+            self.problem.add_edge(variable, index, np.array(matrix))
+        return index
+
+    def _price_saved(self, producer: int, output: int, sizes: Sizes) -> None:
+        price = self.mesh.prices.saved * self.count
+        kept = [price * sizes.num_bytes / shares(p, self.mesh.counts) for p in self._places(producer, output)]
+        self.problem.costs[producer] = self.problem.costs[producer] + np.array(kept)
 
     def _add_results(self) -> None:
         """Outputs to their boundary, new buffer values whole, gradients to parameters and boundaries."""
         segment, name = self.segment, self.segment.name
         results = flatten_outputs(segment.joint.graph)
-        num_outputs, num_updates, num_params = (
-            len(segment.outputs),
-            len(segment.mutated_buffers),
-            len(segment.param_shapes),
-        )
+        num_outputs, num_updates = len(segment.outputs), len(segment.mutated_buffers)
+        first_input = num_outputs + num_updates + len(segment.param_shapes)
         for k, node in enumerate(results):
             if not isinstance(node, fx.Node):
                 continue
             source, output = origin(node)
-            producer = self._variable_of(source)
             if k < num_outputs:
-                self._join(producer, output, source, self.made.slot_vars[(name, "out", k)])
+                self._end(source, output, self.made.slot_vars[(name, "out", k)])
             elif k < num_outputs + num_updates:
-                index = self.problem.add_variable(np.zeros(1), ("whole", name, f"update_{k}"))
-                self.made.place_options[index] = [R]
-                self._join(producer, output, source, index)
-            elif k < num_outputs + num_updates + num_params:
+                whole = [(R,) * len(self.mesh.axes)]
+                self._end(source, output, _place_variable(self.made, whole, ("whole", name, f"update_{k}")))
+            elif k < first_input:
                 slot = k - num_outputs - num_updates
-                self._add_param_gradient(producer, output, source, self.made.slot_vars[(name, "param", slot)])
-            else:
-                slot = k - num_outputs - num_updates - num_params
-                if (name, "gin", slot) in self.made.slot_vars:
-                    self._join(producer, output, source, self.made.slot_vars[(name, "gin", slot)])
+                self._add_param_gradient(source, output, self.made.slot_vars[(name, "param", slot)])
+            elif (name, "gin", k - first_input) in self.made.slot_vars:
+                self._end(source, output, self.made.slot_vars[(name, "gin", k - first_input)])
 
-    def _join(self, producer: int, output: int, source: fx.Node, boundary: int) -> None:
-        before, after = self._places(producer, output), self.made.place_options[boundary]
+    def _end(self, source: fx.Node, output: int, boundary: int) -> None:
+        producer = self._variable_of(source)
         if producer != boundary:
-            self.problem.add_edge(producer, boundary, self._matrix(before, after, source, output) * self.count)
+            before, after = self._places(producer, output), self.made.place_options[boundary]
+            self._join(producer, before, boundary, after, self.mesh.sizes(source, output))
 
-    def _add_param_gradient(self, producer: int, output: int, source: fx.Node, param: int) -> None:
-        before, after = self._places(producer, output), self.made.place_options[param]
-        matrix = self._matrix(before, after, source, output)
-        for i, place in enumerate(before):
-            for j, target in enumerate(after):
-                if place == P and target == R:
-                    matrix[i, j] = 0.0  # summed once a step, by the runtime
-        if producer != param:
-            self.problem.add_edge(producer, param, matrix * self.count)
+    def _add_param_gradient(self, source: fx.Node, output: int, param: int) -> None:
+        producer = self._variable_of(source)
+        if producer == param:
+            return
+        sizes, after = self.mesh.sizes(source, output), self.made.place_options[param]
+        before = self._places(producer, output)
+        reached = [[_unsummed(b, a) for a in after] for b in before]
+        matrix = [
+            [self.mesh.transfer_s(sizes, b, r) for r in row] for b, row in zip(before, reached, strict=True)
+        ]  # fmt: skip
+        self.problem.add_edge(producer, param, np.array(matrix) * self.count)
 
 
-__all__ = ["Axis", "Build", "build", "fits", "origin", "tangent_slots"]
+def _unsummed(found: Places, param: Places) -> Places:
+    """Where a parameter's gradient ends inside the graph: partial sums over axes on which it is whole stay so."""
+    return tuple(P if f == P and p == R else p for f, p in zip(found, param, strict=True))
+
+
+def _is_saved(source: fx.Node) -> bool:
+    """Made in the forward and no view of a parameter, buffer or key: the backward reads it from memory."""
+    root, _ = storage_root(source)
+    if root.op == "placeholder":
+        return root.name.startswith("input_")
+    return root.meta.get("phase", "forward") == "forward"
+
+
+def _table(before: list[Places], after: list[Places], mesh: Mesh, sizes: Sizes) -> np.ndarray:
+    """Transfer seconds, rows by before, columns by after."""
+    rows, columns = list(dict.fromkeys(before)), list(dict.fromkeys(after))
+    small = np.array([[mesh.transfer_s(sizes, b, a) for a in columns] for b in rows])
+    at = {p: i for i, p in enumerate(rows)}, {p: i for i, p in enumerate(columns)}
+    return small[np.ix_([at[0][p] for p in before], [at[1][p] for p in after])]

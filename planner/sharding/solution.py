@@ -4,20 +4,22 @@ In a plan, placements[segment][key] is a list with one text per axis. Keys are n
     "S(0),R->S(0)"            for an op: operands -> results, "@name" appended where it runs a lowering
     "S(1)"                    for a placeholder
 and besides them "NODE.K>PHASE" (the form in which result K reaches several readers), "output_J" and "input_grad_I"
-(boundary values and gradients), "param_grad_I" ("P": summed by the runtime once a step).
+(boundary values and gradients), "param_grad_I" ("P": summed by the runtime once a step). "NODE.K>kept" stands where the
+backward reads the form that the forward's readers share ("NODE.K>forward"), and not the producer's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
-from .placement import P, R, from_text, to_text
-from .problem import Build, origin, slot_key
-from .strategy import Strategy, is_op, replicated, view_of
+from .placement import P, Places, R, from_text, to_text
+from .problem import COPY, Build, slot_key
+from .strategy import Strategy, is_op, origin, replicated, view_of
 
 
 @dataclass
@@ -33,31 +35,44 @@ class AxisSolution:
             return self.strategies[(segment, node.name)].outputs[output]
         return self.places.get((segment, node.name), R)
 
+    def read_from(self, segment: str, node: fx.Node, output: int, phase: str) -> int:
+        """The same as a reader of this phase finds it: the backward may read what the forward's readers shared."""
+        key = f"{node.name}.{output}>forward"
+        if phase == "backward" and (segment, f"{node.name}.{output}>kept") in self.places:
+            return self.places[(segment, key)]
+        return self.of_result(segment, node, output)
 
-def read_choice(graph: ModelGraph, made: Build, choice: list[int], params_whole: bool = False) -> AxisSolution:
-    """From the solver's option numbers to placements.
 
-    params_whole: on the data axis every gradient leaves its segment as a partial sum, which the runtime reduces as the
-    ZeRO level asks; one that is already whole is kept by the first rank alone.
+def read_choice(graph: ModelGraph, made: Build, choice: list[int], data_axes: Sequence[bool]) -> list[AxisSolution]:
+    """From the solver's option numbers to placements on each axis.
+
+    data_axes: on those every gradient of a parameter leaves its segment as a partial sum, which the runtime reduces as
+    the ZeRO level asks; one that is already whole is kept by the first rank alone.
     """
-    solution = AxisSolution()
+    solutions = [AxisSolution() for _ in data_axes]
+
+    def put(segment: str, key: str, places: Places) -> None:
+        for solution, place in zip(solutions, places, strict=True):
+            solution.places[(segment, key)] = place
+
     for (owner, node), index in made.op_vars.items():
-        solution.strategies[(owner, node)] = made.op_options[index][choice[index]]
-
-    def place(index: int) -> int:
-        return made.place_options[index][choice[index]]
-
+        for solution, strategy in zip(solutions, made.op_options[index][choice[index]], strict=True):
+            solution.strategies[(owner, node)] = strategy
     for (owner, node, output, phase), index in made.copy_vars.items():
-        solution.places[(owner, f"{node}.{output}>{phase}")] = place(index)
+        put(owner, f"{node}.{output}>{phase}", made.place_options[index][choice[index]])
+    for (owner, node, output), index in made.kept_vars.items():
+        kind, places = made.kept_options[index][choice[index]]
+        if kind == COPY:
+            put(owner, f"{node}.{output}>kept", places)
+    for (owner, kind, slot), index in made.slot_vars.items():
+        put(owner, slot_key(graph.segments[owner], kind, slot), made.place_options[index][choice[index]])
     for segment in graph.segments.values():
-        for (owner, kind, slot), index in made.slot_vars.items():
-            if owner == segment.name:
-                solution.places[(segment.name, slot_key(segment, kind, slot))] = place(index)
-        _param_gradients(segment, solution, params_whole)
-    return solution
+        for solution, data in zip(solutions, data_axes, strict=True):
+            _param_gradients(segment, solution, data)
+    return solutions
 
 
-def _param_gradients(segment: Segment, solution: AxisSolution, params_whole: bool) -> None:
+def _param_gradients(segment: Segment, solution: AxisSolution, data: bool) -> None:
     results = flatten_outputs(segment.joint.graph)
     first = len(segment.outputs) + len(segment.mutated_buffers)
     for slot in range(len(segment.param_shapes)):
@@ -65,12 +80,10 @@ def _param_gradients(segment: Segment, solution: AxisSolution, params_whole: boo
         if isinstance(node, fx.Node):
             param = solution.places[(segment.name, f"param_{slot}")]
             found = solution.of_result(segment.name, *origin(node))
-            solution.places[(segment.name, f"param_grad_{slot}")] = (
-                P if params_whole or (found == P and param == R) else param
-            )
+            solution.places[(segment.name, f"param_grad_{slot}")] = P if data or (found == P and param == R) else param
 
 
-def write_placements(graph: ModelGraph, axes: list[AxisSolution]) -> dict[str, dict[str, list[str]]]:
+def write_placements(graph: ModelGraph, axes: Sequence[AxisSolution]) -> dict[str, dict[str, list[str]]]:
     """One text per axis for each key, keys in graph order."""
     written: dict[str, dict[str, list[str]]] = {}
     for name, segment in graph.segments.items():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ...profiler.work import is_view
 from .placement import R
 
 
@@ -74,3 +75,18 @@ def replicated(view: OpView) -> Strategy:
 
 def is_op(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is not operator.getitem
+
+
+def origin(node: fx.Node) -> tuple[fx.Node, int]:
+    """The op behind a getitem, and which of its results it is."""
+    if node.op == "call_function" and not is_op(node):
+        return node.args[0], int(node.args[1])  # type: ignore[return-value, arg-type]
+    return node, 0
+
+
+def storage_root(node: fx.Node) -> tuple[fx.Node, int]:
+    """The op that owns the memory of a result: views belong to what they view."""
+    source, output = origin(node)
+    while is_op(source) and is_view(source) and isinstance(source.args[0], fx.Node):
+        source, output = origin(source.args[0])
+    return source, output

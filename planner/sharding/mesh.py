@@ -1,0 +1,213 @@
+"""The mesh that a model is sharded over, with what the solver must know of it: sizes of tensors, seconds, bytes.
+
+Graphs are captured with a batch whose size divides no other dimension, so that a dimension that carries the batch is
+told by its size; here such dimensions get the size that they have in the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from .placement import INFINITE, P, Places, R, can_shard, route, shares, transition
+from .strategy import Strategy
+
+TIE_BREAK_S_PER_BYTE = 1e-16  # of two equal choices, the one that leaves fewer bytes on a rank
+
+
+@dataclass(frozen=True)
+class Axis:
+    """data: the axis that carries the batch: it splits dimensions that do and no others, each op that can runs on its
+    shard of the batch, and every parameter is whole on it (ZeRO shards them outside the graph). collective_s: kind,
+    bytes of the tensor whole on this axis -> seconds.
+    """
+
+    name: str
+    size: int
+    collective_s: Callable[[str, float], float]
+    data: bool = False
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds that a byte on a rank is worth: what trades time for memory."""
+
+    param: float = TIE_BREAK_S_PER_BYTE
+    result: float = TIE_BREAK_S_PER_BYTE  # of any op
+    saved: float = TIE_BREAK_S_PER_BYTE  # kept from forward to backward
+
+
+class Sizes(NamedTuple):
+    """Of a whole tensor in the run. batched: which dimensions carry the batch."""
+
+    shape: tuple[int, ...]
+    batched: tuple[bool, ...]
+    num_bytes: float
+    partial: bool  # may be a partial sum
+
+
+@dataclass
+class Mesh:
+    """batch: captured. run_batch: of one microbatch, over all data ranks. op_s: node, share of the captured op's
+    flops, bytes moved -> seconds. memory_s: bytes -> seconds of a local copy.
+    """
+
+    axes: tuple[Axis, ...]
+    batch: int
+    run_batch: int
+    op_s: Callable[[fx.Node, float, float], float]
+    memory_s: Callable[[float], float]
+    prices: Prices = field(default_factory=Prices)
+    _sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict)
+    _transfers: dict[tuple[tuple[int, ...], float, Places, Places], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.counts = tuple(axis.size for axis in self.axes)
+
+    # ------------------------------------------------------------------ sizes
+
+    def sizes(self, node: fx.Node, output: int = 0) -> Sizes:
+        key = (id(node), output)
+        if key not in self._sizes:
+            val = node.meta["val"]
+            tensor = val[output] if isinstance(val, (tuple, list)) else val
+            known = isinstance(tensor, torch.Tensor)
+            self._sizes[key] = self.measure(tensor.shape, tensor.dtype) if known else Sizes((), (), 0.0, False)
+        return self._sizes[key]
+
+    def measure(self, captured: torch.Size, dtype: torch.dtype) -> Sizes:
+        shape = tuple(captured)
+        batched = tuple(self.batch > 1 and size % self.batch == 0 and size > 0 for size in shape)
+        sizes = tuple(s // self.batch * self.run_batch if b else s for s, b in zip(shape, batched, strict=True))
+        return Sizes(sizes, batched, float(math.prod(sizes) * dtype.itemsize), dtype.is_floating_point)
+
+    def local_bytes(self, node: fx.Node, output: int, places: Places) -> float:
+        return self.sizes(node, output).num_bytes / shares(places, self.counts)
+
+    def may_split(self, sizes: Sizes, dim: int, axis: Axis, even: bool = False) -> bool:
+        if axis.data and not sizes.batched[dim]:
+            return False
+        return can_shard(sizes.shape[dim], axis.size, even)
+
+    def domain(self, sizes: Sizes, *, partial: bool, whole_on_data: bool = False) -> list[Places]:
+        """Every way in which a tensor may lie; at most one axis on a dimension."""
+        found: list[Places] = [()]
+        for axis in self.axes:
+            here = [R] + ([P] if partial and sizes.partial else [])
+            if not (axis.data and whole_on_data):
+                here += [d for d, s in enumerate(sizes.shape) if s > 1 and self.may_split(sizes, d, axis)]
+            if axis.data and whole_on_data:
+                here = [R]
+            if axis.size == 1:
+                here = [R]
+            found = [(*places, p) for places in found for p in here if p < 0 or p not in places]
+        return found
+
+    # ------------------------------------------------------------------ strategies
+
+    def fitting(
+        self, axis: Axis, listed: Sequence[Strategy], operands: Sequence[Sizes], results: Sequence[Sizes]
+    ) -> list[Strategy]:
+        """Those of an op's strategies that the axis may run."""
+        if axis.size == 1:
+            return [listed[0]]
+        tensors = [*operands, *results]
+
+        def fits(strategy: Strategy) -> bool:
+            places = zip((*strategy.inputs, *strategy.outputs), tensors, strict=True)
+            return all(p < 0 or not t.shape or self.may_split(t, p, axis, strategy.even) for p, t in places)
+
+        def on_its_batch(strategy: Strategy) -> bool:
+            places = zip((*strategy.inputs, *strategy.outputs), tensors, strict=True)
+            return all(p >= 0 for p, t in places if any(t.batched))
+
+        found = [s for s in listed if fits(s)]
+        return ([s for s in found if on_its_batch(s)] if axis.data else []) or found
+
+    def share(self, strategies: Sequence[Strategy], batched: bool) -> float:
+        """Of the captured op's work, one rank's."""
+        share = self.run_batch / self.batch if batched else 1.0
+        for axis, strategy in zip(self.axes, strategies, strict=True):
+            if is_split(strategy):
+                share /= axis.size
+        return share
+
+    # ------------------------------------------------------------------ seconds
+
+    def transfer_s(self, sizes: Sizes, before: Places, after: Places) -> float:
+        """Of the cheapest sequence of collectives between two placements; infinite where there is none."""
+        if before == after:
+            return 0.0
+        key = (sizes.shape, sizes.num_bytes, before, after)
+        if key not in self._transfers:
+            self._transfers[key] = self._transfer_s(sizes, before, after)
+        return self._transfers[key]
+
+    def _transfer_s(self, sizes: Sizes, before: Places, after: Places) -> float:
+        steps = route(before, after)
+        if steps is None:
+            return INFINITE
+        current, seconds = list(before), 0.0
+        for k, source, target in steps:
+            current[k] = R
+            whole = sizes.num_bytes / shares(tuple(current), self.counts)  # whole on this axis
+            seconds += self._step_s(sizes.shape, current, k, source, target, whole)
+            current[k] = target
+        return seconds
+
+    def _step_s(self, shape: Sequence[int], others: list[int], k: int, source: int, target: int, whole: float) -> float:
+        axis, kind = self.axes[k], transition(source, target)
+        if kind == "local":
+            return self.memory_s(whole / axis.size) if target >= 0 else 0.0
+        seconds = axis.collective_s(kind, whole)  # type: ignore[arg-type]
+        if kind == "all_to_all":
+            return seconds + self.memory_s(2 * whole / axis.size)
+        dim = max(source, target)
+        if dim > 0 and self._rows_before(shape, others, dim) > 1:  # pieces are not in one run of memory
+            seconds += self.memory_s(whole)
+        return seconds
+
+    def lowering_s(self, strategies: Sequence[Strategy], first: Sizes) -> float:
+        """The all-reduces inside the lowerings (passes/lowerings.py) of an op whose first operand has these sizes."""
+        seconds = 0.0
+        for k, (axis, strategy) in enumerate(zip(self.axes, strategies, strict=True)):
+            times, per_row = _LOWERING_REDUCES.get(strategy.lowering, (0, False))
+            if times:
+                others = tuple(R if j == k else s.inputs[0] for j, s in enumerate(strategies))
+                values = math.prod(first.shape[:-1]) / shares(others, self.counts) if per_row else 1
+                item = first.num_bytes / max(math.prod(first.shape), 1)
+                seconds += times * axis.collective_s("all_reduce", values * item)
+        return seconds
+
+    def _rows_before(self, shape: Sequence[int], places: list[int], dim: int) -> int:
+        rows = math.prod(shape[:dim])
+        for axis, place in zip(self.axes, places, strict=True):
+            if 0 <= place < dim:
+                rows //= axis.size
+        return rows
+
+
+def is_split(strategy: Strategy) -> bool:
+    return any(p >= 0 for p in (*strategy.inputs, *strategy.outputs)) or bool(strategy.lowering)
+
+
+def compatible(first: Strategy, second: Strategy) -> bool:
+    """On two axes at once: no tensor split twice on one dimension, and at most one of the two replaces the op's
+    program."""
+    if first.lowering and second.lowering and {first.lowering, second.lowering} != {"nll_rows", "nll_cols"}:
+        return False
+    for a, b in zip((*first.inputs, *first.outputs), (*second.inputs, *second.outputs), strict=True):
+        if a == b and a >= 0:
+            return False
+    return True
+
+
+# lowering -> number of all-reduces (passes/lowerings.py), and whether of one value per row of the first operand
+_LOWERING_REDUCES = {"nll_rows": (2, False), "nll_cols": (2, False),
+                     "log_softmax_cols": (2, True), "softmax_cols": (2, True),
+                     "log_softmax_cols_backward": (1, True), "softmax_cols_backward": (1, True)}  # fmt: skip
