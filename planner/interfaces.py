@@ -24,6 +24,7 @@ class ShardingSolution:
     seconds: float  # time the solver took
     status: str  # optimal | feasible
     conservative: list[Any] = field(default_factory=list)  # ops planned without a rule, each with its cost
+    saved_bytes: int = 0  # kept from forward to backward, of all instances, per microbatch
 
 
 class Sharder(Protocol):
@@ -34,4 +35,8 @@ class Sharder(Protocol):
 
         None, or a ShardwrightError, where this tp cannot shard anything.
         """
+        ...
+
+    def frontier(self, *, dp: int, tp: int, local_batch: int) -> list[ShardingSolution]:
+        """That solution and others that are slower and keep fewer bytes, fastest first."""
         ...

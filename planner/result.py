@@ -90,8 +90,8 @@ def _simplest(state: SearchState) -> Outcome:
     for outcome in sorted(alike, key=simplicity):
         if outcome is best:
             break
-        exact = state.solve(outcome.candidate)
-        if exact is outcome.solution:
+        c = outcome.candidate
+        if outcome.solution is not None and state.is_own(outcome.solution, c):
             return outcome
     return best
 

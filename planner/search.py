@@ -3,9 +3,9 @@
 Candidates are taken in groups that share a sharding solution: equal tensor axis and equal sequences on a rank. A
 group is solved only while the bound of its best candidate is below the incumbent. That bound needs no solution of its
 own: an op never takes less than its share of the same op on the whole batch on one device, which is costed once.
-Inside a group candidates go by their own bound (evaluate.lower_bound). For each the least recomputation that fits is
-found by bisection over distinct segments in the order of bytes freed per second spent, then the best cuts, then the
-simulated step.
+Inside a group candidates go by their own bound (evaluate.lower_bound). For each the fastest of the memory options that
+fits (memory_options.py) is found by bisection, then the best cuts, then the simulated step. The sharding frontier is
+asked for where the fastest placements leave too little memory.
 
 Two prunings are not proofs, and leave the certificate alone: a candidate that does not fit rules out those that
 differ in a larger microbatch only, and interleaving is looked at only where an optimistic estimate of its bubble
@@ -18,7 +18,7 @@ left open. Ctrl-C and the time limit end the search with the incumbent and its g
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..costmodel.model import CostModel
@@ -42,6 +42,7 @@ from .evaluate import (
 )
 from .footprint import fits, mean_bytes, quick_peaks
 from .interfaces import Sharder, ShardingSolution
+from .memory_options import MemoryOption, memory_options
 from .outcome import Outcome
 from .result import SearchResult, build_result
 from .setting import Setting
@@ -122,18 +123,23 @@ class SearchState:
         if not open_members:
             return
         self._check_time()
-        solution = self.solve(min(open_members, key=self.ideal_seconds))
+        first = min(open_members, key=self.ideal_seconds)
+        solution = self.solve(first)
         if solution is None:
             for candidate in members:
                 self.outcomes[candidate].unsharded = True
             return
-        chain = self.setting.chain(solution, self._recompute_options(solution)[0])
+        options = self._options([solution])
+        if any(self._first_option(candidate, options) > 0 for candidate in open_members):
+            options = self._options(self.frontier(first))
+        chain = self.setting.chain(options[0].solution, options[0].recompute)
         ratio = solver_ratio(solution)
         order = {}
         for candidate in open_members:
             outcome = self.outcomes[candidate]
-            outcome.first_option = self._first_option(candidate, solution)
-            least = self.setting.chain(solution, self._recompute_options(solution)[outcome.first_option])
+            outcome.first_option = self._first_option(candidate, options)
+            start = options[outcome.first_option]
+            least = self.setting.chain(start.solution, start.recompute)
             outcome.search_bound_s = lower_bound(self.setting, candidate, least)
             outcome.bound_s = max(outcome.bound_s, outcome.search_bound_s * ratio)
             order[candidate] = estimate(self.setting, candidate, least)
@@ -143,16 +149,19 @@ class SearchState:
                 self.outcomes[candidate].note = "chunks less even than with other virtual stages"
             elif self._may_win(order[candidate]):
                 self._check_time()
-                self._evaluate(candidate, solution)
+                self._evaluate(candidate, options)
             elif self._may_win(self.outcomes[candidate].search_bound_s):
                 self.outcomes[candidate].note = f"estimated at {format_seconds(order[candidate])} with its bubble"
 
-    def _first_option(self, candidate: Candidate, solution: ShardingSolution) -> int:
-        """The least recomputation under which the mean rank may fit; the most where it fits under none."""
+    def _options(self, solutions: Sequence[ShardingSolution]) -> list[MemoryOption]:
+        return memory_options(self.setting.shape, solutions, self.forced.recompute)
+
+    def _first_option(self, candidate: Candidate, options: Sequence[MemoryOption]) -> int:
+        """The fastest option under which the mean rank may fit; the leanest where it fits under none."""
         limit = self.setting.limits(candidate).max()
-        options = self._recompute_options(solution)
-        for index, recompute in enumerate(options):
-            if mean_bytes(self.setting, candidate, self.setting.chain(solution, recompute)) <= limit:
+        for index, option in enumerate(options):
+            chain = self.setting.chain(option.solution, option.recompute)
+            if mean_bytes(self.setting, candidate, chain) <= limit:
                 return index
         return len(options) - 1
 
@@ -203,36 +212,36 @@ class SearchState:
             self.solve_seconds += time.monotonic() - started
         return self.solutions[key]
 
-    def _recompute_order(self, solution: ShardingSolution) -> list[str]:
-        """Distinct segments outside the prologue, most bytes freed for a second of recomputation first."""
-        costs = {name: solution.costs[name] for name in dict.fromkeys(self.setting.shape.segments)}
+    def frontier(self, candidate: Candidate) -> list[ShardingSolution]:
+        self.progress(f"frontier of dp={candidate.dp} tp={candidate.tp}, {candidate.local_batch} sequences a rank")
+        started = time.monotonic()
+        found = self.sharder.frontier(dp=candidate.dp, tp=candidate.tp, local_batch=candidate.local_batch)
+        self.solve_seconds += time.monotonic() - started
+        return found
 
-        def freed_per_second(name: str) -> float:
-            cost = costs[name]
-            return (cost.saved_bytes - cost.recompute_saved_bytes) / max(cost.forward_s + cost.forward_comm_s, 1e-12)
+    def is_own(self, solution: ShardingSolution, candidate: Candidate) -> bool:
+        """Was this solved for the candidate's own mesh?"""
+        own = self.solve(candidate)
+        return own is solution or any(found is solution for found in self.frontier(candidate))
 
-        return sorted(costs, key=freed_per_second, reverse=True)
-
-    def _recompute_options(self, solution: ShardingSolution) -> list[frozenset[str]]:
-        order = self._recompute_order(solution)
-        if self.forced.recompute == "all":
-            return [frozenset(order)]
-        if self.forced.recompute == "none":
-            return [frozenset()]
-        costs = solution.costs
-        useful = [name for name in order if costs[name].saved_bytes > costs[name].recompute_saved_bytes]
-        return [frozenset(useful[:k]) for k in range(len(useful) + 1)]
-
-    def _evaluate(self, candidate: Candidate, solution: ShardingSolution) -> None:
-        outcome = self.score(candidate, solution)
+    def _evaluate(self, candidate: Candidate, options: Sequence[MemoryOption]) -> None:
+        outcome = self.score(candidate, options)
         if self._is_better(outcome):
-            exact = self.solve(candidate)
-            if exact is not None and exact is not solution:
+            exact = self._exact_options(candidate, options)
+            if exact is not options:
                 outcome = self.score(candidate, exact)
             if self._is_better(outcome):
                 self.incumbent = outcome
                 self.progress(f"best so far {outcome.step_s:.3f} s: {candidate}")
         self.outcomes[candidate] = outcome
+
+    def _exact_options(self, candidate: Candidate, options: Sequence[MemoryOption]) -> Sequence[MemoryOption]:
+        """The same for the candidate's own data-parallel degree, where the group was solved for another."""
+        exact = self.solve(candidate)
+        if exact is None or exact is options[0].solution:
+            return options
+        several = any(option.solution is not options[0].solution for option in options)
+        return self._options(self.frontier(candidate) if several else [exact])
 
     def _may_win(self, at_least_s: float) -> bool:
         return self.incumbent is None or at_least_s < (self.incumbent.step_s or 0.0) * BETTER
@@ -242,18 +251,17 @@ class SearchState:
             return False
         return self._may_win(outcome.step_s)
 
-    def score(self, candidate: Candidate, solution: ShardingSolution) -> Outcome:
-        """Least recomputation that fits; its cuts; its simulated step. Looks no further where that cannot win."""
+    def score(self, candidate: Candidate, options: Sequence[MemoryOption]) -> Outcome:
+        """Fastest option that fits; its cuts; its simulated step. Looks no further where that cannot win."""
         setting = self.setting
         outcome = self.outcomes[candidate]
-        options = self._recompute_options(solution)
         fitting: tuple[int, tuple[int, ...], float] | None = None
-        low, high = outcome.first_option, len(options) - 1
+        low, high = min(outcome.first_option, len(options) - 1), len(options) - 1
         trial, slow_s = low, 0.0
         while low <= high:
-            chain = setting.chain(solution, options[trial])
+            chain = setting.chain(options[trial].solution, options[trial].recompute)
             if not self._may_win(estimate(setting, candidate, chain)):
-                # more recomputation only takes longer: what is left to try is less of it
+                # later options only take longer: what is left to try are earlier ones
                 outcome.too_slow, high = True, trial - 1
                 slow_s = lower_bound(setting, candidate, chain)
             else:
@@ -266,16 +274,18 @@ class SearchState:
             trial = low if len(options) <= 4 else (low + high + 1) // 2
         if fitting is None and outcome.too_slow:
             outcome.search_bound_s = max(outcome.search_bound_s, slow_s)
-            outcome.bound_s = max(outcome.bound_s, slow_s * solver_ratio(solution))
+            outcome.bound_s = max(outcome.bound_s, slow_s * solver_ratio(options[0].solution))
             return outcome
         if fitting is None:
-            need = self._least_need(candidate, solution, options)
+            need = self._least_need(candidate, options[-1])
             outcome.missing_bytes, outcome.peak_bytes, outcome.worst_rank = need
             outcome.limit_bytes = setting.limit(candidate, outcome.worst_rank)
-            outcome.fits, outcome.recompute, outcome.recompute_all = False, options[-1], bool(options[-1])
+            outcome.fits, outcome.recompute = False, options[-1].recompute
+            outcome.recompute_all = options[-1].recompute_all
             return outcome
         index, bounds, bottleneck = fitting
-        chain = setting.chain(solution, options[index])
+        chosen = options[index]
+        chain = setting.chain(chosen.solution, chosen.recompute)
         if self.forced.cuts is None:
             bounds = level_ranks(setting, candidate, chain, bounds)
         outcome.fits = True
@@ -286,15 +296,15 @@ class SearchState:
             return outcome
         return Outcome(
             candidate,
-            bound_s=max(outcome.bound_s, bottleneck * solver_ratio(solution)),
+            bound_s=max(outcome.bound_s, bottleneck * solver_ratio(chosen.solution)),
             search_bound_s=outcome.search_bound_s,
             step_s=step_seconds(setting, candidate, chain, bounds),
             bounds=bounds,
-            recompute=options[index],
-            solution=solution,
+            recompute=chosen.recompute,
+            solution=chosen.solution,
             peak_bytes=outcome.peak_bytes,
             fits=True,
-            recompute_all=index == len(options) - 1 and bool(options[index]),
+            recompute_all=chosen.recompute_all,
         )
 
     def _cuts(self, candidate: Candidate, chain: Chain) -> tuple[tuple[int, ...], float] | None:
@@ -324,11 +334,9 @@ class SearchState:
             return None
         return bounds, bottleneck
 
-    def _least_need(
-        self, candidate: Candidate, solution: ShardingSolution, options: list[frozenset[str]]
-    ) -> tuple[int, int, int]:
-        """(missing bytes, peak of the worst rank, that rank) with most recomputation and even cuts."""
-        chain = self.setting.chain(solution, options[-1])
+    def _least_need(self, candidate: Candidate, leanest: MemoryOption) -> tuple[int, int, int]:
+        """(missing bytes, peak of the worst rank, that rank) with the leanest option and even cuts."""
+        chain = self.setting.chain(leanest.solution, leanest.recompute)
         cuts = find_cuts(self.setting, candidate, chain, ignore_memory=True)
         if cuts is None:
             return 0, 0, 0

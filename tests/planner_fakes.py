@@ -112,6 +112,10 @@ class FakeSharder:
     widest_tp: int = 64
     gap: float = 0.0
 
+    def frontier(self, *, dp: int, tp: int, local_batch: int) -> list[ShardingSolution]:
+        found = self.solve(dp=dp, tp=tp, local_batch=local_batch)
+        return [] if found is None else [found]
+
     def solve(self, *, dp: int, tp: int, local_batch: int) -> ShardingSolution | None:
         self.calls.append((dp, tp, local_batch))
         if tp > self.widest_tp:

@@ -161,7 +161,7 @@ def split_backward(segment: Segment) -> tuple[set[fx.Node], set[fx.Node]]:
     return backward & wanted, backward - wanted
 
 
-def evaluate(placed: Placed) -> tuple[SegmentCost, list[Move]]:
+def evaluate(placed: Placed) -> SegmentCost:
     segment, mesh = placed.segment, placed.mesh
     for_input, for_weight = split_backward(segment)
     seconds: dict[str, float] = defaultdict(float)
@@ -173,10 +173,9 @@ def evaluate(placed: Placed) -> tuple[SegmentCost, list[Move]]:
         share, moved = op_load(placed, node)
         seconds[part] += mesh.op_s(node, share, moved)
         flops += _matrix_flops(node) * share
-    listed = moves(placed)
     by_axis = {axis.name: axis for axis in mesh.axes}
     comm: dict[str, float] = defaultdict(float)
-    for move in listed:
+    for move in moves(placed):
         comm[move.phase] += by_axis[move.axis].collective_s(move.kind, move.full_bytes)
 
     def local(node: fx.Node, output: int = 0) -> float:
@@ -203,7 +202,7 @@ def evaluate(placed: Placed) -> tuple[SegmentCost, list[Move]]:
         output_bytes=int(sum(local(*o) for o in outputs)),
         workspace_bytes=int(_workspace(segment, local, {s for s in saved})),
         model_flops=flops,
-    ), listed
+    )
 
 
 def op_load(placed: Placed, node: fx.Node) -> tuple[float, float]:

@@ -39,7 +39,6 @@ class Prices:
 
     param: float = TIE_BREAK_S_PER_BYTE
     result: float = TIE_BREAK_S_PER_BYTE  # of any op
-    saved: float = TIE_BREAK_S_PER_BYTE  # kept from forward to backward
 
 
 class Sizes(NamedTuple):

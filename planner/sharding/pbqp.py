@@ -35,9 +35,12 @@ from .bucket import Factor, eliminate, plan_order
 
 @dataclass
 class Problem:
-    """costs: one vector for each variable. edges: matrices, rows by the smaller variable's options."""
+    """costs: one vector for each variable. edges: matrices, rows by the smaller variable's options. weights: of some
+    variables' options, in a second unit that a price may turn into costs (priced).
+    """
 
     costs: list[np.ndarray] = field(default_factory=list)
+    weights: dict[int, np.ndarray] = field(default_factory=dict)
     edges: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
     labels: list[Hashable] = field(default_factory=list)
 
@@ -55,6 +58,14 @@ class Problem:
             u, v, matrix = v, u, matrix.T
         known = self.edges.get((u, v))
         self.edges[(u, v)] = matrix.astype(float) if known is None else known + matrix
+
+    def add_weight(self, u: int, weight: np.ndarray) -> None:
+        self.weights[u] = self.weights[u] + weight if u in self.weights else weight
+
+    def priced(self, price: float) -> Problem:
+        """The same problem with every weight at this price added to the costs."""
+        costs = [c + price * self.weights[u] if u in self.weights else c for u, c in enumerate(self.costs)]
+        return Problem(costs, {}, self.edges, self.labels)
 
     def objective(self, choice: list[int]) -> float:
         total = sum(float(c[i]) for c, i in zip(self.costs, choice, strict=True))

@@ -15,12 +15,12 @@ Costs, in seconds per microbatch, times the number of instances of the segment:
     param      the price of the bytes of parameters on a rank                                      (_add_params)
     edge       producer -> copy -> reader, reader -> boundary: the cheapest sequence of collectives
                between the two placements (mesh.Mesh.transfer_s)                                   (_join)
-    kept       the price of the bytes kept from forward to backward                                (_add_kept)
+    kept       the price of the bytes kept from forward to backward                                (_weigh)
     gradient of a parameter -> parameter: on each axis nothing when a partial sum stays one (it is
                summed once a step); otherwise the collective between them                          (_add_param_gradient)
 
-Prices are what turns this into a frontier of (seconds, bytes): each price gives one point of its lower convex hull.
-Bounds on memory are the outer search's, which sees stages and microbatches in flight.
+The price of a byte kept turns this into a frontier of (seconds, bytes): each price gives one point of its lower convex
+hull. Bounds on memory are the outer search's, which sees stages and microbatches in flight.
 
 An edge whose producer is a forward op and whose reader is a backward op redistributes in the backward.
 """
@@ -352,7 +352,7 @@ class _SegmentBuilder:
                 if saved and phase == "forward":
                     base = self._add_kept(source, output, producer, shared, sizes)
             if saved and "forward" not in groups:
-                self._price_saved(producer, output, sizes)
+                self._weigh(producer, self._places(producer, output), sizes)
 
     def _add_copy(
         self, source: fx.Node, output: int, phase: str, producer: int, wanted: list[list[Places]], sizes: Sizes
@@ -373,11 +373,8 @@ class _SegmentBuilder:
         """What the backward reads: the tensor as its producer made it, or as the forward's readers had it."""
         own, shared = self._places(producer, output), self.made.place_options[copy]
         options = [(OWN, p) for p in dict.fromkeys(own)] + [(COPY, p) for p in shared]
-        price = self.mesh.prices.saved * self.count
-        index = self.problem.add_variable(
-            np.array([price * sizes.num_bytes / shares(p, self.mesh.counts) for _, p in options]),
-            ("kept", self.segment.name, source.name, output),
-        )
+        index = self.problem.add_variable(np.zeros(len(options)), ("kept", self.segment.name, source.name, output))
+        self._weigh(index, [places for _, places in options], sizes)
         self.made.kept_vars[(self.segment.name, source.name, output)] = index
         self.made.kept_options[index] = options
         for variable, places, kind in ((producer, own, OWN), (copy, shared, COPY)):
@@ -385,10 +382,10 @@ class _SegmentBuilder:
             self.problem.add_edge(variable, index, np.array(matrix))
         return index
 
-    def _price_saved(self, producer: int, output: int, sizes: Sizes) -> None:
-        price = self.mesh.prices.saved * self.count
-        kept = [price * sizes.num_bytes / shares(p, self.mesh.counts) for p in self._places(producer, output)]
-        self.problem.costs[producer] = self.problem.costs[producer] + np.array(kept)
+    def _weigh(self, variable: int, kept: list[Places], sizes: Sizes) -> None:
+        """Bytes from forward to backward under each option of a variable."""
+        num_bytes = [sizes.num_bytes / shares(places, self.mesh.counts) for places in kept]
+        self.problem.add_weight(variable, np.array(num_bytes) * self.count)
 
     def _add_results(self) -> None:
         """Outputs to their boundary, new buffer values whole, gradients to parameters and boundaries."""

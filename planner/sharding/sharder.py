@@ -7,6 +7,7 @@ bytes), one solve a point.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,8 @@ from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..plan import ConservativeOp
 from ..solver import Solution
-from .evaluate import Move, Placed, evaluate, op_load
-from .mesh import Axis, Mesh, Prices, Sizes
+from .evaluate import Move, Placed, evaluate, moves, op_load
+from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Prices, Sizes
 from .pbqp import solve
 from .placement import Places, R, shares
 from .problem import Build, Catalog, Demands, build
@@ -32,6 +33,9 @@ from .strategy import view_of
 
 PLACEMENT_AXES = ["dp", "tp"]
 MIN_SPLIT_SHARE = 0.1  # of the parameters: a tensor axis that splits less is of no use as it is
+MAX_FRONTIER = 3
+HIGHEST_PRICE = 1e-3  # of a byte kept, in seconds: above what any collective costs
+HULL_TOLERANCE = 1e-2  # a point counts that lies below the line by this share of its height
 MEMORY_FIRST = Prices(param=1e-3, result=1e-6)  # of parameters, far above what any collective costs
 
 
@@ -44,7 +48,7 @@ class _Solved:
 
 
 class Sharder:
-    """Caches by (dp, tp, local batch)."""
+    """Caches by (dp, tp, local batch): the fastest placements, and the frontier where it was asked for."""
 
     def __init__(self, graph: ModelGraph, cost_model: CostModel, pinned: Mapping[str, int] | None = None) -> None:
         """pinned: name of a parameter -> how it must lie over the tensor axis."""
@@ -57,6 +61,8 @@ class Sharder:
         self._dtypes: dict[int, torch.dtype] = {}
         self._catalog = Catalog()
         self._solutions: dict[tuple[int, int, int], ShardingSolution] = {}
+        self._problems: dict[tuple[int, int, int], tuple[Mesh, Build]] = {}  # the latest
+        self._frontiers: dict[tuple[int, int, int], list[ShardingSolution]] = {}
         self.moves: dict[tuple[int, int, int], dict[str, list[Move]]] = {}
 
     # ------------------------------------------------------------------ public
@@ -66,6 +72,42 @@ class Sharder:
         if key not in self._solutions:
             self._solutions[key] = self._solve(dp, tp, local_batch)
         return self._solutions[key]
+
+    def frontier(self, *, dp: int, tp: int, local_batch: int) -> list[ShardingSolution]:
+        """Points of the lower convex hull of (seconds, bytes kept for the backward), fastest first. Each is the optimum
+        at some price of a byte; between two of them the price that makes both equal finds the next, if there is one.
+        """
+        key = (dp, tp, local_batch)
+        if key not in self._frontiers:
+            fastest = self.solve(dp=dp, tp=tp, local_batch=local_batch)
+            smallest = self._at_price(key, HIGHEST_PRICE)
+            points = [fastest, smallest]
+            for _ in range(MAX_FRONTIER - 2):
+                found = self._between(key, points)
+                if found is None:
+                    break
+                points = sorted([*points, found], key=lambda point: point.objective_s)
+            self._frontiers[key] = [
+                p for i, p in enumerate(points) if i == 0 or p.saved_bytes < points[i - 1].saved_bytes
+            ]
+        return self._frontiers[key]
+
+    def _between(self, key: tuple[int, int, int], points: Sequence[ShardingSolution]) -> ShardingSolution | None:
+        """A new point below the line between two neighbours, the pair that is furthest apart in bytes first."""
+        pairs = sorted(itertools.pairwise(points), key=lambda pair: pair[1].saved_bytes - pair[0].saved_bytes)
+        for fast, small in pairs:
+            slower_s, fewer = small.objective_s - fast.objective_s, fast.saved_bytes - small.saved_bytes
+            if slower_s <= 0 or fewer <= 0:
+                continue
+            found = self._at_price(key, slower_s / fewer)
+            saves_s = (fast.saved_bytes - found.saved_bytes) * slower_s / fewer
+            if found.objective_s - fast.objective_s < saves_s - HULL_TOLERANCE * slower_s:
+                return found
+        return None
+
+    def _at_price(self, key: tuple[int, int, int], price: float) -> ShardingSolution:
+        started = time.perf_counter()
+        return self._figures(self._solved(*self._problem(key), price), started)
 
     # ------------------------------------------------------------------ costs
 
@@ -116,23 +158,36 @@ class Sharder:
 
         return Demands(inputs, param if pinned else None)
 
-    def _solve_at(self, dp: int, tp: int, local_batch: int, prices: Prices) -> _Solved:
-        mesh = self.mesh(dp, tp, local_batch, prices)
-        made = build(self.graph, mesh, self._demands(dp), self._catalog)
-        choice, proof = solve(made.problem)
-        assert proof.status in ("optimal", "feasible"), f"{dp=} {tp=}: {proof.status}"  # all whole is always possible
+    def _problem(self, key: tuple[int, int, int]) -> tuple[Mesh, Build]:
+        if key not in self._problems:
+            mesh = self.mesh(*key)
+            self._problems = {key: (mesh, build(self.graph, mesh, self._demands(key[0]), self._catalog))}
+        return self._problems[key]
+
+    def _solved(self, mesh: Mesh, made: Build, price: float) -> _Solved:
+        choice, proof = solve(made.problem.priced(price))
+        assert proof.status in ("optimal", "feasible"), proof.status  # all whole is always possible
         return _Solved(mesh, tuple(read_choice(self.graph, made, choice, [a.data for a in mesh.axes])), made, proof)
 
     def _solve(self, dp: int, tp: int, local_batch: int) -> ShardingSolution:
         """Fastest; where that splits hardly anything, as on models too small to be worth the traffic, smallest."""
         started = time.perf_counter()
-        solved = self._solve_at(dp, tp, local_batch, Prices())
+        solved = self._solved(*self._problem((dp, tp, local_batch)), TIE_BREAK_S_PER_BYTE)
         if tp > 1 and self._split_share(solved.solutions[1]) < MIN_SPLIT_SHARE:
-            solved = self._solve_at(dp, tp, local_batch, MEMORY_FIRST)
-        costs, listed = {}, {}
-        for name, segment in self.graph.segments.items():
-            costs[name], listed[name] = evaluate(Placed(segment, solved.mesh, solved.solutions))
-        self.moves[(dp, tp, local_batch)] = listed
+            mesh = self.mesh(dp, tp, local_batch, MEMORY_FIRST)
+            made = build(self.graph, mesh, self._demands(dp), self._catalog)
+            solved = self._solved(mesh, made, TIE_BREAK_S_PER_BYTE)
+        found = self._figures(solved, started)
+        self.moves[(dp, tp, local_batch)] = {
+            name: moves(Placed(segment, solved.mesh, solved.solutions)) for name, segment in self.graph.segments.items()
+        }
+        return found
+
+    def _figures(self, solved: _Solved, started: float) -> ShardingSolution:
+        costs = {
+            name: evaluate(Placed(segment, solved.mesh, solved.solutions))
+            for name, segment in self.graph.segments.items()
+        }
         objective = sum(
             self.counts[n] * (c.forward_s + c.backward_s + c.forward_comm_s + c.backward_comm_s)
             for n, c in costs.items()
@@ -147,6 +202,7 @@ class Sharder:
             seconds=time.perf_counter() - started,
             status=solved.proof.status,
             conservative=self._conservative(solved),
+            saved_bytes=sum(self.counts[n] * c.saved_bytes for n, c in costs.items()),
         )
 
     def _split_share(self, solution: AxisSolution) -> float:

@@ -1,0 +1,66 @@
+"""What trades time for memory inside a candidate: placements off the sharding frontier, and recomputation.
+
+An option is a point of the frontier together with the distinct segments whose forward runs again in the backward.
+Segments are taken in the order of bytes freed per second spent; of all options those stay that no other beats in both
+seconds and bytes, fastest first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .chain import Shape
+from .interfaces import ShardingSolution
+
+
+@dataclass(frozen=True)
+class MemoryOption:
+    solution: ShardingSolution
+    recompute: frozenset[str]
+    recompute_all: bool = False
+
+
+def memory_options(shape: Shape, solutions: Sequence[ShardingSolution], forced: str) -> list[MemoryOption]:
+    """forced: 'all', 'none' or 'auto' recomputation. Never empty."""
+    counts = Counter(shape.segments)
+    listed = [option for solution in solutions for option in _of_solution(counts, solution, forced)]
+    if len(solutions) == 1:
+        return listed
+    weighed = sorted(((*_weigh(counts, option), at) for at, option in enumerate(listed)), key=lambda row: row[:2])
+    found: list[MemoryOption] = []
+    least = float("inf")
+    for _, num_bytes, at in weighed:
+        if num_bytes < least:
+            found.append(listed[at])
+            least = num_bytes
+    return found
+
+
+def _of_solution(counts: Counter[str], solution: ShardingSolution, forced: str) -> list[MemoryOption]:
+    costs = {name: solution.costs[name] for name in counts}
+
+    def freed_per_second(name: str) -> float:
+        cost = costs[name]
+        return (cost.saved_bytes - cost.recompute_saved_bytes) / max(cost.forward_s + cost.forward_comm_s, 1e-12)
+
+    order = sorted(costs, key=freed_per_second, reverse=True)
+    if forced == "all":
+        return [MemoryOption(solution, frozenset(order), True)]
+    if forced == "none":
+        return [MemoryOption(solution, frozenset())]
+    useful = [name for name in order if costs[name].saved_bytes > costs[name].recompute_saved_bytes]
+    return [MemoryOption(solution, frozenset(useful[:k]), 0 < k == len(useful)) for k in range(len(useful) + 1)]
+
+
+def _weigh(counts: Counter[str], option: MemoryOption) -> tuple[float, float]:
+    """(seconds, bytes kept) of one microbatch through all instances."""
+    seconds = kept = 0.0
+    for name, count in counts.items():
+        cost = option.solution.costs[name]
+        again = name in option.recompute
+        once = cost.forward_s + cost.forward_comm_s
+        seconds += count * (once * (2 if again else 1) + cost.backward_s + cost.backward_comm_s)
+        kept += count * (cost.recompute_saved_bytes if again else cost.saved_bytes)
+    return seconds, kept
