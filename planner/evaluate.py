@@ -15,6 +15,7 @@ The tail of work is the least reduction left of any position, the mean rank's op
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -117,10 +118,8 @@ def _secondary(mesh: MeshCosts, chain: Chain) -> Callable[[int], np.ndarray]:
     cut = chain.cut_forward_bytes * hop.forward_occupancy_s / 1e9
     cut = cut + chain.cut_backward_bytes * hop.backward_occupancy_s / 1e9
 
-    def secondary(stage: int) -> np.ndarray:
-        return even + cut[None, :]
-
-    return secondary
+    both = even + cut[None, :]
+    return lambda stage: both
 
 
 def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain, ignore_memory: bool) -> Cuts | None:
@@ -141,17 +140,22 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
     held = interval_bytes(setting, candidate, chain)
     if mean_bytes(setting, candidate, chain) > limits.max():
         return None
-    tables: dict[tuple[float, float], np.ndarray] = {}
+
+    @cache
+    def share_at(held_at_once: int, limit: float) -> np.ndarray:
+        return held.with_in_flight(held_at_once) / ((limit - held.reserve) / v + held.reserve)
+
+    @cache
+    def load_at(held_at_once: int, limit: float, scale: float) -> np.ndarray:
+        return np.where(share_at(held_at_once, limit) <= 1.0, loads[scale], np.inf)
 
     def share_used(stage: int) -> np.ndarray:
         rank, chunk = stage % p, stage // p
-        key = (float(in_flight[rank, chunk]), float(limits[rank]))
-        if key not in tables:
-            tables[key] = held.with_in_flight(int(key[0])) / ((key[1] - held.reserve) / v + held.reserve)
-        return tables[key]
+        return share_at(int(in_flight[rank, chunk]), float(limits[rank]))
 
     def by_share(stage: int) -> np.ndarray:
-        return np.where(share_used(stage) <= 1.0, loads[mesh.scales[stage % p]], np.inf)
+        rank, chunk = stage % p, stage // p
+        return load_at(int(in_flight[rank, chunk]), float(limits[rank]), mesh.scales[rank])
 
     for cost in (by_share, share_used):
         cuts = best_cuts(cost, p * v, n, secondary)

@@ -66,9 +66,14 @@ def best_cuts(
     total = np.full(n + 1, np.inf)
     total[0] = 0.0
     choices = []
+    nothing = np.zeros((n + 1, n + 1))
+    priced: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
     for stage, table in enumerate(tables):
-        extra = secondary(stage) if secondary is not None else np.zeros_like(table)
-        through = total[:, None] + np.where(table <= limit, extra, np.inf)
+        extra = secondary(stage) if secondary is not None else nothing
+        key = (id(table), id(extra))
+        if key not in priced:
+            priced[key] = extra, np.where(table <= limit, extra, np.inf)
+        through = total[:, None] + priced[key][1]
         choice = through.argmin(axis=0)
         choices.append(choice)
         total = through[choice, np.arange(n + 1)]
