@@ -11,6 +11,10 @@ optimizer. ZeRO as in Rajbhandari et al., arXiv:1910.02054:
     on their way there           u c      u c            u c + 3 u g         u c + 3 u g
     master copy and state        T (k+n)o T/D (k+n) o    T/D (k+n) o         T/D (k+n) o
 
+With Extents the D of a row is that of its kind of state: hybrid sharding splits inside a node and repeats across
+nodes, and parameters may be split over fewer ranks than the optimizer's state (PaRO, arXiv:2310.06003; AMSP,
+arXiv:2311.00257).
+
 k is 0 where master and compute type are the same (the parameters are the optimizer's copy), else 1. One data-parallel
 rank and one microbatch keep gradients in c. Under ZeRO-2 and 3 two reductions are in flight while the next
 is packed.
@@ -23,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,6 +77,20 @@ class StateBytes:
         return cls(compute.itemsize, master.itemsize, wide.itemsize, state_tensors, compute == master, wide == master)
 
 
+class Extents(NamedTuple):
+    """Data-parallel ranks, next to each other, that share one copy of each kind of state; 1: every rank has it all."""
+
+    parameters: int = 1
+    gradients: int = 1
+    optimizer: int = 1
+
+    @classmethod
+    def of(cls, zero: int, parameters: int, others: int | None = None) -> Extents:
+        """What ZeRO stage `zero` splits, over so many ranks (others: gradients and optimizer state)."""
+        rest = parameters if others is None else others
+        return cls(parameters if zero == 3 else 1, rest if zero >= 2 else 1, rest if zero >= 1 else 1)
+
+
 @dataclass(frozen=True)
 class StageState:
     """Elements and bytes that one virtual stage keeps, after tensor sharding, before ZeRO. Numbers, or arrays."""
@@ -99,22 +117,29 @@ class StateMemory:
 
 
 def state_memory(
-    state: StageState, kinds: StateBytes, dp: int, zero: int, num_microbatches: int, device_kind: str
+    state: StageState,
+    kinds: StateBytes,
+    dp: int,
+    zero: int,
+    num_microbatches: int,
+    device_kind: str,
+    extents: Extents | None = None,
 ) -> StateMemory:
-    """See the module's table. zero counts where dp > 1."""
+    """See the module's table. zero counts where dp > 1. extents: over all of dp where None."""
     zero = zero if dp > 1 else 0
+    extents = extents if extents is not None and zero else Extents.of(zero, dp)
     params, trainable, largest = state.param_elements, state.trainable_elements, state.largest_segment_elements
-    shard = _share(trainable, dp if zero else 1)
+    shard = _share(trainable, extents.optimizer)
     accumulates = dp > 1 or num_microbatches > 1
     each = kinds.reduce if accumulates else kinds.compute
     in_master = kinds.reduces_in_master if accumulates else kinds.single_copy
     stepped = _smaller(shard, largest) if device_kind == "cpu" else shard  # on CPU torch steps one parameter at a time
     return StateMemory(
-        parameters=(_share(params, dp) if zero == 3 else params) * kinds.compute,
+        parameters=_share(params, extents.parameters) * kinds.compute,
         optimizer=shard * (kinds.state_tensors + (0 if kinds.single_copy else 1)) * kinds.master,
         buffers=state.buffer_bytes,
         gathered_each=largest * (GATHERED_UNITS * kinds.compute if zero == 3 else 0),
-        gradients={0: trainable, 1: trainable + shard, 2: shard, 3: shard}[zero] * each,
+        gradients=(_share(trainable, extents.gradients) + (shard if zero == 1 else 0)) * each,
         fresh_each=largest * ((kinds.compute if accumulates else 0) + (REDUCED_UNITS * each if zero >= 2 else 0)),
         step_gradients=shard * (each + (0 if in_master else kinds.master)),
         step_temporaries=stepped * kinds.master,

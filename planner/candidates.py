@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..costmodel.memory import Extents
 from ..errors import ExitCode, ShardwrightError
 from ..profiler.near import near_matches
 from .schedules.library import SCHEDULES, SEARCHED, canonical_name
 
-FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "virtual_stages", "recompute", "cuts")
+FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "virtual_stages", "recompute", "cuts",
+              "zero_extent")  # fmt: skip
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 MAX_PP = 64
 RECOMPUTE_CHOICES = ("auto", "none", "all")
@@ -31,6 +33,24 @@ class Candidate:
     schedule: str
     virtual_stages: int
     zero: int
+    split: tuple[int, int] | None = None  # data-parallel ranks that share parameters, and other state; None: all
+
+    @property
+    def extents(self) -> Extents:
+        """Ranks over which each kind of training state is split."""
+        if self.dp == 1 or self.zero == 0:
+            return Extents()
+        return Extents.of(self.zero, *(self.split or (self.dp, self.dp)))
+
+    @property
+    def simplicity(self) -> tuple[int, int, int, str]:
+        """Of plans as fast as each other, the least is taken."""
+        return (
+            self.zero,
+            self.virtual_stages,
+            0 if self.split is None else 1 + (self.split[0] != self.split[1]),
+            self.schedule,
+        )
 
     @property
     def local_batch(self) -> int:
@@ -47,7 +67,17 @@ class Candidate:
     def __str__(self) -> str:
         chunks = f" x{self.virtual_stages}" if self.virtual_stages > 1 else ""
         mesh = f"pp={self.pp} dp={self.dp} tp={self.tp}"
-        return f"{mesh} microbatch={self.microbatch} {self.schedule}{chunks} zero={self.zero}"
+        return f"{mesh} microbatch={self.microbatch} {self.schedule}{chunks} zero={self.zero}{self.split_text}"
+
+    @property
+    def split_text(self) -> str:
+        if self.split is None:
+            return ""
+        return (
+            f" over {self.split[1]}"
+            if self.zero < 3 or self.split[0] == self.split[1]
+            else f" over {self.split[0]}/{self.split[1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -63,6 +93,7 @@ class Forced:
     virtual_stages: int | None = None
     recompute: str = "auto"
     cuts: tuple[int, ...] | None = None  # segment instance at which each next stage begins
+    zero_extent: tuple[int, int] | None = None  # ranks that share parameters, ranks that share other state
 
     @property
     def axes(self) -> dict[str, int]:
@@ -88,6 +119,9 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
         elif name == "cuts":
             values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
+        elif name == "zero_extent":
+            parts = [_integer(name, part, 1) for part in text.split("/")]
+            values[name] = (parts[0], parts[-1])
         elif name in ("cp", "ep"):
             if _integer(name, text, 1) != 1:
                 raise ShardwrightError(
@@ -104,7 +138,7 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
 
 
 def _example(key: str) -> str:
-    return {"schedule": "1f1b", "recompute": "all", "cuts": "12", "zero": "1"}.get(key, "2")
+    return {"schedule": "1f1b", "recompute": "all", "cuts": "12", "zero": "1", "zero_extent": "8"}.get(key, "2")
 
 
 def _integer(key: str, text: str, least: int) -> int:
@@ -250,9 +284,11 @@ def _check_stages(forced: Forced, num_devices: int, num_instances: int) -> None:
 
 
 def enumerate_candidates(
-    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int
+    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int, domain: int = 1
 ) -> Iterator[Candidate]:
-    """All candidates that divide. max_tp: widest tensor axis tried, unless forced."""
+    """All candidates that divide. max_tp: widest tensor axis tried, unless forced. domain: devices that fast links
+    join, inside which hybrid sharding may keep a copy.
+    """
     for pp in divisors(num_devices):
         if forced.pp not in (None, pp) or pp > num_instances or (pp > MAX_PP and forced.pp is None):
             continue
@@ -269,13 +305,33 @@ def enumerate_candidates(
                 count = global_batch // microbatch
                 for schedule, chunks in _schedules(forced, pp, num_instances):
                     for zero in _zeros(forced, dp):
-                        yield Candidate(pp, dp, tp, microbatch, count, schedule, chunks, zero)
+                        for split in _splits(forced, zero, dp, domain // tp):
+                            yield Candidate(pp, dp, tp, microbatch, count, schedule, chunks, zero, split)
 
 
 def _zeros(forced: Forced, dp: int) -> Sequence[int]:
     if forced.zero is not None:
         return (forced.zero,)
     return (0,) if dp == 1 else (0, 1, 2, 3)
+
+
+def _splits(forced: Forced, zero: int, dp: int, near: int) -> Iterator[tuple[int, int] | None]:
+    """How far each kind of state is split: over all data-parallel ranks, or inside a fast domain of `near` of them;
+    parameters inside and the rest over all is the third way."""
+    if zero == 0 or dp == 1:
+        if forced.zero_extent is None:
+            yield None
+        return
+    if forced.zero_extent is not None:
+        params, others = forced.zero_extent
+        if dp % params == 0 and dp % others == 0 and others % params == 0:
+            yield None if params == others == dp else forced.zero_extent
+        return
+    yield None
+    if 1 < near < dp and dp % near == 0:
+        yield near, near
+        if zero == 3:
+            yield near, dp
 
 
 def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[str, int]]:
@@ -298,12 +354,12 @@ def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[st
 
 
 def nothing_divides(
-    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int
+    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int, domain: int = 1
 ) -> ShardwrightError:
     """No candidate at all: names the nearest batch for which there is one."""
 
     def divides(batch: int) -> bool:
-        return any(True for _ in enumerate_candidates(forced, num_devices, batch, num_instances, max_tp))
+        return any(True for _ in enumerate_candidates(forced, num_devices, batch, num_instances, max_tp, domain))
 
     named = " ".join(f"{name}={size}" for name, size in forced.axes.items())
     under = f"{num_devices} devices" + (f" with {named}" if named else "")

@@ -57,7 +57,7 @@ def lower_bound(setting: Setting, candidate: Candidate, chain: Chain) -> float:
     mesh, p, m, n = setting.mesh(candidate), candidate.pp, candidate.count, chain.num_instances
     tables = stage_tables(setting, candidate, chain)
     forward_s, backward_s = _once_through(setting, candidate, chain)
-    stepped = chain.trainable_of[0, n] / (candidate.dp if candidate.zero else 1) / p
+    stepped = chain.trainable_of[0, n] / candidate.extents.optimizer / p
     fastest = max(mesh.devices, key=lambda device: device.memory_bytes_per_s)
     step_s = setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p
     path = path_seconds(candidate.schedule, forward_s, backward_s, p, m)
@@ -130,7 +130,7 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
     load = stage_tables(setting, candidate, chain).load_of
     loads = {scale: load * scale for scale in set(mesh.scales)}
     secondary = _secondary(mesh, chain)
-    key = ("even", chain, candidate.pp, candidate.dp, candidate.tp, v, candidate.zero)
+    key = ("even", chain, candidate.pp, candidate.dp, candidate.tp, v, candidate.zero, candidate.extents)
     if key not in setting.cache:
         setting.cache[key] = best_cuts(lambda stage: loads[mesh.scales[stage % p]], p * v, n, secondary)
     cuts: Cuts | None = setting.cache[key]
@@ -237,7 +237,7 @@ def stage_times(setting: Setting, candidate: Candidate, chain: Chain, bounds: tu
 def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[Tail]:
     """Optimizer step, the gathers after it, and sums over the stages that share a parameter."""
     mesh, tables, p = setting.mesh(candidate), stage_tables(setting, candidate, chain), candidate.pp
-    parts = candidate.dp if candidate.zero else 1
+    parts = candidate.extents.optimizer
     elements, gather_s = [0.0] * p, [0.0] * p
     for stage in range(candidate.num_stages):
         i, j = bounds[stage], bounds[stage + 1]

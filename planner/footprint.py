@@ -54,7 +54,7 @@ def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chu
 
 def num_groups(candidate: Candidate) -> int:
     """Communicators of a rank: the world, and one for each axis wider than 1."""
-    return 1 + sum(size > 1 for size in (candidate.pp, candidate.dp, candidate.tp))
+    return 1 + sum(size > 1 for size in (candidate.pp, candidate.dp, candidate.tp)) + 2 * (candidate.split is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,16 +97,30 @@ class IntervalBytes:
 def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
     """Cached: the same for all candidates that share a chain, dp, ZeRO stage and communicators."""
     several = candidate.count > 1
-    key = ("bytes", chain, candidate.dp, candidate.zero, several, candidate.num_stages > 1, num_groups(candidate))
+    key = (
+        "bytes",
+        chain,
+        candidate.dp,
+        candidate.zero,
+        candidate.extents,
+        several,
+        candidate.num_stages > 1,
+        num_groups(candidate),
+    )
     if key not in setting.cache:
         setting.cache[key] = _interval_bytes(setting, candidate, chain)
     return setting.cache[key]
 
 
+def _state(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
+    c = candidate
+    return memory.state_memory(state, setting.kinds, c.dp, c.zero, c.count, kind, c.extents)
+
+
 def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
     kind = setting.mesh(candidate).devices[0].kind
     state = StageState(chain.param_of, chain.trainable_of, chain.buffer_of, chain.largest_of)
-    held = memory.state_memory(state, setting.kinds, candidate.dp, candidate.zero, candidate.count, kind)
+    held = _state(setting, candidate, state, kind)
     lasting = held.parameters + held.optimizer + held.buffers
     if candidate.num_stages > 1:
         cut = BUFFERS_PER_BOUNDARY * (chain.cut_forward_bytes + chain.cut_backward_bytes)
@@ -166,10 +180,7 @@ def rank_breakdown(
     """Every item of the worst rank among those of a pipeline rank; their sum is its peak."""
     stages = [(bounds[s], bounds[s + 1]) for s in range(rank, candidate.num_stages, candidate.pp)]
     kind = setting.mesh(candidate).devices[rank].kind
-    held = [
-        memory.state_memory(chain.stage_state(i, j), setting.kinds, candidate.dp, candidate.zero, candidate.count, kind)
-        for i, j in stages
-    ]
+    held = [_state(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
     activations = np.array([stage_activation(chain, i, j) for i, j in stages])
     profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]
     boundary = 0.0

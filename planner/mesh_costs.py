@@ -29,16 +29,21 @@ class MeshCosts:
         first = pipeline_rank * self.ranks_per_stage
         return list(range(first, first + self.ranks_per_stage))
 
-    @cached_property
-    def _dp_group(self) -> Any:
-        shape = {"pp": self.pp, "dp": self.dp, "cp": 1, "ep": 1, "tp": self.tp}
-        return self.cluster.axis_links(shape, "dp")
+    def _links(self, extent: int, across: bool) -> Any:
+        """Of the groups of `extent` neighbours on the data-parallel axis, or of their replicas across."""
+        shape = {"pp": self.pp, "replica": self.dp // extent, "dp": extent, "cp": 1, "ep": 1, "tp": self.tp}
+        return self.cluster.axis_links(shape, "replica" if across else "dp")
 
-    def _dp_seconds(self, kind: str, num_bytes: float) -> float:
-        """A collective over the data-parallel ranks. num_bytes: of the whole tensor."""
-        if self.dp == 1 or num_bytes <= 0:
+    def _dp_seconds(self, kind: str, num_bytes: float, extent: int | None = None, across: bool = False) -> float:
+        """A collective over `extent` neighbouring data-parallel ranks (all where None), or across those groups.
+
+        num_bytes: of the whole tensor in the group.
+        """
+        extent = extent or self.dp
+        size = self.dp // extent if across else extent
+        if size == 1 or num_bytes <= 0:
             return 0.0
-        return self.cost_model.collective_seconds(kind, num_bytes, self._dp_group)
+        return self.cost_model.collective_seconds(kind, num_bytes, self._links(extent, across))
 
     def _line(self, source: int, target: int) -> tuple[float, float]:
         """(latency in s, s per byte) between two pipeline ranks: the worst of their first and last pairs."""

@@ -128,6 +128,9 @@ class Plan(_Document):
     placement_axes: list[str]
     placements: dict[str, dict[str, list[str]]]
     zero: int
+    # data-parallel ranks, next to each other, that share one copy of "parameters", "gradients" and "optimizer" state;
+    # empty: what the ZeRO stage splits is split over all of them
+    zero_extents: dict[str, int] = Field(default_factory=dict)
     memory_policy: MemoryPolicy
     fusions: list[str] = Field(default_factory=list)  # fused kernels that the cost model says win
     forced: dict[str, str] = Field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..costmodel.simulator import Timeline
 from ..profiler.cluster import Cluster
@@ -37,6 +37,7 @@ class SearchResult:
     schedule: plan_document.Schedule
     stages: list[plan_document.Stage]
     zero: int
+    zero_extents: dict[str, int]
     memory_policy: plan_document.MemoryPolicy
     predicted: plan_document.Predicted
     certificate: plan_document.Certificate
@@ -83,8 +84,8 @@ def _simplest(state: SearchState) -> Outcome:
     best = state.incumbent
     assert best is not None and best.step_s is not None
 
-    def simplicity(outcome: Outcome) -> tuple[int, int, float]:
-        return outcome.candidate.zero, outcome.candidate.virtual_stages, outcome.step_s or 0.0
+    def simplicity(outcome: Outcome) -> tuple[Any, ...]:
+        return *outcome.candidate.simplicity, outcome.step_s or 0.0
 
     alike = [o for o in state.outcomes.values() if o.step_s is not None and o.step_s <= best.step_s * ALIKE]
     for outcome in sorted(alike, key=simplicity):
@@ -126,6 +127,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
         schedule=plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages),
         stages=_stages(setting, candidate, chain, bounds),
         zero=candidate.zero,
+        zero_extents=candidate.extents._asdict() if candidate.split is not None else {},
         memory_policy=plan_document.MemoryPolicy(
             recompute={name: "all" if name in best.recompute else "none" for name in setting.graph.segments}
         ),

@@ -144,7 +144,7 @@ class SearchState:
             outcome.bound_s = max(outcome.bound_s, outcome.search_bound_s * ratio)
             order[candidate] = estimate(self.setting, candidate, least)
         uneven = self._uneven_interleavings(open_members, chain)
-        for candidate in sorted(open_members, key=lambda c: (_rounded(order[c]), c.zero, c.virtual_stages, c.schedule)):
+        for candidate in sorted(open_members, key=lambda c: (_rounded(order[c]), *c.simplicity)):
             if candidate in uneven:
                 self.outcomes[candidate].note = "chunks less even than with other virtual stages"
             elif self._may_win(order[candidate]):
@@ -384,7 +384,7 @@ def search(
     forced = parse_forced(force)
     num_instances = len(setting.shape.instances)
     check_forced(forced, cluster.num_devices, workload.global_batch, num_instances)
-    space = (forced, cluster.num_devices, workload.global_batch, num_instances, _widest_tp(cluster))
+    space = (forced, cluster.num_devices, workload.global_batch, num_instances, _widest_tp(cluster), _domain(cluster))
     candidates = list(enumerate_candidates(*space))
     if not candidates:
         raise nothing_divides(*space)
@@ -409,6 +409,12 @@ def search(
             )
         raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions, state.solve_for)
     return build_result(state, started, interrupted)
+
+
+def _domain(cluster: Cluster) -> int:
+    """Devices that fast links join, the same everywhere; 1 where they differ or all hang on one network."""
+    sizes = {group.devices_per_domain for group in cluster.groups}
+    return sizes.pop() if len(sizes) == 1 and cluster.num_devices > min(sizes) else 1
 
 
 def _widest_tp(cluster: Cluster) -> int:

@@ -6,6 +6,7 @@ the forward and backward of instance k, g_k its gather, r_k its reduction, a sta
     ZeRO-3     forward    g_i + sum over k < j-1 of max(F_k, g_k+1) + F_j-1
                backward   g_j-1 + sum over k > i of max(B_k, g_k-1 + r_k) + B_i + r_i
     ZeRO-2     backward   max(B, r - F), sums over the stage: reductions pass beside all of its work
+    hybrid     the sums across the groups that share a copy come once a step, like the reductions of ZeRO-0
     ZeRO-0, 1  after the stage's last backward, what is left of a queue of r_k that each joined when B_k ended
 
 A stage split in two never takes less, so the table's entry of the whole chain bounds the sum over any cut. Each
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..costmodel.memory import Extents
 from .candidates import Candidate
 from .chain import Chain, interval_sums
 from .mesh_costs import MeshCosts
@@ -33,8 +35,8 @@ class StageTables:
     forward_of: np.ndarray
     backward_of: np.ndarray
     accumulate_s: np.ndarray  # of each position; inside backward_of
-    reduce_s: np.ndarray  # of each position, once a step (ZeRO-0 and 1)
-    refresh_s: np.ndarray  # of each position, once after the optimizer (ZeRO-1 and 2)
+    reduce_s: np.ndarray  # of each position, once a step (ZeRO-0 and 1, and sums across replicas)
+    refresh_s: np.ndarray  # of each position, once after the optimizer (parameters split over fewer ranks than it)
     backward_s: np.ndarray  # of each position, as far as reductions pass beside it
     _reductions: dict[tuple[int, int], float] = field(default_factory=dict)
 
@@ -58,13 +60,16 @@ def stage_tables(setting: Setting, candidate: Candidate, chain: Chain) -> StageT
     """Cached for each chain, mesh and ZeRO stage."""
     zero = candidate.zero if candidate.dp > 1 else 0
     accumulates = candidate.dp > 1 or candidate.count > 1
-    key = ("tables", chain, candidate.pp, candidate.dp, candidate.tp, zero, accumulates)
+    extents = candidate.extents
+    key = ("tables", chain, candidate.pp, candidate.dp, candidate.tp, zero, extents, accumulates)
     if key not in setting.cache:
-        setting.cache[key] = _build(setting, setting.mesh(candidate), chain, zero, accumulates)
+        setting.cache[key] = _build(setting, setting.mesh(candidate), chain, zero, extents, accumulates)
     return setting.cache[key]
 
 
-def _build(setting: Setting, mesh: MeshCosts, chain: Chain, zero: int, accumulates: bool) -> StageTables:
+def _build(
+    setting: Setting, mesh: MeshCosts, chain: Chain, zero: int, extents: Extents, accumulates: bool
+) -> StageTables:
     kinds, n = setting.kinds, chain.num_instances
     device = min(mesh.devices, key=lambda one: one.memory_bytes_per_s)
 
@@ -78,11 +83,24 @@ def _build(setting: Setting, mesh: MeshCosts, chain: Chain, zero: int, accumulat
     each = kinds.compute + 2 * kinds.reduce
     nothing = np.zeros(n)
     accumulate = per_position(chain.trainable_elements, lambda e: moving(e * each)) if accumulates else nothing
+    inside, use = extents.optimizer, extents.parameters
+
+    def over(kind: str, element_bytes: int, extent: int, across: bool = False) -> Callable[[float], float]:
+        return lambda e: mesh.dp_seconds(kind, e * element_bytes, extent, across)
+
     scatters = per_position(
         chain.trainable_elements,
-        lambda e: mesh.dp_seconds("reduce_scatter" if zero else "all_reduce", e * kinds.reduce),
+        over("reduce_scatter" if zero else "all_reduce", kinds.reduce, inside if zero else mesh.dp),
     )
-    gathers = per_position(chain.param_elements, lambda e: mesh.dp_seconds("all_gather", e * kinds.compute))
+    sums = (
+        per_position(chain.trainable_elements / inside, over("all_reduce", kinds.reduce, inside, True))
+        if zero
+        else nothing
+    )
+    gathers = per_position(chain.param_elements, over("all_gather", kinds.compute, use)) if zero == 3 else nothing
+    refreshed = (
+        per_position(chain.param_elements / use, _refresh(mesh, kinds.compute, use, inside)) if zero else nothing
+    )
     forward, backward = chain.forward_s, chain.backward_s + accumulate
     forward_of, backward_of = interval_sums(forward), interval_sums(backward)
     hides = device.kind != "cpu"
@@ -102,10 +120,19 @@ def _build(setting: Setting, mesh: MeshCosts, chain: Chain, zero: int, accumulat
         forward_of=forward_of,
         backward_of=backward_of,
         accumulate_s=accumulate,
-        reduce_s=scatters if zero < 2 else nothing,
-        refresh_s=gathers if zero in (1, 2) else nothing,
+        reduce_s=sums + (scatters if zero < 2 else nothing),
+        refresh_s=refreshed,
         backward_s=backward if hides else nothing,
     )
+
+
+def _refresh(mesh: MeshCosts, element_bytes: int, use: int, inside: int) -> Callable[[float], float]:
+    """After the optimizer: ranks with the same part of the parameters put together what each of them stepped."""
+    if inside <= use:
+        return lambda e: 0.0
+    if use == 1:
+        return lambda e: mesh.dp_seconds("all_gather", e * element_bytes, inside)
+    return lambda e: mesh.dp_seconds("all_gather", e * element_bytes, use, inside == mesh.dp)
 
 
 def _gathered_forward(forward: np.ndarray, gathers: np.ndarray) -> np.ndarray:

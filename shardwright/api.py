@@ -156,6 +156,7 @@ def _make_plan(
         placement_axes=list(PLACEMENT_AXES),
         placements=solution.placements,
         zero=found.zero,
+        zero_extents=found.zero_extents,
         memory_policy=found.memory_policy,
         fusions=fusions,
         forced=dict(force),
