@@ -148,7 +148,7 @@ def state_memory(
 
 def _share(elements: Any, parts: int) -> Any:
     """Rounded up; elements may be an array."""
-    return -(-elements // max(1, parts))
+    return elements if parts <= 1 else -(-elements // parts)
 
 
 def _smaller(first: Any, second: Any) -> Any:

@@ -163,11 +163,16 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> float:
     """What the mean rank needs at least, whatever the cuts: lasting state, and activations that all chunks hold at
     once.
     """
-    held, n = interval_bytes(setting, candidate, chain), chain.num_instances
+    n, kind = chain.num_instances, setting.mesh(candidate).devices[0].kind
+    whole = StageState(chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n], 0)
+    held = _state(setting, candidate, whole, kind)
     in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
-    moments = in_flight * float(chain.activation_bytes.sum()) + held.pipeline[0, n], held.step[0, n]
-    shared = held.lasting[0, n] + max(moments)
-    return shared * held.slack / candidate.pp + held.reserve
+    moments = (
+        in_flight * float(chain.activation_bytes.sum()) + held.gradients,
+        held.step_gradients + held.step_temporaries,
+    )
+    shared = held.parameters + held.optimizer + held.buffers + max(moments)
+    return float(shared * memory.slack_factor(kind) / candidate.pp + memory.reserve_bytes(kind, num_groups(candidate)))
 
 
 def fits(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> bool:
