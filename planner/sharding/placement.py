@@ -7,6 +7,7 @@ shards follow DTensor's rule, which is that of torch.chunk.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -66,32 +67,41 @@ Step = tuple[int, int, int]  # axis, before, after
 def route(before: Places, after: Places) -> tuple[Step, ...] | None:
     """The collectives, one axis at a time, that take a tensor between placements on a mesh; None where none do.
 
-    What makes the tensor smaller goes first and what makes it larger last, so each collective moves as few bytes as
-    any order lets it. An axis cuts or joins a dimension only while no other axis cuts it; two axes that swap
-    dimensions are parted by making the tensor whole on one of them first.
+    Of all orders the one that moves the fewest bytes, those over outer axes, whose links are slower, counting for more
+    (axes are taken as equally long, so that a route depends on the placements alone). An axis cuts or joins a dimension
+    only while no other axis cuts it; two axes that swap dimensions are parted by making the tensor whole on one first.
     """
-    current, pending = list(before), [k for k in range(len(before)) if before[k] != after[k]]
-    if any(transition(before[k], after[k]) is None for k in pending):
+    changed = [k for k in range(len(before)) if before[k] != after[k]]
+    if any(transition(before[k], after[k]) is None for k in changed):
         return None
-    steps: list[Step] = []
-    while pending:
-        ready = [k for k in pending if not _touched(k, current, after[k])]
-        if ready:
-            k = min(ready, key=lambda k: (_GROWTH[_kind(current[k], after[k])], k))
-            target = after[k]
-            pending.remove(k)
-        else:
-            k, target = pending[-1], R
-        steps.append((k, current[k], target))
-        current[k] = target
+    orders = [steps for order in itertools.permutations(changed) if (steps := _steps(before, after, order)) is not None]
+    if orders:
+        return min(orders, key=lambda steps: _weight(before, steps))
+    k = changed[-1]
+    rest = route((*before[:k], R, *before[k + 1 :]), after)
+    return ((k, before[k], R), *rest) if rest is not None else None
+
+
+_BYTES = {"local": 0.0, "all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 0.5}
+
+
+def _steps(before: Places, after: Places, order: Sequence[int]) -> tuple[Step, ...] | None:
+    current, steps = list(before), []
+    for k in order:
+        if _touched(k, current, after[k]):
+            return None
+        steps.append((k, current[k], after[k]))
+        current[k] = after[k]
     return tuple(steps)
 
 
-_GROWTH = {"cut": 0, "reduce_scatter": 1, "all_to_all": 2, "local": 3, "all_reduce": 3, "all_gather": 4}
-
-
-def _kind(before: int, after: int) -> str:
-    return "cut" if before == R and after >= 0 else transition(before, after) or "local"
+def _weight(before: Places, steps: Sequence[Step]) -> float:
+    current, total = list(before), 0.0
+    for k, source, target in steps:
+        others = sum(place >= 0 for j, place in enumerate(current) if j != k)
+        total += _BYTES[transition(source, target) or "local"] / 2**others * (len(before) - k)
+        current[k] = target
+    return total
 
 
 def _touched(k: int, current: list[int], target: int) -> bool:
