@@ -77,7 +77,7 @@ def route(before: Places, after: Places) -> tuple[Step, ...] | None:
     orders = [steps for order in itertools.permutations(changed) if (steps := _steps(before, after, order)) is not None]
     if orders:
         return min(orders, key=lambda steps: _weight(before, steps))
-    k = changed[-1]
+    k = next(k for k in reversed(changed) if before[k] >= 0 and after[k] >= 0)
     rest = route((*before[:k], R, *before[k + 1 :]), after)
     return ((k, before[k], R), *rest) if rest is not None else None
 
