@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.distributed as dist
 from torch.distributed.pipelining.schedules import (
     _Action,
@@ -13,6 +14,7 @@ from torch.distributed.pipelining.schedules import (
     _wait_batch_p2p,
 )
 from torch.distributed.pipelining.stage import _PipelineStageBase
+from torch.distributed.tensor import DTensor
 
 TorchAction = _Action
 ComputationType = _ComputationType
@@ -20,6 +22,12 @@ ScheduleRuntime = _PipelineScheduleRuntime
 StageBase = _PipelineStageBase
 
 wait_all = _wait_batch_p2p
+
+
+def local_part(tensor: DTensor) -> torch.Tensor:
+    """What to_local() gives, without autograd's part in it."""
+    return tensor._local_tensor
+
 
 # torch 2.13 renamed both and warns about the old names
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

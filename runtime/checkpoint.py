@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from ..errors import ExitCode, ShardwrightError
 from .parameters import local_tensor
@@ -43,12 +44,19 @@ def state_dict(program: Program) -> dict[str, torch.Tensor]:
     state.update({f"buffer.{name}": tensor for name, tensor in program.named_buffers()})
     optimizer = program.optimizer
     if optimizer is not None:
-        names: dict[Any, str] = {parameter: name for name, parameter in program.named_parameters()}
         for parameter, entries in optimizer.state.items():
+            name = program.store.name_of(parameter)
             for key, value in entries.items():
                 if isinstance(value, torch.Tensor):
-                    state[f"optimizer.{names[parameter]}.{key}"] = value
+                    state[f"optimizer.{name}.{key}"] = _as_parameter(program, name, value)
     return state
+
+
+def _as_parameter(program: Program, name: str, value: torch.Tensor) -> torch.Tensor:
+    """Optimizer state that lies as its parameter does; a count of steps is the same everywhere."""
+    shape = program.store.local_parameters[name].shape
+    same = value.shape == shape and not isinstance(value, DTensor)
+    return program.store.as_dtensor(name, value) if same else value
 
 
 @torch.no_grad()
@@ -76,16 +84,19 @@ def make_optimizer_state(program: Program) -> None:
     if optimizer is None or optimizer.state:
         return
     rates = [group["lr"] for group in optimizer.param_groups]
-    grads = {name: p.grad for name, p in program.named_parameters()}
-    for name, parameter in program.named_parameters():
-        parameter.grad = torch.zeros_like(parameter) if program.store.specs[name].has_grad else None
+    held = (program.store.parameters, program.store.local_parameters)
+    grads = [{name: p.grad for name, p in row.items()} for row in held]
+    for row in held:
+        for name, parameter in row.items():
+            parameter.grad = torch.zeros_like(parameter) if program.store.specs[name].has_grad else None
     for group in optimizer.param_groups:
         group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
     optimizer.step()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for name, parameter in program.named_parameters():
-        parameter.grad = grads[name]
+    for row, before in zip(held, grads, strict=True):
+        for name, parameter in row.items():
+            parameter.grad = before[name]
 
 
 def save(program: Program, path: str | Path) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import ExitCode, ShardwrightError
 from ..planner.plan import MESH_AXES, Mesh
+from .extents import DataCut, Level
 
 
 def build_mesh(mesh: Mesh, device_type: str = "cpu") -> DeviceMesh | None:
@@ -52,6 +53,7 @@ class RankGrid:
     coords: dict[str, int]
     ranks: torch.Tensor  # global ranks, one dimension for each axis of MESH_AXES
     _subset_groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    _data_groups: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mesh: DeviceMesh | None) -> RankGrid:
@@ -95,17 +97,48 @@ class RankGrid:
         """Does this rank stand at coordinate zero on all of these axes?"""
         return all(self.coords[axis] == 0 for axis in axes)
 
-    def storage_mesh(self) -> DeviceMesh | None:
-        """Mesh ("tp", "dp") of this pipeline coordinate, on the groups that exist: where parameters live as DTensors.
+    def storage_mesh(self, cut: DataCut) -> DeviceMesh | None:
+        """Mesh ("tp", "dp") of this pipeline coordinate: where parameters live as DTensors.
 
-        tp stands first, so that Shard(0) on both axes means: cut by tp, then each piece by dp.
+        tp stands first, so that Shard(0) on both axes means: cut by tp, then each piece by dp. Where dp is not cut as a
+        whole, its digits stand for it, those that cut first: ("tp", "dp_0", ..., "dp_copies").
         """
         if self.mesh is None or not self.has_sharding:
             return None
         fixed = tuple(slice(None) if axis in ("dp", "tp") else self.coords[axis] for axis in MESH_AXES)
-        plane = self.ranks[fixed].t().contiguous()  # dp x tp -> tp x dp
-        groups = [self.group("tp"), self.group("dp")]
-        return DeviceMesh.from_group(groups, self.mesh.device_type, mesh=plane, mesh_dim_names=("tp", "dp"))
+        plane = self.ranks[fixed].t()  # dp x tp -> tp x dp
+        digits = [*cut.levels, cut.copies]
+        digits = [digit for digit in digits if digit[0] > 1] or [(1, 1)]
+        names: tuple[str, ...] = ("dp",)
+        if len(digits) > 1:
+            names = tuple("dp_copies" if d == cut.copies else f"dp_{k}" for k, d in enumerate(digits))
+            plane = plane.reshape(-1, *(size for size, _ in reversed(digits)))
+            plane = plane.permute(0, *range(len(digits), 0, -1))
+        groups = [self.group("tp"), *(self.data_group(*digit) for digit in digits)]
+        mesh_names = ("tp", *names)
+        plane = plane.contiguous()
+        return DeviceMesh.from_group(groups, self.mesh.device_type, mesh=plane, mesh_dim_names=mesh_names)
+
+    def make_data_groups(self, cut: DataCut) -> None:
+        """The groups of each digit of the data-parallel coordinate. Collective: equal cuts on all ranks."""
+        axis = MESH_AXES.index("dp")
+        columns = self.ranks.movedim(axis, 0).reshape(self.sizes["dp"], -1)
+        for size, stride in (*cut.levels, cut.copies):
+            if size in (1, self.sizes["dp"]):
+                continue
+            for column in columns.t():
+                for ranks in column.view(-1, size, stride).transpose(1, 2).reshape(-1, size).tolist():
+                    group = dist.new_group(ranks)
+                    if self.rank in ranks:
+                        self._data_groups[size, stride] = group
+
+    def data_group(self, size: int, stride: int) -> Any:
+        return self.group("dp") if size in (1, self.sizes["dp"]) else self._data_groups[size, stride]
+
+    def data_level(self, size: int, stride: int) -> Level:
+        """A digit of the data-parallel coordinate; its group is None where the digit has one value."""
+        group = self.data_group(size, stride) if size > 1 else None
+        return Level(size, self.coords["dp"] // stride % size, group)
 
     def make_pipeline_subgroups(self, subsets: Iterable[Sequence[int]]) -> None:
         """Groups of some pipeline coordinates at equal other coordinates. Collective: equal subsets on all ranks."""

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import nn, optim
 
 from ..profiler.workload import OptimizerSpec
 from .parameters import ParameterStore
 
+# Their update of an element depends on nothing but that element: they step over plain local tensors, which spares the
+# dispatch of DTensor for each parameter and op.
+ELEMENTWISE = frozenset({
+    optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD, optim.NAdam, optim.RAdam,
+    optim.RMSprop, optim.Rprop, optim.SGD,
+})  # fmt: skip
+_FUSED = frozenset({optim.Adagrad, optim.Adam, optim.AdamW, optim.SGD})  # have one kernel for all
+_WAYS = ("foreach", "fused", "capturable", "differentiable")  # options that say how the update is computed
 
-def build_optimizer(spec: OptimizerSpec, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """None where this rank holds no trainable parameter."""
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    return spec.factory(trainable, **dict(spec.options)) if trainable else None
+
+def build_optimizer(spec: OptimizerSpec, store: ParameterStore) -> torch.optim.Optimizer | None:
+    """None where this rank holds no trainable parameter. Torch's fused update is taken where nothing else is asked."""
+    local = spec.factory in ELEMENTWISE
+    held = store.local_parameters if local else store.parameters
+    trainable = [parameter for parameter in held.values() if parameter.requires_grad]
+    if not trainable:
+        return None
+    options: dict[str, Any] = dict(spec.options)
+    if spec.factory in _FUSED and not any(way in options for way in _WAYS) and _can_fuse(trainable):
+        options["fused"] = True
+    return spec.factory(trainable, **options)
+
+
+def _can_fuse(parameters: list[nn.Parameter]) -> bool:
+    return all(p.device.type in ("cpu", "cuda") and p.dtype.is_floating_point for p in parameters)
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """The parameters that this rank holds: storage, use inside the segments, gradients.
 
 Storage is one DTensor for each parameter on the mesh ("tp", "dp") of the pipeline coordinate: cut over tp as the
-segments want it, then Shard(0) over dp where ZeRO shards it. A single rank per stage holds plain tensors. A whole
-parameter never stands on a rank unless the plan replicates it.
+segments want it, then Shard(0) over dp where ZeRO cuts it (over the digits of dp, where it is cut over a part of the
+axis). A single rank per stage holds plain tensors. A whole parameter never stands on a rank unless the plan replicates
+it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..profiler.workload import Precision
+from ._torch import local_part
+from .collectives import Pending
+from .extents import DataCut
 from .mesh import RankGrid
 from .relayout import from_storage, grad_to_storage
+from .sharded import ShardedUnit
 from .shards import narrow_shape, shard_index
 from .specs import ParamSpec, ParamUse, held_names
-from .units import ReduceQueue, ShardedUnit, Unit, WholeUnit, unit_names
+from .units import Unit, WholeUnit, unit_names
 
+MAX_PENDING = 2  # collectives of whole units in flight on a rank; each holds a flat buffer of one
 BUCKET_ELEMENTS = 1 << 25  # of one collective that sums several gradients: 128 MiB in float32
 
 
@@ -34,42 +40,44 @@ class ParameterStore:
         names: Mapping[int, Sequence[str]],
         grid: RankGrid,
         *,
-        zero: int,
+        cut: DataCut,
         precision: Precision,
         device: torch.device,
         existing: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.specs = {name: specs[name] for name in held_names(specs, grid.coord("pp"))}
         self.grid, self.device = grid, device
-        self.storage_mesh = grid.storage_mesh()
+        self.cut = cut
+        self.levels = [grid.data_level(*digit) for digit in cut.levels]
+        self.copies = grid.data_level(*cut.copies)
+        self.storage_mesh = grid.storage_mesh(cut)
         users: dict[str, set[int]] = {}
         for index, row in names.items():
             for name in row:
                 users.setdefault(name, set()).add(index)
-        self._queue = ReduceQueue()
-        self.units = self._make_units(users, zero, precision, existing or {})
+        self._pending = Pending(MAX_PENDING)
+        self.units = self._make_units(users, precision, existing or {})
         self._unit_of = {name: unit for unit in self.units for name in unit.names}
         self._units_of_instance = {
             index: tuple(dict.fromkeys(self._unit_of[name] for name in row)) for index, row in names.items()
         }
         self.parameters: dict[str, nn.Parameter] = {name: self._parameter(name) for name in self.specs}
-        self._expected: dict[Unit, int] = {}
+        self.local_parameters = {name: self._local_parameter(name) for name in self.specs}
+        self._names = {id(p): n for held in (self.parameters, self.local_parameters) for n, p in held.items()}
         self._left: dict[Unit, int] = {}
 
     def _make_units(
         self,
         users: Mapping[str, Collection[int]],
-        zero: int,
         precision: Precision,
         existing: Mapping[str, torch.Tensor],
     ) -> list[Unit]:
-        grid = self.grid
-        dp = grid.size("dp")
+        grid, cut = self.grid, self.cut
 
-        def sharded(spec: ParamSpec) -> bool:
-            return dp > 1 and (zero == 3 or (zero >= 1 and spec.requires_grad))
+        def levels(spec: ParamSpec) -> int:
+            return cut.num_levels("optimizer" if spec.requires_grad else "parameters")
 
-        kinds = {n: (s.dtype, s.master_dtype, s.has_grad, sharded(s)) for n, s in self.specs.items()}
+        kinds = {n: (s.dtype, s.master_dtype, s.has_grad, levels(s)) for n, s in self.specs.items()}
         units: list[Unit] = []
         for names in unit_names(list(self.specs), users, kinds):
             first = self.specs[names[0]]
@@ -78,17 +86,23 @@ class ParameterStore:
                 "master_dtype": first.master_dtype,
                 "reduce_dtype": torch.promote_types(first.dtype, precision.grad_reduce),
                 "device": self.device,
-                "dp_group": grid.group("dp") if dp > 1 else None,
-                "dp_size": dp,
-                "dp_rank": grid.coord("dp"),
             }
             shapes = {name: self._tp_shape(self.specs[name]) for name in names}
             unit: Unit
-            if sharded(first):
-                unit = ShardedUnit(shapes, zero=zero, queue=self._queue, **common)
+            if levels(first):
+                unit = ShardedUnit(
+                    shapes,
+                    levels=self.levels[: levels(first)],
+                    cut_params=cut.num_levels("parameters"),
+                    cut_grads=min(cut.num_levels("gradients"), levels(first)),
+                    copies=self.copies,
+                    pending=self._pending,
+                    **common,
+                )
             else:
                 adopted = {name: existing[name] for name in names if self._can_adopt(name, existing)}
-                unit = WholeUnit(shapes, existing=adopted, sum_over_dp=first.has_grad, **common)
+                dp_group = grid.group("dp") if grid.size("dp") > 1 and first.has_grad else None
+                unit = WholeUnit(shapes, existing=adopted, dp_group=dp_group, **common)
             unit.expects_grads = first.has_grad
             units.append(unit)
         return units
@@ -108,7 +122,9 @@ class ParameterStore:
 
     def placements(self, spec: ParamSpec) -> list[Shard | Replicate]:
         tp = Replicate() if spec.tp_dim is None else Shard(spec.tp_dim)
-        return [tp, Shard(0) if spec.dp_sharded else Replicate()]
+        assert self.storage_mesh is not None
+        count = self.storage_mesh.ndim - 1
+        return [tp, *(Shard(0) if k < spec.dp_levels else Replicate() for k in range(count))]
 
     def as_dtensor(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """A tensor that lies as the parameter does, as a DTensor; unchanged where one rank holds all of it."""
@@ -130,13 +146,23 @@ class ParameterStore:
         spec = self.specs[name]
         return nn.Parameter(self.as_dtensor(name, local), requires_grad=spec.requires_grad)
 
+    def _local_parameter(self, name: str) -> nn.Parameter:
+        """The same memory as a plain tensor, for optimizers that need not know of the mesh."""
+        if self.storage_mesh is None:
+            return self.parameters[name]
+        return nn.Parameter(self._unit_of[name].masters[name], requires_grad=self.specs[name].requires_grad)
+
+    def name_of(self, parameter: torch.Tensor) -> str:
+        """Of an entry of parameters or local_parameters."""
+        return self._names[id(parameter)]
+
     # values
 
     def local_index(self, name: str) -> tuple[slice, ...]:
         """Which part of the whole tensor this rank's storage holds."""
         spec, grid = self.specs[name], self.grid
-        tp, dp = (grid.size("tp"), grid.coord("tp")), (grid.size("dp"), grid.coord("dp"))
-        return shard_index(spec.shape, spec.tp_dim, tp, spec.dp_sharded, dp)
+        cuts = [(level.size, level.index) for level in self.levels[: spec.dp_levels]]
+        return shard_index(spec.shape, spec.tp_dim, (grid.size("tp"), grid.coord("tp")), cuts)
 
     @torch.no_grad()
     def assign(self, name: str, whole: Any) -> None:
@@ -146,14 +172,10 @@ class ParameterStore:
     @torch.no_grad()
     def refresh(self) -> None:
         """After the parameters were written (a step, a load): bring the new values into the segments' tensors."""
-        started: list[Unit] = []
+        pending = Pending(MAX_PENDING)
         for unit in self.units:
-            unit.start_refresh()
-            started.append(unit)
-            if len(started) > 2:
-                started.pop(0).finish_refresh()
-        for unit in started:
-            unit.finish_refresh()
+            pending.start(unit.refresh())
+        pending.drain()
 
     # use by the segments
 
@@ -244,6 +266,17 @@ class ParameterStore:
             if scale != 1.0:
                 grad.mul_(scale)
             self.parameters[name].grad = self.as_dtensor(name, grad)
+            self.local_parameters[name].grad = local_tensor(self.parameters[name].grad)
+
+    def clear_gradients(self) -> None:
+        for held in (self.parameters, self.local_parameters):
+            for parameter in held.values():
+                parameter.grad = None
+
+    def take_gradients(self) -> None:
+        """Before the optimizer steps: what the user has put into .grad of the parameters counts."""
+        for name, parameter in self.parameters.items():
+            self.local_parameters[name].grad = None if parameter.grad is None else local_tensor(parameter.grad)
 
     def local_grads(self) -> dict[str, torch.Tensor]:
         return {n: local_tensor(p.grad) for n, p in self.parameters.items() if p.grad is not None}
@@ -252,20 +285,20 @@ class ParameterStore:
         """Is this rank the one that counts its part of the parameter in sums over the whole model?"""
         spec, grid = self.specs[name], self.grid
         copies = [axis for axis in grid.sizes if axis not in ("pp", "dp", "tp")]
-        copies += [] if spec.dp_sharded else ["dp"]
         copies += [] if spec.tp_dim is not None else ["tp"]
-        return grid.is_zero(copies) and grid.coord("pp") == spec.pipeline_ranks[0]
+        first = not any(level.index for level in [*self.levels[spec.dp_levels :], self.copies])
+        return first and grid.is_zero(copies) and grid.coord("pp") == spec.pipeline_ranks[0]
 
     def param_bytes(self) -> int:
         return sum(unit.param_bytes() for unit in self.units)
 
     def grad_bytes(self) -> int:
-        accumulating = sum(unit.grad_bytes() for unit in self.units) + self._queue.num_bytes()
+        accumulating = sum(unit.grad_bytes() for unit in self.units) + self._pending.num_bytes()
         return accumulating + sum(g.numel() * g.element_size() for g in self.local_grads().values())
 
 
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def local_tensor(tensor: Any) -> torch.Tensor:
+    return local_part(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def tied_subsets(specs: Iterable[ParamSpec]) -> list[tuple[int, ...]]:

@@ -23,6 +23,7 @@ from ..profiler.inputs import example_batch_size
 from ..profiler.workload import Workload
 from . import checkpoint
 from .batch import BatchPart, MicrobatchPart
+from .extents import DataCut
 from .memory import MemoryMeter
 from .mesh import RankGrid
 from .microbatches import Keys, Microbatches, Rebuild
@@ -69,9 +70,9 @@ class Program:
         self.wiring = wire(graph, segment_programs, stages, ranks)
         self._eval_wiring = wire(graph, segment_programs, stages, ranks, outputs=graph.outputs)
         precision = workload.precision
-        specs = param_specs(
-            graph, segment_programs, self._eval_wiring, precision, zero=plan.zero, sizes=self.grid.sizes
-        )
+        cut = DataCut.of(plan.zero, plan.zero_extents, self.grid.size("dp"))
+        self.grid.make_data_groups(cut)
+        specs = param_specs(graph, segment_programs, self._eval_wiring, precision, cut=cut, sizes=self.grid.sizes)
         tied = tied_subsets(specs.values())
         if tied:
             self.grid.make_pipeline_subgroups(tied)
@@ -84,7 +85,7 @@ class Program:
             specs,
             names,
             self.grid,
-            zero=plan.zero,
+            cut=cut,
             precision=precision,
             device=self.device,
             existing=_real_tensors(workload.model) if adopt else None,
@@ -203,8 +204,7 @@ class Program:
         """Loss and gradients; the gradients are in .grad of the parameters."""
         self.recorder.begin()
         self.memory.begin(self._optimizer)
-        for parameter in self.store.parameters.values():
-            parameter.grad = None
+        self.store.clear_gradients()
         parts = self.microbatches.split(batch)
         count, total = len(parts), sum(part.size for part in parts)
         runs = [i for runner in self._runners for i in runner.stage.instances if i in self.wiring.backward_runs]
@@ -230,12 +230,12 @@ class Program:
                 clip_gradients(self.store, limit, self.grad_norm)
             optimizer = self.optimizer
             if optimizer is not None:
+                self.store.take_gradients()
                 optimizer.step()
             else:
                 self.store.refresh()
             self.memory.end(optimizer)
-            for parameter in self.store.parameters.values():
-                parameter.grad = None
+            self.store.clear_gradients()
         self.step_index += 1
 
     @torch.no_grad()
@@ -330,7 +330,7 @@ class Program:
     def optimizer(self) -> torch.optim.Optimizer | None:
         """Built from the workload on first use, or what was assigned; None where this rank holds nothing to train."""
         if not self._has_optimizer:
-            self.optimizer = build_optimizer(self.workload.optimizer, self.store.parameters.values())
+            self.optimizer = build_optimizer(self.workload.optimizer, self.store)
         return self._optimizer
 
     @optimizer.setter

@@ -5,12 +5,14 @@ Pieces are cut as torch.chunk and DTensor cut them: ceil(size / parts) each, the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 ALIGN_ELEMENTS = 8  # offsets in flat buffers are multiples of it: 16 bytes in bf16, enough for vector loads
+
+Cut = tuple[int, int]  # number of pieces, which of them
 
 
 def chunk_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -26,19 +28,23 @@ def narrow_shape(shape: Sequence[int], dim: int | None, parts: int, index: int) 
     return tuple(stop - start if d == dim else size for d, size in enumerate(shape))
 
 
-def shard_index(
-    shape: Sequence[int], tp_dim: int | None, tp: tuple[int, int], dp_sharded: bool, dp: tuple[int, int]
-) -> tuple[slice, ...]:
-    """Index of a rank's shard in the global tensor: cut on tp_dim by tp, then on dimension 0 by dp.
+def cut_bounds(size: int, cuts: Iterable[Cut]) -> tuple[int, int]:
+    """Of a piece of a piece: each cut is made as chunk_bounds makes it."""
+    start = 0
+    for parts, index in cuts:
+        low, high = chunk_bounds(size, parts, index)
+        start, size = start + low, high - low
+    return start, start + size
 
-    tp, dp: (size, coordinate).
-    """
+
+def shard_index(shape: Sequence[int], tp_dim: int | None, tp: Cut, cuts: Iterable[Cut]) -> tuple[slice, ...]:
+    """Index of a rank's shard in the global tensor: cut on tp_dim by tp, then on dimension 0 by each of `cuts`."""
     bounds = [(0, size) for size in shape]
     if tp_dim is not None:
         bounds[tp_dim] = chunk_bounds(shape[tp_dim], *tp)
-    if dp_sharded and shape:
+    if shape:
         start, stop = bounds[0]
-        low, high = chunk_bounds(stop - start, *dp)
+        low, high = cut_bounds(stop - start, cuts)
         bounds[0] = (start + low, start + high)
     return tuple(slice(low, high) for low, high in bounds)
 
@@ -89,6 +95,14 @@ class ShardLayout:
         count = (stop - start) * _numel(slot.row_shape)
         return block[slot.offset : slot.offset + count].view(stop - start, *slot.row_shape)
 
+    def own_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of this rank's pieces."""
+        shapes = {}
+        for name, slot in self.slots.items():
+            start, stop = chunk_bounds(slot.shape[0], self.num_ranks, self.rank) if slot.shape else (0, 0)
+            shapes[name] = (stop - start, *slot.row_shape) if slot.shape else ()
+        return shapes
+
     def pack(self, buffer: torch.Tensor, name: str, value: torch.Tensor, *, add: bool) -> None:
         """Write (or add) a whole tensor into the blocks of all ranks."""
         slot = self.slots[name]
@@ -107,6 +121,10 @@ class ShardLayout:
             parts.append((pieces[full, :left], value[full * slot.rows :]))
         for target, source in parts:
             target.add_(source) if add else target.copy_(source)
+
+    def zero(self, buffer: torch.Tensor, name: str) -> None:
+        slot = self.slots[name]
+        buffer.view(self.num_ranks, -1)[:, slot.offset : slot.offset + slot.elements].zero_()
 
     def unpack(self, buffer: torch.Tensor, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
         """The whole tensor from the blocks of all ranks, contiguous; into `out` where given."""

@@ -10,6 +10,7 @@ import torch
 from ..passes.program import SegmentProgram
 from ..profiler.graph import ModelGraph, SegmentInstance
 from ..profiler.workload import Precision
+from .extents import DataCut
 from .wiring import Wiring
 
 STORAGE_AXES = ("tp", "dp")
@@ -20,7 +21,8 @@ class ParamSpec:
     """shape is global. tp_dim: the dimension cut over tp in storage (that of the first use), None where replicated.
 
     partial_axes: mesh axes over which some use leaves a partial gradient. pipeline_ranks: pipeline coordinates that
-    hold it, more than one where it is tied over stages. dp_sharded: stored as Shard(0) over dp.
+    hold it, more than one where it is tied over stages. dp_levels: how many digits of the data-parallel coordinate cut
+    its dimension 0 in storage (runtime/extents.py), finest first.
     """
 
     name: str
@@ -30,7 +32,7 @@ class ParamSpec:
     requires_grad: bool
     has_grad: bool  # a gradient reaches it
     tp_dim: int | None
-    dp_sharded: bool
+    dp_levels: int
     partial_axes: tuple[str, ...]
     pipeline_ranks: tuple[int, ...]
 
@@ -63,7 +65,7 @@ def param_specs(
     wiring: Wiring,
     precision: Precision,
     *,
-    zero: int,
+    cut: DataCut,
     sizes: Mapping[str, int],
 ) -> dict[str, ParamSpec]:
     """Specs of all parameters of the model. sizes: of the mesh axes."""
@@ -85,7 +87,7 @@ def param_specs(
         tp_dim = _tp_dim(used[0][1].param_shards[used[0][2]], sizes) if used else None
         if tp_dim is not None:
             partial.discard("tp")  # each rank has its own piece; a use that differs is converted at once
-        sharded = sizes["dp"] > 1 and bool(shape) and (zero == 3 or (zero >= 1 and requires_grad))
+        levels = cut.num_levels("optimizer" if requires_grad else "parameters")
         specs[name] = ParamSpec(
             name,
             tuple(shape),
@@ -94,7 +96,7 @@ def param_specs(
             requires_grad,
             bool(differentiated),
             tp_dim,
-            sharded,
+            levels if shape else 0,
             tuple(axis for axis in sizes if axis in partial),
             tuple(sorted(holders.get(name, {0}))),  # an unused parameter stays with the first pipeline rank
         )

@@ -432,6 +432,7 @@ def make_plan(
     microbatch: int = 4,
     count: int = 4,
     cuts: list[int] | None = None,
+    extents: dict[str, int] | None = None,
 ) -> Plan:
     """cuts: how many instances (after the prologue) each stage takes; even where not given."""
     body = [inst.index for inst in toy.graph.instances if inst.segment != "prologue"]
@@ -456,6 +457,7 @@ def make_plan(
         placement_axes=["dp", "tp"],
         placements={},
         zero=zero,
+        zero_extents=extents or {},
         memory_policy=MemoryPolicy(),
         predicted=Predicted(
             step_s=1.0,

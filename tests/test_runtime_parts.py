@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -28,13 +29,16 @@ def test_chunks_are_those_of_torch(size: int, count: int) -> None:
     assert found == expected + [0] * (count - len(expected))
 
 
-@given(st.lists(sizes, min_size=1, max_size=3), parts, parts, st.data())
-def test_shards_over_both_axes_cover_the_tensor_once(shape: list[int], tp: int, dp: int, data: st.DataObject) -> None:
+@given(st.lists(sizes, min_size=1, max_size=3), parts, st.lists(parts, max_size=2), st.data())
+def test_shards_over_all_axes_cover_the_tensor_once(
+    shape: list[int], tp: int, dp: list[int], data: st.DataObject
+) -> None:
     tp_dim = data.draw(st.sampled_from([None, *range(len(shape))]))
     seen = torch.zeros(shape, dtype=torch.int64)
     for tp_coord in range(tp):
-        for dp_coord in range(dp):
-            seen[shard_index(shape, tp_dim, (tp, tp_coord), True, (dp, dp_coord))] += 1
+        for digits in itertools.product(*map(range, dp)):
+            cuts = list(zip(dp, digits, strict=True))
+            seen[shard_index(shape, tp_dim, (tp, tp_coord), cuts)] += 1
     assert bool((seen == (tp if tp_dim is None else 1)).all())
 
 
