@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..costmodel.simulator import Timeline
 from ..profiler.cluster import Cluster
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .search import SearchState
 
 OPTIMAL_GAP = 1e-3
-ALIKE = 1 + 1e-3
+ALIKE = 1.01  # of the step time: closer than the cost model can tell
 POLISH_SECONDS = 2.0
 
 
@@ -80,25 +80,30 @@ def _polish(state: SearchState, outcome: Outcome) -> tuple[int, ...]:
 
 
 def _simplest(state: SearchState) -> Outcome:
-    """Of the plans as fast as the incumbent, to ALIKE, the one of the lowest ZeRO stage and fewest virtual stages."""
+    """Of the plans on the same mesh that are as fast as the incumbent, to ALIKE, the simplest."""
     best = state.incumbent
     assert best is not None and best.step_s is not None
-
-    def simplicity(outcome: Outcome) -> tuple[Any, ...]:
-        return *outcome.candidate.simplicity, outcome.step_s or 0.0
-
-    alike = [o for o in state.outcomes.values() if o.step_s is not None and o.step_s <= best.step_s * ALIKE]
-    for outcome in sorted(alike, key=simplicity):
-        if outcome is best:
-            break
-        c = outcome.candidate
-        if outcome.solution is not None and state.is_own(outcome.solution, c):
-            return outcome
+    own = best.candidate
+    state.tolerance = ALIKE
+    simpler = [
+        c
+        for c in state.candidates
+        if (c.pp, c.dp, c.tp) == (own.pp, own.dp, own.tp) and c.simplicity < own.simplicity and c in state.outcomes
+    ]
+    limit_s = best.step_s * ALIKE
+    for candidate in sorted(simpler, key=lambda c: (c.simplicity, -c.microbatch)):
+        outcome = state.outcomes[candidate]
+        if outcome.step_s is None and outcome.fits is not False and outcome.bound_s <= limit_s:
+            outcome = state.score_alone(candidate)
+        if outcome.step_s is not None and outcome.step_s <= limit_s and outcome.solution is not None:
+            if state.is_own(outcome.solution, candidate):
+                return outcome
     return best
 
 
 def build_result(state: SearchState, started: float, interrupted: str) -> SearchResult:
-    best, setting = _simplest(state), state.setting
+    best, setting = state.incumbent if interrupted else _simplest(state), state.setting
+    assert best is not None
     assert best.solution is not None
     candidate, solution = best.candidate, best.solution
     bounds = best.bounds if interrupted else _polish(state, best)

@@ -69,6 +69,7 @@ class SearchState:
     solve_seconds: float = 0.0
     whole_forward_s: float = 0.0  # of the whole batch on one device
     whole_backward_s: float = 0.0
+    tolerance: float = BETTER  # of the incumbent's step: what is slower than this share of it is not looked at
 
     def run(self) -> str:
         """Returns what cut it short, or ''."""
@@ -235,6 +236,17 @@ class SearchState:
                 self.progress(f"best so far {outcome.step_s:.3f} s: {candidate}")
         self.outcomes[candidate] = outcome
 
+    def score_alone(self, candidate: Candidate) -> Outcome:
+        """A candidate of its own, outside its group."""
+        solution = self.solve(candidate)
+        if solution is None:
+            return self.outcomes[candidate]
+        options = self._options([solution])
+        if self._first_option(candidate, options) > 0:
+            options = self._options(self.frontier(candidate))
+        self.outcomes[candidate].first_option = self._first_option(candidate, options)
+        return self.score(candidate, options)
+
     def _exact_options(self, candidate: Candidate, options: Sequence[MemoryOption]) -> Sequence[MemoryOption]:
         """The same for the candidate's own data-parallel degree, where the group was solved for another."""
         exact = self.solve(candidate)
@@ -244,7 +256,7 @@ class SearchState:
         return self._options(self.frontier(candidate) if several else [exact])
 
     def _may_win(self, at_least_s: float) -> bool:
-        return self.incumbent is None or at_least_s < (self.incumbent.step_s or 0.0) * BETTER
+        return self.incumbent is None or at_least_s < (self.incumbent.step_s or 0.0) * self.tolerance
 
     def _is_better(self, outcome: Outcome) -> bool:
         if outcome.step_s is None:

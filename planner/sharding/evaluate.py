@@ -172,7 +172,7 @@ def evaluate(placed: Placed) -> SegmentCost:
         part = "I" if node in for_input else "W" if node in for_weight else "F"
         share, moved = op_load(placed, node)
         seconds[part] += mesh.op_s(node, share, moved)
-        flops += _matrix_flops(node) * share
+        flops += matrix_flops(node) * share
     by_axis = {axis.name: axis for axis in mesh.axes}
     comm: dict[str, float] = defaultdict(float)
     for move in moves(placed):
@@ -220,7 +220,7 @@ def op_load(placed: Placed, node: fx.Node) -> tuple[float, float]:
     return mesh.share(strategies, batched), moved
 
 
-def _matrix_flops(node: fx.Node) -> float:
+def matrix_flops(node: fx.Node) -> float:
     """What counts as model FLOPs: matrix products, convolutions and attention."""
     name = str(getattr(node.target, "overloadpacket", ""))
     if name.split(".")[-1] in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_grouped_mm"):

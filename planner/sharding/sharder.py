@@ -23,16 +23,17 @@ from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..plan import ConservativeOp
 from ..solver import Solution
-from .evaluate import Move, Placed, evaluate, moves, op_load
-from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Prices, Sizes
+from .evaluate import Move, Placed, evaluate, matrix_flops, moves, op_load
+from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Prices, Sizes, is_split
 from .pbqp import solve
 from .placement import Places, R, shares
 from .problem import Build, Catalog, Demands, build
 from .solution import AxisSolution, read_choice, write_placements
-from .strategy import view_of
+from .strategy import is_op, view_of
 
 PLACEMENT_AXES = ["dp", "tp"]
-MIN_SPLIT_SHARE = 0.1  # of the parameters: a tensor axis that splits less is of no use as it is
+# A tensor axis that splits less of the parameters, and less of the matrix products, is of no use as it is.
+MIN_SPLIT_PARAMS, MIN_SPLIT_FLOPS = 0.1, 0.5
 MAX_FRONTIER = 3
 HIGHEST_PRICE = 1e-3  # of a byte kept, in seconds: above what any collective costs
 HULL_TOLERANCE = 1e-2  # a point counts that lies below the line by this share of its height
@@ -142,8 +143,12 @@ class Sharder:
         if dp * tp > cluster.num_devices:  # asked for more than there is: the same axis on all there is
             dp, tp = (cluster.num_devices, 1) if name == "dp" else (1, cluster.num_devices)
         links = cluster.axis_links({"pp": cluster.num_devices // (dp * tp), "dp": dp, "tp": tp}, name)
-        seconds = self.cost_model.collective_seconds
-        return Axis(name, size, lambda kind, num_bytes: seconds(kind, num_bytes, links), data=name == "dp")
+
+        def seconds(kind: str, num_bytes: float) -> float:
+            held = num_bytes / size if kind == "all_to_all" else num_bytes  # what each rank has of the tensor
+            return self.cost_model.collective_seconds(kind, held, links)
+
+        return Axis(name, size, seconds, data=name == "dp")
 
     # ------------------------------------------------------------------ solving
 
@@ -173,7 +178,7 @@ class Sharder:
         """Fastest; where that splits hardly anything, as on models too small to be worth the traffic, smallest."""
         started = time.perf_counter()
         solved = self._solved(*self._problem((dp, tp, local_batch)), TIE_BREAK_S_PER_BYTE)
-        if tp > 1 and self._split_share(solved.solutions[1]) < MIN_SPLIT_SHARE:
+        if tp > 1 and not self._is_of_use(solved):
             mesh = self.mesh(dp, tp, local_batch, MEMORY_FIRST)
             made = build(self.graph, mesh, self._demands(dp), self._catalog)
             solved = self._solved(mesh, made, TIE_BREAK_S_PER_BYTE)
@@ -205,15 +210,21 @@ class Sharder:
             saved_bytes=sum(self.counts[n] * c.saved_bytes for n, c in costs.items()),
         )
 
-    def _split_share(self, solution: AxisSolution) -> float:
-        """Share of the parameters' elements that the axis splits."""
-        split = total = 0
+    def _is_of_use(self, solved: _Solved) -> bool:
+        """Does the tensor axis split parameters, or work?"""
+        solution, split, total = solved.solutions[1], 0, 0
+        whole = done = 0.0
         for name, segment in self.graph.segments.items():
             for slot, shape in enumerate(segment.param_shapes):
                 elements = torch.Size(shape).numel() * self.counts[name]
                 total += elements
                 split += elements if solution.places.get((name, f"param_{slot}"), R) >= 0 else 0
-        return split / total if total else 1.0
+            placed = Placed(segment, solved.mesh, solved.solutions)
+            for node in segment.joint.graph.nodes:
+                if is_op(node) and (flops := matrix_flops(node)):
+                    whole += flops * self.counts[name]
+                    done += flops * self.counts[name] * is_split(placed.strategies(node)[1])
+        return split >= MIN_SPLIT_PARAMS * total or done >= MIN_SPLIT_FLOPS * whole > 0
 
     # ------------------------------------------------------------------ figures
 
