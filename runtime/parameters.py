@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from .relayout import from_storage, grad_to_storage
 from .sharded import ShardedUnit
 from .shards import narrow_shape, shard_index
 from .specs import ParamSpec, ParamUse, held_names
-from .units import Unit, WholeUnit, unit_names
+from .units import Unit, WholeUnit, merge_units, unit_names
 
 MAX_PENDING = 2  # collectives of whole units in flight on a rank; each holds a flat buffer of one
 BUCKET_ELEMENTS = 1 << 25  # of one collective that sums several gradients: 128 MiB in float32
@@ -79,7 +80,11 @@ class ParameterStore:
 
         kinds = {n: (s.dtype, s.master_dtype, s.has_grad, levels(s)) for n, s in self.specs.items()}
         units: list[Unit] = []
-        for names in unit_names(list(self.specs), users, kinds):
+        groups = unit_names(list(self.specs), users, kinds)
+        if not cut.num_levels("parameters"):  # what is gathered for an instance is no more than that instance uses
+            sizes = {n: math.prod(self._tp_shape(spec)) * spec.dtype.itemsize for n, spec in self.specs.items()}
+            groups = merge_units(groups, users, kinds, sizes)
+        for names in groups:
             first = self.specs[names[0]]
             common = {
                 "dtype": first.dtype,

@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from . import collectives
 
+# Of the gradients that one collective sums. Small ones cost latency, a single one cannot run beside the backward.
+BUCKET_BYTES = 16 << 20
+
 
 class Unit:
     """names share dtypes. shapes: of the tensors inside the segments, cut over tp, whole over dp."""
@@ -183,3 +186,26 @@ def unit_names(names: Sequence[str], users: Mapping[str, Collection[int]], kinds
     for name in names:
         groups.setdefault((tuple(sorted(users.get(name, ()))), kinds[name]), []).append(name)
     return list(groups.values())
+
+
+def merge_units(
+    groups: Sequence[list[str]],
+    users: Mapping[str, Collection[int]],
+    kinds: Mapping[str, Any],
+    sizes: Mapping[str, int],
+) -> list[list[str]]:
+    """Groups whose gradients are complete one after the other become one, up to BUCKET_BYTES. sizes: in bytes.
+
+    The backward goes through the instances in reverse, so a group is complete after the first instance that uses it.
+    """
+    merged: list[list[str]] = []
+    last: dict[Any, list[str]] = {}  # of each kind, the group that is being filled
+    for group in sorted(groups, key=lambda group: min(users.get(group[0], ()), default=0), reverse=True):
+        kind = kinds[group[0]]
+        open_group = last.get(kind)
+        if open_group is None or sum(sizes[name] for name in (*open_group, *group)) > BUCKET_BYTES:
+            last[kind] = list(group)
+            merged.append(last[kind])
+        else:
+            open_group += group
+    return merged
