@@ -73,7 +73,8 @@ STAGES: dict[str, dict[str, Any]] = {
 
 def _table() -> dict[str, Other]:
     masked = ("albert", "bert", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert",
-              "electra", "ernie", "esm", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "luke", "megatron-bert", "mobilebert",
+              "electra", "ernie", "esm", "flaubert", "fnet", "funnel", "ibert", "layoutlm", "luke", "megatron-bert",
+              "mobilebert",
               "modernbert", "mpnet", "nystromformer", "rembert", "roberta", "roberta-prelayernorm", "roformer",
               "squeezebert", "xlm", "xlm-roberta", "xmod", "yoso", "big_bird")  # fmt: skip
     pairs = ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5", "m2m_100", "marian",

@@ -12,6 +12,7 @@ import inspect
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from ..kernels import ops  # noqa: F401  registers the ops that normalization pu
 from . import fold, joint
 from ._torch import lazy_recompile
 from .attention_interface import shardwright_attention
+from .autograd_functions import recorded_functions
 from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from .normalize import normalize, value
 from .workload import Workload
 
 ROOT = "model"
+_OURS = Path(__file__).parents[1]  # this package (or checkout)
+_TESTED = ("tests", "examples", "benchmarks")  # beside it in a checkout, and the user's as far as errors go
 
 
 class TrainingStep(nn.Module):
@@ -114,7 +118,13 @@ def _export(workload: Workload) -> tuple[Any, dict[str, torch.Tensor]]:
     }
     step = TrainingStep(workload.model, workload.loss)
     try:
-        with warnings.catch_warnings(), shardwright_attention(workload.model), lazy_recompile(), _no_collection():
+        with (
+            warnings.catch_warnings(),
+            shardwright_attention(workload.model),
+            lazy_recompile(),
+            _no_collection(),
+            recorded_functions(),
+        ):
             warnings.simplefilter("ignore")
             return torch.export.export(step, (batch,), strict=False), batch
     except ShardwrightError:
@@ -138,21 +148,27 @@ def _no_collection() -> Iterator[None]:
 def _capture_error(error: Exception) -> ShardwrightError:
     """Name the op and the user's own line."""
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [
-        f
-        for f in frames
-        if "/torch/" not in f.filename and "/shardwright/" not in f.filename and f.filename != __file__
-    ]
+    outside = [f for f in frames if "/torch/" not in f.filename and not _is_ours(Path(f.filename))]
     own = [f for f in outside if "site-packages" not in f.filename and not f.filename.startswith("<")]
     frame = (own or outside or frames)[-1]
+    text = f"{type(error).__name__} {error}".lower()
+    on_data = any(sign in text for sign in ("datadependent", "data-dependent", "data dependent", "could not guard"))
     reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
     return ShardwrightError(
         f"the model cannot be captured: {type(error).__name__}: {reason}",
         means=f"torch.export stopped at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line or ''}".rstrip(),
-        change="that line: control flow may depend on shapes and settings, not on the data in a tensor",
-        works="torch.where(condition, a, b) in place of `if condition:`",
+        change="that line: control flow may depend on shapes and settings, not on the data in a tensor"
+        if on_data
+        else "that line, which fails under torch.export",
+        works="torch.where(condition, a, b) in place of `if condition:`"
+        if on_data
+        else "a model that torch.export.export(model, (), batch, strict=False) takes",
         exit_code=ExitCode.UNSUPPORTED_MODEL,
     )
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_relative_to(_OURS) and path.relative_to(_OURS).parts[0] not in (*_TESTED, ".venv")
 
 
 def _assemble(

@@ -28,9 +28,11 @@ _EXPORTS = {
     "Workload": ".profiler.workload",
     "build": ".api",
     "check": ".checking",
+    "check_sharding": ".planner.sharding.register",
     "load_workload": ".api",
     "parallelize": ".doors",
     "plan": ".api",
+    "register_sharding": ".planner.sharding.register",
 }
 
 __all__ = [
@@ -45,9 +47,11 @@ __all__ = [
     "__version__",
     "build",
     "check",
+    "check_sharding",
     "load_workload",
     "parallelize",
     "plan",
+    "register_sharding",
 ]
 
 if TYPE_CHECKING:
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from .doors import Parallel, parallelize
     from .errors import ExitCode, ShardwrightError
     from .planner.plan import Plan
+    from .planner.sharding.register import check_sharding, register_sharding
     from .profiler.hardware import Cluster
     from .profiler.workload import OptimizerSpec, Precision, Workload
 
