@@ -14,6 +14,7 @@ import contextlib
 import gc
 import io
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -37,6 +38,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "zero=3": {"pp": "1", "dp": "4", "zero": "3"},
 }
 PROCESSES = 4
+MEMORY_LIMIT_BYTES = 10 << 30  # of address space, for a trial
 TOLERANCE = 1e-9
 TIME_LIMIT_S = 150
 LIKE = "the zoo's trial"
@@ -61,16 +63,39 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def runs_and_exports(name: str) -> str:
+    """_trial in a process of its own, since some models are gigantic however small their configuration."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: (_limit_memory(), sender.send(_trial(name))))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(TIME_LIMIT_S) else f"not tried in {TIME_LIMIT_S} s"
+    except EOFError:
+        return "does not run as written: more memory than there is"
+    finally:
+        process.kill()
+        process.join()
+
+
+def _limit_memory() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+
+
+def _trial(name: str) -> str:
     """'' where the model as written runs forward and backward and torch.export takes it; else why not."""
     import torch
 
+    sys.stdout = io.StringIO()
     try:
         model, batch = _made(name)
         if sum(p.numel() for p in model.parameters()) > 60e6:
             return "not tiny at these sizes"
         loss = model(**batch).loss
         loss.backward()
-    except Exception as error:
+    except (Exception, MemoryError) as error:
         return f"does not run as written: {_first_line(error)}"
     try:
         torch.export.export(model, (), batch, strict=False)
@@ -238,8 +263,7 @@ def main() -> int:
                 if done and not (args.again and known is not None and known.get("why") and layout != LIKE):
                     continue
                 if layout == LIKE:
-                    with contextlib.redirect_stdout(io.StringIO()):
-                        row = {"model": name, "layout": LIKE, "why": runs_and_exports(name)}
+                    row = {"model": name, "layout": LIKE, "why": runs_and_exports(name)}
                 elif rows[(name, LIKE)]["why"]:
                     continue
                 else:

@@ -69,6 +69,7 @@ class SearchState:
     solve_seconds: float = 0.0
     whole_forward_s: float = 0.0  # of the whole batch on one device
     whole_backward_s: float = 0.0
+    refusal: ShardwrightError | None = None  # the latest of the sharder's
     tolerance: float = BETTER  # of the incumbent's step: what is slower than this share of it is not looked at
 
     def run(self) -> str:
@@ -208,8 +209,8 @@ class SearchState:
             started = time.monotonic()
             try:
                 self.solutions[key] = self.sharder.solve(dp=dp, tp=tp, local_batch=local_batch)
-            except ShardwrightError:
-                self.solutions[key] = None
+            except ShardwrightError as error:
+                self.solutions[key], self.refusal = None, error
             self.solve_seconds += time.monotonic() - started
         return self.solutions[key]
 
@@ -419,6 +420,8 @@ def search(
                 works=f"--time-limit {max(60, round(10 * (time_limit_s or 6)))}",
                 exit_code=ExitCode.TIME_LIMIT,
             )
+        if state.refusal is not None and all(outcome.unsharded for outcome in state.outcomes.values()):
+            raise state.refusal
         raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions, state.solve_for)
     return build_result(state, started, interrupted)
 

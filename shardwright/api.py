@@ -20,6 +20,7 @@ from .passes.redistribute import MeshAxis
 from .planner.candidates import parse_forced
 from .planner.plan import Plan, PlanningTime
 from .planner.search import search
+from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.placement import from_text
 from .planner.sharding.sharder import PLACEMENT_AXES, Sharder
 from .profiler.capture import capture
@@ -104,7 +105,9 @@ def _make_plan(
 ) -> Plan:
     started = time.perf_counter()
     say = progress or (lambda message: None)
-    parse_forced(force)  # a mistyped key is found before the model is traced
+    choices = choices_of(force)
+    parse_forced(choices)  # a mistyped key is found before the model is traced
+    pins = Pins.parse({key: value for key, value in force.items() if is_pin(key, value)}, PLACEMENT_AXES)
     if isinstance(hardware, Cluster):
         cluster = hardware if memory_limit_bytes is None else hardware.with_memory_limit(memory_limit_bytes)
     else:
@@ -121,17 +124,17 @@ def _make_plan(
         cluster,
         cost_model,
         workload,
-        Sharder(graph, cost_model),
-        force=force,
+        Sharder(graph, cost_model, pins=pins),
+        force=choices,
         time_limit_s=time_limit_s,
         memory_limit_bytes=memory_limit_bytes,
         progress=progress,
     )
     solution = found.solution
     if found.microbatch.size == 1:  # a batch of one broadcasts, so its graph has other ops: place those
-        pinned = _tensor_places(graph, solution.placements)  # the memory that the search counted on
+        wishes = _tensor_places(graph, solution.placements)  # the memory that the search counted on
         graph = _capture_for_running(resize_batch(workload, 1), fusions)
-        placed = Sharder(graph, cost_model, pinned).solve(dp=1, tp=found.mesh.tp, local_batch=1)
+        placed = Sharder(graph, cost_model, wishes, pins).solve(dp=1, tp=found.mesh.tp, local_batch=1)
         assert placed is not None
         solution = placed
     conservative = list(solution.conservative)

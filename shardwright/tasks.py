@@ -113,7 +113,8 @@ def whole_gradients(program: Program) -> dict[str, torch.Tensor]:
     for name, parameter in program.named_parameters():
         grad = parameter.grad
         if grad is not None:
-            own[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).cpu()
+            # a view would be sent with all of the buffer that it looks into
+            own[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).cpu().clone()
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     return {name: grad for grads in reversed(everyone) for name, grad in grads.items()}

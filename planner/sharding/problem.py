@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,8 @@ from ...profiler.joint import flatten_outputs
 from .catalog import strategies
 from .mesh import Mesh, Sizes, compatible
 from .pbqp import Problem
-from .placement import P, Places, R, shares
+from .pins import Demand, Resolved, cannot_meet
+from .placement import P, Places, R, shares, to_text
 from .strategy import OpView, Strategy, is_op, origin, storage_root, view_of
 
 Strategies = tuple[Strategy, ...]  # of one op, one per axis
@@ -67,13 +68,13 @@ class Build:
 class Demands:
     """What the caller fixes. inputs: places of the model's inputs by name; other values that must lie so.
 
-    param: name of a parameter -> its places, None on the axes that are free. result: segment, op node -> the same for
-    its first result.
+    params: name of a parameter -> its places, None on the axes that are free, taken where the sizes allow it. pins: the
+    same, of parameters and of ops' first results, which must hold.
     """
 
     inputs: Callable[[str, Sizes], Places]
-    param: Callable[[str], Sequence[int | None]] | None = None
-    result: Callable[[Segment, fx.Node], Sequence[int | None]] | None = None
+    params: Mapping[str, Demand] = field(default_factory=dict)
+    pins: Resolved = field(default_factory=Resolved)
 
 
 class _Union:
@@ -204,17 +205,27 @@ def _add_params(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) ->
         if root not in classes:
             sizes = mesh.sizes(_placeholder(graph.segments[key[0]], f"param_{key[2]}"))
             options = mesh.domain(sizes, partial=False, whole_on_data=True)
-            options = _demanded(options, [demands.param(n) for n in names[root]] if demands.param else [])
+            options = _demanded(options, names[root], demands)
             price = mesh.prices.param * counts[root]
             costs = np.array([price * sizes.num_bytes / shares(p, mesh.counts) for p in options])
             classes[root] = _place_variable(made, options, ("param", key), costs)
         made.slot_vars[key] = classes[root]
 
 
-def _demanded(options: list[Places], demands: Sequence[Sequence[int | None]]) -> list[Places]:
-    """Those that meet every demand; where none can, as where a dimension does not divide, all."""
-    met = [o for o in options if all(_meets(o, d) for d in demands)]
-    return met or options
+def _demanded(options: list[Places], names: list[str], demands: Demands) -> list[Places]:
+    """Places of a parameter that meet what is demanded; where a wish cannot be met, as where a dimension does not
+    divide, all; where a pin cannot, ShardwrightError."""
+    wishes = [demands.params[n] for n in names if n in demands.params]
+    options = [o for o in options if all(_meets(o, d) for d in wishes)] or options
+    pinned = [n for n in names if n in demands.pins.params]
+    met = [o for o in options if all(_meets(o, demands.pins.params[n]) for n in pinned)]
+    if not met:
+        raise cannot_meet(demands.pins.pins.get(pinned[0]), f"{pinned[0]} cannot lie so", _texts(options))
+    return met
+
+
+def _texts(options: list[Places]) -> str:
+    return "; ".join(dict.fromkeys(", ".join(map(to_text, places)) for places in options))
 
 
 def _meets(places: Places, demand: Sequence[int | None]) -> bool:
@@ -250,10 +261,17 @@ class _SegmentBuilder:
             operands = [self.mesh.sizes(*origin(n)) for n in view.operands]
             results = [self.mesh.sizes(node, k) for k in range(len(view.outputs))]
             options = self._options(listed, operands, results)
-            if self.demands.result is not None:
-                wanted = self.demands.result(self.segment, node)
+            wanted = self.demands.pins.results.get((name, node.name))
+            if wanted is not None:
                 met = [o for o in options if _meets(tuple(s.outputs[0] for s in o), wanted)]
-                options = met or options
+                if not met:
+                    places = _texts([tuple(s.outputs[0] for s in o) for o in options])
+                    raise cannot_meet(
+                        self.demands.pins.pins.get((name, node.name)),
+                        f"the result of {node.name} cannot lie so",
+                        places,
+                    )
+                options = met
             index = self.problem.add_variable(
                 self._op_costs(node, options, operands, results) * self.count, ("op", name, node.name)
             )

@@ -26,6 +26,7 @@ from ..solver import Solution
 from .evaluate import Move, Placed, evaluate, matrix_flops, moves, op_load
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Prices, Sizes, is_split
 from .pbqp import solve
+from .pins import Pins, cannot_meet
 from .placement import Places, R, shares
 from .problem import Build, Catalog, Demands, build
 from .solution import AxisSolution, read_choice, write_placements
@@ -51,9 +52,18 @@ class _Solved:
 class Sharder:
     """Caches by (dp, tp, local batch): the fastest placements, and the frontier where it was asked for."""
 
-    def __init__(self, graph: ModelGraph, cost_model: CostModel, pinned: Mapping[str, int] | None = None) -> None:
-        """pinned: name of a parameter -> how it must lie over the tensor axis."""
-        self.graph, self.cost_model, self.pinned = graph, cost_model, dict(pinned or {})
+    def __init__(
+        self,
+        graph: ModelGraph,
+        cost_model: CostModel,
+        wishes: Mapping[str, int] | None = None,
+        pins: Pins | None = None,
+    ) -> None:
+        """wishes: name of a parameter -> how it lies over the tensor axis where sizes allow it. pins: what must be."""
+        self.graph, self.cost_model = graph, cost_model
+        self.wishes = {name: (R, place) for name, place in (wishes or {}).items()}
+        self.pins = pins or Pins()
+        self._pinned = self.pins.resolve(graph, PLACEMENT_AXES)
         self.batch = max(graph.batch_size, 1)
         self.counts: dict[str, int] = defaultdict(int)
         for instance in graph.instances:
@@ -69,6 +79,7 @@ class Sharder:
     # ------------------------------------------------------------------ public
 
     def solve(self, *, dp: int, tp: int, local_batch: int) -> ShardingSolution:
+        """Raises ShardwrightError, exit code 4, where a pin cannot be met on this mesh."""
         key = (dp, tp, local_batch)
         if key not in self._solutions:
             self._solutions[key] = self._solve(dp, tp, local_batch)
@@ -156,15 +167,14 @@ class Sharder:
         def inputs(name: str, sizes: Sizes) -> Places:
             return (0 if dp > 1 and sizes.batched[:1] == (True,) else R, R)
 
-        pinned = self.pinned
-
-        def param(name: str) -> Sequence[int | None]:
-            return (R, pinned.get(name))
-
-        return Demands(inputs, param if pinned else None)
+        return Demands(inputs, self.wishes, self._pinned)
 
     def _problem(self, key: tuple[int, int, int]) -> tuple[Mesh, Build]:
         if key not in self._problems:
+            narrow = {name for name, size in zip(PLACEMENT_AXES, key, strict=False) if size == 1}
+            if narrow & self.pins.split_axes:
+                pin = next(pin for pin in self.pins.pins if pin.splits and pin.axis in narrow)
+                raise cannot_meet(pin, f"{pin.axis}={dict(zip(PLACEMENT_AXES, key, strict=False))[pin.axis]}", "R")
             mesh = self.mesh(*key)
             self._problems = {key: (mesh, build(self.graph, mesh, self._demands(key[0]), self._catalog))}
         return self._problems[key]

@@ -76,9 +76,10 @@ def _refuse_unwritable(path: Path) -> None:
 def _check_names(args: argparse.Namespace, force: dict[str, str]) -> None:
     """What is mistyped is said before what is missing, and before the model is traced."""
     from ..planner.candidates import parse_forced
+    from ..planner.sharding.pins import choices_of
     from ..profiler.hardware import parse_hardware
 
-    parse_forced(force)
+    parse_forced(choices_of(force))
     parse_hardware(args.hardware)
     if args.global_batch is None:
         args.global_batch = 1
