@@ -9,7 +9,8 @@ the op on each rank's own part gives the results' parts that lie so. The row tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,12 @@ def register_sharding(op: Any, rule: Rule | None = None, *, examples: Iterable[S
     Raises ShardwrightError: no such op, a rule that is neither callable nor a list, or one that is wrong.
     """
     if rule is None:
-        return lambda given: register_sharding(op, given, examples=examples)
+
+        def decorator(given: Rule) -> Rule:
+            register_sharding(op, given, examples=examples)
+            return given
+
+        return decorator
     if not callable(rule) and not isinstance(rule, (list, tuple)):
         raise ShardwrightError(
             f"the rule of {op} is a {type(rule).__name__}",
@@ -50,7 +56,7 @@ def register_sharding(op: Any, rule: Rule | None = None, *, examples: Iterable[S
     for arguments in examples:
         check_sharding(overloads[0], kept, *arguments)
     for overload in overloads:
-        CUSTOM[overload] = lambda view, kept=kept: _of_view(kept, view)
+        CUSTOM[overload] = partial(_of_view, kept)
     return rule
 
 
@@ -153,9 +159,7 @@ def _disprove(op: Any, row: Strategy, args: Any, kwargs: Any, expected: list[tor
     parts: list[list[torch.Tensor]] = []
     for rank in range(size):
         places = iter(row.inputs)
-        local = pytree.tree_map_only(
-            torch.Tensor, lambda t, r=rank, p=places: _part(t, next(p), r, size), (args, kwargs)
-        )
+        local = pytree.tree_map_only(torch.Tensor, partial(_next_part, places, rank, size), (args, kwargs))
         try:
             parts.append(_results(op(*local[0], **local[1])))
         except Exception as error:
@@ -168,8 +172,8 @@ def _disprove(op: Any, row: Strategy, args: Any, kwargs: Any, expected: list[tor
         if joined.shape != whole.shape:
             return f"result {k} comes out as {tuple(joined.shape)} for {tuple(whole.shape)}"
         if not _same(joined, whole):
-            error = (joined.double() - whole.double()).abs().max().item()
-            return f"result {k} of shape {tuple(whole.shape)} differs by up to {error:.2g}"
+            difference = (joined.double() - whole.double()).abs().max().item()
+            return f"result {k} of shape {tuple(whole.shape)} differs by up to {difference:.2g}"
     return ""
 
 
@@ -178,6 +182,10 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
         return torch.equal(found, expected)
     scale = expected.abs().nan_to_num(0.0, 0.0, 0.0).max().item() if expected.numel() else 0.0
     return torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE * max(scale, 1e-30), equal_nan=True)
+
+
+def _next_part(places: Iterator[int], rank: int, size: int, tensor: torch.Tensor) -> torch.Tensor:
+    return _part(tensor, next(places), rank, size)
 
 
 def _part(tensor: torch.Tensor, place: int, rank: int, size: int) -> torch.Tensor:
