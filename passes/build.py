@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import torch
+from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
 from ..planner.plan import Plan
@@ -12,10 +14,15 @@ from ..planner.sharding.placement import P, R
 from ..planner.sharding.solution import AxisSolution, read_placements
 from ..planner.sharding.strategy import is_op
 from ..profiler.graph import ModelGraph, Segment
+from .gradients import write_gradients
+from .loss import early_count, fuse_cross_entropy_backward
 from .partition import partition
 from .program import SegmentProgram
 from .redistribute import MeshAxis
+from .reuse import reuse
 from .shard import ShardContext, local_shape, shard_segment
+from .tidy import tidy
+from .values import memory_roots, propagate
 
 
 def build_segment_programs(
@@ -55,12 +62,24 @@ def check_fits(graph: ModelGraph, plan: Plan) -> None:
 
 
 def build_segment_program(segment: Segment, context: ShardContext, recompute: bool) -> SegmentProgram:
-    joint = shard_segment(segment, context)
-    forward, backward, kept = partition(joint, segment, recompute and not segment.is_prologue)
     axes, solutions, name = context.axes, context.solutions, segment.name
 
     def places(key: str) -> tuple[int, ...]:
         return tuple(s.places.get((name, key), R) for s in solutions)
+
+    joint = shard_segment(segment, context)
+    given = {node.name: node.meta.get("val") for node in segment.joint.graph.nodes if node.op == "placeholder"}
+    propagate(
+        joint.graph,
+        {
+            key: torch.empty(local_shape(v.shape, places(key), axes), dtype=v.dtype, device="meta")
+            for key, v in given.items()
+            if isinstance(v, torch.Tensor)
+        },
+        context.device,
+    )
+    forward, backward, kept = partition(joint, segment, recompute and not segment.is_prologue)
+    into_slots = _improve(forward, backward, segment, kept)
 
     def metas(kind: str, infos: tuple) -> tuple:  # type: ignore[type-arg]
         return tuple(
@@ -93,8 +112,41 @@ def build_segment_program(segment: Segment, context: ShardContext, recompute: bo
         grad_partial_axes=tuple(_partial_axes(axes, solutions, name, i) for i in range(len(segment.param_shapes))),
         output_meta=metas("output", segment.outputs),
         input_meta=metas("input", segment.inputs),
+        into_slots=into_slots,
         tangent_meta=metas("tangent", tuple(segment.outputs[j] for j in tangents)),
     )
+
+
+def _improve(
+    forward: fx.GraphModule, backward: fx.GraphModule | None, segment: Segment, kept: list[str]
+) -> tuple[int, ...]:
+    """What both graphs go through once they are this rank's own. Returns the into_slots."""
+    into_slots: tuple[int, ...] = ()
+    early_count(forward.graph)
+    tidy(forward.graph)
+    reuse(forward.graph)
+    forward.recompile()
+    if backward is not None:
+        fuse_cross_entropy_backward(backward.graph)
+        tidy(backward.graph)
+        into_slots = write_gradients(backward.graph, len(segment.param_shapes))
+        reuse(backward.graph, _own_kept(forward.graph, kept))
+        backward.recompile()
+    return into_slots
+
+
+def _own_kept(forward: fx.Graph, kept: list[str]) -> set[str]:
+    """Kept tensors whose memory the forward made and nothing else that it returns shares: the backward's to use up."""
+    roots = memory_roots(forward)
+    output = next(node for node in reversed(forward.nodes) if node.op == "output")
+    results = [roots[node] for node in output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
+    count = Counter(root for found in results for root in found)
+    own = results[len(results) - len(kept) :]
+    return {
+        name
+        for name, found in zip(kept, own, strict=True)
+        if len(found) == 1 and all(root.op != "placeholder" and count[root] == 1 for root in found)
+    }
 
 
 def _returned_gradients(backward: torch.fx.GraphModule | None, segment: Segment) -> list[bool]:

@@ -96,6 +96,7 @@ def _extract(
     renamed = renamed or {}
     for node in arguments:
         new = graph.placeholder(renamed[node] if node in renamed and node in env else node.name)
+        new.meta = dict(node.meta)
         env[node] = new  # the later of two wins: a kept copy stands for the buffer
     needed: set[fx.Node] = set()
     stack = [n for n in wanted if isinstance(n, fx.Node)]
@@ -114,6 +115,7 @@ def _extract(
             results.append(None)
         elif clone and node in clone:
             results.append(graph.call_function(aten.clone.default, (env[node],)))
+            results[-1].meta = dict(node.meta)  # type: ignore[union-attr]
         else:
             results.append(env[node])
     graph.output(tuple(results))

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from .gradients import Into
+
 
 @dataclass(frozen=True)
 class SegmentProgram:
     """Pure functions over this rank's local tensors.
 
     forward(*params, *buffers, *inputs, key) -> (*outputs, *buffer_updates, *saved)
-    backward(*params, *buffers, key, *saved, *tangents) -> (*param_grads, *input_grads)
+    backward(*params, *buffers, key, *saved, *tangents, *into) -> (*param_grads, *input_grads)
 
     saved never holds a parameter or a buffer. Under full recomputation it is just the inputs that the backward needs.
     Gradients stand as None where nothing is differentiated. A gradient may be partial over the axes named in
-    grad_partial_axes: the runtime sums it there, once per step.
+    grad_partial_axes: the runtime sums it there, once per step. into: see into_slots; may be left out.
     """
 
     name: str
@@ -43,6 +45,8 @@ class SegmentProgram:
     saved_bytes: int = 0
     # per tangent, in the backward's order: its local shape and dtype; () where all lie as their outputs do
     tangent_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
+    # parameter slots whose gradient the backward can write into memory that it is given
+    into_slots: tuple[int, ...] = ()
 
     def run_forward(
         self,
@@ -63,8 +67,9 @@ class SegmentProgram:
         key: torch.Tensor,
         saved: Sequence[torch.Tensor],
         tangents: Sequence[torch.Tensor],
+        into: Sequence[Into | None] = (),
     ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """Returns (param_grads, input_grads), one entry per slot."""
+        """Returns (param_grads, input_grads), one entry per slot. into: for each of into_slots."""
         assert self.backward is not None
-        out = list(self.backward(*params, *buffers, key, *saved, *tangents))
+        out = list(self.backward(*params, *buffers, key, *saved, *tangents, *into))
         return out[: self.num_params], out[self.num_params :]

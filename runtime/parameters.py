@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..passes.gradients import Into
 from ..profiler.workload import Precision
-from ._torch import local_part
+from ._torch import layout_of, local_part, with_layout
 from .collectives import Pending
 from .extents import DataCut
 from .mesh import RankGrid
@@ -56,6 +57,7 @@ class ParameterStore:
         for index, row in names.items():
             for name in row:
                 users.setdefault(name, set()).add(index)
+        self._layouts: dict[tuple[str, torch.dtype], Any] = {}  # how each parameter's DTensor is described
         self._pending = Pending(MAX_PENDING)
         self.units = self._make_units(users, precision, existing or {})
         self._unit_of = {name: unit for unit in self.units for name in unit.names}
@@ -135,9 +137,12 @@ class ParameterStore:
         """A tensor that lies as the parameter does, as a DTensor; unchanged where one rank holds all of it."""
         if self.storage_mesh is None:
             return local
+        key = name, local.dtype
+        if key in self._layouts:
+            return with_layout(local, self._layouts[key])
         spec = self.specs[name]
         stride = torch.empty(spec.shape, device="meta").stride()
-        return DTensor.from_local(
+        made = DTensor.from_local(
             local,
             self.storage_mesh,
             self.placements(spec),
@@ -145,6 +150,8 @@ class ParameterStore:
             shape=torch.Size(spec.shape),
             stride=stride,
         )
+        self._layouts[key] = layout_of(made)
+        return made
 
     def _parameter(self, name: str) -> nn.Parameter:
         local = self._unit_of[name].masters[name]
@@ -212,6 +219,21 @@ class ParameterStore:
         for index, count in backward_uses.items():
             for unit in self._units_of_instance[index]:
                 self._left[unit] += count
+
+    def gradient_memory(self, uses: Sequence[ParamUse], slots: Sequence[int]) -> list[Into | None]:
+        """For each slot, where its backward is to write the gradient. What is handed out counts as written.
+
+        A parameter in two slots gets memory for the first alone: the backward may come to the second one before it.
+        """
+        found: list[Into | None] = []
+        seen: set[str] = set()
+        for slot in slots:
+            use = uses[slot]
+            as_stored = use.has_grad and use.tp_dim == self.specs[use.name].tp_dim
+            writes = as_stored and self.grid.is_zero(use.skip_axes) and use.name not in seen
+            found.append(self._unit_of[use.name].memory_for(use.name) if writes else None)
+            seen.add(use.name)
+        return found
 
     def accumulate(self, index: int, uses: Sequence[ParamUse], grads: Sequence[torch.Tensor | None]) -> None:
         """Parameter gradients of one instance for one microbatch. The reduction of a unit starts with its last one."""

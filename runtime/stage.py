@@ -178,7 +178,8 @@ class StageRunner:
             params = self.store.acquire(index, step.uses)
             if kept:
                 self.store.prefetch(kept[-1].step.instance.index)
-            of_params, of_inputs = program.run_backward(params, item.buffers, item.key, item.saved, tangents)
+            into = self.store.gradient_memory(step.uses, program.into_slots)
+            of_params, of_inputs = program.run_backward(params, item.buffers, item.key, item.saved, tangents, into)
             self.store.release(index)
             del item, params, tangents
             if defer:

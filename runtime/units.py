@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..passes.gradients import Into
 from . import collectives
 
 # Of the gradients that one collective sums. Small ones cost latency, a single one cannot run beside the backward.
@@ -54,6 +55,10 @@ class Unit:
     def add_grad(self, name: str, grad: torch.Tensor | None) -> None:
         """Add one contribution; None counts as zero. Gradients lie as in `shapes`."""
         raise NotImplementedError
+
+    def memory_for(self, name: str) -> Into | None:
+        """Where a gradient may be written, or added to what is there; add_grad() then gets that very tensor."""
+        return None
 
     def flush(self) -> None:
         """All contributions of one microbatch on one stage are in."""
@@ -105,11 +110,28 @@ class WholeUnit(Unit):
     def open(self) -> Mapping[str, torch.Tensor]:
         return self.compute
 
+    def memory_for(self, name: str) -> Into | None:
+        if self.reduce_dtype != self.dtype:
+            return None
+        written = name in self._owned
+        self._owned.add(name)
+        if self.sum_over_dp:
+            self._make_flat()
+            return self._views[name], written
+        if name in self._grads and not written:
+            self._grads[name] = self._grads[name].clone()  # it may share memory with another gradient
+            return self._grads[name], True
+        if not written:
+            self._grads[name] = torch.empty(self.shapes[name], dtype=self.dtype, device=self.device)
+        return self._grads[name], written
+
     def add_grad(self, name: str, grad: torch.Tensor | None) -> None:
         if self.sum_over_dp:
             self._add_flat(name, grad)
         elif grad is not None:
             held = self._grads.get(name)
+            if held is grad:
+                return  # written there by the backward
             if held is None:
                 self._grads[name] = grad  # may share memory with another gradient: never written to
             elif name in self._owned:
@@ -118,13 +140,16 @@ class WholeUnit(Unit):
                 self._grads[name] = held.to(self.reduce_dtype) + grad
                 self._owned.add(name)
 
-    def _add_flat(self, name: str, grad: torch.Tensor | None) -> None:
+    def _make_flat(self) -> None:
         if self._flat is None:
             sizes = [self.compute[n].numel() for n in self.names]
             self._flat = torch.empty(sum(sizes), dtype=self.reduce_dtype, device=self.device)
             pieces = torch.split(self._flat, sizes)
             self._views = {n: piece.view(self.shapes[n]) for n, piece in zip(self.names, pieces, strict=True)}
-        if grad is None:
+
+    def _add_flat(self, name: str, grad: torch.Tensor | None) -> None:
+        self._make_flat()
+        if grad is None or grad is self._views[name]:
             return
         if name in self._owned:
             self._views[name].add_(grad)

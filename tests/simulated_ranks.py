@@ -21,6 +21,7 @@ from shardwright.planner.sharding.placement import P
 c10d = torch.ops._c10d_functional
 COLLECTIVES = {
     c10d.all_reduce.default,
+    c10d.all_reduce_.default,
     c10d.all_gather_into_tensor.default,
     c10d.reduce_scatter_tensor.default,
     c10d.all_to_all_single.default,
@@ -99,7 +100,7 @@ def _steps(graph: fx.GraphModule, args: Sequence[Any]) -> Generator[tuple[str, A
     given = iter(args)
     for node in graph.graph.nodes:
         if node.op == "placeholder":
-            env[node] = next(given)
+            env[node] = next(given, None)  # arguments that may be left out stand last
             continue
         operands, keywords = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
         if node.op == "output":
@@ -118,6 +119,7 @@ def _steps(graph: fx.GraphModule, args: Sequence[Any]) -> Generator[tuple[str, A
 def _answers(calls: list[tuple[Any, ...]], ranks: list[tuple[MeshAxis, ...]]) -> list[torch.Tensor]:
     answers: list[torch.Tensor] = [torch.empty(0)] * len(calls)
     groups: dict[str, list[int]] = {}
+    in_place: list[tuple[torch.Tensor, int]] = []
     for rank, call in enumerate(calls):
         groups.setdefault(call[-1], []).append(rank)
     for name, members in groups.items():
@@ -125,17 +127,29 @@ def _answers(calls: list[tuple[Any, ...]], ranks: list[tuple[MeshAxis, ...]]) ->
         assert len(members) == size, f"{len(members)} of {size} ranks are in {name}"
         asked = [calls[rank] for rank in members]
         for other in asked[1:]:
-            assert other[0] is asked[0][0] and other[2:] == asked[0][2:], f"ranks disagree: {asked[0][0]}, {other[0]}"
+            assert _same_op(other[0], asked[0][0]) and other[2:] == asked[0][2:], (
+                f"ranks disagree: {asked[0][0]}, {other[0]}"
+            )
             assert other[1].shape == asked[0][1].shape, (
                 f"{other[0]}: {tuple(other[1].shape)}, {tuple(asked[0][1].shape)}"
             )
         for place, rank in enumerate(members):
             answers[rank] = _collective(asked[0][0], [call[1] for call in asked], asked[0][2:], place)
+            if calls[rank][0] is c10d.all_reduce_.default:
+                in_place.append((calls[rank][1], rank))
+    for tensor, rank in in_place:
+        answers[rank] = tensor.copy_(answers[rank])
     return answers
 
 
+def _same_op(first: Any, second: Any) -> bool:
+    """Whether a rank writes over its input is its own affair."""
+    sums = (c10d.all_reduce.default, c10d.all_reduce_.default)
+    return first is second or (first in sums and second in sums)
+
+
 def _collective(op: Any, tensors: list[torch.Tensor], options: tuple[Any, ...], place: int) -> torch.Tensor:
-    if op is c10d.all_reduce.default:
+    if op in (c10d.all_reduce.default, c10d.all_reduce_.default):
         stacked = torch.stack(tensors)
         return stacked.amax(0) if options[0] == "max" else stacked.sum(0)
     if op is c10d.all_gather_into_tensor.default:

@@ -1,0 +1,128 @@
+"""Write results over operands that nothing reads any more: fewer buffers to allocate, fewer bytes to move.
+
+An elementwise op may write over an operand of its result's shape and type, a product that adds to a matrix over that
+matrix, an all-reduce over its input. The operand's memory must have been made by the graph itself (never a parameter,
+an input or a kept tensor of someone else's), and no value that may share it (values.memory_roots) may be read later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from .loss import cross_entropy_backward
+from .values import c10d, memory_roots
+
+aten = torch.ops.aten
+
+# op -> (in-place op, positions of the operands that it may write over); the first operand is the one written
+_IN_PLACE: dict[Any, tuple[Any, tuple[int, ...]]] = {
+    aten.add.Tensor: (aten.add_.Tensor, (0, 1)),
+    aten.sub.Tensor: (aten.sub_.Tensor, (0,)),
+    aten.mul.Tensor: (aten.mul_.Tensor, (0, 1)),
+    aten.mul.Scalar: (aten.mul_.Scalar, (0,)),
+    aten.div.Tensor: (aten.div_.Tensor, (0,)),
+    aten.div.Scalar: (aten.div_.Scalar, (0,)),
+    aten.neg.default: (aten.neg_.default, (0,)),
+    aten.exp.default: (aten.exp_.default, (0,)),
+    aten.tanh.default: (aten.tanh_.default, (0,)),
+    aten.relu.default: (aten.relu_.default, (0,)),
+    aten.masked_fill.Scalar: (aten.masked_fill_.Scalar, (0,)),
+    aten.addmm.default: (aten.addmm_.default, (0,)),
+    c10d.all_reduce.default: (c10d.all_reduce_.default, (0,)),
+}
+# op -> variant that takes the result's memory under this name; that of its first operand, a gradient, is given
+_OUT_OF_GRADIENT = {
+    aten.gelu_backward.default: (aten.gelu_backward.grad_input, "grad_input"),
+    aten.silu_backward.default: (aten.silu_backward.grad_input, "grad_input"),
+    aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input"),
+    aten.sigmoid_backward.default: (aten.sigmoid_backward.grad_input, "grad_input"),
+    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
+}
+
+
+def reuse(graph: fx.Graph, owned: Collection[str] = ()) -> None:
+    """Rewrite in place. owned: placeholders whose memory may be written over once nothing reads it."""
+    roots = memory_roots(graph)
+    place = {node: k for k, node in enumerate(graph.nodes)}
+    last: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            for root in roots[operand]:
+                last[root] = max(last.get(root, 0), len(place) if node.op == "output" else place[node])
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        for position in _candidates(node):
+            operand = node.args[position]
+            if isinstance(operand, fx.Node) and _may_write(node, operand, roots, last, place, owned):
+                _write_over(node, position)
+                (root,) = roots[operand]
+                own, roots[node] = roots[node], roots[operand]
+                last[root] = max(last[root], *(last.get(r, 0) for r in own))
+                for other, shared in roots.items():  # views of the result are views of the operand's memory now
+                    if shared & own and other is not node:
+                        roots[other] = (shared - own) | roots[operand]
+                break
+
+
+def _candidates(node: fx.Node) -> tuple[int, ...]:
+    if node.target in _IN_PLACE:
+        positions = _IN_PLACE[node.target][1]
+        return positions[:1] if node.kwargs else positions  # alpha belongs to the second operand
+    if node.target is cross_entropy_backward:  # a row at a time, which only the kernels of CPUs promise
+        return (1,) if node.meta["val"].device.type == "cpu" else ()
+    return (0,) if node.target in _OUT_OF_GRADIENT else ()
+
+
+def _may_write(
+    node: fx.Node,
+    operand: fx.Node,
+    roots: dict[fx.Node, frozenset[fx.Node]],
+    last: dict[fx.Node, int],
+    place: dict[fx.Node, int],
+    owned: Collection[str],
+) -> bool:
+    if len(roots[operand]) != 1:
+        return False
+    (root,) = roots[operand]
+    if root.op == "placeholder" and root.name not in owned:
+        return False
+    others = [n for n in node.all_input_nodes if n is not operand]
+    if last[root] != place[node] or any(root in roots[other] for other in others) or _repeats(node, operand):
+        return False
+    before, after = operand.meta["val"], node.meta["val"]
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return False
+    return _has_own_elements(before)
+
+
+def _has_own_elements(tensor: torch.Tensor) -> bool:
+    """No two indices lead to the same memory, as they do in expanded tensors and sliding windows."""
+    reach = 0  # of the dimensions of smaller stride, in elements
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (size - 1)
+    return True
+
+
+def _repeats(node: fx.Node, operand: fx.Node) -> bool:
+    return sum(argument is operand for argument in node.args) > 1
+
+
+def _write_over(node: fx.Node, position: int) -> None:
+    if node.target is cross_entropy_backward:
+        node.args = (*node.args[:6], True)
+        return
+    if node.target in _OUT_OF_GRADIENT:
+        node.target, name = _OUT_OF_GRADIENT[node.target]
+        node.kwargs = {**node.kwargs, name: node.args[0]}
+        return
+    node.target = _IN_PLACE[node.target][0]
+    if position:
+        node.args = (node.args[1], node.args[0], *node.args[2:])

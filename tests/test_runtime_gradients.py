@@ -1,0 +1,96 @@
+"""Gradients that the backward writes where they are summed: whatever else is summed there, whenever it comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from runtime_toy import make_plan, make_program, make_toy
+from test_check_matrix import _compare
+
+from shardwright import api, tasks
+from shardwright.checking import TOLERANCE
+from shardwright.planner.plan import Schedule
+from shardwright.runtime.specs import ParamUse
+from shardwright.runtime.units import WholeUnit
+
+SHAPE = (3, 2)
+
+
+def make_unit(dp_group: Any, reduce_dtype: torch.dtype = torch.float64) -> WholeUnit:
+    dtype = torch.float64
+    return WholeUnit(
+        {"w": SHAPE, "b": (4,)},
+        dp_group=dp_group,
+        dtype=dtype,
+        master_dtype=dtype,
+        reduce_dtype=reduce_dtype,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("dp_group", [None, "group"])
+@pytest.mark.parametrize("order", ["wwg", "gww", "wgw", "ggw", "ww"])
+def test_written_and_given_gradients_of_a_parameter_add_up(order: str, dp_group: Any) -> None:
+    unit, total = make_unit(dp_group), torch.zeros(SHAPE, dtype=torch.float64)
+    for kind in order:
+        grad = torch.randn(SHAPE, dtype=torch.float64)
+        total += grad
+        given = grad.clone()
+        if kind == "w":
+            memory = unit.memory_for("w")
+            assert memory is not None
+            out, add = memory
+            given = out.add_(grad) if add else out.copy_(grad)
+        unit.add_grad("w", given)
+    torch.testing.assert_close(unit.finish_reduce()["w"], total)
+
+
+def test_memory_that_gradients_share_is_not_written_to() -> None:
+    unit, shared = make_unit(None), torch.ones(SHAPE, dtype=torch.float64)
+    unit.add_grad("w", shared)
+    memory = unit.memory_for("w")
+    assert memory is not None and memory[1]
+    memory[0].add_(1.0)
+    assert bool((shared == 1).all())
+
+
+def test_a_gradient_that_is_summed_in_another_type_is_not_written_in_place() -> None:
+    assert make_unit(None, torch.float32).memory_for("w") is None
+
+
+def test_a_parameter_in_two_slots_gets_memory_for_one() -> None:
+    """The backward may come to the later slot first, and would then add to what is not there yet."""
+    toy = make_toy()
+    store = make_program(toy, make_plan(toy)).store
+    name = next(name for name, spec in store.specs.items() if spec.has_grad)
+    use = ParamUse(name, None, True, (), ())
+    first, second = store.gradient_memory([use, use], [0, 1])
+    assert first is not None and second is None
+
+
+@pytest.mark.parametrize(
+    ("model", "force", "schedule"),
+    [
+        ("tiny-gpt2", {"pp": 2, "dp": 2, "zero": 0, "schedule": "1f1b"}, "zb_h1"),
+        ("tiny-llama", {"pp": 4, "zero": 0, "schedule": "1f1b"}, "zb_h2"),
+        ("tiny-t5", {"dp": 2, "tp": 2, "zero": 0, "recompute": "all"}, None),
+        ("tiny-gpt2", {"dp": 4, "zero": 0}, None),
+    ],
+)
+def test_programs_that_write_gradients_in_place_compute_what_the_model_computes(
+    model: str, force: dict[str, Any], schedule: str | None, tmp_path: Path
+) -> None:
+    """Split backwards, tied weights, recomputation and several microbatches."""
+    chosen = {key: str(value) for key, value in {"microbatch": 4, **force}.items()}
+    plan = api.plan(tasks.check_workload({"model": f"preset:{model}", "global_batch": 16}), "4xCPU", force=chosen)
+    if schedule is not None:
+        plan = plan.model_copy(update={"schedule": Schedule(name=schedule)})
+    plan.save(tmp_path / "plan.json")
+    found = run_ranks(4, _compare, str(tmp_path / "plan.json"))[0]
+    for loss, expected in zip(found["losses"], found["reference_losses"], strict=True):
+        assert abs(loss - expected) <= TOLERANCE * abs(expected)
+    assert found["gradients"] and max(found["gradients"].values()) <= TOLERANCE
