@@ -29,10 +29,13 @@ _EXPORTS = {
     "build": ".api",
     "check": ".checking",
     "check_sharding": ".planner.sharding.register",
+    "compare": ".planner.diff",
+    "explain": ".reasons",
     "load_workload": ".api",
     "parallelize": ".doors",
     "plan": ".api",
     "register_sharding": ".planner.sharding.register",
+    "why_not": ".reasons",
 }
 
 __all__ = [
@@ -48,10 +51,13 @@ __all__ = [
     "build",
     "check",
     "check_sharding",
+    "compare",
+    "explain",
     "load_workload",
     "parallelize",
     "plan",
     "register_sharding",
+    "why_not",
 ]
 
 if TYPE_CHECKING:
@@ -59,10 +65,12 @@ if TYPE_CHECKING:
     from .checking import check
     from .doors import Parallel, parallelize
     from .errors import ExitCode, ShardwrightError
+    from .planner.diff import compare
     from .planner.plan import Plan
     from .planner.sharding.register import check_sharding, register_sharding
     from .profiler.hardware import Cluster
     from .profiler.workload import OptimizerSpec, Precision, Workload
+    from .reasons import explain, why_not
 
 
 def __getattr__(name: str) -> Any:

@@ -193,9 +193,20 @@ def _fusing_wins(cost_model: CostModel, dtype: torch.dtype) -> Callable[[int, in
 
 def _capture_for_running(workload: Workload, fusions: Sequence[str]) -> ModelGraph:
     """At the workload's own shapes, with the kernels fused that the plan names."""
-    graph = capture(workload)
+    return _fused(capture(workload), fusions)
+
+
+def _fused(graph: ModelGraph, fusions: Sequence[str]) -> ModelGraph:
+    """With just these kernels."""
     fused = {name.split(":")[0] for name in fusions}
     return fuse_model(graph, lambda dtype: lambda flops, saved: True, only=fused)[0] if fused else graph
+
+
+def capture_of(plan: Plan, workload: Workload) -> ModelGraph:
+    """The graph that the plan's placements speak of."""
+    if plan.microbatch.size == 1:
+        return _capture_for_running(resize_batch(workload, 1), plan.fusions)
+    return _fused(capture_for_planning(workload), plan.fusions)
 
 
 def capture_for_planning(workload: Workload) -> ModelGraph:

@@ -62,20 +62,20 @@ def print_plan(plan: Plan, *, top: int = 8, console: Console | None = None) -> N
 def render_plan(plan: Plan, *, top: int = 8) -> RenderableType:
     """top: how many runner-up plans to show."""
     parts: list[RenderableType] = [
-        _section(_title(plan), _headline(plan)),
-        _section("Mesh", _mesh(plan)),
-        _section("Stages", _stages(plan)),
-        _section("Memory of the worst rank", _memory(plan)),
+        section(_title(plan), _headline(plan)),
+        section("Mesh", _mesh(plan)),
+        section("Stages", _stages(plan)),
+        section("Memory of the worst rank", _memory(plan)),
     ]
     if plan.considered and top > 0:
-        parts.append(_section("Runner-up plans", _runners_up(plan, top)))
+        parts.append(section("Runner-up plans", _runners_up(plan, top)))
     if plan.conservative_ops:
-        parts.append(_section("Ops planned conservatively", _conservative_ops(plan)))
-    parts.append(_section("How far to trust this", _trust(plan)))
+        parts.append(section("Ops planned conservatively", _conservative_ops(plan)))
+    parts.append(section("How far to trust this", _trust(plan)))
     return Group(*parts)
 
 
-def _section(title: str, body: RenderableType) -> RenderableType:
+def section(title: str, body: RenderableType) -> RenderableType:
     return Group(Rule(Text(title, "bold"), align="left", style="dim"), Padding(body, (0, 0, 1, 1)))
 
 
@@ -84,7 +84,7 @@ def _title(plan: Plan) -> str:
     return f"{model} on {plan.hardware.get('name', 'hardware')}"
 
 
-def _pairs(rows: Sequence[tuple[str, RenderableType]]) -> Table:
+def pairs(rows: Sequence[tuple[str, RenderableType]]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
@@ -121,7 +121,7 @@ def _headline(plan: Plan) -> RenderableType:
         rows.append(("fused kernels", ", ".join(plan.fusions)))
     if plan.forced:
         rows.append(("forced", ", ".join(f"{key}={value}" for key, value in plan.forced.items())))
-    return _pairs(rows)
+    return pairs(rows)
 
 
 def schedule_text(plan: Plan) -> str:
@@ -288,7 +288,7 @@ def _trust(plan: Plan) -> RenderableType:
             f"solve {format_seconds(planning.solve)}, other {format_seconds(other_s)}",
         ),
     ]
-    return _pairs(rows)
+    return pairs(rows)
 
 
 def _sources(plan: Plan) -> str:

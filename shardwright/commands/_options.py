@@ -55,7 +55,7 @@ def add_force_option(parser: argparse._ActionsContainer) -> None:
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
     add_force_option(group)
-    group.add_argument("--time-limit", type=_positive_seconds, metavar="SECONDS", help="stop searching after this long")
+    group.add_argument("--time-limit", type=positive_seconds, metavar="SECONDS", help="stop searching after this long")
     group.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 600MiB")
     group.add_argument("--strict", action="store_true", help="exit 5 where an op could only be planned conservatively")
 
@@ -130,7 +130,7 @@ def positive(text: str) -> int:
     return value
 
 
-def _positive_seconds(text: str) -> float:
+def positive_seconds(text: str) -> float:
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
