@@ -40,7 +40,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
 PROCESSES = 4
 MEMORY_LIMIT_BYTES = 10 << 30  # of address space, for a trial
 TOLERANCE = 1e-9
-TIME_LIMIT_S = 150
+TIME_LIMIT_S = 600
 LIKE = "the zoo's trial"
 _last = ""  # model that this worker compared last
 
@@ -149,7 +149,7 @@ def one(name: str, layout: str, plan_only: bool) -> dict[str, Any]:
                 return {**row, "seconds": round(time.perf_counter() - started, 1)}
             path = Path(folder) / "plan.json"
             plan.save(path)
-            found = run_ranks(plan.mesh.num_devices, _compare, str(path))[0]
+            found = run_ranks(plan.mesh.num_devices, _compare, str(path), timeout_s=TIME_LIMIT_S)[0]
         losses = zip(found["losses"], found["reference_losses"], strict=True)
         worst = max(abs(a - b) / max(abs(b), 1e-300) for a, b in losses)
         worst = max(worst, *found["gradients"].values())

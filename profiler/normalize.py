@@ -3,6 +3,7 @@
 Every pass takes an fx.Graph and changes it in place; they run in the order of `normalize`. What each leaves behind:
     inline_scopes         no higher-order set_grad_enabled/autocast wrappers
     drop_bookkeeping      no asserts, no casts to the same dtype, no aliases
+    drop_unread_writes    no writes into memory that nothing reads, as modules built in a forward initialize
     replace_inplace       no in-place op on a tensor that has no other view; buffers written are listed
     replace_batch_norm    training batch norm as sums, so that its statistics can be taken over a sharded batch
     replace_random        every random op as one of ours, counter-based, numbered in program order
@@ -34,6 +35,7 @@ _CASTS = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
     aten.contiguous.default, aten.expand.default, aten.view.default, aten.reshape.default,
 }  # fmt: skip
+_NEW = {aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default}
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
 
@@ -58,6 +60,7 @@ def normalize(graph_module: fx.GraphModule, buffer_placeholders: set[str]) -> tu
     graph = graph_module.graph
     inline_scopes(graph_module)
     drop_bookkeeping(graph)
+    drop_unread_writes(graph)
     mutated = replace_inplace(graph, buffer_placeholders)
     replace_batch_norm(graph, mutated)
     key = add_key(graph)
@@ -163,6 +166,17 @@ def _same(node: fx.Node) -> bool:
 
 
 # --------------------------------------------------------------------------- mutation
+
+
+def drop_unread_writes(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or node.users or not _is_inplace(node.target):
+            continue
+        written, last = node.args[0], node
+        while isinstance(written, fx.Node) and list(written.users) == [last] and written.target is aten.detach.default:
+            written, last = written.args[0], written
+        if isinstance(written, fx.Node) and list(written.users) == [last] and written.target in _NEW:
+            graph.erase_node(node)
 
 
 def _is_inplace(target: Any) -> bool:
