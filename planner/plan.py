@@ -80,12 +80,23 @@ class Predicted(_Document):
     memory_limit_bytes: int = 0
 
 
+class ShardingProof(_Document):
+    """What the sharding solver proved on the plan's own mesh. objective_s: of all segments, a microbatch, one rank."""
+
+    status: str
+    objective_s: float
+    lower_bound_s: float
+    gap_fraction: float
+    seconds: float
+
+
 class Certificate(_Document):
     """status: optimal (gap proven within tolerance) | feasible. lower_bound_s: of any plan in the searched space."""
 
     status: str
     lower_bound_s: float
     gap_fraction: float
+    sharding: ShardingProof | None = None
 
 
 class PlanningTime(_Document):

@@ -18,7 +18,8 @@ from .passes.fuse import fuse_model
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
 from .planner.candidates import parse_forced
-from .planner.plan import Plan, PlanningTime
+from .planner.interfaces import ShardingSolution
+from .planner.plan import Plan, PlanningTime, ShardingProof
 from .planner.search import search
 from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.placement import from_text
@@ -124,7 +125,7 @@ def _make_plan(
         cluster,
         cost_model,
         workload,
-        Sharder(graph, cost_model, pins=pins),
+        Sharder(graph, cost_model, pins=pins, time_limit_s=time_limit_s),
         force=choices,
         time_limit_s=time_limit_s,
         memory_limit_bytes=memory_limit_bytes,
@@ -134,7 +135,7 @@ def _make_plan(
     if found.microbatch.size == 1:  # a batch of one broadcasts, so its graph has other ops: place those
         wishes = _tensor_places(graph, solution.placements)  # the memory that the search counted on
         graph = _capture_for_running(resize_batch(workload, 1), fusions)
-        placed = Sharder(graph, cost_model, wishes, pins).solve(dp=1, tp=found.mesh.tp, local_batch=1)
+        placed = Sharder(graph, cost_model, wishes, pins, time_limit_s).solve(dp=1, tp=found.mesh.tp, local_batch=1)
         assert placed is not None
         solution = placed
     conservative = list(solution.conservative)
@@ -164,10 +165,20 @@ def _make_plan(
         fusions=fusions,
         forced=dict(force),
         predicted=found.predicted,
-        certificate=found.certificate,
+        certificate=found.certificate.model_copy(update={"sharding": _proof_of(solution)}),
         planning_s=PlanningTime(capture=capture_s, solve=found.seconds, total=time.perf_counter() - started),
         considered=found.considered,
         conservative_ops=conservative,
+    )
+
+
+def _proof_of(solution: ShardingSolution) -> ShardingProof:
+    return ShardingProof(
+        status=solution.status,
+        objective_s=solution.objective_s,
+        lower_bound_s=solution.lower_bound_s,
+        gap_fraction=solution.gap_fraction,
+        seconds=solution.seconds,
     )
 
 

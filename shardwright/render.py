@@ -14,7 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .planner.plan import MESH_AXES, Considered, Mesh, Plan, Stage
+from .planner.plan import MESH_AXES, Considered, Mesh, Plan, ShardingProof, Stage
 from .units import format_bytes, format_seconds
 
 AXIS_MEANING = {
@@ -114,7 +114,7 @@ def _headline(plan: Plan) -> RenderableType:
         ("lost to", lost),
         ("schedule", schedule_text(plan)),
         ("global batch", batch),
-        ("ZeRO", f"{plan.zero}: {ZERO_MEANING.get(plan.zero, '')}"),
+        ("ZeRO", _zero(plan)),
         ("recompute", _recompute(plan)),
     ]
     if plan.fusions:
@@ -122,6 +122,14 @@ def _headline(plan: Plan) -> RenderableType:
     if plan.forced:
         rows.append(("forced", ", ".join(f"{key}={value}" for key, value in plan.forced.items())))
     return pairs(rows)
+
+
+def _zero(plan: Plan) -> str:
+    """Extents where they are narrower than the data axis: so many neighbouring ranks share one copy."""
+    if not plan.zero_extents:
+        return f"{plan.zero}: {ZERO_MEANING.get(plan.zero, '')}"
+    copies = ", ".join(f"{kind} over {size}" for kind, size in plan.zero_extents.items())
+    return f"{plan.zero}, each copy over so many of the {plan.mesh.dp} data ranks: {copies}"
 
 
 def schedule_text(plan: Plan) -> str:
@@ -281,6 +289,7 @@ def _trust(plan: Plan) -> RenderableType:
     other_s = max(0.0, planning.total - planning.capture - planning.solve)
     rows: list[tuple[str, RenderableType]] = [
         ("certificate", f"{certificate.status}: {proof}" if certificate.status != "optimal" else proof),
+        *([("placements", _sharding_proof(certificate.sharding))] if certificate.sharding else []),
         ("hardware figures", _sources(plan)),
         (
             "planning took",
@@ -289,6 +298,12 @@ def _trust(plan: Plan) -> RenderableType:
         ),
     ]
     return pairs(rows)
+
+
+def _sharding_proof(proof: ShardingProof) -> str:
+    if proof.status == "optimal":
+        return f"proven the fastest on this mesh, in {format_seconds(proof.seconds)}"
+    return f"within {proof.gap_fraction:.1%} of the fastest on this mesh, in {format_seconds(proof.seconds)}"
 
 
 def _sources(plan: Plan) -> str:

@@ -32,6 +32,9 @@ import pulp
 from ..solver import Solution, solve_model
 from .bucket import Factor, eliminate, plan_order
 
+MAX_SWEEPS = 50
+FORBIDDEN = 1e12  # in place of infinity: the least bad option where all are forbidden
+
 
 @dataclass
 class Problem:
@@ -242,11 +245,39 @@ def _solve_core(
                 _link(model, u, v, matrix, pick, terms, scale)
     model += pulp.lpSum(cost * variable for variable, cost in terms if cost)
     solution = solve_model(model, time_limit_s=time_limit_s)
+    if solution.status == "unknown" and _descend(work, core, choice):
+        return "feasible", _least_of_each(work, core)
     if solution.status not in ("optimal", "feasible"):
         return solution.status, solution.bound
     for u in core:
         choice[u] = int(work.options[u][max(pick[u], key=lambda i: pick[u][i].value() or 0.0)])
     return solution.status, solution.bound * scale
+
+
+def _least_of_each(work: _Elimination, core: list[int]) -> float:
+    """A bound: every table at its least entry."""
+    tables = [work.costs[u] for u in core]
+    tables += [matrix for u in core for v, matrix in work.neighbours[u].items() if u < v]
+    return sum(float(table.min()) for table in tables)
+
+
+def _descend(work: _Elimination, core: list[int], choice: list[int]) -> bool:
+    """An answer without a proof: the best option of one variable after the other, given the others, until none gains.
+    False where that finds none that is allowed."""
+    picked = {u: 0 for u in core}
+
+    def costs(u: int) -> np.ndarray:
+        return work.costs[u] + sum(matrix[:, picked[v]] for v, matrix in work.neighbours[u].items())
+
+    for _ in range(MAX_SWEEPS):
+        before = dict(picked)
+        for u in core:
+            picked[u] = int(np.argmin(np.nan_to_num(costs(u), posinf=FORBIDDEN)))
+        if picked == before:
+            break
+    for u in core:
+        choice[u] = int(work.options[u][picked[u]])
+    return all(np.isfinite(costs(u)[picked[u]]) for u in core)
 
 
 def _scale(work: _Elimination, core: list[int]) -> float:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ...costmodel.model import CostModel
+from ...errors import ExitCode, ShardwrightError
 from ...profiler.graph import ModelGraph
 from ...profiler.normalize import source_of
 from ...profiler.work import OpWork, op_work
@@ -36,6 +37,7 @@ PLACEMENT_AXES = ["dp", "tp"]
 # A tensor axis that splits less of the parameters, and less of the matrix products, is of no use as it is.
 MIN_SPLIT_PARAMS, MIN_SPLIT_FLOPS = 0.1, 0.5
 MAX_FRONTIER = 3
+MAX_SOLVE_S = 120.0  # one integer program; elimination alone, which nearly every model takes, needs no limit
 HIGHEST_PRICE = 1e-3  # of a byte kept, in seconds: above what any collective costs
 HULL_TOLERANCE = 1e-2  # a point counts that lies below the line by this share of its height
 MEMORY_FIRST = Prices(param=1e-3, result=1e-6)  # of parameters, far above what any collective costs
@@ -58,8 +60,12 @@ class Sharder:
         cost_model: CostModel,
         wishes: Mapping[str, int] | None = None,
         pins: Pins | None = None,
+        time_limit_s: float | None = None,
     ) -> None:
-        """wishes: name of a parameter -> how it lies over the tensor axis where sizes allow it. pins: what must be."""
+        """wishes: name of a parameter -> how it lies over the tensor axis where sizes allow it. pins: what must be.
+        time_limit_s: of each integer program; it then gives its best answer and the gap that it proved.
+        """
+        self.time_limit_s = min(time_limit_s or MAX_SOLVE_S, MAX_SOLVE_S)
         self.graph, self.cost_model = graph, cost_model
         self.wishes = {name: (R, place) for name, place in (wishes or {}).items()}
         self.pins = pins or Pins()
@@ -180,7 +186,15 @@ class Sharder:
         return self._problems[key]
 
     def _solved(self, mesh: Mesh, made: Build, price: float) -> _Solved:
-        choice, proof = solve(made.problem.priced(price))
+        choice, proof = solve(made.problem.priced(price), self.time_limit_s)
+        if proof.status == "unknown":
+            raise ShardwrightError(
+                f"no placements of {self.graph.name} were found in {self.time_limit_s:g} s, for {len(choice)} choices",
+                means="the integer program is larger than the time allows",
+                change="--time-limit",
+                works=f"--time-limit {4 * self.time_limit_s:g}",
+                exit_code=ExitCode.TIME_LIMIT,
+            )
         assert proof.status in ("optimal", "feasible"), proof.status  # all whole is always possible
         return _Solved(mesh, tuple(read_choice(self.graph, made, choice, [a.data for a in mesh.axes])), made, proof)
 

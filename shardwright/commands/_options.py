@@ -48,7 +48,8 @@ def add_force_option(parser: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="force a choice (repeatable): pp, dp, tp, zero, schedule, virtual_stages, microbatch, recompute, cuts",
+        help="force a choice (repeatable): pp, dp, tp, zero, zero_extent, schedule, virtual_stages, microbatch, "
+        "recompute, cuts, or PATTERN=FORM: 'layers.*.mlp.up_proj=colwise'",
     )
 
 
