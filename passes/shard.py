@@ -132,8 +132,13 @@ class _Sharding:
             return x
         if key not in self.moved:
             val = source.meta["val"]
-            shape = (val[output] if isinstance(val, (tuple, list)) else val).shape
-            self.moved[key] = self._move_axes(x, shape, list(before), after)
+            whole = val[output] if isinstance(val, (tuple, list)) else val
+            if whole.is_complex():  # the backends move real numbers only
+                x = self.emit.call(aten.view_as_real.default, self.emit.call(aten.resolve_conj.default, x))
+                x = self._move_axes(x, (*whole.shape, 2), list(before), after)
+                self.moved[key] = self.emit.call(aten.view_as_complex.default, self.emit.contiguous(x))
+            else:
+                self.moved[key] = self._move_axes(x, whole.shape, list(before), after)
         return self.moved[key]
 
     def _move_axes(self, x: fx.Node, shape: Sequence[int], current: list[int], after: Places) -> fx.Node:

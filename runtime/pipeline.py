@@ -83,7 +83,7 @@ class PipelineStage(StageBase):
 
     def _receives(self, tensors: Sequence[torch.Tensor], stage: int) -> list[dist.P2POp]:
         peer = self.stage_index_to_group_rank[stage]
-        return [dist.P2POp(dist.irecv, t, group=self.group, group_peer=peer) for t in tensors if t.numel()]
+        return [dist.P2POp(dist.irecv, t, group=self.group, group_peer=peer) for t in map(_real, tensors) if t.numel()]
 
     def _send(self, tensors: Sequence[torch.Tensor], stage: int) -> list[dist.P2POp]:
         """Sends at once and gives torch nothing to wait for: it would hold the tensors to the end of the step."""
@@ -91,7 +91,7 @@ class PipelineStage(StageBase):
         self._in_flight = [(work, tensor) for work, tensor in self._in_flight if not work.is_completed()]
         for tensor in tensors:
             if tensor.numel():
-                tensor = tensor.contiguous()
+                tensor = _real(tensor.resolve_conj()).contiguous()
                 self._in_flight.append((dist.isend(tensor, group=self.group, group_dst=peer), tensor))
         return []
 
@@ -104,6 +104,11 @@ class PipelineStage(StageBase):
         self.values.clear()
         self.grads.clear()
         self.to_send.clear()
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as real numbers: the backends send no complex ones."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class _Runtime(ScheduleRuntime):

@@ -76,13 +76,16 @@ class Net(nn.Module):
             with torch.no_grad():
                 scale = x.abs().amax(-1, keepdim=True)
             return x / scale
+        if self.kind == "complex":
+            z = torch.view_as_complex(x.unflatten(-1, (16, 2))) * torch.polar(x[:, :16].exp(), x[:, 16:])
+            return torch.view_as_real(z - z.sum(-1, keepdim=True) / 16).flatten(-2)
         return torch.cond(x.shape[0] > 2, lambda y: y.sin(), lambda y: y.cos(), (x,))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.middle(self.first(x))).square().mean()
 
 
-KINDS = ("library", "backward is an op", "autograd.Function", "checkpoint", "no_grad", "cond")
+KINDS = ("library", "backward is an op", "autograd.Function", "checkpoint", "no_grad", "cond", "complex")
 
 
 def net(kind: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:

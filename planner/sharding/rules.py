@@ -99,7 +99,7 @@ def pointwise(view: OpView) -> list[Strategy]:
     return found
 
 
-for _untagged in (aten.softplus_backward, aten.masked_fill, aten.floor_divide, aten.log_sigmoid_backward):
+for _untagged in (aten.softplus_backward, aten.masked_fill, aten.floor_divide, aten.log_sigmoid_backward, aten.polar):
     RULES[_untagged] = pointwise
 RULES[aten._to_copy] = pointwise  # not tagged so in every torch; DTensor's rule would round the parts of a sum
 
