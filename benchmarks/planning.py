@@ -94,7 +94,7 @@ def gaps(out: io.StringIO) -> None:
     for name in [model.name for model in list_models()]:
         for cluster in GAP_CLUSTERS:
             try:
-                plan = api.plan(name, cluster, global_batch=256)
+                plan = api.plan(f"preset:{name}", cluster, global_batch=256)
             except ShardwrightError as error:
                 row(out, name, cluster, error.what[:60], "", "", "")
                 continue
