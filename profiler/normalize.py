@@ -69,8 +69,22 @@ def normalize(graph_module: fx.GraphModule, buffer_placeholders: set[str]) -> tu
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     output.args = ((*output.args[0], *mutated.values()),)  # so that what buffers become is not dead code
     graph.eliminate_dead_code()
+    refuse_numbers_from_data(graph)
     graph.lint()
     return mutated, key
+
+
+def refuse_numbers_from_data(graph: fx.Graph) -> None:
+    """A graph whose shapes follow from the data in a tensor (x.item(), x.tolist()) has no cost to plan with."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (aten._local_scalar_dense.default, aten.item.default):
+            raise ShardwrightError(
+                f"{source_of(node) or 'the model'} makes a number of the data in a tensor ({node.target})",
+                means="what is computed after it has shapes that are known only as it runs, so it cannot be planned",
+                change="that line: x.item() and x.tolist() must not decide sizes or control flow",
+                works="torch.where(mask, a, b), or sizes that follow from the configuration",
+                exit_code=ExitCode.UNSUPPORTED_MODEL,
+            )
 
 
 # --------------------------------------------------------------------------- scopes and bookkeeping
