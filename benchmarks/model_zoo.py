@@ -18,7 +18,8 @@ BATCH, LENGTH, VOCABULARY = 8, 16, 96
 CAUSAL = "causal_"
 # what configurations call their sizes; each model takes those that it has
 SIZES: dict[str, Any] = dict(
-    vocab_size=VOCABULARY, hidden_size=32, d_model=32, dim=32, n_embd=32, emb_dim=32, embedding_size=32,
+    vocab_size=VOCABULARY, decoder_vocab_size=VOCABULARY, hidden_size=32,
+    d_model=32, dim=32, n_embd=32, emb_dim=32, embedding_size=32,
     encoder_layers=2, decoder_layers=2, num_hidden_layers=2, num_layers=2, n_layers=2, n_layer=2, depth=2,
     num_decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, num_attention_heads=4, num_heads=4,
     n_heads=4, n_head=4, intermediate_size=64, encoder_ffn_dim=64, decoder_ffn_dim=64, ffn_dim=64, d_ff=64, d_kv=8,
@@ -44,6 +45,7 @@ class Other:
 _RESIDUAL = dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], image_size=32)
 _WINDOWS = dict(embed_dim=8, depths=[1, 2], num_heads=[2, 4], window_size=4, image_size=32, patch_size=2)
 STAGES: dict[str, dict[str, Any]] = {
+    "xmod": dict(default_language="en_XX"),
     "resnet": _RESIDUAL,
     "regnet": {**_RESIDUAL, "groups_width": 4},
     "bit": {**_RESIDUAL, "num_groups": 4},
@@ -85,7 +87,7 @@ def _table() -> dict[str, Other]:
               "resnet", "segformer", "swin", "swiftformer", "swinv2", "vit", "vit_msn")  # fmt: skip
     sounds = ("hubert", "sew", "unispeech", "wav2vec2", "wav2vec2-conformer", "wavlm", "data2vec-audio")
     states = ("mamba", "mamba2", "falcon_mamba", "rwkv")
-    listed = [Other(name, "AutoModelForMaskedLM", "tokens") for name in masked]
+    listed = [Other(name, "AutoModelForMaskedLM", "tokens", STAGES.get(name, {})) for name in masked]
     listed += [Other(name, "AutoModelForSeq2SeqLM", "pairs") for name in pairs]
     listed += [Other(name, "AutoModelForImageClassification", "image", STAGES.get(name, {})) for name in images]
     listed += [Other(name, "AutoModelForAudioClassification", "sound") for name in sounds]
@@ -124,8 +126,11 @@ def other(name: str) -> tuple[Any, dict[str, Any]]:
     for key, value in {**SIZES, **entry.settings}.items():
         if key in config.to_dict() or key in getattr(config, "attribute_map", {}):
             old = getattr(config, key, None)
-            if key in entry.settings or not isinstance(old, (list, dict)):
+            kept = isinstance(old, (list, dict)) or isinstance(old, tuple) != isinstance(value, tuple)
+            if key in entry.settings or not kept:
                 setattr(config, key, value)
+    if entry.kind == "pairs":
+        config.decoder_start_token_id = 0
     torch.manual_seed(0)
     model = getattr(transformers, entry.auto).from_config(config).float().train(False)
     return model, _batch(entry.kind, config)
