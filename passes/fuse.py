@@ -11,6 +11,7 @@ from torch import fx
 
 from ..profiler.graph import ModelGraph
 from ..profiler.joint import retrace
+from .fuse_gelu import fuse_gelu
 from .fuse_norm import Wins, fuse_add_rms_norm
 
 FUSED_OPS = ("shardwright::add_rms_norm", "shardwright::rms_norm")
@@ -21,8 +22,8 @@ def fuse_model(
 ) -> tuple[ModelGraph, list[str]]:
     """The model with kernels fused where they win, and what was fused, as 'segment3: add_rms_norm x2'.
 
-    wins(dtype) answers for operands of that dtype. only: the segments to look at. A segment in which
-    nothing is fused is kept as it is.
+    wins(dtype) answers for norms on operands of that dtype; a fused GELU does less of everything. only: the segments
+    to look at. A segment in which nothing is fused is kept as it is.
     """
     segments, done = dict(graph.segments), []
     for name, segment in graph.segments.items():
@@ -33,6 +34,10 @@ def fuse_model(
         )
         fused = fuse_add_rms_norm(segment.forward, (), wins=wins(dtype))
         counts = _fused_ops(fused.graph)
+        gelus = fuse_gelu(fused.graph)
+        if gelus:
+            counts["gelu"] = gelus
+            fused.recompile()
         if counts:
             segments[name] = retrace(segment, fused)
             done.append(f"{name}: " + ", ".join(f"{op} x{count}" for op, count in sorted(counts.items())))

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .gradients import product_into
+from .gradients import product_into, rows_into
 from .loss import cross_entropy_backward
 
 c10d = torch.ops._c10d_functional
@@ -21,6 +21,7 @@ _OWN_FUNCTIONS: dict[Any, tuple[int, ...]] = {
     operator.getitem: (0,),
     cross_entropy_backward: (),
     product_into: (0,),
+    rows_into: (0,),
 }
 
 

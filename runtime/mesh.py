@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,7 @@ class RankGrid:
     ranks: torch.Tensor  # global ranks, one dimension for each axis of MESH_AXES
     _subset_groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
     _data_groups: dict[tuple[int, int], Any] = field(default_factory=dict)
+    _axes_groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mesh: DeviceMesh | None) -> RankGrid:
@@ -139,6 +141,25 @@ class RankGrid:
         """A digit of the data-parallel coordinate; its group is None where the digit has one value."""
         group = self.data_group(size, stride) if size > 1 else None
         return Level(size, self.coords["dp"] // stride % size, group)
+
+    def make_axes_groups(self, wanted: Iterable[tuple[str, ...]]) -> None:
+        """Groups of the ranks that differ on several axes. Collective: equal wishes on all ranks."""
+        for axes in sorted(set(wanted)):
+            if len(axes) < 2:
+                continue
+            dims = [MESH_AXES.index(axis) for axis in axes]
+            rows = self.ranks.movedim(dims, tuple(range(-len(dims), 0)))
+            rows = rows.reshape(-1, math.prod(self.sizes[axis] for axis in axes))
+            for ranks in rows.tolist() if len(rows) > 1 else ():
+                group = dist.new_group(ranks)
+                if self.rank in ranks:
+                    self._axes_groups[axes] = group
+
+    def axes_group(self, axes: tuple[str, ...]) -> Any:
+        """Of the ranks that differ on these axes alone; None where there are no axes."""
+        if len(axes) < 2:
+            return self.group(axes[0]) if axes else None
+        return self._axes_groups.get(axes, dist.group.WORLD)
 
     def make_pipeline_subgroups(self, subsets: Iterable[Sequence[int]]) -> None:
         """Groups of some pipeline coordinates at equal other coordinates. Collective: equal subsets on all ranks."""

@@ -9,7 +9,7 @@ it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from .mesh import RankGrid
 from .relayout import from_storage, grad_to_storage
 from .sharded import ShardedUnit
 from .shards import narrow_shape, shard_index
-from .specs import ParamSpec, ParamUse, held_names
+from .specs import ParamSpec, ParamUse, held_names, summed_axes
 from .units import Unit, WholeUnit, merge_units, unit_names
 
 MAX_PENDING = 2  # collectives of whole units in flight on a rank; each holds a flat buffer of one
@@ -80,7 +80,8 @@ class ParameterStore:
         def levels(spec: ParamSpec) -> int:
             return cut.num_levels("optimizer" if spec.requires_grad else "parameters")
 
-        kinds = {n: (s.dtype, s.master_dtype, s.has_grad, levels(s)) for n, s in self.specs.items()}
+        sums = {n: summed_axes(s, cut, grid.sizes) for n, s in self.specs.items()}
+        kinds = {n: (s.dtype, s.master_dtype, s.has_grad, levels(s), sums[n]) for n, s in self.specs.items()}
         units: list[Unit] = []
         groups = unit_names(list(self.specs), users, kinds)
         if not cut.num_levels("parameters"):  # what is gathered for an instance is no more than that instance uses
@@ -93,6 +94,7 @@ class ParameterStore:
                 "master_dtype": first.master_dtype,
                 "reduce_dtype": torch.promote_types(first.dtype, precision.grad_reduce),
                 "device": self.device,
+                "sum_group": grid.axes_group(sums[names[0]]),
             }
             shapes = {name: self._tp_shape(self.specs[name]) for name in names}
             unit: Unit
@@ -108,8 +110,7 @@ class ParameterStore:
                 )
             else:
                 adopted = {name: existing[name] for name in names if self._can_adopt(name, existing)}
-                dp_group = grid.group("dp") if grid.size("dp") > 1 and first.has_grad else None
-                unit = WholeUnit(shapes, existing=adopted, dp_group=dp_group, **common)
+                unit = WholeUnit(shapes, existing=adopted, **common)
             unit.expects_grads = first.has_grad
             units.append(unit)
         return units
@@ -272,19 +273,12 @@ class ParameterStore:
         for unit in self.units:
             if unit.expects_grads:
                 grads.update(unit.finish_reduce())
-        for name, spec in self.specs.items():
-            if spec.has_grad and name not in grads and (spec.partial_axes or len(spec.pipeline_ranks) > 1):
-                master = self._unit_of[name].masters[name]
-                grads[name] = torch.zeros_like(master)  # others will add theirs
-            if name in grads and (spec.partial_axes or len(spec.pipeline_ranks) > 1):
-                grads[name] = grads[name].to(self._unit_of[name].reduce_dtype)  # the same on every rank that adds
-        for axis in self.grid.sizes:
-            if axis not in ("pp", "dp"):
-                names = [name for name in self.specs if axis in self.specs[name].partial_axes and name in grads]
-                grads.update(sum_together({name: grads[name] for name in names}, axis, self.grid.group))
         for subset in tied_subsets(self.specs.values()):
-            names = [n for n, s in self.specs.items() if s.pipeline_ranks == subset and n in grads]
-            grads.update(sum_together({name: grads[name] for name in names}, subset, self.grid.pipeline_subgroup))
+            tied = {}
+            for name in (n for n, s in self.specs.items() if s.has_grad and s.pipeline_ranks == subset):
+                grad = grads[name] if name in grads else torch.zeros_like(self._unit_of[name].masters[name])
+                tied[name] = grad.to(self._unit_of[name].reduce_dtype)  # the same on every rank that adds
+            grads.update(sum_together(tied, self.grid.pipeline_subgroup(subset)))
         for name in list(grads):
             grad = grads.pop(name)
             if not self.specs[name].has_grad:
@@ -333,21 +327,19 @@ def tied_subsets(specs: Iterable[ParamSpec]) -> list[tuple[int, ...]]:
     return sorted({spec.pipeline_ranks for spec in specs if spec.has_grad and len(spec.pipeline_ranks) > 1})
 
 
-def sum_together(
-    tensors: Mapping[str, torch.Tensor], where: Any, group_of: Callable[[Any], Any]
-) -> dict[str, torch.Tensor]:
-    """The sums of these tensors over group_of(where), in few collectives. The given tensors are not written to."""
+def sum_together(tensors: Mapping[str, torch.Tensor], group: Any) -> dict[str, torch.Tensor]:
+    """The sums of these tensors over a group, in few collectives. The given tensors are not written to."""
     summed: dict[str, torch.Tensor] = {}
     bucket: list[str] = []
     elements = 0
     for name, tensor in tensors.items():
         if bucket and (elements + tensor.numel() > BUCKET_ELEMENTS or tensor.dtype != tensors[bucket[0]].dtype):
-            summed.update(_sum_bucket(tensors, bucket, group_of(where)))
+            summed.update(_sum_bucket(tensors, bucket, group))
             bucket, elements = [], 0
         bucket.append(name)
         elements += tensor.numel()
     if bucket:
-        summed.update(_sum_bucket(tensors, bucket, group_of(where)))
+        summed.update(_sum_bucket(tensors, bucket, group))
     return summed
 
 

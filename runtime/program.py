@@ -32,7 +32,7 @@ from .orders import forward_order, schedule_for
 from .parameters import ParameterStore, tied_subsets
 from .pipeline import PipelineEngine, Work
 from .safetensors import read_safetensors
-from .specs import param_specs
+from .specs import param_specs, summed_axes
 from .stage import Buffers, StageRunner, Variant
 from .trace import Recorder
 from .wiring import Wiring, wire
@@ -73,6 +73,7 @@ class Program:
         cut = DataCut.of(plan.zero, plan.zero_extents, self.grid.size("dp"))
         self.grid.make_data_groups(cut)
         specs = param_specs(graph, segment_programs, self._eval_wiring, precision, cut=cut, sizes=self.grid.sizes)
+        self.grid.make_axes_groups({summed_axes(spec, cut, self.grid.sizes) for spec in specs.values()})
         tied = tied_subsets(specs.values())
         if tied:
             self.grid.make_pipeline_subgroups(tied)

@@ -27,7 +27,8 @@ from .units import Unit
 
 
 class ShardedUnit(Unit):
-    """levels: that cut the optimizer's copy. cut_params, cut_grads: how many of them cut parameters and gradients."""
+    """levels: that cut the optimizer's copy. cut_params, cut_grads: how many of them cut parameters and gradients.
+    sum_group: of the ranks on other axes that add up their gradients, once a step."""
 
     def __init__(
         self,
@@ -38,12 +39,13 @@ class ShardedUnit(Unit):
         cut_grads: int,
         copies: Level,
         pending: Pending,
+        sum_group: Any = None,
         **common: Any,
     ) -> None:
         super().__init__(shapes, **common)
         assert cut_params <= min(1, cut_grads) and cut_grads <= len(levels), (cut_params, cut_grads, levels)
         self.levels, self.cut_params, self.cut_grads = tuple(levels), cut_params, cut_grads
-        self.copies, self.pending = copies, pending
+        self.copies, self.pending, self.sum_group = copies, pending, sum_group
         self.layouts: list[ShardLayout] = []
         pieces = self.shapes
         for level in levels:
@@ -178,6 +180,8 @@ class ShardedUnit(Unit):
             block = yield from self._scatter(packed, done, len(self.levels))
         if self.copies.size > 1:
             yield dist.all_reduce(block, group=self.copies.group, async_op=True), (block,)
+        if self.sum_group is not None:
+            yield dist.all_reduce(block, group=self.sum_group, async_op=True), (block,)
         self._sum = block
 
     def _scatter(self, packed: torch.Tensor, start: int, stop: int) -> collectives.SequenceOf[torch.Tensor]:

@@ -124,6 +124,12 @@ def _use(spec: ParamSpec, program: SegmentProgram, slot: int, runs: bool, sizes:
     )
 
 
+def summed_axes(spec: ParamSpec, cut: DataCut, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Mesh axes over which the gradients of one stage are summed whole: dp among them where ZeRO cuts nothing."""
+    wanted = set(spec.partial_axes) - {"dp"} | (set() if cut.num_levels("optimizer") else {"dp"})
+    return tuple(axis for axis in sizes if sizes[axis] > 1 and spec.has_grad and axis in wanted)
+
+
 def _tp_dim(shards: Mapping[str, int], sizes: Mapping[str, int]) -> int | None:
     cut = {axis: dim for axis, dim in shards.items() if sizes[axis] > 1}
     assert set(cut) <= {"tp"}, f"parameters are cut over tp only, not {cut}"

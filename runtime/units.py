@@ -15,8 +15,9 @@ import torch.distributed as dist
 from ..passes.gradients import Into
 from . import collectives
 
-# Of the gradients that one collective sums. Small ones cost latency, a single one cannot run beside the backward.
-BUCKET_BYTES = 16 << 20
+# Of the gradients that one collective sums: small ones cost latency, a single one cannot run beside the backward.
+BUCKET_BYTES = 1 << 20, 16 << 20
+NUM_BUCKETS = 4  # where the limits above allow
 
 
 class Unit:
@@ -67,7 +68,7 @@ class Unit:
         """All contributions of the step are in."""
 
     def finish_reduce(self) -> dict[str, torch.Tensor]:
-        """Summed over dp, laid out as `masters`, in any floating dtype. The unit keeps nothing."""
+        """Summed over the ranks of one stage, laid out as `masters`, in any floating dtype. The unit keeps nothing."""
         raise NotImplementedError
 
     def refresh(self) -> collectives.Sequence:
@@ -84,12 +85,12 @@ class Unit:
 
 class WholeUnit(Unit):
     def __init__(
-        self, *args: Any, existing: Mapping[str, torch.Tensor] | None = None, dp_group: Any = None, **kwargs: Any
+        self, *args: Any, existing: Mapping[str, torch.Tensor] | None = None, sum_group: Any = None, **kwargs: Any
     ):
-        """existing: tensors to use as storage, for a model that already has its values on this device. dp_group: sums
-        gradients; None: nothing to sum."""
+        """existing: tensors to use as storage, for a model that already has its values on this device. sum_group: of
+        the ranks that add up their gradients; None: nothing to sum."""
         super().__init__(*args, **kwargs)
-        self.dp_group, self.sum_over_dp = dp_group, dp_group is not None
+        self.sum_group, self.sums = sum_group, sum_group is not None
         existing = existing or {}
         self.compute = {
             name: existing[name] if name in existing else torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -115,7 +116,7 @@ class WholeUnit(Unit):
             return None
         written = name in self._owned
         self._owned.add(name)
-        if self.sum_over_dp:
+        if self.sums:
             self._make_flat()
             return self._views[name], written
         if name in self._grads and not written:
@@ -126,7 +127,7 @@ class WholeUnit(Unit):
         return self._grads[name], written
 
     def add_grad(self, name: str, grad: torch.Tensor | None) -> None:
-        if self.sum_over_dp:
+        if self.sums:
             self._add_flat(name, grad)
         elif grad is not None:
             held = self._grads.get(name)
@@ -158,7 +159,7 @@ class WholeUnit(Unit):
             self._owned.add(name)
 
     def start_reduce(self) -> None:
-        if not self.sum_over_dp or not self.expects_grads:
+        if not self.sums or not self.expects_grads:
             return
         if self._flat is None:
             self._add_flat(self.names[0], None)
@@ -166,12 +167,12 @@ class WholeUnit(Unit):
         for name in self.names:
             if name not in self._owned:
                 self._views[name].zero_()
-        self._work = dist.all_reduce(self._flat, group=self.dp_group, async_op=True)
+        self._work = dist.all_reduce(self._flat, group=self.sum_group, async_op=True)
 
     def finish_reduce(self) -> dict[str, torch.Tensor]:
         if self._work is not None:
             self._work.wait()
-        grads = dict(self._views) if self.sum_over_dp else _without_aliases(self._grads, self._owned)
+        grads = dict(self._views) if self.sums else _without_aliases(self._grads, self._owned)
         self._grads, self._views, self._owned, self._flat, self._work = {}, {}, set(), None, None
         return grads
 
@@ -219,16 +220,18 @@ def merge_units(
     kinds: Mapping[str, Any],
     sizes: Mapping[str, int],
 ) -> list[list[str]]:
-    """Groups whose gradients are complete one after the other become one, up to BUCKET_BYTES. sizes: in bytes.
+    """Groups whose gradients are complete one after the other become one, up to a bucket. sizes: in bytes.
 
     The backward goes through the instances in reverse, so a group is complete after the first instance that uses it.
     """
+    least, most = BUCKET_BYTES
+    bucket_bytes = min(most, max(least, sum(sizes.values()) // NUM_BUCKETS))
     merged: list[list[str]] = []
     last: dict[Any, list[str]] = {}  # of each kind, the group that is being filled
     for group in sorted(groups, key=lambda group: min(users.get(group[0], ()), default=0), reverse=True):
         kind = kinds[group[0]]
         open_group = last.get(kind)
-        if open_group is None or sum(sizes[name] for name in (*open_group, *group)) > BUCKET_BYTES:
+        if open_group is None or sum(sizes[name] for name in (*open_group, *group)) > bucket_bytes:
             last[kind] = list(group)
             merged.append(last[kind])
         else:

@@ -190,6 +190,21 @@ def test_gradients_are_written_or_added_where_asked(seed: int) -> None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("padding", [-1, 2])
+@pytest.mark.parametrize("add", [None, False, True])
+def test_the_gradient_of_an_embedding_is_written_or_added_where_asked(add: bool | None, padding: int) -> None:
+    graph = fx.Graph()
+    grad, index = (graph.placeholder(name) for name in ("grad", "index"))
+    graph.output((graph.call_function(aten.embedding_dense_backward.default, (grad, index, 5, padding, False)),))
+    inputs = {"grad": torch.randn(2, 4, 3, dtype=torch.float64), "index": torch.randint(0, 5, (2, 4))}
+    propagate(graph, inputs, CPU)
+    (expected,) = run(graph, inputs)
+    assert write_gradients(graph, num_params=1) == (0,)
+    held = torch.randn(5, 3, dtype=torch.float64)
+    (found,) = run(graph, inputs, None if add is None else (held.clone(), add))
+    torch.testing.assert_close(found, expected + held if add else expected)
+
+
 def test_a_sum_is_added_into_its_product_and_written_over_its_other_term() -> None:
     graph = fx.Graph()
     x, a, b = (graph.placeholder(name) for name in ("x", "a", "b"))

@@ -20,11 +20,11 @@ from shardwright.runtime.units import WholeUnit
 SHAPE = (3, 2)
 
 
-def make_unit(dp_group: Any, reduce_dtype: torch.dtype = torch.float64) -> WholeUnit:
+def make_unit(sum_group: Any, reduce_dtype: torch.dtype = torch.float64) -> WholeUnit:
     dtype = torch.float64
     return WholeUnit(
         {"w": SHAPE, "b": (4,)},
-        dp_group=dp_group,
+        sum_group=sum_group,
         dtype=dtype,
         master_dtype=dtype,
         reduce_dtype=reduce_dtype,
@@ -32,10 +32,10 @@ def make_unit(dp_group: Any, reduce_dtype: torch.dtype = torch.float64) -> Whole
     )
 
 
-@pytest.mark.parametrize("dp_group", [None, "group"])
+@pytest.mark.parametrize("sum_group", [None, "group"])
 @pytest.mark.parametrize("order", ["wwg", "gww", "wgw", "ggw", "ww"])
-def test_written_and_given_gradients_of_a_parameter_add_up(order: str, dp_group: Any) -> None:
-    unit, total = make_unit(dp_group), torch.zeros(SHAPE, dtype=torch.float64)
+def test_written_and_given_gradients_of_a_parameter_add_up(order: str, sum_group: Any) -> None:
+    unit, total = make_unit(sum_group), torch.zeros(SHAPE, dtype=torch.float64)
     for kind in order:
         grad = torch.randn(SHAPE, dtype=torch.float64)
         total += grad
