@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..costmodel.memory import Extents
 from ..errors import ExitCode, ShardwrightError
 from ..profiler.near import near_matches
-from .schedules.library import SCHEDULES, SEARCHED, canonical_name
+from .schedules.library import EXECUTED, SCHEDULES, SEARCHED, canonical_name
 
 FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "virtual_stages", "recompute", "cuts",
               "zero_extent")  # fmt: skip
@@ -114,7 +114,7 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
                 works=f"--force {near[0] if near else 'pp'}={_example(near[0] if near else 'pp')}",
             )
         if name == "schedule":
-            values[name] = canonical_name(text, SEARCHED)
+            values[name] = canonical_name(text, EXECUTED)
         elif name == "recompute":
             values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
         elif name == "cuts":
@@ -341,10 +341,8 @@ def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[st
             if forced.cuts in (None, ()):
                 yield name, 1
         return
-    for name in SEARCHED:
+    for name in SEARCHED if forced.schedule is None else (forced.schedule,):
         entry = SCHEDULES[name]
-        if forced.schedule not in (None, name):
-            continue
         options = [1] if entry.chunks[0] == 1 else [v for v in VIRTUAL_STAGES if v in entry.chunks]
         if forced.virtual_stages is not None:
             options = [forced.virtual_stages] if forced.virtual_stages in entry.chunks else []

@@ -22,7 +22,16 @@ import numpy as np
 from ..costmodel.simulator import Hop, StageTimes, Tail, Timeline
 from .candidates import Candidate
 from .chain import Chain
-from .footprint import cached_schedule, fits, interval_bytes, mean_bytes, profile_table, stage_activation
+from .footprint import (
+    cached_schedule,
+    fits,
+    interval_bytes,
+    mean_bytes,
+    placement_of,
+    profile_table,
+    stage_activation,
+    stages_by_rank,
+)
 from .mesh_costs import MeshCosts
 from .setting import Setting
 from .stages import Cuts, best_cuts, improve_cuts, pipeline_cost
@@ -130,9 +139,11 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
     load = stage_tables(setting, candidate, chain).load_of
     loads = {scale: load * scale for scale in set(mesh.scales)}
     secondary = _secondary(mesh, chain)
-    key = ("even", chain, candidate.pp, candidate.dp, candidate.tp, v, candidate.zero, candidate.extents)
+    place, order = placement_of(candidate), stages_by_rank(candidate.schedule, p, v)
+    chunk_of = {int(stage): chunk for chunk, row in enumerate(order) for stage in row}
+    key = ("even", chain, place, candidate.dp, candidate.tp, v, candidate.zero, candidate.extents)
     if key not in setting.cache:
-        setting.cache[key] = best_cuts(lambda stage: loads[mesh.scales[stage % p]], p * v, n, secondary)
+        setting.cache[key] = best_cuts(lambda stage: loads[mesh.scales[place[stage]]], p * v, n, secondary)
     cuts: Cuts | None = setting.cache[key]
     if cuts is None or ignore_memory or fits(setting, candidate, chain, cuts.bounds):
         return cuts
@@ -150,11 +161,11 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
         return np.where(share_at(held_at_once, limit) <= 1.0, loads[scale], np.inf)
 
     def share_used(stage: int) -> np.ndarray:
-        rank, chunk = stage % p, stage // p
+        rank, chunk = place[stage], chunk_of[stage]
         return share_at(int(in_flight[rank, chunk]), float(limits[rank]))
 
     def by_share(stage: int) -> np.ndarray:
-        rank, chunk = stage % p, stage // p
+        rank, chunk = place[stage], chunk_of[stage]
         return load_at(int(in_flight[rank, chunk]), float(limits[rank]), mesh.scales[rank])
 
     for cost in (by_share, share_used):
@@ -194,12 +205,13 @@ def unevenness(setting: Setting, chain: Chain, num_stages: int) -> float:
 def loop_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> float:
     """Seconds that these cuts take at least, whatever the order: greatest over the ranks of the first microbatch's way
     to it and the last one's way on from it, and its own work."""
-    p = candidate.pp
-    edges = np.asarray(bounds)
+    edges, place = np.asarray(bounds), np.array(placement_of(candidate))
     load = stage_tables(setting, candidate, chain).load_of[edges[:-1], edges[1:]]
-    times = load.reshape(-1, p) * np.array(setting.mesh(candidate).scales)
-    lead = np.concatenate([[0.0], np.cumsum(times[0])[:-1]])
-    return float((lead + candidate.count * times.sum(axis=0)).max())
+    times = load * np.array(setting.mesh(candidate).scales)[place]
+    before = np.concatenate([[0.0], np.cumsum(times)[:-1]])
+    first = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)[0]
+    work = np.bincount(place, weights=times, minlength=candidate.pp)
+    return float((before[first] + candidate.count * work).max())
 
 
 def order_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> float:
@@ -209,11 +221,11 @@ def order_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: tu
 
 
 def stage_times(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[StageTimes]:
-    mesh, tables = setting.mesh(candidate), stage_tables(setting, candidate, chain)
+    mesh, tables, place = setting.mesh(candidate), stage_tables(setting, candidate, chain), placement_of(candidate)
     result = []
     for stage in range(candidate.num_stages):
         i, j = bounds[stage], bounds[stage + 1]
-        scale = mesh.scales[stage % candidate.pp]
+        scale = mesh.scales[place[stage]]
         prologue_s = sum(chain.prologue_s[index] for index in chain.prologue_of(i, j))
         forward, backward = float(tables.forward_of[i, j]), float(tables.backward_of[i, j])
         weight = float((chain.backward_weight_s + tables.accumulate_s)[i:j].sum())
@@ -237,13 +249,13 @@ def stage_times(setting: Setting, candidate: Candidate, chain: Chain, bounds: tu
 def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[Tail]:
     """Optimizer step, the gathers after it, and sums over the stages that share a parameter."""
     mesh, tables, p = setting.mesh(candidate), stage_tables(setting, candidate, chain), candidate.pp
-    parts = candidate.extents.optimizer
+    parts, place = candidate.extents.optimizer, placement_of(candidate)
     elements, gather_s = [0.0] * p, [0.0] * p
     for stage in range(candidate.num_stages):
         i, j = bounds[stage], bounds[stage + 1]
-        elements[stage % p] += chain.trainable_of[i, j] / parts
-        gather_s[stage % p] += float(tables.refresh_s[i:j].sum())
-    rank_of = np.repeat(np.arange(candidate.num_stages) % p, np.diff(bounds))
+        elements[place[stage]] += chain.trainable_of[i, j] / parts
+        gather_s[place[stage]] += float(tables.refresh_s[i:j].sum())
+    rank_of = np.repeat(place, np.diff(bounds))
     for repeat in chain.repeats:
         ends = int(rank_of[repeat.earlier]), int(rank_of[repeat.later])
         if ends[0] != ends[1]:

@@ -26,6 +26,26 @@ def cached_schedule(name: str, num_ranks: int, num_microbatches: int, num_chunks
 
 
 @lru_cache(maxsize=512)
+def placement(name: str, num_ranks: int, num_chunks: int) -> tuple[int, ...]:
+    """The pipeline rank of each virtual stage; the same for any number of microbatches."""
+    if num_chunks == 1:
+        return tuple(range(num_ranks))
+    return cached_schedule(name, num_ranks, 2 * num_ranks, num_chunks).stage_rank
+
+
+@lru_cache(maxsize=512)
+def stages_by_rank(name: str, num_ranks: int, num_chunks: int) -> np.ndarray:
+    """[chunk, rank] -> virtual stage, in order of execution on each rank."""
+    place = placement(name, num_ranks, num_chunks)
+    rows = [[stage for stage, at in enumerate(place) if at == rank] for rank in range(num_ranks)]
+    return np.array(rows).T
+
+
+def placement_of(candidate: Candidate) -> tuple[int, ...]:
+    return placement(candidate.schedule, candidate.pp, candidate.virtual_stages)
+
+
+@lru_cache(maxsize=512)
 def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> tuple[np.ndarray, ...]:
     """For each rank, the greatest numbers of microbatches held on its chunks at once: rows that no other row covers."""
     p, m, v = num_ranks, num_microbatches, num_chunks
@@ -79,14 +99,13 @@ class IntervalBytes:
         pipeline = in_flight * self.activation + self.pipeline + self.pipeline_each
         return (self.lasting + np.maximum(pipeline, self.step)) * self.slack + self.reserve
 
-    def peaks(self, bounds: Sequence[int], profiles: np.ndarray) -> np.ndarray:
-        """Bytes of each pipeline rank. profiles: [rank, row, chunk] of in_flight_profiles."""
-        num_ranks, _, num_chunks = profiles.shape
+    def peaks(self, bounds: Sequence[int], profiles: np.ndarray, stages: np.ndarray) -> np.ndarray:
+        """Bytes of each pipeline rank. profiles: [rank, row, chunk] of in_flight_profiles. stages: [chunk, rank]."""
         edges = np.asarray(bounds)
-        at = (edges[:-1], edges[1:])
+        at = (edges[stages], edges[stages + 1])
 
         def of(table: np.ndarray) -> np.ndarray:
-            return table[at].reshape(num_chunks, num_ranks)
+            return table[at]
 
         activations = np.einsum("rkc,cr->rk", profiles, of(self.activation)).max(axis=1)
         pipeline = activations + of(self.pipeline).sum(axis=0) + of(self.pipeline_each).max(axis=0)
@@ -146,8 +165,10 @@ def profile_table(name: str, num_ranks: int, num_microbatches: int, num_chunks: 
 
 def quick_peaks(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> np.ndarray:
     """Bytes of each pipeline rank; never less than the sum of rank_breakdown."""
-    table = profile_table(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
-    return interval_bytes(setting, candidate, chain).peaks(bounds, table)
+    c = candidate
+    table = profile_table(c.schedule, c.pp, c.count, c.virtual_stages)
+    stages = stages_by_rank(c.schedule, c.pp, c.virtual_stages)
+    return interval_bytes(setting, candidate, chain).peaks(bounds, table, stages)
 
 
 @lru_cache(maxsize=512)
@@ -183,7 +204,7 @@ def rank_breakdown(
     setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...], rank: int
 ) -> dict[str, int]:
     """Every item of the worst rank among those of a pipeline rank; their sum is its peak."""
-    stages = [(bounds[s], bounds[s + 1]) for s in range(rank, candidate.num_stages, candidate.pp)]
+    stages = [(bounds[s], bounds[s + 1]) for s, place in enumerate(placement_of(candidate)) if place == rank]
     kind = setting.mesh(candidate).devices[rank].kind
     held = [_state(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
     activations = np.array([stage_activation(chain, i, j) for i, j in stages])

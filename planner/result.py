@@ -13,7 +13,7 @@ from . import plan as plan_document
 from .candidates import Candidate
 from .chain import Chain
 from .evaluate import run_timeline, step_seconds
-from .footprint import fits, rank_breakdown
+from .footprint import fits, placement_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
 from .setting import Setting
@@ -140,7 +140,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
             step_s=step_s,
             tokens_per_s_per_device=tokens / step_s / setting.cluster.num_devices,
             mfu=flops / (peak_rate * step_s),
-            peak_bytes=[peaks[stage % candidate.pp] for stage in range(candidate.num_stages)],
+            peak_bytes=[peaks[rank] for rank in placement_of(candidate)],
             bubble_fraction=max(0.0, timeline.bubble_fraction),
             exposed_comm_s=max(timeline.exposed_comm_s),
             memory=breakdowns[worst],
@@ -172,14 +172,14 @@ def _tokens_per_sample(workload: Workload) -> int:
 
 
 def _stages(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[plan_document.Stage]:
-    mesh = setting.mesh(candidate)
+    mesh, place = setting.mesh(candidate), placement_of(candidate)
     return [
         plan_document.Stage(
             segments=[
                 *chain.prologue_of(bounds[stage], bounds[stage + 1]),
                 *setting.shape.instances[bounds[stage] : bounds[stage + 1]],
             ],
-            ranks=mesh.ranks_of(stage % candidate.pp),
+            ranks=mesh.ranks_of(place[stage]),
         )
         for stage in range(candidate.num_stages)
     ]

@@ -30,7 +30,19 @@ ZERO_MEANING = {
     2: "optimizer state and gradients sharded over the data axis",
     3: "parameters, gradients and optimizer state sharded over the data axis",
 }
-SCHEDULE_NAMES = {"gpipe": "GPipe", "1f1b": "1F1B", "interleaved_1f1b": "interleaved 1F1B"}
+SCHEDULE_NAMES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved_1f1b": "interleaved 1F1B",
+    "breadth_first": "breadth-first",
+    "zb_h1": "ZB-H1",
+    "zb_h2": "ZB-H2",
+    "zb_v": "ZB-V",
+    "v_half": "V-Half",
+    "v_min": "V-Min",
+    "dualpipe_v": "DualPipeV",
+    "hanayo": "Hanayo",
+}
 MAX_STAGE_ROWS = 16
 BAR_WIDTH = 24
 _MEMORY_COLORS = ("blue", "cyan", "magenta", "yellow", "green", "red", "white")
@@ -186,8 +198,14 @@ def _stages(plan: Plan) -> RenderableType:
         memory = Text("" if peak is None else format_bytes(peak))
         if peak is not None and limit and peak > 0.95 * limit:
             memory.stylize("yellow")
-        table.add_row(str(index), str(index % plan.mesh.pp), _segment_text(plan, stage), _ranges(stage.ranks), memory)
+        table.add_row(
+            str(index), str(_pipeline_rank(plan, stage)), _segment_text(plan, stage), _ranges(stage.ranks), memory
+        )
     return table
+
+
+def _pipeline_rank(plan: Plan, stage: Stage) -> int:
+    return stage.ranks[0] // max(1, plan.mesh.num_devices // plan.mesh.pp)
 
 
 def _segment_text(plan: Plan, stage: Stage) -> str:
