@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from .listing import Targets
 from .problem import PipelineProblem
 
 NEVER_FIRST = 1e6  # periods: this kind of action only where nothing else is ready
@@ -28,9 +27,11 @@ class Block:
     period: float = 1.0
     backward_lead: float = 0.0  # all backwards earlier by this
     patience: float = 0.0
+    in_order: bool = False  # memory goes to forwards strictly by their starts
 
 
-def block_targets(problem: PipelineProblem, block: Block) -> Targets:
+def block_starts(problem: PipelineProblem, block: Block) -> tuple[list[list[float]], float]:
+    """Starts of microbatch 0, [kind][stage] with kinds F, I, W, and the period."""
     stages, num_stages, p = problem.stages, problem.num_stages, problem.num_ranks
     chunks = num_stages // p
     period_s = max(problem.work_s)
@@ -51,9 +52,7 @@ def block_targets(problem: PipelineProblem, block: Block) -> Targets:
         if stage % p == 0:
             now += block.backward_pause[chunk] * period_s
         weight[stage] = backward[stage] + stages[stage].backward_input_s + block.weight_delay[chunk] * period_s
-    return Targets.periodic(
-        forward, backward, weight, period_s * block.period, problem.num_microbatches, block.patience
-    )
+    return [forward, backward, weight], period_s * block.period
 
 
 def draw_block(chunks: int, rng: random.Random) -> Block:
@@ -78,6 +77,7 @@ def draw_block(chunks: int, rng: random.Random) -> Block:
         period=rng.choice((1.0, 1.0, 1.1, 1.2, 1.5)),
         backward_lead=rng.choice((0.0, 0.0, 0.0, 50.0, -50.0)),
         patience=rng.choice((0.0, 0.0, 0.5, 1.0, 1.5)),
+        in_order=rng.random() < 0.6,
     )
 
 
@@ -102,7 +102,8 @@ def plain_blocks(chunks: int) -> list[Block]:
     ready."""
     ones, zeros = (1.0,) * chunks, (0.0,) * chunks
     return [
-        Block(ones, ones, zeros, zeros, (delay,) * chunks, backward_lead=lead, patience=patience)
+        Block(ones, ones, zeros, zeros, (delay,) * chunks, backward_lead=lead, patience=patience, in_order=in_order)
+        for in_order in (False, True)
         for delay in (0.0, 1.0, 4.0, NEVER_FIRST)
         for lead in (0.0, 50.0)
         for patience in (0.0, 1.0)

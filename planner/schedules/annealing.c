@@ -1,0 +1,333 @@
+/* Simulated annealing on the order of a pipeline's actions. local_search.py says what is searched and calls it.
+
+   Heads (ends) and tails (longest path from a node's start to the end of everything) are kept, so that most moves are
+   refused by the longest path through the few actions that they move, and only promising ones are evaluated, from the
+   first moved action on. */
+
+#define _POSIX_C_SOURCE 199309L
+#include "pipeline.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define MAX_STEP 24     /* places that an action is moved by, at most */
+#define CLOCK_EVERY 128 /* moves between looks at the clock */
+#define PATH_EVERY 32   /* moves tried on one critical path */
+
+typedef struct {
+    double hottest_s, coldest_s, bound_s, time_limit_s;
+    double repeated; /* share of moves made for all microbatches alike */
+    uint64_t seed;
+} Settings;
+
+typedef struct {
+    int *position, *sequence, *visited, *waiter, *pairs, *kept, *best, *stack, *begin;
+    unsigned *done, *waits, stamp;
+    double *end, *trial, *tail, *held, *clock;
+    int num_visited;
+    uint64_t random;
+} State;
+
+static double uniform(State *s)
+{
+    s->random ^= s->random << 13;
+    s->random ^= s->random >> 7;
+    s->random ^= s->random << 17;
+    return (double)(s->random >> 11) / 9007199254740992.0;
+}
+
+static double now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Ends of all nodes from `begin` on go to `trial`. The makespan, or NEVER where it exceeds at_most or the orders cannot
+   finish. Tails are valid for nodes that started at tails_from_s or later. */
+static double evaluate(const Pipeline *p, State *s, double at_most, double tails_from_s)
+{
+    int depth = 0, missing = 0;
+    double makespan = 0.0;
+    s->stamp++;
+    s->num_visited = 0;
+    for (int r = 0; r < p->num_ranks; r++) {
+        int i = s->begin[r];
+        s->clock[r] = i > p->offset[r] ? s->end[p->row[i - 1]] : 0.0;
+        missing += p->offset[r + 1] - i;
+        s->stack[depth++] = r;
+    }
+    while (depth) {
+        int r = s->stack[--depth], i = s->begin[r], stop = p->offset[r + 1];
+        double clock = s->clock[r];
+        for (; i < stop; i++) {
+            int node = p->row[i], source = p->before[node];
+            if (source >= 0) {
+                double arrival;
+                if (s->done[source] == s->stamp)
+                    arrival = s->trial[source];
+                else if (s->position[source] < s->begin[p->rank[source]])
+                    arrival = s->end[source];
+                else {
+                    s->waiter[source] = r;
+                    s->waits[source] = s->stamp;
+                    break;
+                }
+                arrival += p->lag[node];
+                clock = arrival > clock ? arrival : clock;
+            }
+            if (clock + s->tail[node] > at_most && s->end[node] - p->seconds[node] >= tails_from_s)
+                return NEVER;
+            clock += p->seconds[node];
+            s->trial[node] = clock;
+            s->done[node] = s->stamp;
+            s->visited[s->num_visited++] = node;
+            if (s->waits[node] == s->stamp)
+                s->stack[depth++] = s->waiter[node];
+        }
+        s->begin[r] = i;
+        s->clock[r] = clock;
+    }
+    if (s->num_visited < missing)
+        return NEVER;
+    for (int r = 0; r < p->num_ranks; r++)
+        makespan = s->clock[r] > makespan ? s->clock[r] : makespan;
+    return makespan > at_most ? NEVER : makespan;
+}
+
+/* Takes over the evaluated ends; `sequence`, an order in which everything can run; tails. */
+static void keep_trial(const Pipeline *p, State *s)
+{
+    int n = p->num_nodes, at = 0;
+    for (int k = 0; k < n; k++)
+        if (s->done[s->sequence[k]] != s->stamp)
+            s->sequence[at++] = s->sequence[k];
+    for (int k = 0; k < s->num_visited; k++) {
+        int node = s->visited[k];
+        s->end[node] = s->trial[node];
+        s->sequence[at++] = node;
+    }
+    for (int k = n - 1; k >= 0; k--) {
+        int node = s->sequence[k], i = s->position[node];
+        double tail = i + 1 < p->offset[p->rank[node] + 1] ? s->tail[p->row[i + 1]] : 0.0;
+        for (int j = 2 * node; j < 2 * node + 2; j++) {
+            int next = p->after[j];
+            if (next >= 0 && p->lag[next] + s->tail[next] > tail)
+                tail = p->lag[next] + s->tail[next];
+        }
+        s->tail[node] = tail + p->seconds[node];
+    }
+}
+
+/* Collects the positions i where row[i] and row[i + 1] follow each other on a critical path for no other reason than
+   their order. */
+static int critical_pairs(const Pipeline *p, State *s)
+{
+    int count = 0, node = -1;
+    for (int r = 0; r < p->num_ranks; r++) {
+        int last = p->offset[r + 1] - 1;
+        if (last >= p->offset[r] && (node < 0 || s->end[p->row[last]] > s->end[node]))
+            node = p->row[last];
+    }
+    for (;;) {
+        double start = s->end[node] - p->seconds[node];
+        int i = s->position[node], source = p->before[node];
+        int previous = i > p->offset[p->rank[node]] ? p->row[i - 1] : -1;
+        int by_rank = previous >= 0 && s->end[previous] >= start - SLACK_S;
+        int by_data = source >= 0 && s->end[source] + p->lag[node] >= start - SLACK_S;
+        if (start <= SLACK_S || !(by_rank || by_data))
+            return count;
+        if (by_rank && previous != source)
+            s->pairs[count++] = i - 1;
+        node = by_data && (!by_rank || uniform(s) < 0.5) ? source : previous;
+    }
+}
+
+static void move(int *row, int from, int to)
+{
+    int node = row[from];
+    if (from < to)
+        memmove(row + from, row + from + 1, sizeof(int) * (size_t)(to - from));
+    else
+        memmove(row + to + 1, row + to, sizeof(int) * (size_t)(from - to));
+    row[to] = node;
+}
+
+/* Moves row[i] some places on or row[i + 1] some places back; first and last are the ends of what changed. */
+static void move_one(const Pipeline *p, State *s, int i, int low, int high, int *first, int *last)
+{
+    int step = 1, back = uniform(s) < 0.5;
+    while (step < MAX_STEP && uniform(s) < 0.5)
+        step++;
+    *first = back ? i + 1 - step : i;
+    *last = back ? i + 1 : i + step;
+    *first = *first < low ? low : *first;
+    *last = *last >= high ? high - 1 : *last;
+    memcpy(s->kept + *first, p->row + *first, sizeof(int) * (size_t)(*last - *first + 1));
+    move(p->row, back ? *last : *first, back ? *first : *last);
+}
+
+/* Swaps row[i] and row[i + 1], and with them all neighbours of the same two actions, as many microbatches apart. */
+static void move_repeated(const Pipeline *p, State *s, int i, int low, int high, int *first, int *last)
+{
+    int m = p->num_microbatches, *row = p->row;
+    int one = row[i] / m, other = row[i + 1] / m, apart = row[i + 1] % m - row[i] % m;
+    *first = high;
+    memcpy(s->kept + low, row + low, sizeof(int) * (size_t)(high - low));
+    for (int j = low; j + 1 < high; j++)
+        if (row[j] / m == one && row[j + 1] / m == other && row[j + 1] % m - row[j] % m == apart) {
+            move(row, j, j + 1);
+            *first = j < *first ? j : *first;
+            *last = ++j;
+        }
+}
+
+static int fits(const Pipeline *p, const State *s, int r, int first, int last)
+{
+    double held = first > p->offset[r] ? s->held[first - 1] : 0.0;
+    for (int i = first; i <= last; i++) {
+        held += p->change[p->row[i]];
+        if (held > p->limit[r])
+            return 0;
+    }
+    return 1;
+}
+
+/* The longest path through the moved nodes, were everything else that they wait for to stay where it is. */
+static double estimate(const Pipeline *p, State *s, int r, int first, int last)
+{
+    double clock = first > p->offset[r] ? s->end[p->row[first - 1]] : 0.0, longest = 0.0;
+    for (int i = first; i <= last; i++) {
+        int node = p->row[i], source = p->before[node];
+        if (source >= 0) {
+            int moved = p->rank[source] == r && s->position[source] >= first && s->position[source] <= last;
+            double arrival = (moved ? s->trial[source] : s->end[source]) + p->lag[node];
+            if (moved && s->position[source] > i)
+                return NEVER;
+            clock = arrival > clock ? arrival : clock;
+        }
+        clock += p->seconds[node];
+        s->trial[node] = clock;
+        for (int j = 2 * node; j < 2 * node + 2; j++) {
+            int next = p->after[j];
+            if (next >= 0 && !(p->rank[next] == r && s->position[next] >= first && s->position[next] <= last)) {
+                double path = clock + p->lag[next] + s->tail[next];
+                longest = path > longest ? path : longest;
+            }
+        }
+    }
+    if (last + 1 < p->offset[r + 1])
+        clock += s->tail[p->row[last + 1]];
+    return clock > longest ? clock : longest;
+}
+
+/* Sets `begin` to the first node of each rank that a change of rank r's window can move. */
+static void begin_at(const Pipeline *p, State *s, int r, int first)
+{
+    double from_s = (first > p->offset[r] ? s->end[p->row[first - 1]] : 0.0) - SLACK_S;
+    for (int other = 0; other < p->num_ranks; other++) {
+        int low = p->offset[other], high = p->offset[other + 1];
+        while (low < high) {
+            int middle = (low + high) / 2, node = p->row[middle];
+            if (s->end[node] - p->seconds[node] < from_s)
+                low = middle + 1;
+            else
+                high = middle;
+        }
+        s->begin[other] = low;
+    }
+    s->begin[r] = first;
+}
+
+static void place(const Pipeline *p, State *s, int first, int last)
+{
+    for (int i = first; i <= last; i++)
+        s->position[p->row[i]] = i;
+}
+
+static double search(const Pipeline *p, State *s, const Settings *settings)
+{
+    size_t bytes = sizeof(int) * (size_t)p->num_nodes;
+    double current, least, temperature_s = settings->hottest_s, began_s = now_s();
+    int num_pairs = 0, stale = 1;
+    for (int r = 0; r < p->num_ranks; r++) {
+        double held = 0.0;
+        s->begin[r] = p->offset[r];
+        for (int i = p->offset[r]; i < p->offset[r + 1]; i++)
+            s->held[i] = held += p->change[p->row[i]];
+    }
+    for (int k = 0; k < p->num_nodes; k++)
+        s->sequence[k] = k;
+    place(p, s, 0, p->num_nodes - 1);
+    current = least = evaluate(p, s, NEVER, NEVER);
+    if (current >= NEVER || settings->time_limit_s <= 0.0)
+        return current;
+    keep_trial(p, s);
+    memcpy(s->best, p->row, bytes);
+    for (long tried = 0; least > settings->bound_s * (1 + 1e-9); tried++) {
+        if (tried % CLOCK_EVERY == 0) {
+            double share = (now_s() - began_s) / settings->time_limit_s;
+            if (share >= 1.0)
+                break;
+            temperature_s = settings->hottest_s * pow(settings->coldest_s / settings->hottest_s, share);
+        }
+        if (stale || tried % PATH_EVERY == 0)
+            num_pairs = critical_pairs(p, s);
+        if (num_pairs == 0)
+            break;
+        int i = s->pairs[(int)(uniform(s) * num_pairs)], r = p->rank[p->row[i]];
+        int low = p->offset[r], high = p->offset[r + 1], first, last = i;
+        int repeated = uniform(s) < settings->repeated;
+        double at_most = current - temperature_s * log(1.0 - uniform(s)), makespan = NEVER;
+        (repeated ? move_repeated : move_one)(p, s, i, low, high, &first, &last);
+        place(p, s, first, last);
+        if (fits(p, s, r, first, last) && (repeated || estimate(p, s, r, first, last) <= at_most)) {
+            double window_end_s = s->end[s->kept[last]];
+            begin_at(p, s, r, first);
+            makespan = evaluate(p, s, at_most, window_end_s - SLACK_S);
+        }
+        stale = makespan < NEVER;
+        if (stale) {
+            double held = first > low ? s->held[first - 1] : 0.0;
+            for (int j = first; j <= last; j++)
+                s->held[j] = held += p->change[p->row[j]];
+            current = makespan;
+            keep_trial(p, s);
+            if (makespan < least * (1 - 1e-12)) {
+                least = makespan;
+                memcpy(s->best, p->row, bytes);
+            }
+        } else {
+            memcpy(p->row + first, s->kept + first, sizeof(int) * (size_t)(last - first + 1));
+            place(p, s, first, last);
+        }
+    }
+    memcpy(p->row, s->best, bytes);
+    return least;
+}
+
+/* Leaves the best order in row and returns its makespan, NEVER where the given one cannot finish; negative where there
+   is no memory. */
+double anneal(const Pipeline *p, const Settings *settings)
+{
+    size_t n = (size_t)p->num_nodes, ranks = (size_t)p->num_ranks;
+    int *ints = calloc(8 * n + 2 * ranks, sizeof(int));
+    unsigned *stamps = calloc(2 * n, sizeof(unsigned));
+    double *doubles = calloc(4 * n + ranks, sizeof(double)), makespan = -1.0;
+    if (ints && stamps && doubles) {
+        State s = {.position = ints, .sequence = ints + n, .visited = ints + 2 * n, .waiter = ints + 3 * n,
+                   .pairs = ints + 4 * n, .kept = ints + 5 * n, .best = ints + 6 * n, .begin = ints + 7 * n,
+                   .stack = ints + 7 * n + ranks, /* each node waits once: n + ranks at most */
+                   .done = stamps, .waits = stamps + n,
+                   .end = doubles, .trial = doubles + n, .tail = doubles + 2 * n, .held = doubles + 3 * n,
+                   .clock = doubles + 4 * n, .random = settings->seed * 0x9E3779B97F4A7C15u + 1};
+        makespan = search(p, &s, settings);
+    }
+    free(ints);
+    free(stamps);
+    free(doubles);
+    return makespan;
+}

@@ -1,0 +1,17 @@
+/* A pipeline's actions as numbered nodes: order_graph.py.
+
+   `row` holds the orders of all ranks one after the other, rank r's from offset[r] to offset[r + 1]. A node starts when
+   its predecessor in the row has ended and, `lag` later than its end, the node `before` it; up to two nodes are `after`
+   it. Node (kind * S + stage) * m + microbatch, kinds F, I, W. */
+
+#define NEVER 1e300
+#define SLACK_S 1e-9
+
+typedef struct {
+    int num_nodes, num_ranks, num_microbatches;
+    const double *seconds, *lag, *change; /* change: of the rank's memory when the node starts */
+    const double *limit;                  /* of each rank's memory */
+    const int *rank, *before, *after;     /* after: two for each node, -1 where there is none */
+    const int *offset;
+    int *row;
+} Pipeline;

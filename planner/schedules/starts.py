@@ -1,0 +1,95 @@
+"""Orders to start a search from: published schedules, building blocks repeated, and list scheduling.
+
+All with split backwards, on a given placement and within its memory.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+
+from .base import PipelineSchedule, loop_placement, v_placement
+from .classic import breadth_first, gpipe, interleaved_1f1b, one_f_one_b
+from .dual_pipe import dualpipe_v
+from .families import Block, block_starts, draw_block, mutate_block, plain_blocks
+from .lattices import lattice_orders
+from .order_graph import Order, OrderGraph
+from .problem import PipelineProblem
+from .v_blocks import STEPS, v_block, v_schedule
+from .waves import hanayo
+from .zero_bubble import two_bp, zb_h1, zb_h2
+
+MAX_LATTICES = 400
+MAX_LISTED_ACTIONS = 8000  # what one list takes is about 5 us an action
+POOL = 10
+FRESH = 0.35  # of the lists are by new blocks
+
+
+def library_orders(graph: OrderGraph) -> Iterator[tuple[str, Order]]:
+    """Published schedules of this placement that fit, their backwards split."""
+    for schedule in _library(graph.problem):
+        order = graph.of_actions(schedule.split_backward().ranks)
+        if graph.fits(order):
+            yield schedule.name, order
+    p = graph.problem.num_ranks
+    if graph.problem.stage_rank == v_placement(p, 2):
+        for name in STEPS:
+            block = v_block(name, p)
+            order = graph.repeated((block.forward, block.backward, block.weight), 6.0)
+            if graph.fits(order):
+                yield name, order
+
+
+def _library(problem: PipelineProblem) -> Iterator[PipelineSchedule]:
+    p, m, v = problem.num_ranks, problem.num_microbatches, problem.num_stages // problem.num_ranks
+    short = 3 * problem.num_stages * m <= MAX_LISTED_ACTIONS
+    place = problem.stage_rank
+    if place == loop_placement(p, v):
+        yield gpipe(p, m, v) if v == 1 else breadth_first(p, m, v)
+        plain = one_f_one_b(p, m) if v == 1 else interleaved_1f1b(p, m, v)
+        yield plain
+        yield two_bp(plain)
+        if v == 1:
+            yield zb_h1(p, m)
+            yield zb_h2(p, m)
+    if v > 1 and place == v_placement(p, v):
+        if short and v % 2 == 0:
+            yield hanayo(p, m, v)
+        if v == 2:
+            yield dualpipe_v(p, m)
+            if short:
+                yield from (v_schedule(name, p, m) for name in STEPS)
+
+
+def lattice_starts(graph: OrderGraph, seed: int) -> Iterator[tuple[str, Order]]:
+    for order in lattice_orders(graph, np.random.default_rng(seed), MAX_LATTICES):
+        yield "lattice", order
+
+
+class ListSearch:
+    """Lists by plain blocks, then by random ones and by changes of the best."""
+
+    def __init__(self, graph: OrderGraph, seed: int) -> None:
+        self.graph, self.rng = graph, random.Random(seed)
+        self.chunks = -(-graph.num_stages // graph.problem.num_ranks)
+        self.plain = plain_blocks(self.chunks)
+        self.pool: list[tuple[float, Block]] = []  # the best, with their makespans
+
+    def step(self) -> tuple[Order, float] | None:
+        """One more list; None where it comes to no end."""
+        rng = self.rng
+        if self.plain:
+            block = self.plain.pop(0)
+        elif len(self.pool) < POOL or rng.random() < FRESH:
+            block = draw_block(self.chunks, rng)
+        else:
+            block = mutate_block(rng.choice(self.pool[: POOL // 2])[1], rng)
+        starts, period_s = block_starts(self.graph.problem, block)
+        found = self.graph.listed(starts, period_s, patience=block.patience, in_order=block.in_order)
+        if found is not None and (len(self.pool) < POOL or found[1] < self.pool[-1][0]):
+            self.pool.append((found[1], block))
+            self.pool.sort(key=lambda item: item[0])
+            del self.pool[POOL:]
+        return found

@@ -1,0 +1,147 @@
+"""Synthesis: the best order found for a pipeline's own times, microbatches, memory and placements, with a bound.
+
+Anytime, in three steps; the best of all placements is kept throughout:
+
+    starts      published orders, building blocks repeated, lists, as they run under the true times
+    annealing   the most promising ones briefly, then the best of these for longer and longer
+    exact       constraint programming from the best order, where OR-Tools is installed and the pipeline is small
+
+A placement is left alone once its lower bound reaches the best makespan. Everything is drawn from one seed; how far a
+search gets depends on time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .base import PipelineSchedule
+from .bounds import lower_bound
+from .local_search import anneal
+from .order_graph import Order, OrderGraph
+from .problem import PipelineProblem
+from .starts import ListSearch, lattice_starts, library_orders
+
+START_SHARE = 0.3  # of the time, at most, for starts
+KEPT = 8  # starts of a placement
+ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))  # candidates annealed, share of the time left
+TEMPERATURES = (0.1, 0.3, 0.6, 1.0)  # of a mean action
+MAX_EXACT_ACTIONS = 700
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """name: where the best order is from. gap_fraction: of the makespan, to the best bound over all placements."""
+
+    schedule: PipelineSchedule
+    problem: PipelineProblem
+    makespan_s: float
+    bound_s: float
+    gap_fraction: float
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    graph: OrderGraph
+    bound_s: float
+    order: Order
+    makespan_s: float
+    name: str
+
+
+def synthesize(problems: Sequence[PipelineProblem], *, time_limit_s: float = 8.0, seed: int = 0) -> Synthesis | None:
+    """problems: the same pipeline under each placement to choose from. None where none holds one microbatch."""
+    began = time.monotonic()
+    deadline = began + time_limit_s
+    bounded = [(problem, lower_bound(problem)) for problem in problems]
+    bounded = [(problem, bound_s) for problem, bound_s in bounded if bound_s < float("inf")]
+    if not bounded:
+        return None
+    searches = [_Search(problem, bound_s, seed) for problem, bound_s in bounded]
+    candidates = _list_rounds(searches, began + START_SHARE * time_limit_s, random.Random(seed))
+    best = _anneal_rounds(candidates, deadline, random.Random(seed))
+    bound_s = min(min(bound_s for _, bound_s in bounded), best.makespan_s)
+    problem, ranks = best.graph.problem, tuple(map(tuple, best.graph.actions(best.order)))
+    schedule = PipelineSchedule(best.name, problem.num_microbatches, problem.stage_rank, ranks)
+    gap_fraction = (best.makespan_s - bound_s) / best.makespan_s if best.makespan_s else 0.0
+    return Synthesis(schedule, problem, best.makespan_s, bound_s, gap_fraction, best.name, time.monotonic() - began)
+
+
+class _Search:
+    """Starts of one placement."""
+
+    def __init__(self, problem: PipelineProblem, bound_s: float, seed: int) -> None:
+        self.graph, self.bound_s = OrderGraph(problem), bound_s
+        self.lists = ListSearch(self.graph, seed)
+        self.found: list[Candidate] = []
+        for name, order in itertools.chain(library_orders(self.graph), lattice_starts(self.graph, seed)):
+            self.offer(name, order, self.graph.makespan_s(order))
+
+    def offer(self, name: str, order: Order, makespan_s: float) -> None:
+        if all(abs(makespan_s - candidate.makespan_s) > 1e-9 * makespan_s for candidate in self.found):
+            self.found.append(Candidate(self.graph, self.bound_s, order, makespan_s, name))
+            self.found.sort(key=lambda candidate: candidate.makespan_s)
+            del self.found[KEPT:]
+
+    def step(self) -> None:
+        listed = self.lists.step()
+        if listed is not None:
+            self.offer("list", *listed)
+
+    @property
+    def least_s(self) -> float:
+        return self.found[0].makespan_s if self.found else float("inf")
+
+
+def _list_rounds(searches: list[_Search], deadline: float, rng: random.Random) -> list[Candidate]:
+    """Placements that do well get more lists. Ends early where one is as short as can be."""
+    for search in searches:
+        while search.lists.plain:
+            search.step()
+    while time.monotonic() < deadline:
+        least_s = min(search.least_s for search in searches)
+        open_searches = [search for search in searches if search.bound_s < least_s * (1 - 1e-9)]
+        if not open_searches:
+            break
+        weights = [(least_s / search.least_s) ** 8 + 0.02 for search in open_searches]
+        rng.choices(open_searches, weights)[0].step()
+    return [candidate for search in searches for candidate in search.found]
+
+
+def _anneal_rounds(candidates: list[Candidate], deadline: float, rng: random.Random) -> Candidate:
+    candidates = _ranked(candidates)
+    for count, share in ROUNDS:
+        chosen = candidates[:count]
+        until = time.monotonic() + share * (deadline - time.monotonic())
+        for index, candidate in enumerate(chosen):
+            best_s = min(c.makespan_s for c in candidates)
+            left = until - time.monotonic()
+            if left <= 0 or candidate.bound_s >= best_s * (1 - 1e-9):
+                continue
+            problem = candidate.graph.problem
+            mean_s = sum(problem.work_s) / (3 * problem.num_stages)
+            order, makespan_s = anneal(
+                candidate.graph,
+                candidate.order,
+                time_limit_s=left / (len(chosen) - index),
+                seed=rng.randrange(1, 2**31),
+                hottest_s=mean_s * rng.choice(TEMPERATURES),
+                bound_s=candidate.bound_s,
+            )
+            if makespan_s < candidate.makespan_s * (1 - 1e-12):
+                candidates.append(replace(candidate, order=order, makespan_s=makespan_s, name="synthesized"))
+        candidates = _ranked(candidates)
+    return candidates[0]
+
+
+def _ranked(candidates: list[Candidate]) -> list[Candidate]:
+    """Best first, without those as long as another of the same placement."""
+    kept: dict[tuple, Candidate] = {}
+    for candidate in sorted(candidates, key=lambda candidate: candidate.makespan_s):
+        kept.setdefault((candidate.graph.problem.stage_rank, round(candidate.makespan_s, 9)), candidate)
+    return list(kept.values())

@@ -1,0 +1,165 @@
+"""Synthesized schedules: complete, within memory, never below the bound, never behind the library."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardwright.costmodel.simulator import Hop, StageTimes
+from shardwright.planner.schedules import SCHEDULES, build_schedule, loop_placement, native, v_placement
+from shardwright.planner.schedules.bounds import lower_bound
+from shardwright.planner.schedules.lattices import Lattices
+from shardwright.planner.schedules.local_search import anneal
+from shardwright.planner.schedules.order_graph import OrderGraph
+from shardwright.planner.schedules.problem import PipelineProblem, problem_of_shares
+from shardwright.planner.schedules.starts import library_orders
+from shardwright.planner.schedules.synthesis import synthesize
+
+
+def random_problem(p: int, m: int, v: int, rng: random.Random, limited: bool = True) -> PipelineProblem:
+    """Random times, transfers and memory, on a loop, a V or stages placed at random."""
+    num_stages = p * v
+    shuffled = [rng.randrange(p) for _ in range(num_stages)]
+    placement = rng.choice([loop_placement(p, v), v_placement(p, v), tuple(shuffled)])
+    times = [0.0, 0.5, 1.0, 1.3, 2.0]
+    stages = tuple(
+        StageTimes(
+            rng.choice(times[1:]), rng.choice(times[1:]), rng.choice(times), activation_bytes=rng.choice([50, 100])
+        )
+        for _ in range(num_stages)
+    )
+    hops = tuple(Hop.latency(rng.choice([0.0, 0.1, 0.7])) for _ in range(num_stages - 1))
+    problem = PipelineProblem(m, placement, stages, hops, (float("inf"),) * p)
+    if not limited or rng.random() < 0.3:
+        return problem
+    least = max(sum(stages[s].activation_bytes for s in problem.stages_of(r)) for r in range(p))
+    limit = least + rng.choice([0, 50, 200, 1000])
+    return PipelineProblem(m, placement, stages, hops, (float(limit),) * p)
+
+
+def assert_valid(problem: PipelineProblem, found) -> None:
+    """Against the simulator and the bound."""
+    found.schedule.check()
+    timeline = found.schedule.simulate(problem.stages, problem.hops)
+    assert timeline.makespan_s == pytest.approx(found.makespan_s, abs=1e-9)
+    assert all(peak <= limit for peak, limit in zip(timeline.peak_bytes, problem.memory_limit, strict=True))
+    assert lower_bound(problem) - 1e-9 <= found.makespan_s
+    assert 0.0 <= found.gap_fraction < 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 4), st.integers(0, 10**6))
+def test_any_pipeline_gets_a_complete_order_within_memory_that_the_simulator_confirms(p, m, v, seed):
+    problem = random_problem(p, m, v, random.Random(seed))
+    found = synthesize([problem], time_limit_s=0.3)
+    assert found is not None
+    assert_valid(problem, found)
+
+
+def test_no_room_for_one_microbatch_is_no_schedule():
+    problem = problem_of_shares(4, v_placement(2), 2, (1.0, 1.0, 1.0), memory_limit=0.5)
+    assert synthesize([problem], time_limit_s=0.1) is None
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 14), st.floats(0.2, 2.0), st.floats(0.2, 2.0), st.sampled_from([0.0, 0.2]))
+def test_nothing_of_the_library_that_fits_is_faster(p, m, input_s, weight_s, transfer_s):
+    times = (1.0, input_s, weight_s)
+    placements = [loop_placement(p, 1), loop_placement(p, 2), v_placement(p)]
+    problems = [problem_of_shares(m, place, p, times, transfer_s, memory_limit=p) for place in placements]
+    found = synthesize(problems, time_limit_s=0.5)
+    for name, entry in SCHEDULES.items():
+        chunks = entry.chunks[0]
+        if entry.directions > 1 or chunks > 2:
+            continue
+        schedule = build_schedule(name, p, m, chunks)
+        problem = next(q for q in problems if q.stage_rank == schedule.stage_rank)
+        timeline = schedule.simulate(problem.stages, problem.hops)
+        if max(timeline.peak_bytes) <= problem.memory_limit[0]:
+            assert found.makespan_s <= timeline.makespan_s + 1e-9, name
+
+
+@pytest.mark.parametrize(
+    ("placement", "times", "transfer_s", "memory", "optimum_s"),
+    [
+        (loop_placement(4, 1), (1.0, 1.1, 0.7), 0.05, 4, 27.2),
+        (loop_placement(4, 1), (1.0, 1.4, 0.6), 0.1, 2, 47.0),
+        (v_placement(4), (1.0, 1.0, 1.0), 0.0, 2, 29.5),
+        (v_placement(4), (1.0, 1.1, 0.7), 0.05, 2, 31.9),
+        (v_placement(4), (1.0, 1.4, 0.6), 0.1, 3, 30.3),
+    ],
+)
+def test_optima_that_constraint_programming_proved_are_found(placement, times, transfer_s, memory, optimum_s):
+    problem = problem_of_shares(8, placement, 4, times, transfer_s, memory_limit=memory)
+    found = synthesize([problem], time_limit_s=3.0)
+    assert_valid(problem, found)
+    assert found.makespan_s == pytest.approx(optimum_s, abs=1e-9)
+
+
+def test_placements_compete():
+    """A last stage that weighs more suits the loop, where it does not share a rank with the first."""
+    place = {name: make(4, 2) for name, make in (("loop", loop_placement), ("v", v_placement))}
+    problems = [
+        problem_of_shares(8, one, 4, (1.0, 1.0, 1.0), stage_extra=(0.15, 0.4), memory_limit=4) for one in place.values()
+    ]
+    assert synthesize(problems, time_limit_s=1.0).schedule.stage_rank == place["loop"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 3), st.integers(0, 10**6))
+def test_searches_in_c_and_in_python_agree_on_every_order(p, m, v, seed):
+    if native.library() is None:
+        pytest.skip("no C compiler")
+    rng = random.Random(seed)
+    graph = OrderGraph(random_problem(p, m, v, rng))
+    starts = np.array([[rng.random() * 5 for _ in range(graph.num_stages)] for _ in range(3)])
+    starts[1] += 10
+    listed = graph.listed(starts, 3.0)
+    assert listed is not None
+    order, makespan_s = listed
+    assert graph.fits(order)
+    assert max(graph.ends([row.tolist() for row in order])[1]) == pytest.approx(makespan_s, abs=1e-12)
+    better, better_s = anneal(graph, order, time_limit_s=0.02, seed=seed, hottest_s=0.3)
+    assert graph.fits(better) and better_s <= makespan_s
+    assert max(graph.ends([row.tolist() for row in better])[1]) == pytest.approx(better_s, abs=1e-12)
+
+
+def test_without_a_c_compiler_the_search_runs_in_python(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    problem = problem_of_shares(8, v_placement(4), 4, (1.0, 1.4, 0.6), 0.1, memory_limit=3)
+    found = synthesize([problem], time_limit_s=2.0)
+    assert_valid(problem, found)
+    assert found.makespan_s < 33.0
+
+
+@pytest.mark.skipif(all(shutil.which(name) is None for name in ("cc", "gcc", "clang")), reason="no C compiler")
+def test_the_c_searches_compile():
+    assert native.library() is not None
+
+
+def test_lattices_are_what_they_say(p=4):
+    """Repeated, a block holds what it is said to hold, and V-Min, V-Half and ZB-V are among them."""
+    problem = problem_of_shares(24, v_placement(p), p, (1.0, 1.0, 1.0))
+    graph, lattices = OrderGraph(problem), Lattices(problem, np.random.default_rng(0))
+    peaks = set()
+    for index in lattices.fitting():
+        order = graph.repeated(lattices.starts[index], float(lattices.period))
+        held = [np.cumsum(graph.change[row]).max() for row in order]
+        assert held == list(lattices.held_bytes[index])
+        peaks.add(max(held) / 2)
+    assert min(peaks) <= p / 3 + 1.5 and p / 2 + 1 in peaks and p in peaks
+
+
+def test_library_orders_are_those_of_their_placement():
+    names = {}
+    for place in (loop_placement(4, 1), loop_placement(4, 2), v_placement(4)):
+        graph = OrderGraph(problem_of_shares(8, place, 4, (1.0, 1.0, 1.0)))
+        names[place] = {name for name, _ in library_orders(graph)}
+    assert {"gpipe", "1f1b", "zb_h1", "zb_h2"} <= names[loop_placement(4, 1)]
+    assert {"interleaved_1f1b", "breadth_first"} <= names[loop_placement(4, 2)]
+    assert {"zb_v", "v_half", "v_min", "dualpipe_v", "hanayo"} <= names[v_placement(4)]
