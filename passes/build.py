@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
 from ..planner.plan import Plan
+from ..planner.schedules import SCHEDULES
 from ..planner.sharding.placement import P, R
 from ..planner.sharding.solution import AxisSolution, read_placements
 from ..planner.sharding.strategy import is_op
@@ -21,6 +23,7 @@ from .program import SegmentProgram
 from .redistribute import MeshAxis
 from .reuse import reuse
 from .shard import ShardContext, local_shape, shard_segment
+from .split import SplitBackward, split_backward
 from .tidy import tidy
 from .values import memory_roots, propagate
 
@@ -34,13 +37,17 @@ def build_segment_programs(
 ) -> dict[str, SegmentProgram]:
     """axes: this rank's view of each mesh axis inside a stage. only: the distinct segments that this rank runs."""
     check_fits(graph, plan)
+    splits = SCHEDULES[plan.schedule.name].splits_backward and plan.mesh.pp > 1
     solutions = read_placements(plan.placements, len(plan.placement_axes))
     whole = MeshAxis("", 1, 0, "")
     context = ShardContext(tuple(axes.get(name, whole) for name in plan.placement_axes), tuple(solutions), device)
     names = graph.segments if only is None else only
     return {
         name: build_segment_program(
-            graph.segments[name], context, recompute=plan.memory_policy.recompute.get(name, "none") == "all"
+            graph.segments[name],
+            context,
+            recompute=plan.memory_policy.recompute.get(name, "none") == "all",
+            splits=splits,
         )
         for name in names
     }
@@ -61,7 +68,10 @@ def check_fits(graph: ModelGraph, plan: Plan) -> None:
             )
 
 
-def build_segment_program(segment: Segment, context: ShardContext, recompute: bool) -> SegmentProgram:
+def build_segment_program(
+    segment: Segment, context: ShardContext, recompute: bool, splits: bool = False
+) -> SegmentProgram:
+    """splits: the backward also as two programs, of the inputs' gradients and of the parameters'."""
     axes, solutions, name = context.axes, context.solutions, segment.name
 
     def places(key: str) -> tuple[int, ...]:
@@ -79,7 +89,7 @@ def build_segment_program(segment: Segment, context: ShardContext, recompute: bo
         context.device,
     )
     forward, backward, kept = partition(joint, segment, recompute and not segment.is_prologue)
-    into_slots = _improve(forward, backward, segment, kept)
+    into_slots, split = _improve(forward, backward, segment, kept, splits)
 
     def metas(kind: str, infos: tuple) -> tuple:  # type: ignore[type-arg]
         return tuple(
@@ -113,26 +123,35 @@ def build_segment_program(segment: Segment, context: ShardContext, recompute: bo
         output_meta=metas("output", segment.outputs),
         input_meta=metas("input", segment.inputs),
         into_slots=into_slots,
+        split=split,
         tangent_meta=metas("tangent", tuple(segment.outputs[j] for j in tangents)),
     )
 
 
 def _improve(
-    forward: fx.GraphModule, backward: fx.GraphModule | None, segment: Segment, kept: list[str]
-) -> tuple[int, ...]:
-    """What both graphs go through once they are this rank's own. Returns the into_slots."""
-    into_slots: tuple[int, ...] = ()
+    forward: fx.GraphModule, backward: fx.GraphModule | None, segment: Segment, kept: list[str], splits: bool
+) -> tuple[tuple[int, ...], SplitBackward | None]:
+    """What the graphs go through once they are this rank's own. Returns the into_slots, and the backward in two."""
     early_count(forward.graph)
     tidy(forward.graph)
     reuse(forward.graph)
     forward.recompile()
-    if backward is not None:
-        fuse_cross_entropy_backward(backward.graph)
-        tidy(backward.graph)
-        into_slots = write_gradients(backward.graph, len(segment.param_shapes))
-        reuse(backward.graph, _own_kept(forward.graph, kept))
-        backward.recompile()
-    return into_slots
+    if backward is None:
+        return (), None
+    num_params, own = len(segment.param_shapes), _own_kept(forward.graph, kept)
+    fuse_cross_entropy_backward(backward.graph)
+    tidy(backward.graph)
+    split = split_backward(backward, num_params) if splits else None
+    if split is not None:
+        reuse(split.inputs.graph, own)
+        split = replace(split, into_slots=write_gradients(split.weights.graph, num_params))
+        reuse(split.weights.graph)
+        split.inputs.recompile()
+        split.weights.recompile()
+    into_slots = write_gradients(backward.graph, num_params)
+    reuse(backward.graph, own)
+    backward.recompile()
+    return into_slots, split
 
 
 def _own_kept(forward: fx.Graph, kept: list[str]) -> set[str]:

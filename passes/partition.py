@@ -39,14 +39,14 @@ def partition(
     forward_results = [v for k, v in results.items() if k.startswith(("output_", "update_"))]
     backward_results = [v for k, v in results.items() if k.startswith(("param_grad_", "input_grad_"))]
     if not any(isinstance(v, fx.Node) for v in backward_results):
-        return _extract(joint, [*both[:-1], *inputs, both[-1]], forward_results), None, []
+        return extract(joint, [*both[:-1], *inputs, both[-1]], forward_results), None, []
     kept = _kept(graph, backward_results, recompute)
     written = {f"buffer_{slot}" for slot in segment.mutated_buffers}
     copies = [n for n in both if n.name in written and recompute and n.users]
-    forward = _extract(joint, [*both[:-1], *inputs, both[-1]], [*forward_results, *kept, *copies], clone=set(copies))
+    forward = extract(joint, [*both[:-1], *inputs, both[-1]], [*forward_results, *kept, *copies], clone=set(copies))
     # a buffer that the forward overwrites is read by the recomputation as it was before
     renamed = {n: f"before_{n.name}" for n in copies}
-    backward = _extract(joint, [*both, *kept, *copies, *tangents], backward_results, renamed=renamed)
+    backward = extract(joint, [*both, *kept, *copies, *tangents], backward_results, renamed=renamed)
     return forward, backward, [n.name for n in [*kept, *copies]]
 
 
@@ -64,7 +64,7 @@ def _kept(graph: fx.Graph, wanted: list[Any], recompute: bool) -> list[fx.Node]:
             if node.name.startswith("input_"):
                 kept[node] = None
             continue
-        if node.meta.get("phase") == "forward" and not recompute and not _free(node):
+        if node.meta.get("phase") == "forward" and not recompute and not is_free(node):
             if node.target is operator.getitem or not isinstance(_results(node), list):
                 kept[node] = None
                 continue
@@ -79,11 +79,11 @@ def _results(node: fx.Node) -> Any:
     return users if users and all(u.target is operator.getitem for u in users) else None
 
 
-def _free(node: fx.Node) -> bool:
+def is_free(node: fx.Node) -> bool:
     return getattr(node.target, "overloadpacket", None) in _FREE_PACKETS
 
 
-def _extract(
+def extract(
     joint: fx.GraphModule,
     arguments: list[fx.Node],
     wanted: list[Any],

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from .gradients import Into
+from .split import SplitBackward
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class SegmentProgram:
     tangent_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()
     # parameter slots whose gradient the backward can write into memory that it is given
     into_slots: tuple[int, ...] = ()
+    # the backward in two parts, where the schedule runs them apart
+    split: SplitBackward | None = None
 
     def run_forward(
         self,
@@ -73,3 +76,28 @@ class SegmentProgram:
         assert self.backward is not None
         out = list(self.backward(*params, *buffers, key, *saved, *tangents, *into))
         return out[: self.num_params], out[self.num_params :]
+
+    def run_backward_input(
+        self,
+        params: Sequence[torch.Tensor],
+        buffers: Sequence[torch.Tensor],
+        key: torch.Tensor,
+        saved: Sequence[torch.Tensor],
+        tangents: Sequence[torch.Tensor],
+    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
+        """Returns (input_grads, what run_backward_weight takes)."""
+        assert self.split is not None
+        out = list(self.split.inputs(*params, *buffers, key, *saved, *tangents))
+        return out[: self.num_inputs], out[self.num_inputs :]
+
+    def run_backward_weight(
+        self,
+        params: Sequence[torch.Tensor | None],
+        buffers: Sequence[torch.Tensor],
+        key: torch.Tensor,
+        carried: Sequence[torch.Tensor],
+        into: Sequence[Into | None] = (),
+    ) -> list[torch.Tensor | None]:
+        """params: Nones where split.reads_params is false. into: for each of split.into_slots."""
+        assert self.split is not None
+        return list(self.split.weights(*params, *buffers, key, *carried, *into))

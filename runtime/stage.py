@@ -86,7 +86,7 @@ class StageRunner:
         self.is_last = stage.index == len(wiring.stages) - 1
         self.on_forward: Callable[[], None] = _nothing
         self._kept: dict[int, list[_Kept]] = {}
-        self._deferred: dict[int, list[tuple[Step, list[torch.Tensor | None]]]] = {}
+        self._deferred: dict[int, list[_Kept]] = {}
         self._flushes = store.flush_plan([index for index in stage.instances if index in wiring.backward_runs])
 
     def variant(self, programs: Mapping[str, SegmentProgram]) -> Variant:
@@ -162,11 +162,12 @@ class StageRunner:
     ) -> dict[str, torch.Tensor]:
         """received: gradients of sent values, or of the loss. Returns gradients of received values.
 
-        Parameter gradients are accumulated as they come; with defer they wait for backward_weight().
+        Parameter gradients are accumulated as they come; with defer backward_weight() computes them.
         """
         grads = dict(received)
         owned: set[str] = set()
         kept = self._kept.pop(microbatch)
+        deferred = self._deferred.setdefault(microbatch, []) if defer else []
         while kept:
             item = kept.pop()
             step, program = item.step, item.step.program
@@ -178,15 +179,17 @@ class StageRunner:
             params = self.store.acquire(index, step.uses)
             if kept:
                 self.store.prefetch(kept[-1].step.instance.index)
-            into = self.store.gradient_memory(step.uses, program.into_slots)
-            of_params, of_inputs = program.run_backward(params, item.buffers, item.key, item.saved, tangents, into)
+            if defer:
+                of_inputs, carried = program.run_backward_input(params, item.buffers, item.key, item.saved, tangents)
+                deferred.append(_Kept(step, item.buffers, item.key, carried))
+                del carried
+            else:
+                into = self.store.gradient_memory(step.uses, program.into_slots)
+                of_params, of_inputs = program.run_backward(params, item.buffers, item.key, item.saved, tangents, into)
+                self._accumulate(step, of_params)
+                del of_params
             self.store.release(index)
             del item, params, tangents
-            if defer:
-                self._deferred.setdefault(microbatch, []).append((step, of_params))
-            else:
-                self._accumulate(step, of_params)
-            del of_params
             for slot, name in step.input_grads:
                 grad = of_inputs[slot]
                 if grad is None:
@@ -206,9 +209,20 @@ class StageRunner:
         return sent
 
     def backward_weight(self, microbatch: int) -> None:
-        """Accumulate what backward(defer=True) left."""
-        for step, grads in self._deferred.pop(microbatch, []):
-            self._accumulate(step, grads)
+        """The parameters' gradients of a microbatch after its backward(defer=True)."""
+        rest = self._deferred.pop(microbatch)
+        while rest:
+            item = rest.pop(0)
+            step, program, index = item.step, item.step.program, item.step.instance.index
+            assert program.split is not None
+            reads = program.split.reads_params
+            params = self.store.acquire(index, step.uses) if reads else [None] * program.num_params
+            into = self.store.gradient_memory(step.uses, program.split.into_slots)
+            of_params = program.run_backward_weight(params, item.buffers, item.key, item.saved, into)
+            if reads:
+                self.store.release(index)
+            del item, params
+            self._accumulate(step, of_params)
 
     def _accumulate(self, step: Step, grads: list[torch.Tensor | None]) -> None:
         self.store.accumulate(step.instance.index, step.uses, grads)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shardwright.passes.program import SegmentProgram
+from shardwright.passes.split import SplitBackward
 from shardwright.planner.plan import (
     Certificate,
     Hashes,
@@ -371,6 +372,13 @@ def _program(name: str, toy: Toy, grid: RankGrid, metas: dict) -> SegmentProgram
             found = iter(torch.autograd.grad(chosen, wanted, tangents, allow_unused=True))
         return tuple(next(found) if t.requires_grad else None for t in (*params, *inputs))
 
+    def backward_inputs(*args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = backward(*args)
+        return *grads[num_params:], *grads[:num_params]
+
+    def backward_weights(*args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return args[num_params + num_buffers + 1 :]
+
     dp = ("dp",) if grid.size("dp") > 1 else ()
     return SegmentProgram(
         name=name,
@@ -389,6 +397,7 @@ def _program(name: str, toy: Toy, grid: RankGrid, metas: dict) -> SegmentProgram
         grad_partial_axes=tuple((*dp, *(("tp",) if p else ())) for p in segment.partial_tp),
         output_meta=tuple(metas[n] for n in inst.outputs),
         input_meta=tuple(metas[n] for n in inst.inputs),
+        split=SplitBackward(backward_inputs, backward_weights, reads_params=False),  # type: ignore[arg-type]
     )
 
 

@@ -1,0 +1,88 @@
+"""A backward in two parts computes what it computes in one, and nothing twice."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from captured import PRESETS, Recorded, graph_of, recorded
+from torch import fx
+
+from shardwright.passes.build import build_segment_program
+from shardwright.passes.partition import partition
+from shardwright.passes.program import SegmentProgram
+from shardwright.passes.redistribute import MeshAxis
+from shardwright.passes.shard import ShardContext, shard_segment
+from shardwright.passes.split import split_backward
+from shardwright.planner.sharding.solution import whole
+
+aten = torch.ops.aten
+HEAVY = {aten.mm, aten.addmm, aten.bmm, aten.convolution_backward, aten.embedding_dense_backward,
+         torch.ops.shardwright.attention, torch.ops.shardwright.attention_backward}  # fmt: skip
+
+
+def context_of(preset: str) -> ShardContext:
+    return ShardContext((MeshAxis("tp", 1, 0, ""),), (whole(graph_of(preset)),), torch.device("cpu"))
+
+
+def heavy_ops(graph: fx.Graph) -> Counter[Any]:
+    packets = (getattr(node.target, "overloadpacket", None) for node in graph.nodes)
+    return Counter(packet for packet in packets if packet in HEAVY)
+
+
+def gradients(program: SegmentProgram, one: Recorded, *, apart: bool) -> tuple[list[Any], list[Any]]:
+    """(of parameters, of inputs) on the recorded values."""
+    held = {node.name: value for node, value in one.placeholders.items()}
+    params, buffers, again, inputs, tangents = (
+        [value.clone() for name, value in held.items() if name.startswith(kind)]
+        for kind in ("param_", "buffer_", "buffer_", "input_", "tangent_")
+    )
+    key = held["key"]
+    _, _, saved = program.run_forward(params, buffers, inputs, key)
+    if not apart:
+        return program.run_backward(params, again, key, saved, tangents)
+    assert program.split is not None
+    of_inputs, carried = program.run_backward_input(params, again, key, saved, tangents)
+    sent = [None if grad is None else grad.clone() for grad in of_inputs]
+    read = params if program.split.reads_params else [None] * len(params)
+    of_params = program.run_backward_weight(read, again, key, carried)
+    for grad, before in zip(of_inputs, sent, strict=True):
+        assert grad is None or torch.equal(grad, before), "the second part wrote over what was sent"
+    return of_params, of_inputs
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_both_parts_give_the_gradients_of_the_whole(preset: str, recompute: bool) -> None:
+    for one in recorded(preset):
+        program = build_segment_program(one.segment, context_of(preset), recompute, splits=True)
+        if program.backward is None:
+            continue
+        apart, together = (gradients(program, one, apart=choice) for choice in (True, False))
+        for found, expected in zip(itertools.chain(*apart), itertools.chain(*together), strict=True):
+            assert (found is None) == (expected is None)
+            if found is not None:
+                torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_op_of_weight_runs_in_both(preset: str, recompute: bool) -> None:
+    for segment in graph_of(preset).segments.values():
+        joint = shard_segment(segment, context_of(preset))
+        _, backward, _ = partition(joint, segment, recompute and not segment.is_prologue)
+        if backward is None:
+            continue
+        split = split_backward(backward, len(segment.param_shapes))
+        assert heavy_ops(split.inputs.graph) + heavy_ops(split.weights.graph) == heavy_ops(backward.graph)
+
+
+def test_weight_gradients_wait_for_the_second_part() -> None:
+    block = max(recorded("tiny-llama"), key=lambda one: len(one.segment.param_shapes)).segment
+    program = build_segment_program(block, context_of("tiny-llama"), recompute=False, splits=True)
+    assert program.split is not None and not program.split.reads_params
+    matrices = sum(len(shape) == 2 for shape in block.param_shapes)
+    assert len(program.split.into_slots) == matrices > 0, "each is one product, written where it is summed"
