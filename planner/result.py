@@ -16,6 +16,7 @@ from .evaluate import run_timeline, step_seconds
 from .footprint import fits, placement_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
+from .schedule_choice import best_order
 from .setting import Setting
 from .stages import improve_cuts
 
@@ -102,7 +103,7 @@ def _simplest(state: SearchState) -> Outcome:
 
 
 def build_result(state: SearchState, started: float, interrupted: str) -> SearchResult:
-    best, setting = state.incumbent if interrupted else _simplest(state), state.setting
+    best, setting = state.incumbent if interrupted else best_order(state, _simplest(state), ALIKE), state.setting
     assert best is not None
     assert best.solution is not None
     candidate, solution = best.candidate, best.solution

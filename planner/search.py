@@ -342,7 +342,7 @@ class SearchState:
             if cuts is None:
                 return None
             bounds = cuts.bounds
-            bottleneck = cuts.bottleneck if candidate.virtual_stages == 1 else 0.0
+            bottleneck = cuts.bottleneck if candidate.schedule in ("gpipe", "1f1b") else 0.0
         if not fits(setting, candidate, chain, bounds):
             return None
         return bounds, bottleneck
