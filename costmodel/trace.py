@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -118,4 +119,8 @@ def to_chrome(traces: Sequence[Trace]) -> dict[str, Any]:
 
 
 def save_chrome(path: str | Path, traces: Sequence[Trace]) -> None:
-    Path(path).write_text(json.dumps(to_chrome(traces)))
+    """Written under another name, then renamed: a file that is there is never lost."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(to_chrome(traces)))
+    temporary.replace(path)

@@ -265,6 +265,16 @@ def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[in
     return [Tail(setting.optimizer_seconds(elements[r], mesh.devices[r]), gather_s[r]) for r in range(p)]
 
 
+def hops(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[Hop]:
+    """Between each stage and the next."""
+    mesh, place = setting.mesh(candidate), placement_of(candidate)
+    forward, backward = chain.cut_forward_bytes, chain.cut_backward_bytes
+    return [
+        mesh.hop(place[s], place[s + 1], forward[bounds[s + 1]], backward[bounds[s + 1]])
+        for s in range(candidate.num_stages - 1)
+    ]
+
+
 def run_timeline(
     setting: Setting,
     candidate: Candidate,
@@ -274,18 +284,11 @@ def run_timeline(
     num_microbatches: int | None = None,
     with_events: bool = False,
 ) -> Timeline:
-    mesh, p = setting.mesh(candidate), candidate.pp
+    p = candidate.pp
     schedule = cached_schedule(candidate.schedule, p, num_microbatches or candidate.count, candidate.virtual_stages)
-    place = schedule.stage_rank
-    hops = [
-        mesh.hop(
-            place[s], place[s + 1], chain.cut_forward_bytes[bounds[s + 1]], chain.cut_backward_bytes[bounds[s + 1]]
-        )
-        for s in range(candidate.num_stages - 1)
-    ]
     return schedule.simulate(
         stage_times(setting, candidate, chain, bounds),
-        hops,
+        hops(setting, candidate, chain, bounds),
         overlap_reductions=True,
         tails=tails(setting, candidate, chain, bounds),
         wait_for_all=setting.workload.optimizer.max_grad_norm is not None,

@@ -67,6 +67,18 @@ class MemoryPolicy(_Document):
     recompute: dict[str, Literal["none", "all"]] = Field(default_factory=dict)
 
 
+class StageSeconds(_Document):
+    """One virtual stage, for one microbatch; reduce_s: of its gradients, once a step. send_s, send_back_s: what its
+    value takes to the next stage, and the value's gradient back."""
+
+    forward_s: float
+    backward_input_s: float
+    backward_weight_s: float
+    reduce_s: float = 0.0
+    send_s: float = 0.0
+    send_back_s: float = 0.0
+
+
 class Predicted(_Document):
     step_s: float
     tokens_per_s_per_device: float
@@ -78,6 +90,8 @@ class Predicted(_Document):
         default_factory=dict
     )  # worst rank: parameters, gradients, optimizer, activations, ...
     memory_limit_bytes: int = 0
+    stage_s: list[StageSeconds] = Field(default_factory=list)
+    tail_s: list[float] = Field(default_factory=list)  # of each pipeline rank: optimizer step and gathers after it
 
 
 class ShardingProof(_Document):

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..costmodel.simulator import Timeline
+from ..costmodel.simulator import Hop, Timeline
 from ..profiler.cluster import Cluster
 from ..profiler.workload import Workload
 from . import plan as plan_document
 from .candidates import Candidate
 from .chain import Chain
-from .evaluate import run_timeline, step_seconds
+from .evaluate import hops, run_timeline, stage_times, step_seconds, tails
 from .footprint import fits, placement_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
@@ -146,6 +146,8 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
             exposed_comm_s=max(timeline.exposed_comm_s),
             memory=breakdowns[worst],
             memory_limit_bytes=setting.limit(candidate, worst),
+            stage_s=_stage_seconds(setting, candidate, chain, bounds),
+            tail_s=[tail.optimizer_s + tail.gather_s for tail in tails(setting, candidate, chain, bounds)],
         ),
         certificate=plan_document.Certificate(
             status="optimal" if gap <= OPTIMAL_GAP and not interrupted else "feasible",
@@ -160,6 +162,23 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
         num_candidates=len(state.candidates),
         interrupted=interrupted,
     )
+
+
+def _stage_seconds(
+    setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]
+) -> list[plan_document.StageSeconds]:
+    between = [*hops(setting, candidate, chain, bounds), Hop()]
+    return [
+        plan_document.StageSeconds(
+            forward_s=times.forward_s,
+            backward_input_s=times.backward_input_s,
+            backward_weight_s=times.backward_weight_s,
+            reduce_s=times.reduce_s,
+            send_s=hop.forward_latency_s + hop.forward_occupancy_s,
+            send_back_s=hop.backward_latency_s + hop.backward_occupancy_s,
+        )
+        for times, hop in zip(stage_times(setting, candidate, chain, bounds), between, strict=True)
+    ]
 
 
 def _tokens_per_sample(workload: Workload) -> int:

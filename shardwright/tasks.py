@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from . import api, reference
+from .costmodel.trace import Trace, merge
 from .data import batch_source
 from .planner.plan import Plan
 from .profiler.initial_values import materialize
@@ -21,6 +22,13 @@ from .profiler.workload import OptimizerSpec, Workload
 from .runtime.program import Program
 
 Report = Callable[..., None]
+
+
+def whole_trace(program: Program) -> Trace:
+    """Of the last step, on all ranks. Collective."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, program.trace.to_json())
+    return merge(Trace.from_json(part) for part in everyone)
 
 
 def run(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
@@ -37,6 +45,8 @@ def run(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
         started = time.perf_counter()
         loss = program.step(part)
         _synchronize(device)
+        if task.get("trace") and step == task["steps"] - 1:
+            report(event="trace", trace=whole_trace(program).to_json())
         peaks = gather_numbers(peak_bytes(program), device)
         report(
             event="step",

@@ -98,7 +98,9 @@ def test_run_prints_json_lines_with_what_was_measured_and_predicted(tmp_path, ca
     plan_path = make_plan("preset:tiny-llama", tmp_path, seq_len=8)
     text = tmp_path / "text.txt"
     text.write_text("We hold these truths to be self-evident. " * 20)
-    assert cli.main(["run", str(plan_path), "--steps", "3", "--text", str(text), "--json"]) == 0
+    trace = tmp_path / "trace.json"
+    options = ["--steps", "3", "--text", str(text), "--trace", str(trace), "--json"]
+    assert cli.main(["run", str(plan_path), *options]) == 0
     out, _ = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -106,6 +108,13 @@ def test_run_prints_json_lines_with_what_was_measured_and_predicted(tmp_path, ca
     for row in rows:
         assert row["step_s"] > 0 and row["predicted_step_s"] > 0 and row["tokens_per_s"] > 0
         assert len(row["peak_bytes"]) == 2 and min(row["peak_bytes"]) > 0
+    events = [row for row in json.loads(trace.read_text())["traceEvents"] if row["ph"] == "X"]
+    names = {
+        row["args"]["name"] for row in json.loads(trace.read_text())["traceEvents"] if row["name"] == "process_name"
+    }
+    assert names == {f"rank {rank} {source}" for rank in range(2) for source in ("predicted", "measured")}
+    kinds = [sorted(row["name"] for row in events if row["pid"] == pid and row["cat"] == "compute") for pid in range(4)]
+    assert all(kinds) and kinds[0::2] == kinds[1::2], "the same actions, predicted and measured"
 
 
 def test_a_plan_for_gpus_is_refused_where_there_are_none(plan_path, tmp_path, capsys, monkeypatch):

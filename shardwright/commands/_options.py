@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ShardwrightError
@@ -111,6 +113,14 @@ def progress_line(enabled: bool = True) -> Iterator[Progress]:
 
     with Console(stderr=True).status("starting") as status:
         yield lambda message: status.update(message)
+
+
+def refuse_unwritable(path: Path, option: str, works: str, means: str) -> None:
+    """Found out before the work rather than after it."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else f"{folder} is missing or this user may not write there"
+        raise ShardwrightError(f"cannot write {path}: {reason}", means=means, change=option, works=works)
 
 
 def print_json(document: Any) -> None:

@@ -39,7 +39,7 @@ def execute(args: argparse.Namespace) -> int:
     force = _options.parse_assignments(args.force, "--force")
     _check_names(args, force)
     if args.output is not None:
-        _refuse_unwritable(Path(args.output))
+        _options.refuse_unwritable(Path(args.output), "-o PATH", "-o plan.json", "nothing was planned")
     from .. import api
 
     with _options.progress_line() as progress:
@@ -59,18 +59,6 @@ def execute(args: argparse.Namespace) -> int:
     if args.output is not None:
         print(f"plan written to {args.output}", file=sys.stderr if args.json else sys.stdout)
     return code
-
-
-def _refuse_unwritable(path: Path) -> None:
-    """Found out before a minute of planning rather than after it."""
-    import os
-
-    folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "it is a folder" if path.is_dir() else f"{folder} is missing or this user may not write there"
-        raise ShardwrightError(
-            f"cannot write {path}: {reason}", means="nothing was planned", change="-o PATH", works="-o plan.json"
-        )
 
 
 def _check_names(args: argparse.Namespace, force: dict[str, str]) -> None:

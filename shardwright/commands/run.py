@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="PATH", help="train on this text, its bytes as tokens, instead of random data"
     )
+    parser.add_argument(
+        "--trace", metavar="PATH", help="write the last step here, predicted beside measured, for Perfetto or Chrome"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each step, and nothing else")
 
 
@@ -43,13 +46,22 @@ def execute(args: argparse.Namespace) -> int:
         )
     if args.text is not None and not Path(args.text).is_file():
         raise ShardwrightError(f"there is no file {args.text}", change="--text", works="a text file")
+    if args.trace is not None:
+        _options.refuse_unwritable(Path(args.trace), "--trace PATH", "--trace trace.json", "nothing was run")
     _refuse_other_hardware(plan)
     printer = StepPrinter(plan, as_json=args.json)
-    task = {"task": "run", "plan": str(Path(args.plan).resolve()), "steps": args.steps}
+    task = {"task": "run", "plan": str(Path(args.plan).resolve()), "steps": args.steps, "trace": bool(args.trace)}
     if args.text is not None:
         task["text"] = str(Path(args.text).resolve())
     launch.launch(task, plan.mesh.num_devices, printer, debug=args.debug)
     printer.summary()
+    if args.trace is not None:
+        from ..costmodel.trace import Trace, save_chrome
+        from ..planner.timeline import predicted_trace
+
+        save_chrome(args.trace, [predicted_trace(plan), Trace.from_json(printer.trace)])
+        if not args.json:
+            print(f"trace written to {args.trace}; open it in ui.perfetto.dev or chrome://tracing")
     return ExitCode.DONE
 
 
@@ -76,10 +88,13 @@ class StepPrinter:
         self.plan, self.as_json = plan, as_json
         self.step_s: list[float] = []
         self.peak_bytes = 0
+        self.trace: dict = {"source": "measured", "events": []}
 
     def __call__(self, event: dict) -> None:
         if event["event"] == "built" and not self.as_json:
             print(f"{self.plan.mesh.num_devices} processes built in {format_seconds(event['seconds'])}", flush=True)
+        if event["event"] == "trace":
+            self.trace = event["trace"]
         if event["event"] != "step":
             return
         self.step_s.append(event["step_s"])
