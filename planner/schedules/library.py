@@ -64,8 +64,11 @@ def near_names(name: str) -> list[str]:
     return difflib.get_close_matches(name.lower(), SCHEDULES, n=3, cutoff=0.3)
 
 
-def canonical_name(name: str, among: Collection[str] = tuple(SCHEDULES)) -> str:
-    """The library's own name of a schedule. Raises ShardwrightError, with near matches, where there is none."""
+def canonical_name(name: str, among: Collection[str] = tuple(SCHEDULES), option: str = "--force schedule=") -> str:
+    """The library's own name of a schedule. Raises ShardwrightError, with near matches, where there is none.
+
+    option: how the user says it.
+    """
     wanted = name.lower().strip().replace("-", "_")
     wanted = _ALIASES.get(wanted, wanted)
     if wanted not in among:
@@ -73,8 +76,8 @@ def canonical_name(name: str, among: Collection[str] = tuple(SCHEDULES)) -> str:
         raise ShardwrightError(
             f"unknown schedule {name!r}; there are {', '.join(among)}",
             means="no order of actions goes by that name here",
-            change="--force schedule=NAME",
-            works=f"--force schedule={near[0] if near else '1f1b'}",
+            change=f"{option}NAME",
+            works=f"{option}{near[0] if near else '1f1b'}",
         )
     return wanted
 

@@ -25,6 +25,8 @@ from .order_graph import Order, OrderGraph
 from .problem import PipelineProblem
 from .starts import ListSearch, lattice_starts, library_orders
 
+SHORT_ACTIONS = 30_000
+DEFAULT_TIME_LIMITS_S = (8.0, 20.0)  # of short pipelines, of long ones
 START_SHARE = 0.3  # of the time, at most, for starts
 KEPT = 8  # starts of a placement
 ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))  # candidates annealed, share of the time left
@@ -54,9 +56,14 @@ class Candidate:
     name: str
 
 
-def synthesize(problems: Sequence[PipelineProblem], *, time_limit_s: float = 8.0, seed: int = 0) -> Synthesis | None:
+def synthesize(
+    problems: Sequence[PipelineProblem], *, time_limit_s: float | None = None, seed: int = 0
+) -> Synthesis | None:
     """problems: the same pipeline under each placement to choose from. None where none holds one microbatch."""
     began = time.monotonic()
+    if time_limit_s is None:
+        short = max(3 * problem.num_stages * problem.num_microbatches for problem in problems) <= SHORT_ACTIONS
+        time_limit_s = DEFAULT_TIME_LIMITS_S[0 if short else 1]
     deadline = began + time_limit_s
     bounded = [(problem, lower_bound(problem)) for problem in problems]
     bounded = [(problem, bound_s) for problem, bound_s in bounded if bound_s < float("inf")]
