@@ -26,6 +26,7 @@ from .shard import ShardContext, local_shape, shard_segment
 from .split import SplitBackward, split_backward
 from .tidy import tidy
 from .values import memory_roots, propagate
+from .verify import verify
 
 
 def build_segment_programs(
@@ -90,6 +91,10 @@ def build_segment_program(
     )
     forward, backward, kept = partition(joint, segment, recompute and not segment.is_prologue)
     into_slots, split = _improve(forward, backward, segment, kept, splits)
+    repeats = recompute and not segment.is_prologue
+    collectives = verify(segment, context, forward, [backward] if backward is not None else [], repeats)
+    if split is not None:
+        verify(segment, context, forward, [split.inputs, split.weights], repeats)
 
     def metas(kind: str, infos: tuple) -> tuple:  # type: ignore[type-arg]
         return tuple(
@@ -124,6 +129,7 @@ def build_segment_program(
         input_meta=metas("input", segment.inputs),
         into_slots=into_slots,
         split=split,
+        collectives=collectives,
         tangent_meta=metas("tangent", tuple(segment.outputs[j] for j in tangents)),
     )
 

@@ -10,6 +10,7 @@ from torch import fx
 
 from .gradients import Into
 from .split import SplitBackward
+from .verify import Collective
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class SegmentProgram:
     into_slots: tuple[int, ...] = ()
     # the backward in two parts, where the schedule runs them apart
     split: SplitBackward | None = None
+    collectives: tuple[Collective, ...] = ()  # of one run of both graphs
 
     def run_forward(
         self,

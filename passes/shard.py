@@ -73,6 +73,11 @@ def local_offset(shape: Sequence[int], places: Places, axes: Sequence[MeshAxis])
     return starts
 
 
+def whole_on_short(places: Places, axes: Sequence[MeshAxis]) -> Places:
+    """The same placements: on an axis of size one everything is whole."""
+    return tuple(place if axis.size > 1 else R for place, axis in zip(places, axes, strict=True))
+
+
 def shard_segment(segment: Segment, context: ShardContext) -> fx.GraphModule:
     """This rank's joint graph. Placeholders and results stand in the same order as in the segment's own."""
     return _Sharding(segment, context).run()
@@ -114,7 +119,8 @@ class _Sharding:
         made, x = self._made(source, output), self.env[(source, output)]
         if self.emit.phase == "backward" and self._has(f"{source.name}.{output}>kept"):
             shared = self._shared(source, output, "forward", made)
-            x, made = self.moved.get((source, output, made, shared, "forward"), x), shared
+            way = whole_on_short(made, self.axes), whole_on_short(shared, self.axes)
+            x, made = self.moved.get((source, output, *way, "forward"), x), shared
         shared = self._shared(source, output, self.emit.phase, made)
         return self._move(source, output, self._move(source, output, x, made, shared), shared, wanted)
 
@@ -127,6 +133,7 @@ class _Sharding:
         return tuple(s.places.get(key, place) for s, place in zip(self.context.solutions, made, strict=True))
 
     def _move(self, source: fx.Node, output: int, x: fx.Node, before: Places, after: Places) -> fx.Node:
+        before, after = whole_on_short(before, self.axes), whole_on_short(after, self.axes)
         key = (source, output, before, after, self.emit.phase)
         if before == after:
             return x
@@ -143,11 +150,8 @@ class _Sharding:
 
     def _move_axes(self, x: fx.Node, shape: Sequence[int], current: list[int], after: Places) -> fx.Node:
         """Along the route that the planner counted on (placement.route)."""
-        wide = [axis.size > 1 for axis in self.axes]
-        start, end = (tuple(p if w else R for p, w in zip(q, wide, strict=True)) for q in (current, after))
-        current = list(start)
-        steps = route(start, end)
-        assert steps is not None, f"no collective leads from {start} to {end}"
+        steps = route(tuple(current), after)
+        assert steps is not None, f"no collective leads from {current} to {after}"
         for k, place, target in steps:
             x = redistribute(self.emit, x, self._whole_on(shape, current, k), self.axes[k], place, target)
             current[k] = target

@@ -1,0 +1,212 @@
+"""Proof that a built segment holds the collectives that its placements imply: these, of these bytes, and no others.
+
+What is expected is read off the placements alone, as the planner counts (planner/sharding/evaluate.py): one collective
+for each step of each route that some reader or result asks for, once in a phase, and those inside the lowerings. What
+is there is read off the finished graphs. build runs this on every segment; a difference is a mistake of a pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from ..planner.sharding.evaluate import results
+from ..planner.sharding.placement import R, route, transition
+from ..planner.sharding.strategy import Strategy, is_op, origin, view_of
+from ..profiler.graph import Segment
+from ..profiler.joint import flatten_outputs
+from .shard import Places, ShardContext, local_shape, whole_on_short
+from .values import c10d
+
+# op -> (kind, payload bytes of an operand of so many bytes on an axis of so many ranks)
+_KINDS: dict[Any, tuple[str, Any]] = {
+    c10d.all_reduce.default: ("all_reduce", lambda num_bytes, ranks: num_bytes),
+    c10d.all_reduce_.default: ("all_reduce", lambda num_bytes, ranks: num_bytes),
+    c10d.reduce_scatter_tensor.default: ("reduce_scatter", lambda num_bytes, ranks: num_bytes),
+    c10d.all_gather_into_tensor.default: ("all_gather", lambda num_bytes, ranks: num_bytes * ranks),
+    c10d.all_to_all_single.default: ("all_to_all", lambda num_bytes, ranks: num_bytes * ranks),
+}
+
+
+class Collective(NamedTuple):
+    """num_bytes: of the tensor as it would be whole on this axis, on this rank's shards of the other axes, with what
+    pads uneven shards."""
+
+    phase: str  # "forward" or "backward"
+    axis: str
+    kind: str
+    num_bytes: int
+
+
+def built_collectives(graph: fx.Graph, context: ShardContext, phase: str) -> Iterator[Collective]:
+    axes = {axis.group: axis for axis in context.axes if axis.size > 1}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _KINDS:
+            kind, payload = _KINDS[node.target]
+            axis = axes[node.args[-1]]
+            value = node.args[0].meta["val"]
+            yield Collective(phase, axis.name, kind, payload(value.numel() * value.element_size(), axis.size))
+
+
+def implied_collectives(segment: Segment, context: ShardContext) -> Iterator[Collective]:
+    """Of one run of the segment's forward and, kept tensors at hand, of its backward."""
+    implied = _Implied(segment, context)
+    yield from implied.moved()
+    yield from implied.lowered()
+
+
+def moved_collectives(segment: Segment, context: ShardContext) -> Iterator[Collective]:
+    """Those of them that bring tensors from one placement to another."""
+    return _Implied(segment, context).moved()
+
+
+def totals(collectives: Iterable[Collective]) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """(phase, axis, kind) -> (how many, bytes of all)."""
+    found: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for phase, axis, kind, num_bytes in sorted(collectives):
+        count, total = found.get((phase, axis, kind), (0, 0))
+        found[phase, axis, kind] = count + 1, total + num_bytes
+    return found
+
+
+def verify(
+    segment: Segment,
+    context: ShardContext,
+    forward: fx.GraphModule,
+    backward: Sequence[fx.GraphModule],
+    recompute: bool,
+) -> tuple[Collective, ...]:
+    """What the graphs hold. backward: in one graph, or in two that run one after the other. Raises AssertionError where that is not what the placements imply.
+
+    recompute: the backward repeats what it needs of the forward, and may leave the forward without what only it needs.
+    """
+    implied = Counter(implied_collectives(segment, context))
+    built = [*built_collectives(forward.graph, context, "forward")]
+    for module in backward:
+        built += built_collectives(module.graph, context, "backward")
+    found = Counter(built)
+    if recompute:
+        repeats = {c: found[c._replace(phase="backward")] - implied[c._replace(phase="backward")] for c in implied}
+        for collective, count in list(implied.items()):
+            if collective.phase == "forward" and 0 <= repeats[collective] <= count:
+                found[collective] = max(found[collective], repeats[collective])
+                found[collective._replace(phase="backward")] -= repeats[collective]
+    wrong = {c: (found[c], implied[c]) for c in {*found, *implied} if found[c] != implied[c]}
+    assert not wrong, f"{segment.name}: built and implied by the plan: {_listing(wrong)}"
+    return tuple(built)
+
+
+def _listing(wrong: dict[Collective, tuple[int, int]]) -> str:
+    rows = (f"{have}, not {want}, x {' '.join(map(str, c))} B" for c, (have, want) in sorted(wrong.items()))
+    return "; ".join(rows)
+
+
+class _Implied:
+    def __init__(self, segment: Segment, context: ShardContext) -> None:
+        self.segment, self.context, self.axes = segment, context, context.axes
+        self.live = _live(segment)
+
+    def moved(self) -> Iterator[Collective]:
+        moves = [
+            (source, output, whole_on_short(before, self.axes), whole_on_short(after, self.axes), phase)
+            for source, output, before, after, phase in self._moves()
+        ]
+        for source, output, before, after, phase in dict.fromkeys(moves):
+            for kind, axis, shape in self._steps(source, output, before, after):
+                yield Collective(phase, axis, kind, math.prod(shape) * _tensor(source, output).element_size())
+
+    def lowered(self) -> Iterator[Collective]:
+        """The all-reduces inside lowerings.py."""
+        for node in filter(is_op, self.segment.joint.graph.nodes):
+            if node in self.live:
+                yield from self._lowered(node)
+
+    def _moves(self) -> Iterator[tuple[fx.Node, int, Places, Places, str]]:
+        """(op, result, placements before and after, phase), repeated where several readers ask for the same."""
+        name, solutions = self.segment.name, self.context.solutions
+        for node in filter(is_op, self.segment.joint.graph.nodes):
+            phase = node.meta.get("phase", "forward")
+            strategies = [s.strategies[(name, node.name)] for s in solutions]
+            for position, operand in enumerate(view_of(node).operands if node in self.live else ()):
+                source, output = origin(operand)
+                made = tuple(s.read_from(name, source, output, phase) for s in solutions)
+                form = (name, f"{source.name}.{output}>{phase}")
+                shared = tuple(s.places.get(form, place) for s, place in zip(solutions, made, strict=True))
+                wanted = tuple(s.inputs[position] for s in strategies)
+                yield source, output, made, shared, phase
+                yield source, output, shared, wanted, phase
+        for key, (source, output), phase in results(self.segment):
+            made = tuple(s.of_result(name, source, output) for s in solutions)
+            default = (R,) * len(made) if key.startswith("update_") else made
+            wanted = tuple(s.places.get((name, key), p) for s, p in zip(solutions, default, strict=True))
+            yield source, output, made, wanted, phase
+
+    def _steps(
+        self, source: fx.Node, output: int, before: Places, after: Places
+    ) -> Iterator[tuple[str, str, list[int]]]:
+        """(kind, axis, padded sizes of the tensor whole on that axis) of each collective on the way."""
+        current = list(before)
+        for k, place, target in route(before, after) or ():
+            kind = transition(place, target)
+            current[k] = R
+            if kind not in ("", "local", None):
+                sizes = local_shape(_tensor(source, output).shape, tuple(current), self.axes)
+                yield str(kind), self.axes[k].name, _padded(sizes, (place, target), self.axes[k].size)
+            current[k] = target
+
+    def _lowered(self, node: fx.Node) -> Iterator[Collective]:
+        strategies = [s.strategies[(self.segment.name, node.name)] for s in self.context.solutions]
+        phase = node.meta.get("phase", "forward")
+        for axis, strategy in zip(self.axes, strategies, strict=True):
+            if axis.size == 1 or not strategy.lowering:
+                continue
+            if strategy.lowering in ("nll_rows", "nll_cols"):
+                sizes = self._loss_sums(node)
+            elif strategy.lowering in ("softmax_cols", "log_softmax_cols"):  # maximum and sum
+                sizes = [self._row_bytes(node, strategies, _tensor(node, 0), 1)] * 2
+            elif strategy.lowering in ("softmax_cols_backward", "log_softmax_cols_backward"):
+                sizes = [self._row_bytes(node, strategies, view_of(node).inputs[0], 2)]
+            else:
+                sizes = []
+            for num_bytes in sizes:
+                yield Collective(phase, axis.name, "all_reduce", num_bytes)
+
+    def _loss_sums(self, node: fx.Node) -> list[int]:
+        """Bytes of the sum of losses, where it is read, and of the sum of weights, where it is or is divided by."""
+        read = {origin(user)[1] for user in node.users if user in self.live}
+        weight = 1 in read or (0 in read and node.args[3] == 1)
+        return [_tensor(node, k).element_size() for k, needed in ((0, 0 in read), (1, weight)) if needed]
+
+    def _row_bytes(self, node: fx.Node, strategies: Sequence[Strategy], like: torch.Tensor, dim_at: int) -> int:
+        """Of one value for each row of a softmax. dim_at: position of the argument that says what a row is."""
+        shape = list(like.shape)
+        dim = int(node.args[dim_at]) % len(shape)  # type: ignore[arg-type]
+        shape[dim] = 1
+        places = tuple(R if s.outputs[0] == dim else s.outputs[0] for s in strategies)
+        return math.prod(local_shape(shape, places, self.axes)) * like.element_size()
+
+
+def _tensor(node: fx.Node, output: int) -> torch.Tensor:
+    value = node.meta["val"]
+    return value[output] if isinstance(value, (tuple, list)) else value
+
+
+def _padded(sizes: list[int], dims: Iterable[int], ranks: int) -> list[int]:
+    return [-(-size // ranks) * ranks if d in dims else size for d, size in enumerate(sizes)]
+
+
+def _live(segment: Segment) -> set[fx.Node]:
+    """Nodes that some result needs."""
+    found: set[fx.Node] = set()
+    stack = [node for node in flatten_outputs(segment.joint.graph) if isinstance(node, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
