@@ -81,8 +81,9 @@ def verify(
     backward: Sequence[fx.GraphModule],
     recompute: bool,
 ) -> tuple[Collective, ...]:
-    """What the graphs hold. backward: in one graph, or in two that run one after the other. Raises AssertionError where that is not what the placements imply.
+    """What the graphs hold. Raises AssertionError where that is not what the placements imply.
 
+    backward: one graph, or two that run one after the other.
     recompute: the backward repeats what it needs of the forward, and may leave the forward without what only it needs.
     """
     implied = Counter(implied_collectives(segment, context))
