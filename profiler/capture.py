@@ -122,7 +122,7 @@ def _export(workload: Workload) -> tuple[Any, dict[str, torch.Tensor]]:
             warnings.catch_warnings(),
             shardwright_attention(workload.model),
             lazy_recompile(),
-            _no_collection(),
+            no_collection(),
             recorded_functions(),
         ):
             warnings.simplefilter("ignore")
@@ -134,7 +134,7 @@ def _export(workload: Workload) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Hold the garbage collector back: a trace makes millions of objects that live, and walking them is a quarter."""
     was_on = gc.isenabled()
     gc.disable()

@@ -24,7 +24,7 @@ from .planner.search import search
 from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.placement import from_text
 from .planner.sharding.sharder import PLACEMENT_AXES, Sharder
-from .profiler.capture import capture
+from .profiler.capture import capture, no_collection
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
 from .profiler.hardware import parse_hardware
@@ -95,6 +95,7 @@ def _plan_on_rank_0(make: Callable[[], Plan]) -> Plan:
     return Plan.model_validate_json(box[0])
 
 
+@no_collection()
 def _make_plan(
     workload: Workload,
     hardware: Cluster | str,

@@ -61,6 +61,27 @@ def test_answer_is_the_least_of_all_choices(problem: Problem) -> None:
     assert best - close <= solution.bound <= best + close
 
 
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_what_is_prepared_once_answers_at_every_price(problem: Problem, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    scale = max((float(np.abs(c[np.isfinite(c)]).max(initial=0.0)) for c in problem.costs), default=0.0) or 1.0
+    for u in random.permutation(len(problem.costs))[: random.integers(0, len(problem.costs) + 1)]:
+        problem.add_weight(int(u), random.integers(0, 5, len(problem.costs[u])).astype(float))
+    prepared = pbqp.prepare(problem)
+    for price in (0.0, 0.3 * scale, 2.0 * scale):
+        best = min(
+            problem.objective(list(choice), price)
+            for choice in itertools.product(*(range(len(c)) for c in problem.costs))
+        )
+        choice, solution = solve(problem, price=price, prepared=prepared)
+        if math.isinf(best):
+            assert solution.status == "infeasible"
+        else:
+            assert problem.objective(choice, price) == pytest.approx(best, abs=1e-7 * (scale + abs(best)))
+            assert solution.objective == problem.objective(choice, price)
+
+
 def dense(count: int, options: int, seed: int) -> Problem:
     """A complete graph with random costs: no reduction applies, so that the integer program has it all."""
     random = np.random.default_rng(seed)

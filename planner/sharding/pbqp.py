@@ -22,6 +22,7 @@ handed back with the answer.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -65,24 +66,29 @@ class Problem:
     def add_weight(self, u: int, weight: np.ndarray) -> None:
         self.weights[u] = self.weights[u] + weight if u in self.weights else weight
 
-    def priced(self, price: float) -> Problem:
-        """The same problem with every weight at this price added to the costs."""
-        costs = [c + price * self.weights[u] if u in self.weights else c for u, c in enumerate(self.costs)]
-        return Problem(costs, {}, self.edges, self.labels)
-
-    def objective(self, choice: list[int]) -> float:
+    def objective(self, choice: list[int], price: float = 0.0) -> float:
         total = sum(float(c[i]) for c, i in zip(self.costs, choice, strict=True))
-        return total + sum(float(m[choice[u], choice[v]]) for (u, v), m in self.edges.items())
+        total += sum(float(m[choice[u], choice[v]]) for (u, v), m in self.edges.items())
+        return total + price * sum(float(weight[choice[u]]) for u, weight in self.weights.items())
 
 
-def solve(problem: Problem, time_limit_s: float | None = None) -> tuple[list[int], Solution]:
-    """The best option for each variable, and what is proven of it.
+def prepare(problem: Problem) -> Elimination:
+    """The reductions that hold at every price: what solves of the same problem at several prices have in common."""
+    work = Elimination(problem)
+    work.run()
+    return work
 
-    Where there is no answer (status infeasible, or unknown at the time limit) the objective is infinite and the options
-    mean nothing.
+
+def solve(
+    problem: Problem, time_limit_s: float | None = None, *, price: float = 0.0, prepared: Elimination | None = None
+) -> tuple[list[int], Solution]:
+    """The best option for each variable with every weight at this price added to the costs, and what is proven of it.
+
+    prepared: of the same problem. Where there is no answer (status infeasible, or unknown at the time limit) the
+    objective is infinite and the options mean nothing.
     """
     started = time.perf_counter()
-    work = _Elimination(problem)
+    work = (prepared or Elimination(problem)).priced(price)
     work.run()
     core = sorted(work.alive)
     status, bound = "optimal", 0.0
@@ -92,7 +98,7 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> tuple[list[int
         status, bound = _solve_core(work, core, choice, time_limit_s)
     if status in ("optimal", "feasible"):
         work.back_substitute(choice)
-        objective = problem.objective(choice)
+        objective = problem.objective(choice, price)
         if objective == float("inf"):
             status = "infeasible"
     if status in ("infeasible", "unknown"):  # unknown: the time limit came before a first answer
@@ -104,11 +110,12 @@ def solve(problem: Problem, time_limit_s: float | None = None) -> tuple[list[int
     return choice, Solution(status, objective, bound, gap, time.perf_counter() - started)
 
 
-class _Elimination:
+class Elimination:
     """The exact reductions, with what is needed to recover the options of the variables that they removed."""
 
     def __init__(self, problem: Problem) -> None:
-        self.costs = [c.copy() for c in problem.costs]
+        self.costs = list(problem.costs)
+        self.weights = dict(problem.weights)  # not priced yet: these variables stay
         self.options = [np.arange(len(c)) for c in problem.costs]  # original numbers of the options still there
         self.neighbours: list[dict[int, np.ndarray]] = [{} for _ in problem.costs]
         for (u, v), matrix in problem.edges.items():
@@ -118,7 +125,20 @@ class _Elimination:
         self.constant = 0.0
         self.stack: list[tuple[int, list[int], np.ndarray, list[np.ndarray]]] = []
 
+    def priced(self, price: float) -> Elimination:
+        """A copy with the weights at this price in the costs. Arrays are shared, since none is ever written to."""
+        other = copy.copy(self)
+        other.costs = [c + price * self.weights[u] if u in self.weights else c for u, c in enumerate(self.costs)]
+        other.weights = {}
+        other.options, other.stack, other.alive = list(self.options), list(self.stack), set(self.alive)
+        other.neighbours = [dict(row) for row in self.neighbours]
+        return other
+
     def run(self) -> None:
+        with np.errstate(invalid="ignore"):  # inf - inf
+            self._run()
+
+    def _run(self) -> None:
         queue = sorted(self.alive, key=lambda u: len(self.neighbours[u]))
         pending = set(queue)
         while queue:
@@ -128,9 +148,10 @@ class _Elimination:
                 continue
             pruned = self._prune(u)
             touched = list(self.neighbours[u])
-            if len(touched) <= 2:
+            priced = u not in self.weights
+            if priced and len(touched) <= 2:
                 self._eliminate(u, touched)
-            elif len(self.costs[u]) == 1:
+            elif priced and len(self.costs[u]) == 1:
                 self._fix(u, touched)
             elif not pruned:
                 continue
@@ -148,27 +169,32 @@ class _Elimination:
         if not keep.any():
             keep[0] = True  # infeasible: leave one option, whose infinite cost shows it
         kept = np.flatnonzero(keep)
-        kept = kept[self._undominated(costs[kept], [m[kept] for m in self.neighbours[u].values()])]
+        weights = self.weights[u][kept] if u in self.weights else None
+        kept = kept[self._undominated(costs[kept], weights, [m[kept] for m in self.neighbours[u].values()])]
         if len(kept) == len(costs):
             return False
         self.costs[u], self.options[u] = costs[kept], self.options[u][kept]
+        if u in self.weights:
+            self.weights[u] = self.weights[u][kept]
         for v, matrix in list(self.neighbours[u].items()):
             self.neighbours[u][v] = matrix[kept]
             self.neighbours[v][u] = self.neighbours[u][v].T
         return True
 
     @staticmethod
-    def _undominated(costs: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
-        """Positions of options that no other beats whatever the neighbours take; of two equal ones the first."""
+    def _undominated(costs: np.ndarray, weights: np.ndarray | None, matrices: list[np.ndarray]) -> np.ndarray:
+        """Positions of options that no other beats whatever the neighbours take, in costs and, where they are not in
+        the costs yet, in weights; of two equal ones the first."""
         if len(costs) == 1:
             return np.array([0])
         worst = costs[:, None] - costs[None, :]  # [j, i]: option j in place of i, at most this much dearer
         for matrix in matrices:
-            with np.errstate(invalid="ignore"):
-                difference = matrix[:, None, :] - matrix[None, :, :]
+            difference = matrix[:, None, :] - matrix[None, :, :]
             difference[np.isnan(difference)] = -np.inf  # impossible with either
             worst = worst + difference.max(axis=2)
         beaten = worst <= 0
+        if weights is not None:
+            beaten &= weights[:, None] <= weights[None, :]
         np.fill_diagonal(beaten, False)
         # of options that beat each other, the first stays
         beaten &= ~(beaten.T & (np.arange(len(costs))[:, None] > np.arange(len(costs))[None, :]))
@@ -217,7 +243,7 @@ class _Elimination:
             choice[u] = int(options[0][int(table[states])])
 
 
-def _eliminate_core(work: _Elimination, core: list[int], choice: list[int]) -> bool:
+def _eliminate_core(work: Elimination, core: list[int], choice: list[int]) -> bool:
     """Fills in the core's options where tables over its neighbourhoods stay small enough; else returns False."""
     sizes = {u: len(work.costs[u]) for u in core}
     order = plan_order(sizes, {u: list(work.neighbours[u]) for u in core})
@@ -230,9 +256,7 @@ def _eliminate_core(work: _Elimination, core: list[int], choice: list[int]) -> b
     return True
 
 
-def _solve_core(
-    work: _Elimination, core: list[int], choice: list[int], time_limit_s: float | None
-) -> tuple[str, float]:
+def _solve_core(work: Elimination, core: list[int], choice: list[int], time_limit_s: float | None) -> tuple[str, float]:
     model = pulp.LpProblem("sharding", pulp.LpMinimize)
     terms: list[tuple[pulp.LpVariable, float]] = []
     pick: dict[int, dict[int, pulp.LpVariable]] = {}
@@ -254,14 +278,14 @@ def _solve_core(
     return solution.status, solution.bound * scale
 
 
-def _least_of_each(work: _Elimination, core: list[int]) -> float:
+def _least_of_each(work: Elimination, core: list[int]) -> float:
     """A bound: every table at its least entry."""
     tables = [work.costs[u] for u in core]
     tables += [matrix for u in core for v, matrix in work.neighbours[u].items() if u < v]
     return sum(float(table.min()) for table in tables)
 
 
-def _descend(work: _Elimination, core: list[int], choice: list[int]) -> bool:
+def _descend(work: Elimination, core: list[int], choice: list[int]) -> bool:
     """An answer without a proof: the best option of one variable after the other, given the others, until none gains.
     False where that finds none that is allowed."""
     picked = {u: 0 for u in core}
@@ -280,7 +304,7 @@ def _descend(work: _Elimination, core: list[int], choice: list[int]) -> bool:
     return all(np.isfinite(costs(u)[picked[u]]) for u in core)
 
 
-def _scale(work: _Elimination, core: list[int]) -> float:
+def _scale(work: Elimination, core: list[int]) -> float:
     """Costs are microseconds to seconds; the solver's tolerances expect numbers near one."""
     tables = [work.costs[u] for u in core] + [matrix for u in core for matrix in work.neighbours[u].values()]
     finite = [float(np.abs(c[np.isfinite(c)]).max(initial=0.0)) for c in tables]

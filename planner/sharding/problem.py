@@ -27,6 +27,7 @@ An edge whose producer is a forward op and whose reader is a backward op redistr
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
 from .catalog import strategies
 from .mesh import Mesh, Sizes, compatible
-from .pbqp import Problem
+from .pbqp import Elimination, Problem, prepare
 from .pins import Demand, Resolved, cannot_meet
 from .placement import P, Places, R, shares, to_text
 from .strategy import OpView, Strategy, is_op, origin, storage_root, view_of
@@ -62,6 +63,10 @@ class Build:
     kept_vars: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (segment, node, output)
     kept_options: dict[int, list[tuple[str, Places]]] = field(default_factory=dict)
     unknown: list[tuple[str, fx.Node]] = field(default_factory=list)
+
+    @functools.cached_property
+    def prepared(self) -> Elimination:
+        return prepare(self.problem)
 
 
 @dataclass(frozen=True)

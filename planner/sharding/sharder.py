@@ -186,7 +186,7 @@ class Sharder:
         return self._problems[key]
 
     def _solved(self, mesh: Mesh, made: Build, price: float) -> _Solved:
-        choice, proof = solve(made.problem.priced(price), self.time_limit_s)
+        choice, proof = solve(made.problem, self.time_limit_s, price=price, prepared=made.prepared)
         if proof.status == "unknown":
             raise ShardwrightError(
                 f"no placements of {self.graph.name} were found in {self.time_limit_s:g} s, for {len(choice)} choices",
