@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..costmodel.memory import Extents
 from ..errors import ExitCode, ShardwrightError
 from ..profiler.near import near_matches
-from .schedules.library import EXECUTED, SCHEDULES, SEARCHED, canonical_name
+from .schedules.library import SCHEDULES, SEARCHED, canonical_name
 
 FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "virtual_stages", "recompute", "cuts",
               "zero_extent")  # fmt: skip
@@ -114,7 +114,7 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
                 works=f"--force {near[0] if near else 'pp'}={_example(near[0] if near else 'pp')}",
             )
         if name == "schedule":
-            values[name] = canonical_name(text, EXECUTED)
+            values[name] = canonical_name(text)
         elif name == "recompute":
             values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
         elif name == "cuts":

@@ -28,6 +28,7 @@ from .footprint import (
     interval_bytes,
     mean_bytes,
     placement_of,
+    placements_of,
     profile_table,
     stage_activation,
     stages_by_rank,
@@ -92,7 +93,7 @@ def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_me
     n, num_stages = chain.num_instances, candidate.num_stages
     mesh = setting.mesh(candidate)
     tables = stage_tables(setting, candidate, chain)
-    if candidate.virtual_stages > 1:
+    if len(stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)) > 1:
         return _find_interleaved_cuts(setting, candidate, chain, ignore_memory)
     in_flight = profile_table(candidate.schedule, candidate.pp, candidate.count, 1).max(axis=1)[:, 0]
     limits = setting.limits(candidate)
@@ -140,7 +141,7 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
     loads = {scale: load * scale for scale in set(mesh.scales)}
     secondary = _secondary(mesh, chain)
     place, order = placement_of(candidate), stages_by_rank(candidate.schedule, p, v)
-    chunk_of = {int(stage): chunk for chunk, row in enumerate(order) for stage in row}
+    chunk_of = {int(stage): chunk for chunk, row in enumerate(order[:v]) for stage in row}
     key = ("even", chain, place, candidate.dp, candidate.tp, v, candidate.zero, candidate.extents)
     if key not in setting.cache:
         setting.cache[key] = best_cuts(lambda stage: loads[mesh.scales[place[stage]]], p * v, n, secondary)
@@ -154,7 +155,7 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
 
     @cache
     def share_at(held_at_once: int, limit: float) -> np.ndarray:
-        return held.with_in_flight(held_at_once) / ((limit - held.reserve) / v + held.reserve)
+        return held.with_in_flight(held_at_once) / ((limit - held.reserve) / len(order) + held.reserve)
 
     @cache
     def load_at(held_at_once: int, limit: float, scale: float) -> np.ndarray:
@@ -205,13 +206,18 @@ def unevenness(setting: Setting, chain: Chain, num_stages: int) -> float:
 def loop_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> float:
     """Seconds that these cuts take at least, whatever the order: greatest over the ranks of the first microbatch's way
     to it and the last one's way on from it, and its own work."""
-    edges, place = np.asarray(bounds), np.array(placement_of(candidate))
+    edges, p, v = np.asarray(bounds), candidate.pp, candidate.virtual_stages
     load = stage_tables(setting, candidate, chain).load_of[edges[:-1], edges[1:]]
-    times = load * np.array(setting.mesh(candidate).scales)[place]
-    before = np.concatenate([[0.0], np.cumsum(times)[:-1]])
-    first = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)[0]
-    work = np.bincount(place, weights=times, minlength=candidate.pp)
-    return float((before[first] + candidate.count * work).max())
+    order, scales = stages_by_rank(candidate.schedule, p, v), np.array(setting.mesh(candidate).scales)
+    directions = placements_of(candidate)
+    bound_s, work_s = np.full(p, np.inf), np.zeros(p)
+    for k, place in enumerate(map(np.array, directions)):
+        times = load * scales[place]
+        before = np.concatenate([[0.0], np.cumsum(times)[:-1]])
+        bound_s = np.minimum(bound_s, before[order[k * v]])
+        count = (candidate.count + (k == 0)) // 2 if len(directions) == 2 else candidate.count
+        work_s += count * np.bincount(place, weights=times, minlength=p)
+    return float((bound_s + work_s).max())
 
 
 def order_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> float:
@@ -221,11 +227,15 @@ def order_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: tu
 
 
 def stage_times(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[StageTimes]:
-    mesh, tables, place = setting.mesh(candidate), stage_tables(setting, candidate, chain), placement_of(candidate)
+    mesh, tables, directions = (
+        setting.mesh(candidate),
+        stage_tables(setting, candidate, chain),
+        placements_of(candidate),
+    )
     result = []
     for stage in range(candidate.num_stages):
         i, j = bounds[stage], bounds[stage + 1]
-        scale = mesh.scales[place[stage]]
+        scale = max(mesh.scales[place[stage]] for place in directions)
         prologue_s = sum(chain.prologue_s[index] for index in chain.prologue_of(i, j))
         forward, backward = float(tables.forward_of[i, j]), float(tables.backward_of[i, j])
         weight = float((chain.backward_weight_s + tables.accumulate_s)[i:j].sum())
@@ -240,10 +250,20 @@ def stage_times(setting: Setting, candidate: Candidate, chain: Chain, bounds: tu
                 forward_comm_s=forward - own_forward,
                 backward_comm_s=backward - own_backward,
                 activation_bytes=int(stage_activation(chain, i, j)),
-                reduce_s=tables.reduction_left(i, j),
+                reduce_s=tables.reduction_left(i, j) + _copies_sum_s(setting, candidate, chain, i, j, stage),
             )
         )
     return result
+
+
+def _copies_sum_s(setting: Setting, candidate: Candidate, chain: Chain, i: int, j: int, stage: int) -> float:
+    """Of the gradients of a stage that two directions hold on two ranks: each sends the other what it has."""
+    first, *others = (place[stage] for place in placements_of(candidate))
+    if others in ([], [first]):
+        return 0.0
+    num_bytes = chain.trainable_of[i, j] / candidate.extents.optimizer * setting.kinds.reduce
+    hop = setting.mesh(candidate).hop(first, others[0], num_bytes, 0.0)
+    return float(hop.forward_latency_s + hop.forward_occupancy_s)
 
 
 def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[Tail]:
@@ -253,8 +273,9 @@ def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[in
     elements, gather_s = [0.0] * p, [0.0] * p
     for stage in range(candidate.num_stages):
         i, j = bounds[stage], bounds[stage + 1]
-        elements[place[stage]] += chain.trainable_of[i, j] / parts
-        gather_s[place[stage]] += float(tables.refresh_s[i:j].sum())
+        for rank in {row[stage] for row in placements_of(candidate)}:
+            elements[rank] += chain.trainable_of[i, j] / parts
+            gather_s[rank] += float(tables.refresh_s[i:j].sum())
     rank_of = np.repeat(place, np.diff(bounds))
     for repeat in chain.repeats:
         ends = int(rank_of[repeat.earlier]), int(rank_of[repeat.later])

@@ -13,7 +13,7 @@ from ..costmodel.memory import StageState
 from .candidates import Candidate
 from .chain import Chain
 from .schedules.base import PipelineSchedule
-from .schedules.library import build_schedule
+from .schedules.library import SCHEDULES, build_schedule
 from .setting import Setting
 
 # Send and receive buffers of each boundary, activations and gradients: one in use, one in flight.
@@ -26,28 +26,36 @@ def cached_schedule(name: str, num_ranks: int, num_microbatches: int, num_chunks
 
 
 @lru_cache(maxsize=512)
-def placement(name: str, num_ranks: int, num_chunks: int) -> tuple[int, ...]:
-    """The pipeline rank of each virtual stage; the same for any number of microbatches."""
-    if num_chunks == 1:
-        return tuple(range(num_ranks))
-    return cached_schedule(name, num_ranks, 2 * num_ranks, num_chunks).stage_rank
+def placements(name: str, num_ranks: int, num_chunks: int) -> tuple[tuple[int, ...], ...]:
+    """For each direction, the pipeline rank of each virtual stage; the same for any number of microbatches."""
+    if num_chunks == 1 and SCHEDULES[name].directions == 1:
+        return (tuple(range(num_ranks)),)
+    return tuple(cached_schedule(name, num_ranks, 2 * num_ranks, num_chunks).placements)
 
 
 @lru_cache(maxsize=512)
 def stages_by_rank(name: str, num_ranks: int, num_chunks: int) -> np.ndarray:
-    """[chunk, rank] -> virtual stage, in order of execution on each rank."""
-    place = placement(name, num_ranks, num_chunks)
-    rows = [[stage for stage, at in enumerate(place) if at == rank] for rank in range(num_ranks)]
+    """[chunk, rank] -> virtual stage, in order of execution on each rank; those of a second direction follow."""
+    rows: list[list[int]] = [[] for _ in range(num_ranks)]
+    for place in placements(name, num_ranks, num_chunks):
+        for stage, rank in enumerate(place):
+            rows[rank].append(stage)
     return np.array(rows).T
 
 
+def placements_of(candidate: Candidate) -> tuple[tuple[int, ...], ...]:
+    return placements(candidate.schedule, candidate.pp, candidate.virtual_stages)
+
+
 def placement_of(candidate: Candidate) -> tuple[int, ...]:
-    return placement(candidate.schedule, candidate.pp, candidate.virtual_stages)
+    """Of the first direction."""
+    return placements_of(candidate)[0]
 
 
 @lru_cache(maxsize=512)
 def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> tuple[np.ndarray, ...]:
-    """For each rank, the greatest numbers of microbatches held on its chunks at once: rows that no other row covers."""
+    """For each rank, the greatest numbers of microbatches held on its chunks (stages_by_rank) at once: rows that no
+    other row covers."""
     p, m, v = num_ranks, num_microbatches, num_chunks
     if name == "1f1b":
         return tuple(np.array([[min(m, p - rank)]]) for rank in range(p))
@@ -56,16 +64,17 @@ def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chu
     # beyond a few rounds the steady state repeats
     schedule = cached_schedule(name, p, min(m, 4 * p + m % p), v)
     profiles = []
+    direction, stages = schedule.direction, stages_by_rank(name, p, v)
     for rank, actions in enumerate(schedule.ranks):
-        chunk_of = {stage: index for index, stage in enumerate(schedule.stages_of_rank(rank))}
+        chunk_of = {(chunk // v, stage): chunk for chunk, stage in enumerate(stages[:, rank].tolist())}
         held = [0] * len(chunk_of)
         seen: set[tuple[int, ...]] = set()
-        for kind, stage, _ in actions:
+        for kind, stage, microbatch in actions:
             if kind == "F":
-                held[chunk_of[stage]] += 1
+                held[chunk_of[direction[microbatch], stage]] += 1
                 seen.add(tuple(held))
             elif kind in "BW":
-                held[chunk_of[stage]] -= 1
+                held[chunk_of[direction[microbatch], stage]] -= 1
         rows = np.array(sorted(seen))
         covered = (rows[:, None, :] <= rows[None, :, :]).all(-1).sum(1) > 1
         profiles.append(rows[~covered])
@@ -160,7 +169,7 @@ def profile_table(name: str, num_ranks: int, num_microbatches: int, num_chunks: 
     """[rank, row, chunk]: in_flight_profiles, rows repeated to equal number."""
     profiles = in_flight_profiles(name, num_ranks, num_microbatches, num_chunks)
     rows = max(len(profile) for profile in profiles)
-    return np.stack([np.resize(profile, (rows, num_chunks)) for profile in profiles]).astype(float)
+    return np.stack([np.resize(profile, (rows, profile.shape[1])) for profile in profiles]).astype(float)
 
 
 def quick_peaks(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> np.ndarray:
@@ -204,10 +213,11 @@ def rank_breakdown(
     setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...], rank: int
 ) -> dict[str, int]:
     """Every item of the worst rank among those of a pipeline rank; their sum is its peak."""
-    stages = [(bounds[s], bounds[s + 1]) for s, place in enumerate(placement_of(candidate)) if place == rank]
+    chunks = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)[:, rank].tolist()
+    activations = np.array([stage_activation(chain, bounds[s], bounds[s + 1]) for s in chunks])
+    stages = [(bounds[s], bounds[s + 1]) for s in sorted(set(chunks))]  # two directions may share one
     kind = setting.mesh(candidate).devices[rank].kind
     held = [_state(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
-    activations = np.array([stage_activation(chain, i, j) for i, j in stages])
     profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]
     boundary = 0.0
     if candidate.num_stages > 1:

@@ -50,12 +50,13 @@ class Microbatch(_Document):
 
 
 class Schedule(_Document):
-    name: str  # gpipe | 1f1b | interleaved_1f1b
+    name: str  # of planner/schedules/library.py
     virtual_stages: int = 1  # stages on each pipeline rank
 
 
 class Stage(_Document):
-    """segments: indices of the segment instances it runs, in order. ranks: the global ranks that run it."""
+    """segments: indices of the segment instances it runs, in order. ranks: the global ranks that run it; of a schedule
+    of two directions, those of the first come first."""
 
     segments: list[int]
     ranks: list[int]

@@ -13,7 +13,7 @@ from . import plan as plan_document
 from .candidates import Candidate
 from .chain import Chain
 from .evaluate import hops, run_timeline, stage_times, step_seconds, tails
-from .footprint import fits, placement_of, rank_breakdown
+from .footprint import fits, placements_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
 from .schedule_choice import best_order
@@ -141,7 +141,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
             step_s=step_s,
             tokens_per_s_per_device=tokens / step_s / setting.cluster.num_devices,
             mfu=flops / (peak_rate * step_s),
-            peak_bytes=[peaks[rank] for rank in placement_of(candidate)],
+            peak_bytes=[max(peaks[rank] for rank in ranks) for ranks in zip(*placements_of(candidate), strict=True)],
             bubble_fraction=max(0.0, timeline.bubble_fraction),
             exposed_comm_s=max(timeline.exposed_comm_s),
             memory=breakdowns[worst],
@@ -192,14 +192,14 @@ def _tokens_per_sample(workload: Workload) -> int:
 
 
 def _stages(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[plan_document.Stage]:
-    mesh, place = setting.mesh(candidate), placement_of(candidate)
+    mesh, holders = setting.mesh(candidate), list(zip(*placements_of(candidate), strict=True))
     return [
         plan_document.Stage(
             segments=[
                 *chain.prologue_of(bounds[stage], bounds[stage + 1]),
                 *setting.shape.instances[bounds[stage] : bounds[stage + 1]],
             ],
-            ranks=mesh.ranks_of(place[stage]),
+            ranks=[rank for place in dict.fromkeys(holders[stage]) for rank in mesh.ranks_of(place)],
         )
         for stage in range(candidate.num_stages)
     ]

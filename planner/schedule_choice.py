@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..profiler.buffer_updates import update_scales
 from .candidates import Candidate
 from .evaluate import lower_bound
 from .outcome import Outcome
-from .schedules.library import EXECUTED, SCHEDULES, SEARCHED
+from .schedules.library import SCHEDULES, SEARCHED
 
 if TYPE_CHECKING:
     from .search import SearchState
@@ -44,9 +45,12 @@ def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
 
 
 def _others(state: SearchState, best: Candidate) -> Iterator[Candidate]:
-    """Those that split the backward first: they leave the smallest bubbles."""
+    """Those that split the backward first: they leave the smallest bubbles. Two directions need written buffers whose
+    updates can be joined."""
     num_instances = len(state.setting.shape.instances)
-    names = [name for name in EXECUTED if name not in SEARCHED]
+    written = [segment for segment in state.setting.graph.segments.values() if segment.mutated_buffers]
+    directions = 1 if any(None in update_scales(segment).values() for segment in written) else 2
+    names = [name for name in SCHEDULES if name not in SEARCHED and SCHEDULES[name].directions <= directions]
     for name in sorted(names, key=lambda n: not SCHEDULES[n].splits_backward):
         chunks = SCHEDULES[name].chunks
         wanted = state.forced.virtual_stages or (best.virtual_stages if best.virtual_stages in chunks else chunks[0])

@@ -22,8 +22,9 @@ def predicted_trace(plan: Plan) -> Trace:
     tails = [Tail(optimizer_s=seconds) for seconds in plan.predicted.tail_s]
     made = schedule.simulate(stages, hops, overlap_reductions=True, tails=tails, with_events=True, with_memory=False)
     trace = made.trace()
+    width = plan.mesh.num_devices // pp
     members: list[list[int]] = [[] for _ in range(pp)]
     for stage, rank in zip(plan.stages, schedule.stage_rank, strict=True):
-        members[rank] = stage.ranks
+        members[rank] = stage.ranks[:width]
     events = [replace(event, rank=rank) for event in trace.events for rank in members[event.rank]]
     return Trace(trace.source, tuple(events), trace.meta)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining.schedules import (
     _Action,
-    _add_send_recv,
     _ComputationType,
     _PipelineScheduleRuntime,
     _wait_batch_p2p,
@@ -43,12 +41,3 @@ def with_layout(local: torch.Tensor, layout: Any) -> DTensor:
 # torch 2.13 renamed both and warns about the old names
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def with_sends_and_receives(
-    actions: Mapping[int, Sequence[_Action]], stage_rank: Sequence[int]
-) -> dict[int, list[_Action]]:
-    """Each rank's actions with SEND and RECV put in, in an order that cannot deadlock on one channel for a pair."""
-    given = {rank: list(row) for rank, row in actions.items() if row}
-    done = _add_send_recv(given, stage_to_rank=lambda stage: stage_rank[stage], num_stages=len(stage_rank))
-    return {rank: done.get(rank, []) for rank in actions}

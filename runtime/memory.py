@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from .buffers import Buffers
 from .parameters import ParameterStore, local_tensor
-from .stage import Buffers, StageRunner
+from .stage import StageRunner
 
 
 class MemoryMeter:

@@ -53,7 +53,7 @@ class RankGrid:
     sizes: dict[str, int]
     coords: dict[str, int]
     ranks: torch.Tensor  # global ranks, one dimension for each axis of MESH_AXES
-    _subset_groups: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    _subset_groups: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = field(default_factory=dict)
     _data_groups: dict[tuple[int, int], Any] = field(default_factory=dict)
     _axes_groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
@@ -161,15 +161,16 @@ class RankGrid:
             return self.group(axes[0]) if axes else None
         return self._axes_groups.get(axes, dist.group.WORLD)
 
-    def make_pipeline_subgroups(self, subsets: Iterable[Sequence[int]]) -> None:
-        """Groups of some pipeline coordinates at equal other coordinates. Collective: equal subsets on all ranks."""
-        columns = self.ranks.reshape(self.sizes["pp"], -1)
-        for subset in sorted({tuple(sorted(entry)) for entry in subsets}):
-            for column in range(columns.shape[1]):
-                ranks = columns[list(subset), column].tolist()
+    def make_pipeline_subgroups(self, wanted: Iterable[tuple[Sequence[int], tuple[str, ...]]]) -> None:
+        """wanted: some pipeline coordinates, and the axes on which their ranks may differ too. Collective: equal wishes
+        on all ranks."""
+        for subset, axes in sorted({(tuple(sorted(set(subset))), axes) for subset, axes in wanted}):
+            dims = [0, *(MESH_AXES.index(axis) for axis in axes)]
+            rows = self.ranks[list(subset)].movedim(dims, tuple(range(-len(dims), 0)))
+            for ranks in rows.reshape(-1, len(subset) * math.prod(self.sizes[axis] for axis in axes)).tolist():
                 group = dist.new_group(ranks)
                 if self.rank in ranks:
-                    self._subset_groups[subset] = group
+                    self._subset_groups[subset, axes] = group
 
-    def pipeline_subgroup(self, subset: Sequence[int]) -> Any:
-        return self._subset_groups[tuple(sorted(subset))]
+    def pipeline_subgroup(self, subset: Sequence[int], axes: tuple[str, ...] = ()) -> Any:
+        return self._subset_groups[tuple(sorted(subset)), axes]

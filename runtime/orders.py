@@ -6,21 +6,14 @@ from collections.abc import Sequence
 
 from ..costmodel.actions import FORWARD, Action
 from ..errors import ExitCode, ShardwrightError
-from ..planner.schedules import PipelineSchedule, build_schedule, forward_only, loop_placement
+from ..planner.schedules import PipelineSchedule, build_schedule
 
 
 def schedule_for(name: str, stage_rank: Sequence[int], num_microbatches: int) -> PipelineSchedule:
-    """stage_rank: pipeline coordinate of each virtual stage. Raises ShardwrightError where the schedule places stages
-    otherwise, or holds each of them on two ranks."""
+    """stage_rank: pipeline coordinate of each virtual stage, in the first direction. Raises ShardwrightError where the
+    schedule places stages otherwise."""
     num_ranks = max(stage_rank) + 1
     schedule = build_schedule(name, num_ranks, num_microbatches, len(stage_rank) // num_ranks)
-    if schedule.reverse_stage_rank:
-        raise ShardwrightError(
-            f"schedule {schedule.name} runs microbatches in two directions",
-            means="it holds each stage on two ranks, which the runtime does not do",
-            change="--force schedule=NAME",
-            works="--force schedule=1f1b",
-        )
     if schedule.stage_rank != tuple(stage_rank):
         raise ShardwrightError(
             f"schedule {schedule.name} has its stages on pipeline ranks {list(schedule.stage_rank)}, the plan on "
@@ -34,19 +27,15 @@ def schedule_for(name: str, stage_rank: Sequence[int], num_microbatches: int) ->
 
 
 def forward_order(stage_rank: Sequence[int], num_microbatches: int) -> PipelineSchedule:
-    """Forwards only, for evaluation: the looped order where stages loop over the ranks, else one microbatch after the
-    other, which any placement can follow."""
-    num_ranks = max(stage_rank) + 1
-    num_chunks = len(stage_rank) // num_ranks
-    if tuple(stage_rank) == loop_placement(num_ranks, num_chunks):
-        return forward_only(num_ranks, num_microbatches, num_chunks)
-    ranks = tuple(
-        tuple(
-            Action(FORWARD, stage, microbatch)
-            for microbatch in range(num_microbatches)
-            for stage, place in enumerate(stage_rank)
-            if place == rank
-        )
-        for rank in range(num_ranks)
-    )
-    return PipelineSchedule("forward_only", num_microbatches, tuple(stage_rank), ranks)
+    """Forwards only, for evaluation, under any placement: were all forwards equally long, each rank would always run
+    the last stage that has a microbatch waiting."""
+    num_stages, num_ranks = len(stage_rank), max(stage_rank) + 1
+    ranks: list[list[Action]] = [[] for _ in range(num_ranks)]
+    done = [0] * num_stages  # microbatches that each stage has run
+    while done[-1] < num_microbatches:
+        waiting = [num_microbatches, *done[:-1]]
+        chosen = {stage_rank[s]: s for s in range(num_stages) if done[s] < waiting[s]}
+        for rank, stage in chosen.items():
+            ranks[rank].append(Action(FORWARD, stage, done[stage]))
+            done[stage] += 1
+    return PipelineSchedule("forward_only", num_microbatches, tuple(stage_rank), tuple(map(tuple, ranks)))

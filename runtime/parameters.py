@@ -26,7 +26,7 @@ from .mesh import RankGrid
 from .relayout import from_storage, grad_to_storage
 from .sharded import ShardedUnit
 from .shards import narrow_shape, shard_index
-from .specs import ParamSpec, ParamUse, held_names, summed_axes
+from .specs import ParamSpec, ParamUse, held_names, mirrors, summed_axes
 from .units import Unit, WholeUnit, merge_units, unit_names
 
 MAX_PENDING = 2  # collectives of whole units in flight on a rank; each holds a flat buffer of one
@@ -59,6 +59,7 @@ class ParameterStore:
                 users.setdefault(name, set()).add(index)
         self._layouts: dict[tuple[str, torch.dtype], Any] = {}  # how each parameter's DTensor is described
         self._pending = Pending(MAX_PENDING)
+        self._mirrored: list[Unit] = []  # in the order in which all ranks that have copies of them start to sum
         self.units = self._make_units(users, precision, existing or {})
         self._unit_of = {name: unit for unit in self.units for name in unit.names}
         self._units_of_instance = {
@@ -68,6 +69,7 @@ class ParameterStore:
         self.local_parameters = {name: self._local_parameter(name) for name in self.specs}
         self._names = {id(p): n for held in (self.parameters, self.local_parameters) for n, p in held.items()}
         self._left: dict[Unit, int] = {}
+        self._unsummed: list[Unit] = []
 
     def _make_units(
         self,
@@ -81,7 +83,8 @@ class ParameterStore:
             return cut.num_levels("optimizer" if spec.requires_grad else "parameters")
 
         sums = {n: summed_axes(s, cut, grid.sizes) for n, s in self.specs.items()}
-        kinds = {n: (s.dtype, s.master_dtype, s.has_grad, levels(s), sums[n]) for n, s in self.specs.items()}
+        copies = {n: mirrors(s, cut) for n, s in self.specs.items()}
+        kinds = {n: (s.dtype, s.master_dtype, s.has_grad, levels(s), sums[n], copies[n]) for n, s in self.specs.items()}
         units: list[Unit] = []
         groups = unit_names(list(self.specs), users, kinds)
         if not cut.num_levels("parameters"):  # what is gathered for an instance is no more than that instance uses
@@ -89,12 +92,13 @@ class ParameterStore:
             groups = merge_units(groups, users, kinds, sizes)
         for names in groups:
             first = self.specs[names[0]]
+            subset, axes = copies[names[0]], sums[names[0]]
             common = {
                 "dtype": first.dtype,
                 "master_dtype": first.master_dtype,
                 "reduce_dtype": torch.promote_types(first.dtype, precision.grad_reduce),
                 "device": self.device,
-                "sum_group": grid.axes_group(sums[names[0]]),
+                "sum_group": grid.pipeline_subgroup(subset, axes) if subset else grid.axes_group(axes),
             }
             shapes = {name: self._tp_shape(self.specs[name]) for name in names}
             unit: Unit
@@ -113,6 +117,9 @@ class ParameterStore:
                 unit = WholeUnit(shapes, existing=adopted, **common)
             unit.expects_grads = first.has_grad
             units.append(unit)
+            if subset:
+                self._mirrored.append(unit)
+        self._mirrored.sort(key=lambda unit: min(users[unit.names[0]]), reverse=True)
         return units
 
     def _can_adopt(self, name: str, existing: Mapping[str, torch.Tensor]) -> bool:
@@ -220,6 +227,14 @@ class ParameterStore:
         for index, count in backward_uses.items():
             for unit in self._units_of_instance[index]:
                 self._left[unit] += count
+        self._unsummed = list(self._mirrored)
+        self._sum_mirrored()  # a direction without microbatches has nothing to wait for
+
+    def _sum_mirrored(self) -> None:
+        """Two directions finish their stages in unlike orders; the last stage is done first in either, so the sums
+        start from there, each as soon as those before it have."""
+        while self._unsummed and not self._left[self._unsummed[0]]:
+            self._unsummed.pop(0).start_reduce()
 
     def gradient_memory(self, uses: Sequence[ParamUse], slots: Sequence[int]) -> list[Into | None]:
         """For each slot, where its backward is to write the gradient. What is handed out counts as written.
@@ -255,7 +270,10 @@ class ParameterStore:
         for unit in self._units_of_instance[index]:
             self._left[unit] -= 1
             if not self._left[unit]:
-                unit.start_reduce()
+                if unit in self._mirrored:
+                    self._sum_mirrored()
+                else:
+                    unit.start_reduce()
 
     def flush_plan(self, instances: Sequence[int]) -> dict[int, tuple[Unit, ...]]:
         """instances: of one stage, in forward order. Backward goes the other way, so a unit has all its contributions
@@ -273,9 +291,10 @@ class ParameterStore:
         for unit in self.units:
             if unit.expects_grads:
                 grads.update(unit.finish_reduce())
-        for subset in tied_subsets(self.specs.values()):
+        rest = {n: s for n, s in self.specs.items() if s.has_grad and not mirrors(s, self.cut)}
+        for subset in tied_subsets(rest.values()):
             tied = {}
-            for name in (n for n, s in self.specs.items() if s.has_grad and s.pipeline_ranks == subset):
+            for name in (n for n, s in rest.items() if s.pipeline_ranks == subset):
                 grad = grads[name] if name in grads else torch.zeros_like(self._unit_of[name].masters[name])
                 tied[name] = grad.to(self._unit_of[name].reduce_dtype)  # the same on every rank that adds
             grads.update(sum_together(tied, self.grid.pipeline_subgroup(subset)))

@@ -1,8 +1,10 @@
 """Several stages: torch's pipelining runtime executes the schedule, our stages do the work.
 
-The planner's schedule gives each rank its list of actions; torch puts in sends and receives and walks the list. Forward
-and backward are ours, registered as custom functions of the action types; receives are torch's work objects, waited for
-just before they are used. A sent tensor is let go as soon as its transfer is over.
+The planner's schedule gives each rank its list of actions; transfers.py puts sends and receives in, and torch walks the
+list. Forward and backward are ours, registered as custom functions of the action types; receives are torch's work
+objects, waited for just before they are used. A sent tensor is let go as soon as its transfer is over.
+
+The stages of a second direction follow those of the first in torch's numbering.
 """
 
 from __future__ import annotations
@@ -15,17 +17,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..costmodel.actions import RECOMPUTE
+from ..costmodel.actions import Action
 from ..planner.schedules import PipelineSchedule
-from ._torch import ComputationType, ScheduleRuntime, StageBase, TorchAction, wait_all, with_sends_and_receives
+from ._torch import ComputationType, ScheduleRuntime, StageBase, TorchAction, wait_all
 from .stage import Meta, StageRunner, Variant
 from .trace import Recorder
+from .transfers import communicating_lists
 
 _KINDS = {
     "F": ComputationType.FORWARD,
     "B": ComputationType.FULL_BACKWARD,
     "I": ComputationType.BACKWARD_INPUT,
     "W": ComputationType.BACKWARD_WEIGHT,
+    "SEND_F": ComputationType.SEND_F,
+    "RECV_F": ComputationType.RECV_F,
+    "SEND_B": ComputationType.SEND_B,
+    "RECV_B": ComputationType.RECV_B,
 }
 
 
@@ -34,17 +41,17 @@ class Work:
     """One step's microbatches, as all stages of this rank see them."""
 
     inputs: Sequence[Mapping[str, torch.Tensor]]
-    variants: Mapping[int, Sequence[Variant]]  # stage -> variant of each microbatch
+    variants: Mapping[int, Sequence[Variant]]  # number of the stage -> variant of each microbatch
     loss_grad: Callable[[int], torch.Tensor]
     training: bool
-    results: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # last stage: microbatch -> kept values
+    results: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)  # last stages: microbatch -> kept values
 
 
 class PipelineStage(StageBase):
     """What torch's runtime asks of a stage: lists of transfers."""
 
-    def __init__(self, runner: StageRunner, num_stages: int, device: torch.device, group: Any) -> None:
-        super().__init__(nn.Module(), runner.stage.index, num_stages, device, group)
+    def __init__(self, runner: StageRunner, device: torch.device, group: Any) -> None:
+        super().__init__(nn.Module(), runner.number, len(runner.wiring.stages), device, group)
         self.runner, self.wiring = runner, runner.stage
         self.values: dict[int, list[torch.Tensor]] = {}  # received or handed over, by microbatch
         self.grads: dict[int, dict[str, torch.Tensor]] = {}
@@ -119,11 +126,9 @@ class _Runtime(ScheduleRuntime):
 class PipelineEngine:
     """The stages of this rank under the schedules of steps of any number of microbatches."""
 
-    def __init__(
-        self, runners: Sequence[StageRunner], num_stages: int, device: torch.device, group: Any, recorder: Recorder
-    ) -> None:
-        self.stages = [PipelineStage(runner, num_stages, device, group) for runner in runners]
-        self.by_index = {stage.stage_index: stage for stage in self.stages}
+    def __init__(self, runners: Sequence[StageRunner], device: torch.device, group: Any, recorder: Recorder) -> None:
+        self.stages = [PipelineStage(runner, device, group) for runner in runners]
+        self.by_number = {stage.stage_index: stage for stage in self.stages}
         self.recorder = recorder
         self._runtimes: dict[tuple[int, bool], _Runtime] = {}
         self._work: Work | None = None
@@ -147,12 +152,8 @@ class PipelineEngine:
         key = (schedule.num_microbatches, schedule.is_forward_only)
         if key not in self._runtimes:
             runtime = _Runtime(self.stages, schedule.num_microbatches, loss_fn=None, scale_grads=False)
-            actions = {
-                rank: [TorchAction(a.stage, _KINDS[a.kind], a.microbatch) for a in row if a.kind != RECOMPUTE]
-                for rank, row in enumerate(schedule.ranks)
-            }
-            runtime.pipeline_order_with_comms = with_sends_and_receives(actions, schedule.stage_rank)
-            mapping = dict(enumerate(schedule.stage_rank))
+            runtime.pipeline_order_with_comms = _torch_order(schedule)
+            mapping = dict(enumerate(rank for row in schedule.placements for rank in row))
             runtime.stage_index_to_group_rank = mapping
             for stage in self.stages:
                 stage.stage_index_to_group_rank = mapping
@@ -166,42 +167,54 @@ class PipelineEngine:
     def _forward(self, action: Any, ctx: Any) -> None:
         work = self._work
         assert work is not None
-        index, microbatch = action.stage_index, action.microbatch_index
-        stage = self.by_index[index]
-        wait_all(ctx.schedule_ref.fwd_recv_ops.pop((index, microbatch), []))
-        with self.recorder.action("F", index, microbatch):
+        number, microbatch = action.stage_index, action.microbatch_index
+        stage = self.by_number[number]
+        wait_all(ctx.schedule_ref.fwd_recv_ops.pop((number, microbatch), []))
+        with self.recorder.action("F", stage.wiring.index, microbatch):
             results = stage.runner.forward(
                 microbatch,
-                work.variants[index][microbatch],
+                work.variants[number][microbatch],
                 work.inputs[microbatch],
                 stage.values.pop(microbatch, []),
                 training=work.training,
             )
-        if stage.is_last:
+        if stage.runner.is_last:
             work.results[microbatch] = results
-        elif index + 1 in self.by_index:
-            self.by_index[index + 1].values[microbatch] = list(results.values())
+        elif number + 1 in self.by_number:
+            self.by_number[number + 1].values[microbatch] = list(results.values())
         else:
             stage.to_send["F", microbatch] = list(results.values())
 
     def _backward(self, action: Any, ctx: Any) -> None:
         work = self._work
         assert work is not None
-        index, microbatch = action.stage_index, action.microbatch_index
-        stage = self.by_index[index]
-        wait_all(ctx.schedule_ref.bwd_recv_ops.pop((index, microbatch), []))
+        number, microbatch = action.stage_index, action.microbatch_index
+        stage = self.by_number[number]
+        wait_all(ctx.schedule_ref.bwd_recv_ops.pop((number, microbatch), []))
         grads = stage.grads.pop(microbatch, {})
-        if stage.is_last:
+        if stage.runner.is_last:
             grads = {stage.runner.wiring.loss: work.loss_grad(microbatch)}
         defer = action.computation_type == ComputationType.BACKWARD_INPUT
-        with self.recorder.action("I" if defer else "B", index, microbatch):
-            sent = stage.runner.backward(microbatch, work.variants[index][microbatch], grads, defer=defer)
-        if index - 1 in self.by_index:
-            self.by_index[index - 1].grads[microbatch] = sent
-        elif index:
+        with self.recorder.action("I" if defer else "B", stage.wiring.index, microbatch):
+            sent = stage.runner.backward(microbatch, work.variants[number][microbatch], grads, defer=defer)
+        if not stage.wiring.index:
+            return
+        if number - 1 in self.by_number:
+            self.by_number[number - 1].grads[microbatch] = sent
+        else:
             stage.to_send["B", microbatch] = list(sent.values())
 
     def _backward_weight(self, action: Any, ctx: Any) -> None:
-        index, microbatch = action.stage_index, action.microbatch_index
-        with self.recorder.action("W", index, microbatch):
-            self.by_index[index].runner.backward_weight(microbatch)
+        stage, microbatch = self.by_number[action.stage_index], action.microbatch_index
+        with self.recorder.action("W", stage.wiring.index, microbatch):
+            stage.runner.backward_weight(microbatch)
+
+
+def _torch_order(schedule: PipelineSchedule) -> dict[int, list[TorchAction]]:
+    direction, num_stages = schedule.direction, schedule.num_stages
+
+    def in_torch(action: Action) -> TorchAction:
+        number = direction[action.microbatch] * num_stages + action.stage
+        return TorchAction(number, _KINDS[action.kind], action.microbatch)
+
+    return {rank: [in_torch(action) for action in row] for rank, row in enumerate(communicating_lists(schedule))}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..costmodel.trace import COLLECTIVE, COMPUTE, Trace
-from ..errors import ShardwrightError
 from ..passes.program import SegmentProgram
 from ..planner.plan import Plan
 from ..planner.schedules import PipelineSchedule
@@ -23,6 +23,7 @@ from ..profiler.inputs import example_batch_size
 from ..profiler.workload import Workload
 from . import checkpoint
 from .batch import BatchPart, MicrobatchPart
+from .buffers import Buffers, SecondDirection, buffer_names, written_buffers
 from .extents import DataCut
 from .memory import MemoryMeter
 from .mesh import RankGrid
@@ -32,9 +33,10 @@ from .orders import forward_order, schedule_for
 from .parameters import ParameterStore, tied_subsets
 from .pipeline import PipelineEngine, Work
 from .safetensors import read_safetensors
-from .specs import param_specs, summed_axes
-from .stage import Buffers, StageRunner, Variant
+from .specs import mirrors, param_specs, summed_axes
+from .stage import StageRunner, Variant
 from .trace import Recorder
+from .transfers import communicating_lists
 from .wiring import Wiring, wire
 
 
@@ -66,22 +68,28 @@ class Program:
         self.grad_norm: torch.Tensor | None = None
 
         stages = [stage.segments for stage in plan.stages]
-        ranks = [self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages]
-        self.wiring = wire(graph, segment_programs, stages, ranks)
-        self._eval_wiring = wire(graph, segment_programs, stages, ranks, outputs=graph.outputs)
+        self._stage_rank = [self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages]
+        placements: Sequence[Sequence[int]] = [self._stage_rank]
+        if self.grid.size("pp") > 1:  # what could not run is refused now rather than at the first step
+            schedule = self.schedule(plan.microbatch.count)
+            communicating_lists(schedule)
+            placements = schedule.placements
+        self.wiring = wire(graph, segment_programs, stages, placements)
+        self._eval_wiring = wire(graph, segment_programs, stages, placements, outputs=graph.outputs)
         precision = workload.precision
         cut = DataCut.of(plan.zero, plan.zero_extents, self.grid.size("dp"))
         self.grid.make_data_groups(cut)
         specs = param_specs(graph, segment_programs, self._eval_wiring, precision, cut=cut, sizes=self.grid.sizes)
         self.grid.make_axes_groups({summed_axes(spec, cut, self.grid.sizes) for spec in specs.values()})
-        tied = tied_subsets(specs.values())
-        if tied:
-            self.grid.make_pipeline_subgroups(tied)
+        mirrored = {(mirrors(spec, cut), summed_axes(spec, cut, self.grid.sizes)) for spec in specs.values()}
+        tied = [(subset, ()) for subset in tied_subsets(s for s in specs.values() if not mirrors(s, cut))]
+        written = written_buffers(graph, self._eval_wiring)
+        joined: list[tuple[tuple[int, ...], tuple[str, ...]]] = [(entry.ranks, ()) for entry in written.values()]
+        groups = [*tied, *joined, *mirrored]
+        self.grid.make_pipeline_subgroups(entry for entry in groups if len(set(entry[0])) > 1)
         own, own_eval = (w.stages_of(self.grid.coord("pp")) for w in (self.wiring, self._eval_wiring))
         by_index = {inst.index: inst for inst in graph.instances}
         names = {index: by_index[index].params for stage in own_eval for index in stage.instances}
-        if self.grid.size("pp") > 1:
-            schedule_for(plan.schedule.name, ranks, plan.microbatch.count)  # refused now rather than at the first step
         self.store = ParameterStore(
             specs,
             names,
@@ -92,13 +100,14 @@ class Program:
             existing=_real_tensors(workload.model) if adopt else None,
         )
         self.buffers = Buffers({})
-        self._buffer_names = _buffer_names(graph, self._eval_wiring, self.grid.coord("pp"))
+        self._buffer_names = buffer_names(graph, self._eval_wiring, self.grid.coord("pp"))
+        self._second = SecondDirection(self.buffers, written, self.grid) if len(placements) > 1 else None
         self.load_values(values)
 
         self._keys = Keys(graph, workload.seed, self.device)
         self.recorder = Recorder(self.grid.rank, self.device)
         self._runners = [self._runner(self.wiring, stage) for stage in own]
-        self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval]
+        self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval if not stage.direction]
         self.memory = MemoryMeter(self.device)
         self.memory.watch(self._runners, self.store, self.buffers)
         self._engines: dict[bool, PipelineEngine] = {}
@@ -114,7 +123,8 @@ class Program:
         return int((self.grid.ranks == rank).nonzero()[0][0])
 
     def _runner(self, wiring: Wiring, stage: Any) -> StageRunner:
-        return StageRunner(self.graph, wiring, stage, self.store, self.buffers, self._keys)
+        buffers = self._second if stage.direction and self._second is not None else self.buffers
+        return StageRunner(self.graph, wiring, stage, self.store, buffers, self._keys)
 
     # values
 
@@ -208,15 +218,18 @@ class Program:
         self.store.clear_gradients()
         parts = self.microbatches.split(batch)
         count, total = len(parts), sum(part.size for part in parts)
-        runs = [i for runner in self._runners for i in runner.stage.instances if i in self.wiring.backward_runs]
-        self.store.begin_step(dict.fromkeys(runs, count))
+        self.store.begin_step(self._backward_uses(count))
         # a loss in float32 or wider carries the weight 1/count exactly enough; a narrower one gets it at the end, in
         # the precision of the reduction
         dtype = self.graph.values[self.graph.loss].dtype
         late = dtype not in (torch.float32, torch.float64)
         weights = [part.size / total for part in parts]
         tangents = {w: torch.tensor(w * count if late else w, dtype=dtype, device=self.device) for w in set(weights)}
+        if self._second is not None:
+            self._second.begin()
         results = self._run(parts, self._runners, lambda k: tangents[weights[k]], training=True)
+        if self._second is not None:
+            self._second.join(sum(self.schedule(count).direction))
         with self.recorder.action("reduce", resource=COLLECTIVE):
             self.store.finish_gradients(1.0 / count if late else 1.0)
         return self._mean_loss(results, weights)
@@ -269,8 +282,8 @@ class Program:
         try:
             if self.grid.size("pp") == 1:
                 return self._run_alone(variants, inputs, runners, loss_grad, training)
-            by_stage = {r.stage.index: [variant[i] for variant in variants] for i, r in enumerate(runners)}
-            work = Work(inputs, by_stage, loss_grad or _no_grad_of_loss, training)
+            by_number = {r.number: [variant[i] for variant in variants] for i, r in enumerate(runners)}
+            work = Work(inputs, by_number, loss_grad or _no_grad_of_loss, training)
             self._engine(training).run(self.schedule(len(parts), training), work)
             return work.results
         finally:
@@ -303,16 +316,25 @@ class Program:
 
     def schedule(self, num_microbatches: int, training: bool = True) -> PipelineSchedule:
         """The order of actions of a step of so many microbatches."""
-        ranks = [stage.rank for stage in self.wiring.stages]
         if not training:
-            return forward_order(ranks, num_microbatches)
-        return schedule_for(self.plan.schedule.name, ranks, num_microbatches)
+            return forward_order(self._stage_rank, num_microbatches)
+        return schedule_for(self.plan.schedule.name, self._stage_rank, num_microbatches)
+
+    def _backward_uses(self, num_microbatches: int) -> dict[int, int]:
+        """Instance on this rank -> microbatches whose backward it runs."""
+        direction = [0] * num_microbatches
+        if self.grid.size("pp") > 1:
+            direction = self.schedule(num_microbatches).direction
+        uses: Counter[int] = Counter()
+        for stage in (runner.stage for runner in self._runners):
+            for index in self.wiring.backward_runs.intersection(stage.instances):
+                uses[index] += direction.count(stage.direction)
+        return uses
 
     def _engine(self, training: bool) -> PipelineEngine:
         if training not in self._engines:
             runners = self._runners if training else self._eval_runners
-            stages = len(self.plan.stages)
-            self._engines[training] = PipelineEngine(runners, stages, self.device, self.grid.group("pp"), self.recorder)
+            self._engines[training] = PipelineEngine(runners, self.device, self.grid.group("pp"), self.recorder)
         return self._engines[training]
 
     def _mean_loss(self, results: Mapping[int, Mapping[str, torch.Tensor]], weights: list[float]) -> torch.Tensor:
@@ -321,8 +343,7 @@ class Program:
         for k, values in results.items():
             total = total + values[self.graph.loss].to(total.dtype) * weights[k]
         if self.grid.size("pp") > 1:
-            source = self.wiring.stages[-1].rank
-            dist.broadcast(total, group=self.grid.group("pp"), group_src=source)
+            dist.all_reduce(total, group=self.grid.group("pp"))
         return total
 
     # what a user looks at
@@ -371,28 +392,6 @@ class Program:
 
 def _no_grad_of_loss(microbatch: int) -> torch.Tensor:
     raise AssertionError("a forward-only schedule has no backward")
-
-
-def _buffer_names(graph: ModelGraph, wiring: Wiring, pipeline_rank: int) -> tuple[str, ...]:
-    """Buffers that this pipeline coordinate reads. One that is written here and read elsewhere is refused."""
-    by_index = {inst.index: inst for inst in graph.instances}
-    readers: dict[str, set[int]] = {}
-    written: set[str] = set()
-    for stage in wiring.stages:
-        for index in stage.instances:
-            inst = by_index[index]
-            for name in inst.buffers:
-                readers.setdefault(name, set()).add(stage.rank)
-            written.update(inst.buffers[slot] for slot in graph.segments[inst.segment].mutated_buffers)
-    for name in sorted(written):
-        if len(readers[name]) > 1:
-            raise ShardwrightError(
-                f"buffer {name} is written in the forward and used by stages on pipeline ranks {sorted(readers[name])}",
-                means="its new value would be missing on the other ranks",
-                change="the stage cuts",
-                works="stages that keep its users together, or --force pp=1",
-            )
-    return tuple(name for name, ranks in readers.items() if pipeline_rank in ranks)
 
 
 def _real_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -21,8 +21,9 @@ class ParamSpec:
     """shape is global. tp_dim: the dimension cut over tp in storage (that of the first use), None where replicated.
 
     partial_axes: mesh axes over which some use leaves a partial gradient. pipeline_ranks: pipeline coordinates that
-    hold it, more than one where it is tied over stages. dp_levels: how many digits of the data-parallel coordinate cut
-    its dimension 0 in storage (runtime/extents.py), finest first.
+    hold it, more than one where it is tied over stages or its stages have copies. dp_levels: how many digits of the
+    data-parallel coordinate cut its dimension 0 in storage (runtime/extents.py), finest first. is_mirrored: each of the
+    pipeline_ranks runs all instances that use it, because their stages belong to two directions.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ParamSpec:
     dp_levels: int
     partial_axes: tuple[str, ...]
     pipeline_ranks: tuple[int, ...]
+    is_mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,17 @@ def param_specs(
 ) -> dict[str, ParamSpec]:
     """Specs of all parameters of the model. sizes: of the mesh axes."""
     by_index = {inst.index: inst for inst in graph.instances}
-    holders: dict[str, set[int]] = {}
+    holders: dict[str, dict[int, set[int]]] = {}  # parameter -> pipeline rank -> instances
     slots: dict[str, list[tuple[int, int]]] = {}  # parameter -> (instance, slot), in execution order
     for stage in wiring.stages:
         for index in stage.instances:
             for slot, name in enumerate(by_index[index].params):
-                holders.setdefault(name, set()).add(stage.rank)
+                holders.setdefault(name, {}).setdefault(stage.rank, set()).add(index)
                 if (index, slot) not in slots.setdefault(name, []):
                     slots[name].append((index, slot))
     specs: dict[str, ParamSpec] = {}
     for name, (shape, dtype, requires_grad) in graph.params.items():
+        users = list(holders.get(name, {}).values())
         used = [(index, programs[by_index[index].segment], slot) for index, slot in sorted(slots.get(name, []))]
         differentiated = [(p, slot) for i, p, slot in used if i in wiring.backward_runs and p.param_grads[slot]]
         partial = {axis for program, slot in differentiated for axis in program.grad_partial_axes[slot]}
@@ -99,6 +102,7 @@ def param_specs(
             levels if shape else 0,
             tuple(axis for axis in sizes if axis in partial),
             tuple(sorted(holders.get(name, {0}))),  # an unused parameter stays with the first pipeline rank
+            len(users) > 1 and all(instances == users[0] for instances in users),
         )
     return specs
 
@@ -122,6 +126,12 @@ def _use(spec: ParamSpec, program: SegmentProgram, slot: int, runs: bool, sizes:
         partial,
         tuple(axis for axis in sizes if axis not in partial and axis in summed),
     )
+
+
+def mirrors(spec: ParamSpec, cut: DataCut) -> tuple[int, ...]:
+    """Pipeline ranks whose gradients one collective sums together with summed_axes; empty: none. Where ZeRO cuts the
+    parameter they are summed at the end of the step, as those of tied parameters are."""
+    return spec.pipeline_ranks if spec.is_mirrored and spec.has_grad and not cut.num_levels("optimizer") else ()
 
 
 def summed_axes(spec: ParamSpec, cut: DataCut, sizes: Mapping[str, int]) -> tuple[str, ...]:

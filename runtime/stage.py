@@ -1,17 +1,19 @@
-"""One virtual stage on one rank: runs its segment instances forward and backward for one microbatch at a time.
+"""One virtual stage of one direction on one rank: runs its segment instances forward and backward for one microbatch at
+a time.
 
 Knows nothing of other ranks: what it receives and what it has to send are lists of tensors in the wiring's order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from ..passes.program import SegmentProgram
 from ..profiler.graph import ModelGraph, SegmentInstance
+from .buffers import Buffers
 from .parameters import ParameterStore
 from .specs import ParamUse, param_uses
 from .wiring import USER_INPUT, StageWiring, Wiring
@@ -54,23 +56,6 @@ class Variant:
     zeros: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Buffers:
-    """Buffers by name, the same on every rank that holds them.
-
-    An update puts a new tensor in place of the old one, so that a backward that still needs the old one has it.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        self.tensors = dict(tensors)
-
-    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
-        return [self.tensors[name] for name in names]
-
-    def write(self, instance: SegmentInstance, slots: Sequence[int], values: Sequence[torch.Tensor]) -> None:
-        for slot, value in zip(slots, values, strict=True):
-            self.tensors[instance.buffers[slot]] = value
-
-
 class StageRunner:
     def __init__(
         self,
@@ -83,7 +68,8 @@ class StageRunner:
     ) -> None:
         self.graph, self.wiring, self.stage = graph, wiring, stage
         self.store, self.buffers, self.key_of = store, buffers, key_of
-        self.is_last = stage.index == len(wiring.stages) - 1
+        self.is_last = stage.index == wiring.num_stages - 1
+        self.number = wiring.number(stage)
         self.on_forward: Callable[[], None] = _nothing
         self._kept: dict[int, list[_Kept]] = {}
         self._deferred: dict[int, list[_Kept]] = {}

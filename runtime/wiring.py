@@ -8,7 +8,7 @@ stage adds what its own uses contribute before it hands a gradient on, so each s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..passes.program import SegmentProgram
 from ..profiler.graph import ModelGraph, SegmentInstance
@@ -18,9 +18,11 @@ USER_INPUT = "input:"
 
 @dataclass(frozen=True)
 class StageWiring:
-    """One virtual stage. Instances by index, values by name, both in a fixed order that neighbours share."""
+    """One virtual stage of one direction. Instances by index, values by name, both in a fixed order that neighbours
+    share."""
 
     index: int
+    direction: int  # of the microbatches that it runs: 0, or 1 where the schedule has a second pipeline
     rank: int  # pipeline coordinate that runs it
     instances: tuple[int, ...]  # in execution order, prologue instances first
     receives: tuple[str, ...]  # from stage index-1
@@ -32,9 +34,11 @@ class StageWiring:
 
 @dataclass(frozen=True)
 class Wiring:
-    """with_grad: values through which a gradient flows. backward_runs: instances whose backward runs."""
+    """stages: of one direction after the other. with_grad: values through which a gradient flows. backward_runs:
+    instances whose backward runs."""
 
     stages: tuple[StageWiring, ...]
+    num_stages: int  # of one direction
     with_grad: frozenset[str]
     backward_runs: frozenset[int]
     loss: str
@@ -43,16 +47,21 @@ class Wiring:
     def stages_of(self, rank: int) -> list[StageWiring]:
         return [stage for stage in self.stages if stage.rank == rank]
 
+    def number(self, stage: StageWiring) -> int:
+        """Its place in `stages`, which is what torch's runtime knows it by."""
+        return stage.direction * self.num_stages + stage.index
+
 
 def wire(
     graph: ModelGraph,
     programs: Mapping[str, SegmentProgram],
     stages: Sequence[Sequence[int]],
-    ranks: Sequence[int],
+    placements: Sequence[Sequence[int]],
     *,
     outputs: Sequence[str] = (),
 ) -> Wiring:
-    """stages: instance indices of each stage, prologue ones optional. ranks: pipeline coordinate of each stage.
+    """stages: instance indices of each stage, prologue ones optional. placements: for each direction, the pipeline
+    coordinate of each stage.
 
     outputs: values that the last stage keeps beside the loss (for evaluation).
     """
@@ -92,7 +101,8 @@ def wire(
         wired.append(
             StageWiring(
                 index,
-                ranks[index],
+                0,
+                placements[0][index],
                 run,
                 receives,
                 sends,
@@ -101,7 +111,12 @@ def wire(
                 _frees(by_index, run, receives, keep={*sends, *(kept if index == last_stage else ())}),
             )
         )
-    return Wiring(tuple(wired), with_grad, backward_runs, graph.loss, kept[1:])
+    wired += [
+        replace(stage, direction=direction, rank=ranks[stage.index])
+        for direction, ranks in enumerate(placements[1:], start=1)
+        for stage in wired
+    ]
+    return Wiring(tuple(wired), len(stages), with_grad, backward_runs, graph.loss, kept[1:])
 
 
 def _live_instances(

@@ -184,7 +184,7 @@ SEGMENTS = {
 
 @dataclass
 class Toy:
-    """graph has placeholders for the joint graphs: the runtime never reads them."""
+    """graph has placeholders for the joint graphs: the runtime reads there how buffers are updated, no more."""
 
     graph: ModelGraph
     model: nn.Module
@@ -243,6 +243,15 @@ def make_toy(num_blocks: int = 3, batch_size: int = 4, dtype: torch.dtype = torc
     return Toy(_graph(model, instances, batch_size, dtype), model, num_blocks)
 
 
+def _update_graph() -> torch.fx.GraphModule:
+    """Of norm: (output, new mean)."""
+    graph = torch.fx.Graph()
+    mean, h = graph.placeholder("buffer_0"), graph.placeholder("input_0")
+    decayed = graph.call_function(torch.ops.aten.mul.Scalar, (mean, 0.9))
+    graph.output((h, graph.call_function(torch.ops.aten.add.Tensor, (decayed, h))))
+    return torch.fx.GraphModule({}, graph)
+
+
 def _graph(model: nn.Module, instances: list[SegmentInstance], batch_size: int, dtype: torch.dtype) -> ModelGraph:
     params = {n: (tuple(p.shape), p.dtype, p.requires_grad) for n, p in model.named_parameters()}
     values = {
@@ -275,7 +284,7 @@ def _graph(model: nn.Module, instances: list[SegmentInstance], batch_size: int, 
         infos = [tensors[p] for p in first.params]
         segments[name] = Segment(
             name=name,
-            joint=empty,
+            joint=_update_graph() if toy.mutated else empty,
             forward=empty,
             param_shapes=tuple(tuple(p.shape) for p in infos),
             param_dtypes=tuple(p.dtype for p in infos),

@@ -31,7 +31,8 @@ def _once(capture: Callable[[Workload], ModelGraph]) -> Callable[[Workload], Mod
     """The same capture, each model and shape once in this process."""
 
     def cached(workload: Workload) -> ModelGraph:
-        key = (workload.name, *((name, tuple(t.shape)) for name, t in workload.example_batch.items()))
+        shapes = ((name, tuple(t.shape)) for name, t in workload.example_batch.items())
+        key = (workload.name, str(workload.spec.get("overrides")), *shapes)
         if key not in _captured:
             _captured[key] = capture(workload)
         return _captured[key]

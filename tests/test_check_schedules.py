@@ -1,12 +1,14 @@
-"""Every schedule that the runtime executes computes what the model computes.
+"""Every schedule of the library computes what the model computes.
 
-SHARDWRIGHT_FULL_MATRIX=1 runs each on every model; else each on one.
+SHARDWRIGHT_FULL_MATRIX=1 runs each on every model and two pipeline sizes; else each on one.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,26 +17,46 @@ from test_check_matrix import MODELS, _compare, _once, spec
 
 from shardwright import api, tasks
 from shardwright.planner.schedules import SCHEDULES
-from shardwright.planner.schedules.library import EXECUTED
 
-PIPELINED = [name for name in ("tiny-llama", "tiny-gpt2", "tiny-t5", "tiny-unet") if name in MODELS]
+# Deep enough for four ranks with two stages each.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "tiny-llama": {"num_layers": 6},
+    "tiny-gpt2": {"num_layers": 6},
+    "tiny-t5": {"num_layers": 4, "num_decoder_layers": 4},
+    "tiny-unet": {},
+}
+PIPELINED = [name for name in OVERRIDES if name in MODELS]
 
 
 def _combinations() -> list[tuple[str, str, int]]:
-    rows = [(model, schedule, 2) for schedule in EXECUTED for model in PIPELINED]
     if os.environ.get("SHARDWRIGHT_FULL_MATRIX"):
-        return rows
-    return [rows[len(PIPELINED) * k + k % len(PIPELINED)] for k in range(len(EXECUTED))] + [("tiny-t5", "zb_h1", 4)]
+        return list(itertools.product(PIPELINED, SCHEDULES, (2, 4)))
+    rows = [(PIPELINED[k % len(PIPELINED)], schedule, 2) for k, schedule in enumerate(SCHEDULES)]
+    return [*rows, ("tiny-t5", "zb_h1", 4), ("tiny-t5", "bitpipe", 4), ("tiny-unet", "chimera", 4)]
+
+
+def _check(model: str, tmp_path: Path, **force: object) -> None:
+    workload = tasks.check_workload({**spec(model), "overrides": OVERRIDES[model]})
+    asked = {"tp": "1", "microbatch": "2", **{key: str(value) for key, value in force.items()}}
+    ranks = int(asked["pp"]) * int(asked["dp"])
+    with mock.patch.object(api, "capture", _once(api.capture)):
+        plan = api.plan(workload, f"{ranks}xCPU", force=asked)
+    assert plan.schedule.name == asked["schedule"]
+    assert plan.schedule.virtual_stages in SCHEDULES[plan.schedule.name].chunks
+    plan.save(tmp_path / "plan.json")
+    found = run_ranks(ranks, _compare, str(tmp_path / "plan.json"))[0]
+    assert found["losses"] == pytest.approx(found["reference_losses"], rel=1e-9)
+    assert found["gradients"] and max(found["gradients"].values()) <= 1e-9
 
 
 @pytest.mark.parametrize(("model", "schedule", "pp"), _combinations())
 def test_order_of_actions_does_not_change_the_numbers(model: str, schedule: str, pp: int, tmp_path: Path) -> None:
-    force = {"pp": str(pp), "dp": "1", "tp": "1", "schedule": schedule, "microbatch": "2"}
-    with mock.patch.object(api, "capture", _once(api.capture)):
-        plan = api.plan(tasks.check_workload(spec(model)), f"{pp}xCPU", force=force)
-    assert plan.schedule.name == schedule
-    assert plan.schedule.virtual_stages in SCHEDULES[schedule].chunks
-    plan.save(tmp_path / "plan.json")
-    found = run_ranks(pp, _compare, str(tmp_path / "plan.json"))[0]
-    assert found["losses"] == pytest.approx(found["reference_losses"], rel=1e-9)
-    assert found["gradients"] and max(found["gradients"].values()) <= 1e-9
+    _check(model, tmp_path, schedule=schedule, pp=pp, dp=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "schedule", "zero"),
+    [("tiny-gpt2", "chimera", 0), ("tiny-llama", "bitpipe", 2), ("tiny-t5", "chimera", 3)],
+)
+def test_two_directions_with_data_parallel_ranks(model: str, schedule: str, zero: int, tmp_path: Path) -> None:
+    _check(model, tmp_path, schedule=schedule, pp=2, dp=2, zero=zero)

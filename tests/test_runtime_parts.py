@@ -91,7 +91,7 @@ def _wiring(cuts: list[int], outputs: tuple[str, ...] = ()):  # type: ignore[no-
     toy = make_toy(num_blocks=3)
     programs = segment_programs(toy, RankGrid.of(None), 4)
     plan = make_plan(toy, pp=len(cuts), cuts=cuts)
-    return wire(toy.graph, programs, [s.segments for s in plan.stages], range(len(cuts)), outputs=outputs)
+    return wire(toy.graph, programs, [s.segments for s in plan.stages], [range(len(cuts))], outputs=outputs)
 
 
 def test_the_live_set_of_each_cut_is_relayed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from distributed import run_ranks
@@ -9,7 +11,9 @@ from runtime_toy import make_batch, make_plan, make_program, make_toy, reference
 
 from shardwright.errors import ShardwrightError
 from shardwright.planner.schedules import build_schedule
+from shardwright.runtime.buffers import written_buffers
 from shardwright.runtime.orders import schedule_for
+from shardwright.runtime.wiring import wire
 
 TOLERANCE = 1e-9
 
@@ -103,6 +107,49 @@ def test_published_schedules_of_one_direction(schedule: str, chunks: int) -> Non
     _check(2, {"pp": 2, "schedule": schedule, "chunks": chunks})
 
 
+@pytest.mark.parametrize(("schedule", "chunks"), [("chimera", 1), ("bitpipe", 2)])
+@pytest.mark.parametrize("batch", [16, 10, 1])
+@pytest.mark.parametrize("pp", [2, 3])
+def test_two_directions(schedule: str, chunks: int, batch: int, pp: int) -> None:
+    _check(pp, {"pp": pp, "schedule": schedule, "chunks": chunks}, batch=batch, num_blocks=6)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_directions_and_data_parallel(zero: int) -> None:
+    _check(4, {"pp": 2, "dp": 2, "schedule": "chimera", "zero": zero})
+
+
+def test_two_directions_and_tensor_parallel() -> None:
+    _check(4, {"pp": 2, "tp": 2, "schedule": "bitpipe", "chunks": 2}, num_blocks=6)
+
+
+def _two_steps(rank: int, layout: dict) -> torch.Tensor:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, **layout))
+    for _ in range(2):
+        program.step(program.shard_batch(make_batch(16)))
+    return program.buffers.tensors["mean"]
+
+
+def test_buffers_that_two_directions_write_get_the_value_that_one_would_give_them() -> None:
+    expected = run_ranks(1, _two_steps, {})[0]
+    for found in run_ranks(2, _two_steps, {"pp": 2, "schedule": "chimera"}):
+        assert torch.allclose(found, expected, rtol=1e-12, atol=0.0)
+
+
+def test_buffers_whose_updates_cannot_be_joined_are_refused_in_two_directions() -> None:
+    toy = make_toy()
+    plan = make_plan(toy, pp=2, schedule="chimera")
+    joint = toy.graph.segments["norm"].joint
+    output = next(node for node in joint.graph.nodes if node.op == "output")
+    output.args = ((output.args[0][1], output.args[0][1]),)  # the output now depends on the buffer
+    programs = {name: mock.Mock(backward=None) for name in toy.graph.segments}
+    stages = [stage.segments for stage in plan.stages]
+    assert written_buffers(toy.graph, wire(toy.graph, programs, stages, [[0, 1]]))["mean"].ranks == (1,)
+    with pytest.raises(ShardwrightError, match="two directions"):
+        written_buffers(toy.graph, wire(toy.graph, programs, stages, [[0, 1], [1, 0]]))
+
+
 def _evaluate(rank: int, layout: dict) -> float:
     toy = make_toy()
     program = make_program(toy, make_plan(toy, **layout))
@@ -117,8 +164,6 @@ def test_evaluation_follows_any_placement_of_stages() -> None:
 
 
 def test_schedules_that_the_stages_do_not_follow_are_refused() -> None:
-    with pytest.raises(ShardwrightError, match="two directions"):
-        schedule_for("chimera", [0, 1], 4)
     with pytest.raises(ShardwrightError, match="on pipeline ranks"):
         schedule_for("zb_v", [0, 1, 0, 1], 4)
 

@@ -14,7 +14,6 @@ from shardwright.planner.schedules import (
     SEARCHED,
     PipelineSchedule,
     build_schedule,
-    forward_only,
     gpipe,
     interleaved_1f1b,
     one_f_one_b,
@@ -57,13 +56,6 @@ def test_interleaving_takes_any_number_of_microbatches_and_still_beats_1f1b(p, m
 def test_in_flight_counts_follow_the_order():
     assert one_f_one_b(4, 8).in_flight() == {0: 4, 1: 3, 2: 2, 3: 1}
     assert gpipe(2, 5).in_flight() == {0: 5, 1: 5}
-
-
-def test_forward_only_runs_each_stage_once():
-    schedule = forward_only(3, 7, 2)
-    schedule.check()
-    assert schedule.is_forward_only
-    assert schedule.simulate([StageTimes(0.5, 0, 0)] * 6).makespan_s >= 7.0
 
 
 def test_torch_reads_the_csv_back():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import PipelineSchedule, loop_placement, v_placement
-from .classic import breadth_first, forward_only, gpipe, interleaved_1f1b, one_f_one_b
+from .classic import breadth_first, gpipe, interleaved_1f1b, one_f_one_b
 from .library import SCHEDULES, SEARCHED, build_schedule, near_names
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "PipelineSchedule",
     "breadth_first",
     "build_schedule",
-    "forward_only",
     "gpipe",
     "interleaved_1f1b",
     "loop_placement",

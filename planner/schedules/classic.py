@@ -95,14 +95,3 @@ def _deal(count: int, num_parts: int) -> list[range]:
         parts.append(range(start, stop))
         start = stop
     return parts
-
-
-def forward_only(num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> PipelineSchedule:
-    """Evaluation: the forwards of the interleaved order, rounds of p microbatches, no backward."""
-    p, m, v = num_ranks, num_microbatches, num_chunks
-    rounds = [range(start, min(m, start + p)) for start in range(0, m, p)]
-    ranks = [
-        tuple(Action("F", chunk * p + rank, i) for part in rounds for chunk in range(v) for i in part)
-        for rank in range(p)
-    ]
-    return PipelineSchedule("forward_only", m, loop_placement(p, v), tuple(ranks))

@@ -54,7 +54,6 @@ SCHEDULES: dict[str, ScheduleEntry] = {
         ScheduleEntry("bitpipe", lambda p, m, v: bitpipe(p, m), _TWO, "Wu et al., arXiv:2410.19367", False, 2),
     )
 }
-EXECUTED = tuple(name for name, entry in SCHEDULES.items() if entry.directions == 1)
 SEARCHED = ("gpipe", "1f1b", "interleaved_1f1b")  # what the outer search chooses from
 
 _ALIASES = {"interleaved": "interleaved_1f1b", "zbv": "zb_v", "zb1p": "zb_h1", "dualpipev": "dualpipe_v"}
