@@ -71,7 +71,7 @@ def lower_bound(setting: Setting, candidate: Candidate, chain: Chain) -> float:
     fastest = max(mesh.devices, key=lambda device: device.memory_bytes_per_s)
     step_s = setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p
     path = path_seconds(candidate.schedule, forward_s, backward_s, p, m)
-    waits = setting.workload.optimizer.max_grad_norm is not None
+    waits = setting.workload.optimizer.waits_for_norm
     work = m * (forward_s + backward_s) / p + float(tables.reduce_s.min()) + step_s
     return max(work, path + (step_s if waits else 0.0))
 
@@ -312,7 +312,7 @@ def run_timeline(
         hops(setting, candidate, chain, bounds),
         overlap_reductions=True,
         tails=tails(setting, candidate, chain, bounds),
-        wait_for_all=setting.workload.optimizer.max_grad_norm is not None,
+        wait_for_all=setting.workload.optimizer.waits_for_norm,
         with_events=with_events,
         with_memory=False,
     )

@@ -40,7 +40,8 @@ class Setting:
 
     def __post_init__(self) -> None:
         self.shape = model_shape(self.graph)
-        self.kinds = StateBytes.of(self.workload.precision, self.workload.optimizer.state_tensors)
+        spec = self.workload.optimizer
+        self.kinds = StateBytes.of(self.workload.precision, spec.state_tensors, spec.kept_tensors)
 
     def mesh(self, candidate: Candidate) -> MeshCosts:
         key = (candidate.pp, candidate.dp, candidate.tp)

@@ -14,13 +14,32 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """name as in torch.optim; factory(params) -> Optimizer. state_tensors: of a parameter's size that it keeps."""
+    """name as in torch.optim; factory(params) -> Optimizer. state_tensors: of a parameter's size that it keeps.
+
+    skip_nonfinite: a step whose gradient has a NaN or an infinity anywhere is left out. post_validation: ranks step
+    before they know the others' part of the norm, and put the step right where that asks for it (runtime/stepping.py).
+    """
 
     name: str = "AdamW"
     factory: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     options: Mapping[str, Any] = field(default_factory=dict)
     state_tensors: int = 2
     max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+    post_validation: bool = False
+
+    @property
+    def needs_norm(self) -> bool:
+        return self.max_grad_norm is not None or self.skip_nonfinite
+
+    @property
+    def waits_for_norm(self) -> bool:
+        return self.needs_norm and not self.post_validation
+
+    @property
+    def kept_tensors(self) -> int:
+        """Of a parameter's size, held from a step that may be rolled back until it is known to be right."""
+        return 1 + self.state_tensors if self.needs_norm and self.post_validation else 0
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,20 @@ class Pending:
         return sum(t.numel() * t.element_size() for _, _, tensors in self._entries for t in tensors)
 
 
+class Summing:
+    """A tensor that the ranks of a group are adding up; without torch.distributed the sum is there at once."""
+
+    def __init__(self, tensor: torch.Tensor, group: Any = None, *, alone: bool) -> None:
+        self._tensor = tensor
+        self._work = None if alone else dist.all_reduce(tensor, group=group, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._tensor
+
+
 def start_all_gather(out: torch.Tensor, block: torch.Tensor, group: Any) -> Any:
     return all_gather_flat(out, block, group=group, async_op=True)
 

@@ -46,12 +46,12 @@ class MemoryMeter:
             activations = sum(runner.kept_bytes() for runner in self._runners)
             self.peak_bytes = max(self.peak_bytes, self.static_bytes() + self._store.grad_bytes() + activations)
 
-    def end(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Before gradients are freed, after the optimizer has made its state."""
+    def end(self, optimizer: torch.optim.Optimizer | None, kept_bytes: int = 0) -> None:
+        """Before gradients are freed, after the optimizer has made its state. kept_bytes: what a roll-back needs."""
         if self.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
         elif self._steps_left:
-            self._optimizer_bytes = optimizer_bytes(optimizer)
+            self._optimizer_bytes = optimizer_bytes(optimizer) + kept_bytes
             self.sample()
             self._steps_left -= 1
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn, optim
 
 from ..profiler.workload import OptimizerSpec
+from .collectives import Summing
 from .parameters import ParameterStore
 
 # Their update of an element depends on nothing but that element: they step over plain local tensors, which spares the
@@ -39,10 +39,11 @@ def _can_fuse(parameters: list[nn.Parameter]) -> bool:
 
 
 @torch.no_grad()
-def global_grad_norm(store: ParameterStore) -> torch.Tensor:
-    """2-norm of the gradient of the whole model, the same on every rank.
+def start_grad_norm(store: ParameterStore) -> Summing:
+    """The square of the 2-norm of the gradient of the whole model, on its way to every rank.
 
-    Shards, copies over dp or tp, and parameters tied over stages are each counted once; the sum is taken in float64.
+    Shards, copies over dp or tp or of a second direction, and parameters tied over stages are each counted once; the
+    sum is taken in float64.
     """
     grads = [grad for name, grad in store.local_grads().items() if store.counts_once(name)]
     grads = [grad for grad in grads if grad.numel()]
@@ -50,18 +51,18 @@ def global_grad_norm(store: ParameterStore) -> torch.Tensor:
     if grads:
         norms = torch._foreach_norm(grads, 2)
         total += torch.stack([norm.double() for norm in norms]).square().sum()
-    if store.grid.world_size > 1:
-        dist.all_reduce(total)
-    return total.sqrt()
+    return Summing(total, alone=store.grid.world_size == 1)
+
+
+def clip_factor(max_norm: float, norm: torch.Tensor) -> torch.Tensor:
+    """min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 @torch.no_grad()
-def clip_gradients(store: ParameterStore, max_norm: float, norm: torch.Tensor) -> None:
-    """Scale all gradients by min(1, max_norm / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does."""
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    grads = list(store.local_grads().values())
+def scale_gradients(store: ParameterStore, factor: torch.Tensor) -> None:
     by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for grad in grads:
+    for grad in store.local_grads().values():
         by_dtype.setdefault(grad.dtype, []).append(grad)
     for dtype, group in by_dtype.items():
         torch._foreach_mul_(group, factor.to(dtype))

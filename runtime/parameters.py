@@ -34,12 +34,14 @@ BUCKET_ELEMENTS = 1 << 25  # of one collective that sums several gradients: 128 
 
 
 class ParameterStore:
-    """names: parameters of each instance that runs here, by index. existing: tensors to adopt as storage."""
+    """names: parameters of each instance that runs here, by index. stage_of: its stage. existing: tensors to adopt as
+    storage."""
 
     def __init__(
         self,
         specs: Mapping[str, ParamSpec],
         names: Mapping[int, Sequence[str]],
+        stage_of: Mapping[int, int],
         grid: RankGrid,
         *,
         cut: DataCut,
@@ -60,7 +62,7 @@ class ParameterStore:
         self._layouts: dict[tuple[str, torch.dtype], Any] = {}  # how each parameter's DTensor is described
         self._pending = Pending(MAX_PENDING)
         self._mirrored: list[Unit] = []  # in the order in which all ranks that have copies of them start to sum
-        self.units = self._make_units(users, precision, existing or {})
+        self.units = self._make_units(users, stage_of, precision, existing or {})
         self._unit_of = {name: unit for unit in self.units for name in unit.names}
         self._units_of_instance = {
             index: tuple(dict.fromkeys(self._unit_of[name] for name in row)) for index, row in names.items()
@@ -74,6 +76,7 @@ class ParameterStore:
     def _make_units(
         self,
         users: Mapping[str, Collection[int]],
+        stage_of: Mapping[int, int],
         precision: Precision,
         existing: Mapping[str, torch.Tensor],
     ) -> list[Unit]:
@@ -84,7 +87,11 @@ class ParameterStore:
 
         sums = {n: summed_axes(s, cut, grid.sizes) for n, s in self.specs.items()}
         copies = {n: mirrors(s, cut) for n, s in self.specs.items()}
-        kinds = {n: (s.dtype, s.master_dtype, s.has_grad, levels(s), sums[n], copies[n]) for n, s in self.specs.items()}
+        stages = {n: {stage_of[index] for index in users[n]} if copies[n] else set() for n in self.specs}
+        kinds = {
+            n: (s.dtype, s.master_dtype, s.has_grad, levels(s), sums[n], copies[n], tuple(sorted(stages[n])))
+            for n, s in self.specs.items()
+        }
         units: list[Unit] = []
         groups = unit_names(list(self.specs), users, kinds)
         if not cut.num_levels("parameters"):  # what is gathered for an instance is no more than that instance uses

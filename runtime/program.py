@@ -24,17 +24,19 @@ from ..profiler.workload import Workload
 from . import checkpoint
 from .batch import BatchPart, MicrobatchPart
 from .buffers import Buffers, SecondDirection, buffer_names, written_buffers
+from .collectives import Summing
 from .extents import DataCut
 from .memory import MemoryMeter
 from .mesh import RankGrid
 from .microbatches import Keys, Microbatches, Rebuild
-from .optimizer import build_optimizer, clip_gradients, global_grad_norm
+from .optimizer import build_optimizer
 from .orders import forward_order, schedule_for
 from .parameters import ParameterStore, tied_subsets
 from .pipeline import PipelineEngine, Work
 from .safetensors import read_safetensors
 from .specs import mirrors, param_specs, summed_axes
 from .stage import StageRunner, Variant
+from .stepping import Stepper
 from .trace import Recorder
 from .transfers import communicating_lists
 from .wiring import Wiring, wire
@@ -65,7 +67,6 @@ class Program:
         self.device = torch.device(device)
         self.grid = RankGrid.of(mesh)
         self.step_index = 0
-        self.grad_norm: torch.Tensor | None = None
 
         stages = [stage.segments for stage in plan.stages]
         self._stage_rank = [self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages]
@@ -90,15 +91,18 @@ class Program:
         own, own_eval = (w.stages_of(self.grid.coord("pp")) for w in (self.wiring, self._eval_wiring))
         by_index = {inst.index: inst for inst in graph.instances}
         names = {index: by_index[index].params for stage in own_eval for index in stage.instances}
+        stage_of = {index: stage.index for stage in own_eval for index in stage.instances}
         self.store = ParameterStore(
             specs,
             names,
+            stage_of,
             self.grid,
             cut=cut,
             precision=precision,
             device=self.device,
             existing=_real_tensors(workload.model) if adopt else None,
         )
+        self._stepper = Stepper(workload.optimizer, self.store)
         self.buffers = Buffers({})
         self._buffer_names = buffer_names(graph, self._eval_wiring, self.grid.coord("pp"))
         self._second = SecondDirection(self.buffers, written, self.grid) if len(placements) > 1 else None
@@ -133,6 +137,7 @@ class Program:
 
         A tensor is whole, or anything that gives a part of one when it is indexed by slices.
         """
+        self.settle()
         constants = {n: self.graph.constants[n] for n in self._buffer_names if n in self.graph.constants}
         wanted = {*self.store.parameters, *self._buffer_names} - set(constants)
         missing = set(wanted)
@@ -158,6 +163,7 @@ class Program:
     def load_safetensors(self, path: str | Path) -> None:
         """Weights from a whole-model file or folder; each rank reads its shards alone. Buffers that the file lacks are
         computed as the model computes them."""
+        self.settle()
         wanted = {*self.store.parameters, *self._buffer_names} - set(self.graph.constants)
         buffers = wanted - set(self.store.parameters)
         found = set()
@@ -206,13 +212,17 @@ class Program:
         Returns the loss: the mean over the microbatches (weighted by their samples, where the last is shorter), the
         same on every rank.
         """
-        loss = self.forward_backward(batch)
+        loss = self._forward_backward(batch)
         self.optimizer_step()
-        return loss
+        return loss.wait()
 
-    @torch.no_grad()
     def forward_backward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Loss and gradients; the gradients are in .grad of the parameters."""
+        return self._forward_backward(batch).wait()
+
+    @torch.no_grad()
+    def _forward_backward(self, batch: Mapping[str, torch.Tensor]) -> Summing:
+        self.settle()
         self.recorder.begin()
         self.memory.begin(self._optimizer)
         self.store.clear_gradients()
@@ -238,32 +248,35 @@ class Program:
     def optimizer_step(self) -> None:
         """Clip, step, bring the new parameters to where the segments read them, free the gradients."""
         with self.recorder.action("optimizer", resource=COMPUTE):
-            limit = self.workload.optimizer.max_grad_norm
-            if limit is not None:
-                self.grad_norm = global_grad_norm(self.store)
-                clip_gradients(self.store, limit, self.grad_norm)
-            optimizer = self.optimizer
-            if optimizer is not None:
-                self.store.take_gradients()
-                optimizer.step()
-            else:
-                self.store.refresh()
-            self.memory.end(optimizer)
+            self._stepper.step(self.optimizer)
+            self.memory.end(self.optimizer, self._stepper.kept_bytes())
             self.store.clear_gradients()
         self.step_index += 1
+
+    def settle(self) -> None:
+        """With post-validation: see the last step to its end. Whatever reads or writes parameters through the program
+        does so; call it on every rank before you use parameters or gradients that you held on to."""
+        self._stepper.settle()
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """2-norm of the last step's gradient, before clipping; None where neither clipping nor skipping asks for it."""
+        return self._stepper.grad_norm
 
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The loss of a batch, the same on every rank. Nothing is updated, buffers included. The captured graph is the
         training one: dropout, where the model has it, stays on."""
+        self.settle()
         parts = self.microbatches.split(batch)
         total = sum(part.size for part in parts)
         results = self._run(parts, self._eval_runners, None, training=False)
-        return self._mean_loss(results, [part.size / total for part in parts])
+        return self._mean_loss(results, [part.size / total for part in parts]).wait()
 
     @torch.no_grad()
     def outputs(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """The model's outputs, local parts, one entry for each microbatch; empty on ranks without the last stage."""
+        self.settle()
         parts = self.microbatches.split(batch)
         results = self._run(parts, self._eval_runners, None, training=False)
         return [{name: results[k][name] for name in self.graph.outputs} for k in sorted(results)]
@@ -337,14 +350,14 @@ class Program:
             self._engines[training] = PipelineEngine(runners, self.device, self.grid.group("pp"), self.recorder)
         return self._engines[training]
 
-    def _mean_loss(self, results: Mapping[int, Mapping[str, torch.Tensor]], weights: list[float]) -> torch.Tensor:
+    def _mean_loss(self, results: Mapping[int, Mapping[str, torch.Tensor]], weights: list[float]) -> Summing:
+        """Other ranks than those of the last stage add nothing; none of them waits here."""
         dtype = self.graph.values[self.graph.loss].dtype
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         for k, values in results.items():
             total = total + values[self.graph.loss].to(total.dtype) * weights[k]
-        if self.grid.size("pp") > 1:
-            dist.all_reduce(total, group=self.grid.group("pp"))
-        return total
+        alone = self.grid.size("pp") == 1
+        return Summing(total, None if alone else self.grid.group("pp"), alone=alone)
 
     # what a user looks at
 
@@ -357,15 +370,18 @@ class Program:
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self.settle()
         self._optimizer, self._has_optimizer = optimizer, True
         if optimizer is not None:
             optimizer.register_step_post_hook(lambda *_: self.store.refresh())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What this rank holds, by original name: DTensors, or plain tensors where one rank holds a stage alone."""
+        self.settle()
         yield from self.store.parameters.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        self.settle()
         yield from self.store.parameters.values()
 
     def gradients(self, full: bool = True) -> dict[str, torch.Tensor]:

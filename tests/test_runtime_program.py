@@ -123,6 +123,35 @@ def test_two_directions_and_tensor_parallel() -> None:
     _check(4, {"pp": 2, "tp": 2, "schedule": "bitpipe", "chunks": 2}, num_blocks=6)
 
 
+def _sums_started(rank: int, layout: dict) -> tuple[list[str], list[list[str]]]:
+    """Actions of a step in order, and those that were over when each sum over the copies of a stage started."""
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, **layout))
+    over: list[list[str]] = []
+
+    def spy(unit):  # type: ignore[no-untyped-def]
+        start = unit.start_reduce
+
+        def spied() -> None:
+            over.append([f"{e.stage}{e.kind}{e.microbatch}" for e in program.trace.events if e.kind in "FB"])
+            start()
+
+        return spied
+
+    for unit in program.store._mirrored:
+        unit.start_reduce = spy(unit)
+    program.forward_backward(program.shard_batch(make_batch(16)))
+    return [f"{e.stage}{e.kind}{e.microbatch}" for e in program.trace.events if e.kind in "FB"], over
+
+
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"pp": 2, "dp": 2}], ids=str)
+def test_gradients_of_two_copies_are_summed_as_soon_as_both_are_there(layout: dict) -> None:
+    for actions, over in run_ranks(2 * layout.get("dp", 1), _sums_started, {"schedule": "chimera", **layout}):
+        last = max(actions.index(action) for action in actions if action[:2] == "1B")
+        assert len(over[0]) == last < len(actions) - 1  # it starts inside the stage's last backward
+        assert len(over) > 1 and actions[-1].startswith("0B")
+
+
 def _two_steps(rank: int, layout: dict) -> torch.Tensor:
     toy = make_toy()
     program = make_program(toy, make_plan(toy, **layout))

@@ -127,7 +127,7 @@ def test_every_entry_cites_its_source():
 
 def test_names_are_found_in_other_spellings():
     assert canonical_name("ZB-V") == "zb_v" and canonical_name("V-Half") == "v_half"
-    assert canonical_name("interleaved") == "interleaved_1f1b"
+    assert canonical_name("interleaved") == "interleaved_1f1b" and canonical_name("two-bp") == "1f1b_2bp"
     with pytest.raises(ShardwrightError) as caught:
         canonical_name("zbh1")
     assert caught.value.works == "--force schedule=zb_h1"

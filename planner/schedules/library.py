@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import ShardwrightError
 from .base import PipelineSchedule
@@ -12,7 +12,7 @@ from .classic import breadth_first, gpipe, interleaved_1f1b, one_f_one_b
 from .dual_pipe import dualpipe_v
 from .v_blocks import v_schedule
 from .waves import bitpipe, chimera, hanayo
-from .zero_bubble import zb_h1, zb_h2
+from .zero_bubble import two_bp, zb_h1, zb_h2
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,22 @@ SCHEDULES: dict[str, ScheduleEntry] = {
         ScheduleEntry("bitpipe", lambda p, m, v: bitpipe(p, m), _TWO, "Wu et al., arXiv:2410.19367", False, 2),
     )
 }
+
+
+def _two_bp(entry: ScheduleEntry) -> ScheduleEntry:
+    def build(num_ranks: int, num_microbatches: int, num_chunks: int) -> PipelineSchedule:
+        return two_bp(entry.build(num_ranks, num_microbatches, num_chunks))
+
+    citation = f"Rae et al., arXiv:2405.18047, of {entry.name}"
+    return replace(entry, name=f"{entry.name}_2bp", build=build, citation=citation, splits_backward=True)
+
+
+_whole = [entry for entry in SCHEDULES.values() if not entry.splits_backward]
+SCHEDULES |= {entry.name: entry for entry in map(_two_bp, _whole)}
 SEARCHED = ("gpipe", "1f1b", "interleaved_1f1b")  # what the outer search chooses from
 
-_ALIASES = {"interleaved": "interleaved_1f1b", "zbv": "zb_v", "zb1p": "zb_h1", "dualpipev": "dualpipe_v"}
+_ALIASES = {"interleaved": "interleaved_1f1b", "zbv": "zb_v", "zb1p": "zb_h1", "dualpipev": "dualpipe_v",
+            "two_bp": "1f1b_2bp", "2bp": "1f1b_2bp", "interleaved_2bp": "interleaved_1f1b_2bp"}  # fmt: skip
 
 
 def near_names(name: str) -> list[str]:

@@ -1,0 +1,164 @@
+"""The optimizer step: clipping, the check for NaN, and steps that wait for neither.
+
+Both need the norm of the whole model's gradient, and with it the last backward of every rank. Post-validation (Qi et
+al., arXiv:2401.10241, section 4) lets each rank step with what it has; the norm arrives while the ranks go on, and is
+looked at before the new parameters are used. A step that should have been clipped, or left out, is rolled back and done
+again. What the step overwrites is copied before and copied back then, so the result is bit for bit that of waiting.
+
+After a step that was clipped the next one probably will be too: ranks then wait. They all decide by the same norm, so
+they all take the same way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..profiler.workload import OptimizerSpec
+from .collectives import Summing
+from .optimizer import clip_factor, scale_gradients, start_grad_norm
+from .parameters import ParameterStore, local_tensor
+
+
+class Stepper:
+    """One rank's optimizer steps, of which the last may still be on trial."""
+
+    def __init__(self, spec: OptimizerSpec, store: ParameterStore) -> None:
+        self.spec, self.store = spec, store
+        self._norm: torch.Tensor | None = None
+        self._trial: _Trial | None = None
+        self._was_clipped = False
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """Of the last step; None where nothing asks for it."""
+        return self._norm if self._trial is None else self._trial.square.wait().sqrt()
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self.settle()
+        if not self.spec.needs_norm:
+            self._apply(optimizer)
+            return
+        square = start_grad_norm(self.store)
+        # another optimizer than torch's may write to the gradients, which a second try would need
+        own = optimizer is not None and not type(optimizer).__module__.startswith("torch.optim")
+        if self.spec.post_validation and not self._was_clipped and not own:
+            self._trial = _Trial(self.store, optimizer, square)
+            self._apply(optimizer)
+        else:
+            self._norm = square.wait().sqrt()
+            self._was_clipped = self.spec.post_validation and self._rejects(self._norm)
+            self._redo(optimizer)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Keep the step that is on trial, or put it right. Every rank calls it before anything else uses the
+        parameters."""
+        trial, self._trial = self._trial, None
+        if trial is None:
+            return
+        self._norm = trial.square.wait().sqrt()
+        self._was_clipped = self._rejects(self._norm)
+        if self._was_clipped:
+            trial.roll_back()
+            self._redo(trial.optimizer)
+            trial.put_options_back()
+            self.store.clear_gradients()
+
+    def kept_bytes(self) -> int:
+        return 0 if self._trial is None else self._trial.num_bytes()
+
+    def _rejects(self, norm: torch.Tensor) -> bool:
+        """Does a plain step differ from the one asked for?"""
+        limit = self.spec.max_grad_norm
+        if not norm.isfinite():
+            return True
+        return limit is not None and bool(clip_factor(limit, norm) < 1.0)
+
+    def _redo(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """The step of a known norm."""
+        assert self._norm is not None
+        if self.spec.skip_nonfinite and not self._norm.isfinite():
+            self.store.refresh()
+            return
+        if self.spec.max_grad_norm is not None:
+            scale_gradients(self.store, clip_factor(self.spec.max_grad_norm, self._norm))
+        self._apply(optimizer)
+
+    def _apply(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is None:
+            self.store.refresh()
+        else:
+            self.store.take_gradients()
+            optimizer.step()
+
+
+class _Trial:
+    """What a step overwrites, as it was, and what it steps by."""
+
+    def __init__(self, store: ParameterStore, optimizer: torch.optim.Optimizer | None, square: Summing) -> None:
+        self.store, self.optimizer, self.square = store, optimizer, square
+        self._grads = {name: p.grad for name, p in store.parameters.items() if p.grad is not None}
+        self._values: dict[torch.Tensor, torch.Tensor] = {}
+        self._states: dict[torch.Tensor, dict[str, Any]] = {}
+        self._groups: list[dict[str, Any]] = []
+        self._later: list[dict[str, Any]] = []
+        if optimizer is None:
+            return
+        store.take_gradients()
+        for group in optimizer.param_groups:
+            self._groups.append(_copied(_options(group)))
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._values[parameter] = parameter.detach().clone()
+                    self._states[parameter] = _copied(optimizer.state.get(parameter, {}))
+
+    def roll_back(self) -> None:
+        """Parameters, state, gradients and options are those of before the step."""
+        for name, grad in self._grads.items():
+            self.store.parameters[name].grad = grad
+        if self.optimizer is None:
+            return
+        for parameter, value in self._values.items():
+            parameter.copy_(value)
+            _restore(self.optimizer.state, parameter, self._states[parameter])
+        for group, options in zip(self.optimizer.param_groups, self._groups, strict=True):
+            self._later.append(_options(group))
+            group.update(options)
+
+    def put_options_back(self) -> None:
+        """Those that a scheduler has set since the step."""
+        if self.optimizer is not None:
+            for group, options in zip(self.optimizer.param_groups, self._later, strict=True):
+                group.update(options)
+
+    def num_bytes(self) -> int:
+        """Of the copies."""
+        states = [value for state in self._states.values() for value in state.values()]
+        tensors = [local_tensor(t) for t in (*self._values.values(), *states) if isinstance(t, torch.Tensor)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.detach().clone() if isinstance(v, torch.Tensor) else copy.deepcopy(v) for k, v in values.items()}
+
+
+def _restore(states: dict[torch.Tensor, dict[str, Any]], parameter: torch.Tensor, before: dict[str, Any]) -> None:
+    """In place, where there is a place: an optimizer may hold on to its tensors."""
+    if not before:
+        states.pop(parameter, None)
+        return
+    for name, value in before.items():
+        here = states[parameter].get(name)
+        if isinstance(here, torch.Tensor) and isinstance(value, torch.Tensor) and here.shape == value.shape:
+            here.copy_(value)
+        else:
+            states[parameter][name] = value
