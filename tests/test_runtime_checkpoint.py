@@ -44,6 +44,7 @@ LAYOUTS = [
     {"pp": 2},
     {"dp": 2, "tp": 2, "zero": 3},
     {"pp": 2, "dp": 2, "zero": 2},
+    {"pp": 2, "schedule": "chimera"},
 ]
 
 
@@ -58,6 +59,14 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(index: int, tmp_path: Pat
     expected = run_ranks(_size(first), _save_after, first, path, 2)[0]
     for losses in run_ranks(_size(second), _resume, second, path, 2):
         assert losses == pytest.approx(expected, rel=1e-9)
+
+
+def test_two_copies_of_a_stage_are_saved_once(tmp_path: Path) -> None:
+    sizes = []
+    for layout in ({"pp": 2}, {"pp": 2, "schedule": "chimera"}):
+        run_ranks(2, _save_after, layout, str(tmp_path / "checkpoint"), 1)
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "checkpoint").glob("*.distcp")))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
 
 
 def test_saving_again_replaces_the_old_checkpoint(tmp_path: Path) -> None:

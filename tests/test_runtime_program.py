@@ -10,7 +10,7 @@ from distributed import run_ranks
 from runtime_toy import make_batch, make_plan, make_program, make_toy, reference
 
 from shardwright.errors import ShardwrightError
-from shardwright.planner.schedules import build_schedule
+from shardwright.planner.schedules import SCHEDULES, build_schedule
 from shardwright.runtime.buffers import written_buffers
 from shardwright.runtime.orders import schedule_for
 from shardwright.runtime.wiring import wire
@@ -179,17 +179,35 @@ def test_buffers_whose_updates_cannot_be_joined_are_refused_in_two_directions() 
         written_buffers(toy.graph, wire(toy.graph, programs, stages, [[0, 1], [1, 0]]))
 
 
-def _evaluate(rank: int, layout: dict) -> float:
-    toy = make_toy()
+def _batches(rank: int, layout: dict, sizes: list[int]) -> None:
+    """One program, batches of these sizes: each gives loss, gradients and evaluation of the model."""
+    toy = make_toy(num_blocks=5)
     program = make_program(toy, make_plan(toy, **layout))
-    return float(program.evaluate(program.shard_batch(make_batch(16))))
+    for size in sizes:
+        batch = make_batch(size)
+        expected_loss, expected, _ = reference(toy, batch, 4)
+        before = {name: buffer.clone() for name, buffer in program.named_buffers()}
+        loss = float(program.evaluate(program.shard_batch(batch)))
+        assert all(torch.equal(before[name], buffer) for name, buffer in program.named_buffers())
+        assert loss == pytest.approx(float(expected_loss), rel=1e-9), size
+        outputs = program.outputs(program.shard_batch(batch))
+        assert len(outputs) in (0, -(-size // 4))
+        assert float(program.forward_backward(program.shard_batch(batch))) == pytest.approx(loss, rel=1e-9), size
+        for name, grad in program.gradients().items():
+            assert float((grad - expected[name]).abs().max()) < TOLERANCE, (size, name)
 
 
-def test_evaluation_follows_any_placement_of_stages() -> None:
-    expected = float(reference(make_toy(), make_batch(16), 4)[0])
-    assert run_ranks(2, _evaluate, {"pp": 2, "schedule": "zb_v", "chunks": 2}) == pytest.approx(
-        [expected] * 2, rel=1e-9
-    )
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_batches_of_other_sizes_and_evaluation_under_every_schedule(schedule: str) -> None:
+    """Four microbatches of four were planned."""
+    chunks = SCHEDULES[schedule].chunks[0]
+    run_ranks(2, _batches, {"pp": 2, "schedule": schedule, "chunks": chunks}, [16, 10, 8, 3, 24])
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h2", "v_half", "chimera", "bitpipe"])
+def test_batches_of_other_sizes_on_four_ranks(schedule: str) -> None:
+    chunks = SCHEDULES[schedule].chunks[0]
+    run_ranks(4, _batches, {"pp": 4, "schedule": schedule, "chunks": chunks}, [16, 10, 3])
 
 
 def test_schedules_that_the_stages_do_not_follow_are_refused() -> None:
