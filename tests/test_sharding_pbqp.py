@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.planner.sharding import pbqp
+from shardwright.planner.sharding import core, pbqp
 from shardwright.planner.sharding.pbqp import Problem, solve
 from shardwright.planner.solver import Solution, solve_model
 
@@ -96,14 +96,14 @@ def dense(count: int, options: int, seed: int) -> Problem:
 @pytest.mark.parametrize("seed", range(3))
 def test_dense_core_reaches_the_integer_program(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, reached = dense(6, 3, seed), []
-    original = pbqp._solve_core
+    original = pbqp.solve_core
 
-    def spy(work, core, choice, time_limit_s):
-        reached.extend(core)
-        return original(work, core, choice, time_limit_s)
+    def spy(left, time_limit_s):
+        reached.extend(left.costs)
+        return original(left, time_limit_s)
 
-    monkeypatch.setattr(pbqp, "plan_order", lambda *_: None)
-    monkeypatch.setattr(pbqp, "_solve_core", spy)
+    monkeypatch.setattr(core, "plan_order", lambda *_: None)
+    monkeypatch.setattr(pbqp, "solve_core", spy)
     choice, solution = solve(problem)
     assert len(reached) >= 4
     assert problem.objective(choice) == pytest.approx(least(problem), rel=1e-7)
@@ -112,7 +112,7 @@ def test_dense_core_reaches_the_integer_program(seed: int, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("seed", range(6))
 def test_tables_over_several_variables_find_what_enumeration_finds(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pbqp, "_solve_core", lambda *_: pytest.fail("reached the integer program"))
+    monkeypatch.setattr(pbqp, "solve_core", lambda *_: pytest.fail("reached the integer program"))
     problem = dense(4 + seed % 3, 4, seed)
     choice, solution = solve(problem)
     assert problem.objective(choice) == pytest.approx(least(problem), rel=1e-12)
@@ -131,9 +131,9 @@ def test_time_limit_gives_an_incumbent_and_a_true_bound() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_an_answer_comes_where_the_solver_has_none_in_time(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = dense(7, 4, seed)
-    monkeypatch.setattr(pbqp, "plan_order", lambda *_: None)
+    monkeypatch.setattr(core, "plan_order", lambda *_: None)
     none = Solution("unknown", math.inf, -math.inf, math.inf, 0.0)
-    monkeypatch.setattr(pbqp, "solve_model", lambda *_, **__: none)
+    monkeypatch.setattr(core, "solve_model", lambda *_, **__: none)
     choice, solution = solve(problem)
     assert solution.status == "feasible" and solution.objective == pytest.approx(problem.objective(choice))
     assert solution.bound <= least(problem) + 1e-9 <= solution.objective + 2e-9
@@ -161,7 +161,7 @@ def test_of_equal_options_the_first_is_taken() -> None:
 
 
 def test_long_chains_with_few_shared_values_need_no_integer_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pbqp, "_solve_core", lambda *_: pytest.fail("reached the integer program"))
+    monkeypatch.setattr(pbqp, "solve_core", lambda *_: pytest.fail("reached the integer program"))
     random = np.random.default_rng(0)
     problem = Problem()
     for i in range(300):

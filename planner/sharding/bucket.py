@@ -26,8 +26,11 @@ class Factor:
     table: np.ndarray
 
 
-def plan_order(sizes: Mapping[int, int], neighbours: Mapping[int, Sequence[int]]) -> list[int] | None:
-    """An order of elimination whose tables stay within the limits, or None. sizes: options of each variable."""
+def plan_order(
+    sizes: Mapping[int, int], neighbours: Mapping[int, Sequence[int]], most: int = MAX_WORK
+) -> list[int] | None:
+    """An order of elimination with no more than `most` entries in all tables, or None. sizes: options of each
+    variable."""
     around = {u: set(vs) for u, vs in neighbours.items()}
     weight = {u: math.prod(sizes[v] for v in vs) for u, vs in around.items()}
     order, work = [], 0
@@ -35,7 +38,7 @@ def plan_order(sizes: Mapping[int, int], neighbours: Mapping[int, Sequence[int]]
         u = min(around, key=lambda u: (weight[u] * sizes[u], u))
         table = weight[u] * sizes[u]
         work += table
-        if table > MAX_TABLE or work > MAX_WORK:
+        if table > MAX_TABLE or work > most:
             return None
         order.append(u)
         touched = around.pop(u)

@@ -8,16 +8,8 @@ architectures", section 3). Two exact reductions alternate until neither applies
                   (their rules R0, RI and RII)                                                   (_eliminate)
     dominance     an option goes when another of the same variable is no worse whatever the neighbours take: in cost
                   plus the largest difference on each edge                                       (_prune)
-What is left is eliminated by tables over more than two variables where these stay small (bucket.py); else it is an
-integer linear program, solved by HiGHS through PuLP:
-
-    y[u,i]   in {0,1}  u takes option i               one per variable: sum_i y[u,i] = 1           (_choose_one)
-    e[uv,ij] >= 0      u takes i and v takes j        sum_j e[uv,ij] = y[u,i]                      (_link)
-                                                      sum_i e[uv,ij] = y[v,j]                      (_link)
-    objective          sum cost_u[i] y[u,i] + sum cost_uv[i,j] e[uv,ij]
-
-Pairs of infinite cost have no e. The linear relaxation of this form is tight on trees; the bound that HiGHS proves is
-handed back with the answer.
+What is left is eliminated by tables over more than two variables where these stay small (bucket.py); else core.py has
+it. The bound that is proven is handed back with the answer.
 """
 
 from __future__ import annotations
@@ -28,13 +20,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
-import pulp
 
-from ..solver import Solution, solve_model
-from .bucket import Factor, eliminate, plan_order
-
-MAX_SWEEPS = 50
-FORBIDDEN = 1e12  # in place of infinity: the least bad option where all are forbidden
+from ..solver import Solution
+from .core import Core, solve_by_tables, solve_core
 
 
 @dataclass
@@ -90,12 +78,15 @@ def solve(
     started = time.perf_counter()
     work = (prepared or Elimination(problem)).priced(price)
     work.run()
-    core = sorted(work.alive)
+    core = work.core()
     status, bound = "optimal", 0.0
     choice = [-1] * len(problem.costs)
-    proven = not core or _eliminate_core(work, core, choice)
-    if not proven:
-        status, bound = _solve_core(work, core, choice, time_limit_s)
+    picked = solve_by_tables(core)
+    proven = picked is not None
+    if picked is None:
+        status, bound, picked = solve_core(core, time_limit_s)
+    for u, option in picked.items():
+        choice[u] = int(work.options[u][option])
     if status in ("optimal", "feasible"):
         work.back_substitute(choice)
         objective = problem.objective(choice, price)
@@ -236,112 +227,12 @@ class Elimination:
         merged = merged if known is None else merged + known
         self.neighbours[v][w], self.neighbours[w][v] = merged, merged.T
 
+    def core(self) -> Core:
+        alive = sorted(self.alive)
+        return Core({u: self.costs[u] for u in alive}, {u: self.neighbours[u] for u in alive})
+
     def back_substitute(self, choice: list[int]) -> None:
         """choice holds original option numbers; a removed variable's table is over the options left at that time."""
         for u, others, table, options in reversed(self.stack):
             states = tuple(int(np.searchsorted(known, choice[v])) for v, known in zip(others, options[1:], strict=True))
             choice[u] = int(options[0][int(table[states])])
-
-
-def _eliminate_core(work: Elimination, core: list[int], choice: list[int]) -> bool:
-    """Fills in the core's options where tables over its neighbourhoods stay small enough; else returns False."""
-    sizes = {u: len(work.costs[u]) for u in core}
-    order = plan_order(sizes, {u: list(work.neighbours[u]) for u in core})
-    if order is None:
-        return False
-    factors = [Factor((u,), work.costs[u]) for u in core]
-    factors += [Factor((u, v), m) for u in core for v, m in work.neighbours[u].items() if u < v]
-    for u, option in eliminate(order, factors)[1].items():
-        choice[u] = int(work.options[u][option])
-    return True
-
-
-def _solve_core(work: Elimination, core: list[int], choice: list[int], time_limit_s: float | None) -> tuple[str, float]:
-    model = pulp.LpProblem("sharding", pulp.LpMinimize)
-    terms: list[tuple[pulp.LpVariable, float]] = []
-    pick: dict[int, dict[int, pulp.LpVariable]] = {}
-    scale = _scale(work, core)
-    for u in core:
-        pick[u] = _choose_one(model, u, work.costs[u], terms, scale)
-    for u in core:
-        for v, matrix in work.neighbours[u].items():
-            if u < v:
-                _link(model, u, v, matrix, pick, terms, scale)
-    model += pulp.lpSum(cost * variable for variable, cost in terms if cost)
-    solution = solve_model(model, time_limit_s=time_limit_s)
-    if solution.status == "unknown" and _descend(work, core, choice):
-        return "feasible", _least_of_each(work, core)
-    if solution.status not in ("optimal", "feasible"):
-        return solution.status, solution.bound
-    for u in core:
-        choice[u] = int(work.options[u][max(pick[u], key=lambda i: pick[u][i].value() or 0.0)])
-    return solution.status, solution.bound * scale
-
-
-def _least_of_each(work: Elimination, core: list[int]) -> float:
-    """A bound: every table at its least entry."""
-    tables = [work.costs[u] for u in core]
-    tables += [matrix for u in core for v, matrix in work.neighbours[u].items() if u < v]
-    return sum(float(table.min()) for table in tables)
-
-
-def _descend(work: Elimination, core: list[int], choice: list[int]) -> bool:
-    """An answer without a proof: the best option of one variable after the other, given the others, until none gains.
-    False where that finds none that is allowed."""
-    picked = {u: 0 for u in core}
-
-    def costs(u: int) -> np.ndarray:
-        return work.costs[u] + sum(matrix[:, picked[v]] for v, matrix in work.neighbours[u].items())
-
-    for _ in range(MAX_SWEEPS):
-        before = dict(picked)
-        for u in core:
-            picked[u] = int(np.argmin(np.nan_to_num(costs(u), posinf=FORBIDDEN)))
-        if picked == before:
-            break
-    for u in core:
-        choice[u] = int(work.options[u][picked[u]])
-    return all(np.isfinite(costs(u)[picked[u]]) for u in core)
-
-
-def _scale(work: Elimination, core: list[int]) -> float:
-    """Costs are microseconds to seconds; the solver's tolerances expect numbers near one."""
-    tables = [work.costs[u] for u in core] + [matrix for u in core for matrix in work.neighbours[u].values()]
-    finite = [float(np.abs(c[np.isfinite(c)]).max(initial=0.0)) for c in tables]
-    return max([*finite, 1e-12]) / 1000.0
-
-
-def _choose_one(
-    model: pulp.LpProblem, u: int, costs: np.ndarray, terms: list[tuple[pulp.LpVariable, float]], scale: float
-) -> dict[int, pulp.LpVariable]:
-    variables = {}
-    for i, cost in enumerate(costs):
-        if np.isfinite(cost):
-            variables[i] = pulp.LpVariable(f"y_{u}_{i}", cat=pulp.LpBinary)
-            terms.append((variables[i], float(cost) / scale))
-    model += pulp.lpSum(variables.values()) == 1
-    return variables
-
-
-def _link(
-    model: pulp.LpProblem,
-    u: int,
-    v: int,
-    matrix: np.ndarray,
-    pick: dict[int, dict[int, pulp.LpVariable]],
-    terms: list[tuple[pulp.LpVariable, float]],
-    scale: float,
-) -> None:
-    rows: dict[int, list[pulp.LpVariable]] = {i: [] for i in pick[u]}
-    columns: dict[int, list[pulp.LpVariable]] = {j: [] for j in pick[v]}
-    for i in pick[u]:
-        for j in pick[v]:
-            if np.isfinite(matrix[i, j]):
-                both = pulp.LpVariable(f"e_{u}_{v}_{i}_{j}", lowBound=0)
-                rows[i].append(both)
-                columns[j].append(both)
-                terms.append((both, float(matrix[i, j]) / scale))
-    for i, members in rows.items():
-        model += pulp.lpSum(members) == pick[u][i]
-    for j, members in columns.items():
-        model += pulp.lpSum(members) == pick[v][j]
