@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 from ..costmodel.actions import FORWARD, Action
 from ..errors import ExitCode, ShardwrightError
 from ..planner.schedules import PipelineSchedule, build_schedule
 
 
-def schedule_for(name: str, stage_rank: Sequence[int], num_microbatches: int) -> PipelineSchedule:
+@lru_cache(maxsize=32)
+def schedule_for(name: str, stage_rank: tuple[int, ...], num_microbatches: int) -> PipelineSchedule:
     """stage_rank: pipeline coordinate of each virtual stage, in the first direction. Raises ShardwrightError where the
     schedule places stages otherwise."""
     num_ranks = max(stage_rank) + 1
     schedule = build_schedule(name, num_ranks, num_microbatches, len(stage_rank) // num_ranks)
-    if schedule.stage_rank != tuple(stage_rank):
+    if schedule.stage_rank != stage_rank:
         raise ShardwrightError(
             f"schedule {schedule.name} has its stages on pipeline ranks {list(schedule.stage_rank)}, the plan on "
             f"{list(stage_rank)}",
@@ -26,7 +27,8 @@ def schedule_for(name: str, stage_rank: Sequence[int], num_microbatches: int) ->
     return schedule
 
 
-def forward_order(stage_rank: Sequence[int], num_microbatches: int) -> PipelineSchedule:
+@lru_cache(maxsize=32)
+def forward_order(stage_rank: tuple[int, ...], num_microbatches: int) -> PipelineSchedule:
     """Forwards only, for evaluation, under any placement: were all forwards equally long, each rank would always run
     the last stage that has a microbatch waiting."""
     num_stages, num_ranks = len(stage_rank), max(stage_rank) + 1
@@ -38,4 +40,4 @@ def forward_order(stage_rank: Sequence[int], num_microbatches: int) -> PipelineS
         for rank, stage in chosen.items():
             ranks[rank].append(Action(FORWARD, stage, done[stage]))
             done[stage] += 1
-    return PipelineSchedule("forward_only", num_microbatches, tuple(stage_rank), tuple(map(tuple, ranks)))
+    return PipelineSchedule("forward_only", num_microbatches, stage_rank, tuple(map(tuple, ranks)))

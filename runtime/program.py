@@ -69,7 +69,7 @@ class Program:
         self.step_index = 0
 
         stages = [stage.segments for stage in plan.stages]
-        self._stage_rank = [self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages]
+        self._stage_rank = tuple(self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages)
         placements: Sequence[Sequence[int]] = [self._stage_rank]
         if self.grid.size("pp") > 1:  # what could not run is refused now rather than at the first step
             schedule = self.schedule(plan.microbatch.count)

@@ -94,7 +94,16 @@ def setting_of(case: Case) -> Setting:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "pp", "m", "v"), [("gpipe", 4, 6, 1), ("1f1b", 4, 6, 1), ("interleaved_1f1b", 2, 6, 3)]
+    ("schedule", "pp", "m", "v"),
+    [
+        ("gpipe", 4, 6, 1),
+        ("1f1b", 4, 6, 1),
+        ("interleaved_1f1b", 2, 6, 3),
+        ("chimera", 4, 6, 1),
+        ("bitpipe", 2, 30, 2),
+        ("1f1b_2bp", 2, 30, 1),
+        ("breadth_first", 2, 30, 2),
+    ],
 )
 def test_profiles_and_the_simulated_order_agree_on_activations(schedule, pp, m, v):
     case = Case(Sizes(layers=10), "4xCPU", 6)
@@ -110,6 +119,12 @@ def test_profiles_and_the_simulated_order_agree_on_activations(schedule, pp, m, 
         assert items["activations"] == pytest.approx(peaks[rank], abs=1)
         assert sum(items.values()) <= quick[rank] + 20
         assert sum(items.values()) >= 0.97 * quick[rank]
+
+
+def test_a_roll_back_of_the_step_keeps_parameters_and_state():
+    kept = StateBytes(compute=2, master=4, reduce=4, state_tensors=2, single_copy=False, kept_tensors=3)
+    for zero, elements in ((0, 800), (1, 200)):
+        assert held(kept, zero=zero).step_temporaries - held(zero=zero).step_temporaries == 3 * 4 * elements
 
 
 def test_profiles_hold_the_closed_forms():

@@ -257,6 +257,25 @@ def test_clipping_waits_for_every_rank():
     assert with_clip >= without
 
 
+def test_post_validation_waits_for_no_rank_and_counts_what_it_keeps():
+    plain, clipped, early = (
+        Case(
+            Sizes(layers=6, vocab=20000), "4xCPU", 8, optimizer=OptimizerSpec(max_grad_norm=limit, post_validation=post)
+        )
+        .search(pp=4, schedule="1f1b", microbatch=1)
+        .predicted
+        for limit, post in ((None, False), (1.0, False), (1.0, True))
+    )
+    assert plain.step_s == early.step_s <= clipped.step_s
+    assert max(early.peak_bytes) >= max(clipped.peak_bytes)
+
+
+def test_two_directions_hold_each_stage_on_two_ranks():
+    result = Case(Sizes(layers=6), "4xCPU", 8).search(pp=4, schedule="chimera", microbatch=1)
+    assert [stage.ranks for stage in result.stages] == [[0, 3], [1, 2], [2, 1], [3, 0]]
+    assert result.predicted.peak_bytes == result.predicted.peak_bytes[::-1]
+
+
 def test_mixed_clusters_keep_to_the_smallest_memory_and_favour_fast_stages():
     case = Case(LLAMA_8B, "1x8xH100-80GB+1x8xA100-40GB", 64)
     result = case.search(pp=2, dp=1, tp=8, schedule="1f1b")
