@@ -16,18 +16,26 @@
 #define MAX_STEP 24     /* places that an action is moved by, at most */
 #define CLOCK_EVERY 128 /* moves between looks at the clock */
 #define PATH_EVERY 32   /* moves tried on one critical path */
+#define MAX_TIMES 6     /* that a node's end is found anew after one move: one that closes a cycle has none */
 
 typedef struct {
     double hottest_s, coldest_s, bound_s, time_limit_s;
-    double repeated; /* share of moves made for all microbatches alike */
+    double repeated; /* share of evaluated moves that are made for all microbatches alike */
     uint64_t seed;
 } Settings;
 
 typedef struct {
-    int *position, *sequence, *visited, *waiter, *pairs, *kept, *best, *stack, *begin;
+    double key;
+    int node;
+} Entry;
+
+typedef struct {
+    int *position, *visited, *waiter, *pairs, *kept, *best, *stack, *begin;
     unsigned *done, *waits, stamp;
     double *end, *trial, *tail, *held, *clock;
-    int num_visited;
+    Entry *queue;
+    unsigned char *queued, *times; /* is the node in the queue; how often it has been through it */
+    int num_visited, num_queued;
     uint64_t random;
 } State;
 
@@ -46,18 +54,47 @@ static double now_s(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Ends of all nodes from `begin` on go to `trial`. The makespan, or NEVER where it exceeds at_most or the orders cannot
-   finish. Tails are valid for nodes that started at tails_from_s or later. */
-static double evaluate(const Pipeline *p, State *s, double at_most, double tails_from_s)
+/* A queue of nodes, least key first; each node once. */
+static void push(State *s, int node, double key)
 {
-    int depth = 0, missing = 0;
+    int i = s->num_queued;
+    if (s->queued[node])
+        return;
+    s->queued[node] = 1;
+    s->num_queued++;
+    for (; i > 0 && key < s->queue[(i - 1) / 2].key; i = (i - 1) / 2)
+        s->queue[i] = s->queue[(i - 1) / 2];
+    s->queue[i].key = key;
+    s->queue[i].node = node;
+}
+
+static int pop(State *s)
+{
+    int node = s->queue[0].node, n = --s->num_queued, i = 0;
+    Entry last = s->queue[n];
+    for (;;) {
+        int child = 2 * i + 1;
+        if (child + 1 < n && s->queue[child + 1].key < s->queue[child].key)
+            child++;
+        if (child >= n || s->queue[child].key >= last.key)
+            break;
+        s->queue[i] = s->queue[child];
+        i = child;
+    }
+    s->queue[i] = last;
+    s->queued[node] = 0;
+    return node;
+}
+
+/* Ends of all nodes. The makespan, or NEVER where the orders cannot finish. */
+static double evaluate(const Pipeline *p, State *s)
+{
+    int depth = 0, found = 0;
     double makespan = 0.0;
     s->stamp++;
-    s->num_visited = 0;
     for (int r = 0; r < p->num_ranks; r++) {
-        int i = s->begin[r];
-        s->clock[r] = i > p->offset[r] ? s->end[p->row[i - 1]] : 0.0;
-        missing += p->offset[r + 1] - i;
+        s->begin[r] = p->offset[r];
+        s->clock[r] = 0.0;
         s->stack[depth++] = r;
     }
     while (depth) {
@@ -66,59 +103,113 @@ static double evaluate(const Pipeline *p, State *s, double at_most, double tails
         for (; i < stop; i++) {
             int node = p->row[i], source = p->before[node];
             if (source >= 0) {
-                double arrival;
-                if (s->done[source] == s->stamp)
-                    arrival = s->trial[source];
-                else if (s->position[source] < s->begin[p->rank[source]])
-                    arrival = s->end[source];
-                else {
+                if (s->done[source] != s->stamp) {
                     s->waiter[source] = r;
                     s->waits[source] = s->stamp;
                     break;
                 }
-                arrival += p->lag[node];
+                double arrival = s->trial[source] + p->lag[node];
                 clock = arrival > clock ? arrival : clock;
             }
-            if (clock + s->tail[node] > at_most && s->end[node] - p->seconds[node] >= tails_from_s)
-                return NEVER;
             clock += p->seconds[node];
             s->trial[node] = clock;
             s->done[node] = s->stamp;
-            s->visited[s->num_visited++] = node;
+            s->visited[found++] = node;
             if (s->waits[node] == s->stamp)
                 s->stack[depth++] = s->waiter[node];
         }
         s->begin[r] = i;
         s->clock[r] = clock;
+        makespan = clock > makespan ? clock : makespan;
     }
-    if (s->num_visited < missing)
-        return NEVER;
-    for (int r = 0; r < p->num_ranks; r++)
-        makespan = s->clock[r] > makespan ? s->clock[r] : makespan;
-    return makespan > at_most ? NEVER : makespan;
+    s->num_visited = found;
+    return found < p->num_nodes ? NEVER : makespan;
 }
 
-/* Takes over the evaluated ends; `sequence`, an order in which everything can run; tails. */
-static void keep_trial(const Pipeline *p, State *s)
+static inline double end_of(const State *s, int node) { return s->done[node] == s->stamp ? s->trial[node] : s->end[node]; }
+
+static inline double start_of(const Pipeline *p, const State *s, int node)
 {
-    int n = p->num_nodes, at = 0;
-    for (int k = 0; k < n; k++)
-        if (s->done[s->sequence[k]] != s->stamp)
-            s->sequence[at++] = s->sequence[k];
-    for (int k = 0; k < s->num_visited; k++) {
-        int node = s->visited[k];
-        s->end[node] = s->trial[node];
-        s->sequence[at++] = node;
+    int i = s->position[node], source = p->before[node];
+    double start = i > p->offset[p->rank[node]] ? end_of(s, p->row[i - 1]) : 0.0;
+    double arrival = source >= 0 ? end_of(s, source) + p->lag[node] : 0.0;
+    return arrival > start ? arrival : start;
+}
+
+/* The same after a change of the row from first to last: ends that differ, and those of the changed positions, go to
+   `trial`. NEVER also where the makespan is bound to exceed at_most, or where ends do not come to rest soon. Tails are valid for
+   nodes that started at tails_from_s or later. */
+static double evaluate_change(const Pipeline *p, State *s, int first, int last, double at_most, double tails_from_s)
+{
+    double makespan = 0.0;
+    s->stamp++;
+    s->num_visited = 0;
+    for (int i = first; i <= last; i++) {
+        int node = p->row[i];
+        s->trial[node] = start_of(p, s, node) + p->seconds[node];
+        s->done[node] = s->stamp;
+        s->times[node] = 0;
+        s->visited[s->num_visited++] = node;
+        for (int j = 2 * node; j < 2 * node + 2; j++)
+            if (p->after[j] >= 0)
+                push(s, p->after[j], start_of(p, s, p->after[j]));
     }
-    for (int k = n - 1; k >= 0; k--) {
-        int node = s->sequence[k], i = s->position[node];
-        double tail = i + 1 < p->offset[p->rank[node] + 1] ? s->tail[p->row[i + 1]] : 0.0;
+    if (last + 1 < p->offset[p->rank[p->row[last]] + 1])
+        push(s, p->row[last + 1], start_of(p, s, p->row[last + 1]));
+    while (s->num_queued) {
+        int node = pop(s), i = s->position[node];
+        double start = start_of(p, s, node), end = start + p->seconds[node], before = end_of(s, node);
+        if (s->done[node] != s->stamp) {
+            s->done[node] = s->stamp;
+            s->times[node] = 0;
+            s->visited[s->num_visited++] = node;
+        }
+        s->trial[node] = end;
+        if ((start + s->tail[node] > at_most && s->end[node] - p->seconds[node] >= tails_from_s) ||
+            ++s->times[node] > MAX_TIMES) {
+            while (s->num_queued)
+                s->queued[s->queue[--s->num_queued].node] = 0;
+            return NEVER;
+        }
+        if (end == before)
+            continue;
+        if (i + 1 < p->offset[p->rank[node] + 1])
+            push(s, p->row[i + 1], start_of(p, s, p->row[i + 1]));
+        for (int j = 2 * node; j < 2 * node + 2; j++)
+            if (p->after[j] >= 0)
+                push(s, p->after[j], start_of(p, s, p->after[j]));
+    }
+    for (int r = 0; r < p->num_ranks; r++)
+        if (p->offset[r] < p->offset[r + 1]) {
+            double end = end_of(s, p->row[p->offset[r + 1] - 1]);
+            makespan = end > makespan ? end : makespan;
+        }
+    return makespan;
+}
+
+/* Takes over the evaluated ends; tails, where those of the nodes at positions from first to last may have changed. */
+static void keep_trial(const Pipeline *p, State *s, int first, int last)
+{
+    for (int k = 0; k < s->num_visited; k++)
+        s->end[s->visited[k]] = s->trial[s->visited[k]];
+    for (int i = first; i <= last; i++)
+        push(s, p->row[i], -s->end[p->row[i]]);
+    while (s->num_queued) {
+        int node = pop(s), i = s->position[node], r = p->rank[node];
+        double tail = i + 1 < p->offset[r + 1] ? s->tail[p->row[i + 1]] : 0.0;
         for (int j = 2 * node; j < 2 * node + 2; j++) {
             int next = p->after[j];
             if (next >= 0 && p->lag[next] + s->tail[next] > tail)
                 tail = p->lag[next] + s->tail[next];
         }
-        s->tail[node] = tail + p->seconds[node];
+        tail += p->seconds[node];
+        if (tail == s->tail[node])
+            continue;
+        s->tail[node] = tail;
+        if (i > p->offset[r])
+            push(s, p->row[i - 1], -s->end[p->row[i - 1]]);
+        if (p->before[node] >= 0)
+            push(s, p->before[node], -s->end[p->before[node]]);
     }
 }
 
@@ -224,24 +315,6 @@ static double estimate(const Pipeline *p, State *s, int r, int first, int last)
     return clock > longest ? clock : longest;
 }
 
-/* Sets `begin` to the first node of each rank that a change of rank r's window can move. */
-static void begin_at(const Pipeline *p, State *s, int r, int first)
-{
-    double from_s = (first > p->offset[r] ? s->end[p->row[first - 1]] : 0.0) - SLACK_S;
-    for (int other = 0; other < p->num_ranks; other++) {
-        int low = p->offset[other], high = p->offset[other + 1];
-        while (low < high) {
-            int middle = (low + high) / 2, node = p->row[middle];
-            if (s->end[node] - p->seconds[node] < from_s)
-                low = middle + 1;
-            else
-                high = middle;
-        }
-        s->begin[other] = low;
-    }
-    s->begin[r] = first;
-}
-
 static void place(const Pipeline *p, State *s, int first, int last)
 {
     for (int i = first; i <= last; i++)
@@ -253,19 +326,17 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
     size_t bytes = sizeof(int) * (size_t)p->num_nodes;
     double current, least, temperature_s = settings->hottest_s, began_s = now_s();
     int num_pairs = 0, stale = 1;
+    long num_evaluated = 0, num_repeated = 0;
     for (int r = 0; r < p->num_ranks; r++) {
         double held = 0.0;
-        s->begin[r] = p->offset[r];
         for (int i = p->offset[r]; i < p->offset[r + 1]; i++)
             s->held[i] = held += p->change[p->row[i]];
     }
-    for (int k = 0; k < p->num_nodes; k++)
-        s->sequence[k] = k;
     place(p, s, 0, p->num_nodes - 1);
-    current = least = evaluate(p, s, NEVER, NEVER);
+    current = least = evaluate(p, s);
     if (current >= NEVER || settings->time_limit_s <= 0.0)
         return current;
-    keep_trial(p, s);
+    keep_trial(p, s, 0, p->num_nodes - 1);
     memcpy(s->best, p->row, bytes);
     for (long tried = 0; least > settings->bound_s * (1 + 1e-9); tried++) {
         if (tried % CLOCK_EVERY == 0) {
@@ -280,14 +351,17 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
             break;
         int i = s->pairs[(int)(uniform(s) * num_pairs)], r = p->rank[p->row[i]];
         int low = p->offset[r], high = p->offset[r + 1], first, last = i;
-        int repeated = uniform(s) < settings->repeated;
+        int repeated = num_repeated < settings->repeated * num_evaluated;
         double at_most = current - temperature_s * log(1.0 - uniform(s)), makespan = NEVER;
         (repeated ? move_repeated : move_one)(p, s, i, low, high, &first, &last);
         place(p, s, first, last);
         if (fits(p, s, r, first, last) && (repeated || estimate(p, s, r, first, last) <= at_most)) {
+            num_evaluated++;
+            num_repeated += repeated;
             double window_end_s = s->end[s->kept[last]];
-            begin_at(p, s, r, first);
-            makespan = evaluate(p, s, at_most, window_end_s - SLACK_S);
+            makespan = repeated ? evaluate(p, s)
+                                : evaluate_change(p, s, first, last, at_most, window_end_s - SLACK_S);
+            makespan = makespan > at_most ? NEVER : makespan;
         }
         stale = makespan < NEVER;
         if (stale) {
@@ -295,7 +369,7 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
             for (int j = first; j <= last; j++)
                 s->held[j] = held += p->change[p->row[j]];
             current = makespan;
-            keep_trial(p, s);
+            keep_trial(p, s, first > low ? first - 1 : first, last);
             if (makespan < least * (1 - 1e-12)) {
                 least = makespan;
                 memcpy(s->best, p->row, bytes);
@@ -317,11 +391,14 @@ double anneal(const Pipeline *p, const Settings *settings)
     int *ints = calloc(8 * n + 2 * ranks, sizeof(int));
     unsigned *stamps = calloc(2 * n, sizeof(unsigned));
     double *doubles = calloc(4 * n + ranks, sizeof(double)), makespan = -1.0;
-    if (ints && stamps && doubles) {
-        State s = {.position = ints, .sequence = ints + n, .visited = ints + 2 * n, .waiter = ints + 3 * n,
+    unsigned char *bytes = calloc(2 * n, 1);
+    Entry *queue = calloc(n, sizeof(Entry));
+    if (ints && stamps && doubles && bytes && queue) {
+        State s = {.position = ints, .visited = ints + 2 * n, .waiter = ints + 3 * n,
                    .pairs = ints + 4 * n, .kept = ints + 5 * n, .best = ints + 6 * n, .begin = ints + 7 * n,
                    .stack = ints + 7 * n + ranks, /* each node waits once: n + ranks at most */
-                   .done = stamps, .waits = stamps + n,
+                   .done = stamps, .queued = bytes, .times = bytes + n,
+                   .queue = queue, .waits = stamps + n,
                    .end = doubles, .trial = doubles + n, .tail = doubles + 2 * n, .held = doubles + 3 * n,
                    .clock = doubles + 4 * n, .random = settings->seed * 0x9E3779B97F4A7C15u + 1};
         makespan = search(p, &s, settings);
@@ -329,5 +406,7 @@ double anneal(const Pipeline *p, const Settings *settings)
     free(ints);
     free(stamps);
     free(doubles);
+    free(bytes);
+    free(queue);
     return makespan;
 }

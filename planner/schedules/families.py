@@ -12,12 +12,18 @@ from dataclasses import dataclass, replace
 
 from .problem import PipelineProblem
 
+BY_START = -1.0
+THRIFTS = (BY_START, BY_START, 0.0, 0.3, 5.0)
 NEVER_FIRST = 1e6  # periods: this kind of action only where nothing else is ready
 
 
 @dataclass(frozen=True)
 class Block:
-    """Multiples of stage times for paces, of the period for pauses, delays and leads. One entry for each chunk."""
+    """Multiples of stage times for paces, of the period for pauses, delays and leads. One entry for each chunk.
+
+    thrift: a weight gradient runs only where its rank would otherwise have been idle for that many periods longer than
+    any other rank; BY_START: where its start says.
+    """
 
     forward_pace: tuple[float, ...]
     backward_pace: tuple[float, ...]
@@ -28,6 +34,7 @@ class Block:
     backward_lead: float = 0.0  # all backwards earlier by this
     patience: float = 0.0
     in_order: bool = False  # memory goes to forwards strictly by their starts
+    thrift: float = BY_START
 
 
 def block_starts(problem: PipelineProblem, block: Block) -> tuple[list[list[float]], float]:
@@ -78,6 +85,7 @@ def draw_block(chunks: int, rng: random.Random) -> Block:
         backward_lead=rng.choice((0.0, 0.0, 0.0, 50.0, -50.0)),
         patience=rng.choice((0.0, 0.0, 0.5, 1.0, 1.5)),
         in_order=rng.random() < 0.6,
+        thrift=rng.choice(THRIFTS),
     )
 
 

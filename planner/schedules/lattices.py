@@ -110,8 +110,9 @@ def regular(problem: PipelineProblem) -> bool:
     return len(place) % p == 0 and all(len(set(place[c : c + p])) == p for c in range(0, len(place), p))
 
 
-def lattice_orders(graph: OrderGraph, rng: np.random.Generator, count: int) -> Iterator[Order]:
-    """Orders that fit, of up to `count` blocks: half of them the shortest, half drawn from the others."""
+def lattice_orders(graph: OrderGraph, rng: np.random.Generator, count: int) -> Iterator[tuple[np.ndarray, Order]]:
+    """Starts of microbatch 0 in periods and orders that fit, of up to `count` blocks: half of them the shortest, half
+    drawn from the others."""
     problem = graph.problem
     if not regular(problem) or problem.num_stages > MAX_CHUNKS * problem.num_ranks:
         return
@@ -119,4 +120,5 @@ def lattice_orders(graph: OrderGraph, rng: np.random.Generator, count: int) -> I
     fitting = lattices.fitting()
     rest = fitting[count // 2 :]
     for index in [*fitting[: count // 2], *rng.permutation(rest)[: count // 2]]:
-        yield graph.repeated(lattices.starts[index], float(lattices.period))
+        starts = lattices.starts[index] / lattices.period
+        yield starts, graph.repeated(starts, 1.0)

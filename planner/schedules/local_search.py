@@ -32,12 +32,12 @@ def anneal(
     seed: int,
     hottest_s: float,
     bound_s: float = 0.0,
-    repeated: float = 0.05,
+    repeated: float = 0.1,
 ) -> tuple[Order, float]:
     """(order, makespan), never worse than what it is given, which must fit and be able to finish.
 
     hottest_s: a move that makes the makespan this much longer is taken with probability 1/e at first. repeated: share
-    of moves for all microbatches alike.
+    of evaluated moves that are for all microbatches alike.
     """
     settings = native.Settings(hottest_s, hottest_s / COOLING, bound_s, time_limit_s, repeated, seed)
     pipeline = graph.pipeline(order)

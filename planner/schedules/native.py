@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL | None:
     loaded.anneal.restype = loaded.list_schedule.restype = ctypes.c_double
     loaded.anneal.argtypes = [ctypes.POINTER(Pipeline), ctypes.POINTER(Settings)]
     number, whole = ctypes.c_double, ctypes.c_int
-    loaded.list_schedule.argtypes = [ctypes.POINTER(Pipeline), _DOUBLES, number, whole, number]
+    loaded.list_schedule.argtypes = [ctypes.POINTER(Pipeline), _DOUBLES, number, whole, number, number]
     return loaded
 
 
@@ -114,7 +114,7 @@ def evaluate(pipeline: Pipeline) -> float | None:
 
 
 def list_schedule(
-    pipeline: Pipeline, target: np.ndarray, patience: float, in_order: bool, give_up_s: float
+    pipeline: Pipeline, target: np.ndarray, patience: float, in_order: bool, thrift_s: float, give_up_s: float
 ) -> float | None:
     """Makespan of the list, left in the row; infinite where there is none. None: no library."""
     loaded = library()
@@ -123,7 +123,9 @@ def list_schedule(
     values = np.ascontiguousarray(target, dtype=np.float64)
     at_most = min(give_up_s, NEVER)
     return _checked(
-        loaded.list_schedule(ctypes.byref(pipeline), values.ctypes.data_as(_DOUBLES), patience, int(in_order), at_most)
+        loaded.list_schedule(
+            ctypes.byref(pipeline), values.ctypes.data_as(_DOUBLES), patience, int(in_order), thrift_s, at_most
+        )
     )
 
 

@@ -104,17 +104,19 @@ class OrderGraph:
         *,
         patience: float = 0.0,
         in_order: bool = False,
+        thrift_s: float = -1.0,
         give_up_s: float = INFINITE,
     ) -> tuple[Order, float] | None:
         """List scheduling by the starts of microbatch 0, each further one a period later; listing.py says how.
 
         in_order: forwards of a rank strictly by those starts. Memory then goes to whom it is meant for, but the list
-        may come to where nothing can run. None there, where nothing fits, and beyond give_up_s.
+        may come to where nothing can run. None there, where nothing fits, and beyond give_up_s. thrift_s: weight
+        gradients only where a rank would otherwise have been idle for that much longer than any other (not in Python).
         """
         first = np.asarray(starts, dtype=float)
         pipeline = self.pipeline()
         target = (first.reshape(-1, 1) + period * np.arange(self.m)).reshape(-1)
-        found = native.list_schedule(pipeline, target, patience, in_order, give_up_s)
+        found = native.list_schedule(pipeline, target, patience, in_order, thrift_s, give_up_s)
         if found is None:
             if in_order:
                 return None

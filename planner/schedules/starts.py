@@ -13,7 +13,7 @@ import numpy as np
 from .base import PipelineSchedule, loop_placement, v_placement
 from .classic import breadth_first, gpipe, interleaved_1f1b, one_f_one_b
 from .dual_pipe import dualpipe_v
-from .families import Block, block_starts, draw_block, mutate_block, plain_blocks
+from .families import THRIFTS, Block, block_starts, draw_block, mutate_block, plain_blocks
 from .lattices import lattice_orders
 from .order_graph import Order, OrderGraph
 from .problem import PipelineProblem
@@ -24,7 +24,8 @@ from .zero_bubble import two_bp, zb_h1, zb_h2
 MAX_LATTICES = 400
 MAX_LISTED_ACTIONS = 8000  # what one list takes is about 5 us an action
 POOL = 10
-FRESH = 0.35  # of the lists are by new blocks
+BY_LATTICE = 0.3  # of the lists
+FRESH = 0.35  # of the others are by new blocks
 
 
 def library_orders(graph: OrderGraph) -> Iterator[tuple[str, Order]]:
@@ -63,23 +64,36 @@ def _library(problem: PipelineProblem) -> Iterator[PipelineSchedule]:
                 yield from (v_schedule(name, p, m) for name in STEPS)
 
 
-def lattice_starts(graph: OrderGraph, seed: int) -> Iterator[tuple[str, Order]]:
-    for order in lattice_orders(graph, np.random.default_rng(seed), MAX_LATTICES):
-        yield "lattice", order
-
-
 class ListSearch:
-    """Lists by plain blocks, then by random ones and by changes of the best."""
+    """Repeated lattices; then lists by plain blocks, by random ones, by changes of the best and by the lattices."""
 
     def __init__(self, graph: OrderGraph, seed: int) -> None:
         self.graph, self.rng = graph, random.Random(seed)
         self.chunks = -(-graph.num_stages // graph.problem.num_ranks)
         self.plain = plain_blocks(self.chunks)
         self.pool: list[tuple[float, Block]] = []  # the best, with their makespans
+        self.lattices: list[tuple[float, np.ndarray]] = []  # makespans and starts of microbatch 0, in periods
+
+    def lattice_orders(self) -> Iterator[tuple[Order, float]]:
+        for starts, order in lattice_orders(self.graph, np.random.default_rng(self.rng.randrange(2**31)), MAX_LATTICES):
+            makespan_s = self.graph.makespan_s(order)
+            self.lattices.append((makespan_s, starts))
+            yield order, makespan_s
+        self.lattices.sort(key=lambda item: item[0])
 
     def step(self) -> tuple[Order, float] | None:
         """One more list; None where it comes to no end."""
         rng = self.rng
+        if not self.plain and self.lattices and rng.random() < BY_LATTICE:
+            starts = self.lattices[int(len(self.lattices) * rng.random() ** 2)][1]
+            period_s = max(self.graph.problem.work_s)
+            return self.graph.listed(
+                starts * period_s,
+                period_s,
+                patience=rng.choice((0.0, 1.0)),
+                in_order=rng.random() < 0.8,
+                thrift_s=rng.choice(THRIFTS) * period_s,
+            )
         if self.plain:
             block = self.plain.pop(0)
         elif len(self.pool) < POOL or rng.random() < FRESH:
@@ -87,7 +101,9 @@ class ListSearch:
         else:
             block = mutate_block(rng.choice(self.pool[: POOL // 2])[1], rng)
         starts, period_s = block_starts(self.graph.problem, block)
-        found = self.graph.listed(starts, period_s, patience=block.patience, in_order=block.in_order)
+        found = self.graph.listed(
+            starts, period_s, patience=block.patience, in_order=block.in_order, thrift_s=block.thrift * period_s
+        )
         if found is not None and (len(self.pool) < POOL or found[1] < self.pool[-1][0]):
             self.pool.append((found[1], block))
             self.pool.sort(key=lambda item: item[0])

@@ -12,25 +12,29 @@ search gets depends on time.
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .base import PipelineSchedule
 from .bounds import lower_bound
 from .local_search import anneal
 from .order_graph import Order, OrderGraph
 from .problem import PipelineProblem
-from .starts import ListSearch, lattice_starts, library_orders
+from .starts import ListSearch, library_orders
 
 SHORT_ACTIONS = 30_000
 DEFAULT_TIME_LIMITS_S = (8.0, 20.0)  # of short pipelines, of long ones
 START_SHARE = 0.3  # of the time, at most, for starts
 KEPT = 8  # starts of a placement
-ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))  # candidates annealed, share of the time left
+# candidates annealed, share of the time left; long orders take all of it to cool down once
+ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))
+LONG_ROUNDS = ((6, 0.2), (2, 0.25), (1, 1.0))
+LONG_ACTIONS = 1500
+NAME = "synthesized"
 TEMPERATURES = (0.1, 0.3, 0.6, 1.0)  # of a mean action
+AS_BEFORE = 0.7  # chance of the temperature that a candidate comes from
 MAX_EXACT_ACTIONS = 700
 
 
@@ -54,6 +58,7 @@ class Candidate:
     order: Order
     makespan_s: float
     name: str
+    temperature: float = 0.0  # that it was annealed from, in mean actions
 
 
 def synthesize(
@@ -86,8 +91,10 @@ class _Search:
         self.graph, self.bound_s = OrderGraph(problem), bound_s
         self.lists = ListSearch(self.graph, seed)
         self.found: list[Candidate] = []
-        for name, order in itertools.chain(library_orders(self.graph), lattice_starts(self.graph, seed)):
+        for name, order in library_orders(self.graph):
             self.offer(name, order, self.graph.makespan_s(order))
+        for order, makespan_s in self.lists.lattice_orders():
+            self.offer("lattice", order, makespan_s)
 
     def offer(self, name: str, order: Order, makespan_s: float) -> None:
         if all(abs(makespan_s - candidate.makespan_s) > 1e-9 * makespan_s for candidate in self.found):
@@ -122,7 +129,8 @@ def _list_rounds(searches: list[_Search], deadline: float, rng: random.Random) -
 
 def _anneal_rounds(candidates: list[Candidate], deadline: float, rng: random.Random) -> Candidate:
     candidates = _ranked(candidates)
-    for count, share in ROUNDS:
+    long = candidates[0].graph.num_nodes >= LONG_ACTIONS
+    for count, share in LONG_ROUNDS if long else ROUNDS:
         chosen = candidates[:count]
         until = time.monotonic() + share * (deadline - time.monotonic())
         for index, candidate in enumerate(chosen):
@@ -132,16 +140,18 @@ def _anneal_rounds(candidates: list[Candidate], deadline: float, rng: random.Ran
                 continue
             problem = candidate.graph.problem
             mean_s = sum(problem.work_s) / (3 * problem.num_stages)
+            temperature = candidate.temperature if rng.random() < AS_BEFORE else 0.0
+            temperature = temperature or rng.choice(TEMPERATURES)
             order, makespan_s = anneal(
                 candidate.graph,
                 candidate.order,
                 time_limit_s=left / (len(chosen) - index),
                 seed=rng.randrange(1, 2**31),
-                hottest_s=mean_s * rng.choice(TEMPERATURES),
+                hottest_s=mean_s * temperature,
                 bound_s=candidate.bound_s,
             )
             if makespan_s < candidate.makespan_s * (1 - 1e-12):
-                candidates.append(replace(candidate, order=order, makespan_s=makespan_s, name="synthesized"))
+                candidates.append(Candidate(candidate.graph, candidate.bound_s, order, makespan_s, NAME, temperature))
         candidates = _ranked(candidates)
     return candidates[0]
 
