@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
+from ..planner.order import splits_backward
 from ..planner.plan import Plan
-from ..planner.schedules import SCHEDULES
 from ..planner.sharding.placement import P, R
 from ..planner.sharding.solution import AxisSolution, read_placements
 from ..planner.sharding.strategy import is_op
@@ -38,7 +38,7 @@ def build_segment_programs(
 ) -> dict[str, SegmentProgram]:
     """axes: this rank's view of each mesh axis inside a stage. only: the distinct segments that this rank runs."""
     check_fits(graph, plan)
-    splits = SCHEDULES[plan.schedule.name].splits_backward and plan.mesh.pp > 1
+    splits = splits_backward(plan)
     solutions = read_placements(plan.placements, len(plan.placement_axes))
     whole = MeshAxis("", 1, 0, "")
     context = ShardContext(tuple(axes.get(name, whole) for name in plan.placement_axes), tuple(solutions), device)

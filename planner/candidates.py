@@ -89,6 +89,7 @@ class Forced:
     tp: int | None = None
     zero: int | None = None
     schedule: str | None = None
+    synthesize: bool = False  # an order of the plan's own, however little it saves
     microbatch: int | None = None
     virtual_stages: int | None = None
     recompute: str = "auto"
@@ -113,7 +114,9 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
                 change="--force KEY=VALUE",
                 works=f"--force {near[0] if near else 'pp'}={_example(near[0] if near else 'pp')}",
             )
-        if name == "schedule":
+        if name == "schedule" and text.lower() in ("auto", "synthesized"):
+            values["synthesize"] = True
+        elif name == "schedule":
             values[name] = canonical_name(text)
         elif name == "recompute":
             values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)

@@ -34,6 +34,7 @@ from .footprint import (
     stages_by_rank,
 )
 from .mesh_costs import MeshCosts
+from .schedules.base import PipelineSchedule
 from .setting import Setting
 from .stages import Cuts, best_cuts, improve_cuts, pipeline_cost
 from .tables import stage_tables
@@ -303,10 +304,13 @@ def run_timeline(
     bounds: tuple[int, ...],
     *,
     num_microbatches: int | None = None,
+    schedule: PipelineSchedule | None = None,
     with_events: bool = False,
 ) -> Timeline:
-    p = candidate.pp
-    schedule = cached_schedule(candidate.schedule, p, num_microbatches or candidate.count, candidate.virtual_stages)
+    """schedule: in place of the candidate's."""
+    if schedule is None:
+        count = num_microbatches or candidate.count
+        schedule = cached_schedule(candidate.schedule, candidate.pp, count, candidate.virtual_stages)
     return schedule.simulate(
         stage_times(setting, candidate, chain, bounds),
         hops(setting, candidate, chain, bounds),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -211,27 +212,53 @@ def fits(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[
 
 
 def rank_breakdown(
-    setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...], rank: int
+    setting: Setting,
+    candidate: Candidate,
+    chain: Chain,
+    bounds: tuple[int, ...],
+    rank: int,
+    activation_bytes: int | None = None,
 ) -> dict[str, int]:
-    """Every item of the worst rank among those of a pipeline rank; their sum is its peak."""
+    """Every item of the worst rank among those of a pipeline rank; their sum is its peak. activation_bytes: in place of
+    what the candidate's schedule holds at once."""
     chunks = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)[:, rank].tolist()
-    activations = np.array([stage_activation(chain, bounds[s], bounds[s + 1]) for s in chunks])
     stages = [(bounds[s], bounds[s + 1]) for s in sorted(set(chunks))]  # two directions may share one
     kind = setting.mesh(candidate).devices[rank].kind
     held = [_state(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
-    profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]
+    if activation_bytes is None:
+        each = np.array([stage_activation(chain, bounds[s], bounds[s + 1]) for s in chunks])
+        profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]
+        activation_bytes = int((profiles @ each).max())
     boundary = 0.0
     if candidate.num_stages > 1:
         cut = chain.cut_forward_bytes + chain.cut_backward_bytes
         boundary = BUFFERS_PER_BOUNDARY * sum(cut[i] + cut[j] for i, j in stages)
     return memory.rank_items(
         held,
-        activation_bytes=int((profiles @ activations).max()),
+        activation_bytes=activation_bytes,
         workspace_bytes=int(max(chain.workspace_of[i, j] for i, j in stages)),
         communication_bytes=int(boundary),
         device_kind=kind,
         num_groups=num_groups(candidate),
     )
+
+
+def activation_room(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...], rank: int) -> float:
+    """Bytes of activations that a pipeline rank can hold at once beside all else."""
+    share = memory.slack_factor(setting.mesh(candidate).devices[rank].kind)
+    much = setting.limit(candidate, rank)  # more than there is room for, so that the pipeline is the worst moment
+    over = sum(rank_breakdown(setting, candidate, chain, bounds, rank, much).values()) - much
+    return much - over / share
+
+
+def held_bytes(chain: Chain, bounds: Sequence[int], schedule: PipelineSchedule) -> list[int]:
+    """Most activation bytes at once on each pipeline rank, of an order of one direction."""
+    each = [stage_activation(chain, i, j) for i, j in pairwise(bounds)]
+    most = []
+    for actions in schedule.ranks:
+        change = [each[a.stage] * ((a.kind == "F") - (a.kind in "BW")) for a in actions]
+        most.append(int(max(accumulate(change), default=0.0)))
+    return most
 
 
 def stage_activation(chain: Chain, start: int, stop: int) -> float:

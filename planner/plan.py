@@ -50,8 +50,13 @@ class Microbatch(_Document):
 
 
 class Schedule(_Document):
-    name: str  # of planner/schedules/library.py
+    """name: of planner/schedules/library.py, or "synthesized": then order has each pipeline rank's actions with spaces
+    between, as "0F0 0F1 0B0" (stage, kind, microbatch), and stage_rank the pipeline rank of each virtual stage."""
+
+    name: str
     virtual_stages: int = 1  # stages on each pipeline rank
+    order: list[str] = Field(default_factory=list)
+    stage_rank: list[int] = Field(default_factory=list)
 
 
 class Stage(_Document):

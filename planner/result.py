@@ -13,10 +13,10 @@ from . import plan as plan_document
 from .candidates import Candidate
 from .chain import Chain
 from .evaluate import hops, run_timeline, stage_times, step_seconds, tails
-from .footprint import fits, placements_of, rank_breakdown
+from .footprint import fits, held_bytes, placements_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
-from .schedule_choice import best_order
+from .schedule_choice import best_order, own_order
 from .setting import Setting
 from .stages import improve_cuts
 
@@ -110,9 +110,17 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     bounds = best.bounds if interrupted else _polish(state, best)
     chain = setting.chain(solution, best.recompute)
     timeline = run_timeline(setting, candidate, chain, bounds)
+    own = None if interrupted else own_order(state, best, bounds, timeline, ALIKE)
+    schedule = plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages)
+    held: list[int] | list[None] = [None] * candidate.pp
+    if own is not None:
+        order, timeline = own
+        schedule.name, schedule.stage_rank = order.name, list(order.stage_rank)
+        schedule.order = [" ".join(map(str, row)) for row in order.ranks]
+        held = held_bytes(chain, bounds, order)
     step_s = timeline.makespan_s
     best.step_s, best.bounds = step_s, bounds
-    breakdowns = [rank_breakdown(setting, candidate, chain, bounds, rank) for rank in range(candidate.pp)]
+    breakdowns = [rank_breakdown(setting, candidate, chain, bounds, r, held[r]) for r in range(candidate.pp)]
     peaks = [sum(items.values()) for items in breakdowns]
     worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
     bounds_s = [state.outcomes[c].bound_s if c in state.outcomes else state.ideal_seconds(c) for c in state.candidates
@@ -130,7 +138,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
         candidate=candidate,
         mesh=plan_document.Mesh(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp),
         microbatch=plan_document.Microbatch(size=candidate.microbatch, count=candidate.count),
-        schedule=plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages),
+        schedule=schedule,
         stages=_stages(setting, candidate, chain, bounds),
         zero=candidate.zero,
         zero_extents=candidate.extents._asdict() if candidate.split is not None else {},

@@ -2,6 +2,7 @@
 
 The search itself compares meshes by the orders in SEARCHED, whose bounds it knows; what splits the backward or places
 its chunks in a V then competes with the winner. An order must be faster by more than the cost model can tell apart.
+Last, an order is synthesized for the winner's own stages, where their bound leaves as much to gain.
 """
 
 from __future__ import annotations
@@ -11,16 +12,25 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..costmodel.simulator import Timeline
 from ..profiler.buffer_updates import update_scales
 from .candidates import Candidate
-from .evaluate import lower_bound
+from .evaluate import hops, lower_bound, run_timeline, stage_times
+from .footprint import activation_room, placement_of, placements_of
+from .order import SYNTHESIZED
 from .outcome import Outcome
+from .schedules import PipelineSchedule
+from .schedules.bounds import lower_bound as bound_of
 from .schedules.library import SCHEDULES, SEARCHED
+from .schedules.problem import PipelineProblem
+from .schedules.synthesis import synthesize
 
 if TYPE_CHECKING:
     from .search import SearchState
 
 MAX_SECONDS = 3.0
+SYNTHESIS_SECONDS = 3.0
+MAX_ACTIONS = 12_000  # of an order that is synthesized without being asked for
 
 
 def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
@@ -44,12 +54,41 @@ def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
     return chosen
 
 
+def own_order(
+    state: SearchState, best: Outcome, bounds: tuple[int, ...], published: Timeline, least_gain: float
+) -> tuple[PipelineSchedule, Timeline] | None:
+    """An order synthesized for these stages; None where it is not faster than the published one by the factor
+    least_gain, or, where asked for, where there is none."""
+    setting, candidate = state.setting, best.candidate
+    asked = state.forced.synthesize
+    if candidate.pp == 1 or best.solution is None or (state.forced.schedule is not None and not asked):
+        return None
+    if len(placements_of(candidate)) > 1:
+        return None
+    chain = setting.chain(best.solution, best.recompute)
+    rooms = [activation_room(setting, candidate, chain, bounds, rank) for rank in range(candidate.pp)]
+    stages, transfers = stage_times(setting, candidate, chain, bounds), hops(setting, candidate, chain, bounds)
+    problem = PipelineProblem(candidate.count, placement_of(candidate), tuple(stages), tuple(transfers), tuple(rooms))
+    after_s = published.makespan_s - published.compute_makespan_s
+    limit_s = published.makespan_s / least_gain
+    if not asked and (problem.num_actions > MAX_ACTIONS or after_s + bound_of(problem) > limit_s):
+        return None
+    found = synthesize([problem], time_limit_s=SYNTHESIS_SECONDS)
+    if found is None:
+        return None
+    schedule = replace(found.schedule, name=SYNTHESIZED)
+    timeline = run_timeline(setting, candidate, chain, bounds, schedule=schedule)
+    return (schedule, timeline) if asked or timeline.makespan_s <= limit_s else None
+
+
 def _others(state: SearchState, best: Candidate) -> Iterator[Candidate]:
     """Those that split the backward first: they leave the smallest bubbles. Two directions need written buffers whose
-    updates can be joined."""
+    updates can be joined. Orders are synthesized for one direction alone."""
     num_instances = len(state.setting.shape.instances)
     written = [segment for segment in state.setting.graph.segments.values() if segment.mutated_buffers]
-    directions = 1 if any(None in update_scales(segment).values() for segment in written) else 2
+    directions = (
+        1 if state.forced.synthesize or any(None in update_scales(segment).values() for segment in written) else 2
+    )
     names = [name for name in SCHEDULES if name not in SEARCHED and SCHEDULES[name].directions <= directions]
     for name in sorted(names, key=lambda n: not SCHEDULES[n].splits_backward):
         chunks = SCHEDULES[name].chunks

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from ..costmodel.simulator import Hop, StageTimes, Tail
 from ..costmodel.trace import Trace
+from .order import pipeline_schedule
 from .plan import Plan
-from .schedules import build_schedule
 
 
 def predicted_trace(plan: Plan) -> Trace:
     """One step; the events of a pipeline rank stand on every global rank that it consists of."""
     pp = plan.mesh.pp
-    schedule = build_schedule(plan.schedule.name, pp, plan.microbatch.count, plan.schedule.virtual_stages)
+    schedule = pipeline_schedule(plan)
     rows = plan.predicted.stage_s
     stages = [
         StageTimes(row.forward_s, row.backward_input_s, row.backward_weight_s, reduce_s=row.reduce_s) for row in rows

@@ -6,15 +6,15 @@ from functools import lru_cache
 
 from ..costmodel.actions import FORWARD, Action
 from ..errors import ExitCode, ShardwrightError
-from ..planner.schedules import PipelineSchedule, build_schedule
+from ..planner.order import pipeline_schedule
+from ..planner.plan import Plan
+from ..planner.schedules import PipelineSchedule
 
 
-@lru_cache(maxsize=32)
-def schedule_for(name: str, stage_rank: tuple[int, ...], num_microbatches: int) -> PipelineSchedule:
+def schedule_for(plan: Plan, stage_rank: tuple[int, ...], num_microbatches: int) -> PipelineSchedule:
     """stage_rank: pipeline coordinate of each virtual stage, in the first direction. Raises ShardwrightError where the
     schedule places stages otherwise."""
-    num_ranks = max(stage_rank) + 1
-    schedule = build_schedule(name, num_ranks, num_microbatches, len(stage_rank) // num_ranks)
+    schedule = pipeline_schedule(plan, num_microbatches)
     if schedule.stage_rank != stage_rank:
         raise ShardwrightError(
             f"schedule {schedule.name} has its stages on pipeline ranks {list(schedule.stage_rank)}, the plan on "

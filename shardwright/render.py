@@ -42,6 +42,9 @@ SCHEDULE_NAMES = {
     "v_min": "V-Min",
     "dualpipe_v": "DualPipeV",
     "hanayo": "Hanayo",
+    "chimera": "Chimera",
+    "bitpipe": "BitPipe",
+    "synthesized": "an order of its own",
 }
 MAX_STAGE_ROWS = 16
 BAR_WIDTH = 24

@@ -16,6 +16,7 @@ from distributed import run_ranks
 from test_check_matrix import MODELS, _compare, _once, spec
 
 from shardwright import api, tasks
+from shardwright.planner.order import SYNTHESIZED
 from shardwright.planner.schedules import SCHEDULES
 
 # Deep enough for four ranks with two stages each.
@@ -28,11 +29,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 PIPELINED = [name for name in OVERRIDES if name in MODELS]
 
 
+ORDERS = (*SCHEDULES, SYNTHESIZED)
+
+
 def _combinations() -> list[tuple[str, str, int]]:
     if os.environ.get("SHARDWRIGHT_FULL_MATRIX"):
-        return list(itertools.product(PIPELINED, SCHEDULES, (2, 4)))
-    rows = [(PIPELINED[k % len(PIPELINED)], schedule, 2) for k, schedule in enumerate(SCHEDULES)]
-    return [*rows, ("tiny-t5", "zb_h1", 4), ("tiny-t5", "bitpipe", 4), ("tiny-unet", "chimera", 4)]
+        return list(itertools.product(PIPELINED, ORDERS, (2, 4)))
+    rows = [(PIPELINED[k % len(PIPELINED)], schedule, 2) for k, schedule in enumerate(ORDERS)]
+    return [
+        *rows,
+        ("tiny-gpt2", SYNTHESIZED, 4),
+        ("tiny-t5", "zb_h1", 4),
+        ("tiny-t5", "bitpipe", 4),
+        ("tiny-unet", "chimera", 4),
+    ]
 
 
 def _check(model: str, tmp_path: Path, **force: object) -> None:
@@ -42,7 +52,8 @@ def _check(model: str, tmp_path: Path, **force: object) -> None:
     with mock.patch.object(api, "capture", _once(api.capture)):
         plan = api.plan(workload, f"{ranks}xCPU", force=asked)
     assert plan.schedule.name == asked["schedule"]
-    assert plan.schedule.virtual_stages in SCHEDULES[plan.schedule.name].chunks
+    if plan.schedule.name != SYNTHESIZED:
+        assert plan.schedule.virtual_stages in SCHEDULES[plan.schedule.name].chunks
     plan.save(tmp_path / "plan.json")
     found = run_ranks(ranks, _compare, str(tmp_path / "plan.json"))[0]
     assert found["losses"] == pytest.approx(found["reference_losses"], rel=1e-9)

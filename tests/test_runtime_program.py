@@ -212,7 +212,7 @@ def test_batches_of_other_sizes_on_four_ranks(schedule: str) -> None:
 
 def test_schedules_that_the_stages_do_not_follow_are_refused() -> None:
     with pytest.raises(ShardwrightError, match="on pipeline ranks"):
-        schedule_for("zb_v", (0, 1, 0, 1), 4)
+        schedule_for(make_plan(make_toy(), pp=2, schedule="zb_v", chunks=2), (0, 1, 0, 1), 4)
 
 
 def _split_backward(rank: int, layout: dict) -> dict[str, torch.Tensor]:

@@ -31,6 +31,10 @@ class PipelineProblem:
     def num_stages(self) -> int:
         return len(self.stage_rank)
 
+    @property
+    def num_actions(self) -> int:
+        return (3 if self.splits_backward else 2) * self.num_stages * self.num_microbatches
+
     def stages_of(self, rank: int) -> list[int]:
         return [stage for stage, place in enumerate(self.stage_rank) if place == rank]
 

@@ -1,0 +1,59 @@
+"""An order of the plan's own: never slower than the published ones, within memory, kept by the plan document."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardwright import api
+from shardwright.planner.order import SYNTHESIZED, pipeline_schedule, splits_backward
+from shardwright.planner.plan import Plan
+from shardwright.planner.schedules import build_schedule
+from shardwright.planner.timeline import predicted_trace
+
+ASKED = {"pp": "4", "tp": "1", "dp": "2", "microbatch": "4"}
+
+
+def planned(**force: str) -> Plan:
+    settings = {"num_layers": 6, "hidden_size": 128, "num_heads": 4, "vocab_size": 4096, "n_positions": 64}
+    options = {"global_batch": 32, "seq_len": 64, "overrides": settings}
+    return api.plan("preset:gpt2", "8xH100-80GB", force={**ASKED, **force}, **options)
+
+
+@pytest.fixture(scope="module")
+def own() -> Plan:
+    return planned(schedule="auto")
+
+
+def test_it_is_no_slower_than_published_orders_of_one_direction(own: Plan) -> None:
+    assert own.schedule.name == SYNTHESIZED
+    for name in ("gpipe", "1f1b", "zb_h1", "zb_h2"):
+        assert own.predicted.step_s <= planned(schedule=name).predicted.step_s * (1 + 1e-9), name
+
+
+def test_document_keeps_it(own: Plan) -> None:
+    again = Plan.model_validate_json(own.to_json())
+    assert pipeline_schedule(again) == pipeline_schedule(own)
+    assert splits_backward(again) == pipeline_schedule(own).splits_backward
+    ends = [event.end_s for event in predicted_trace(own).events]
+    assert max(ends) == pytest.approx(own.predicted.step_s, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 9, 20])
+def test_it_serves_steps_of_any_number_of_microbatches(own: Plan, count: int) -> None:
+    schedule = pipeline_schedule(own, count)  # complete and in order, or ValueError
+    assert schedule.num_microbatches == count
+    stages = [_times(row) for row in own.predicted.stage_s]
+    made = schedule.simulate(stages, with_memory=False)  # or Deadlock
+    assert made.makespan_s >= max(sum(t.forward_s + t.backward_s for t in stages) / 4, 0.0)
+
+
+def test_published_names_stay_published() -> None:
+    plan = planned(schedule="zb_h1")
+    assert plan.schedule.order == []
+    assert pipeline_schedule(plan) == build_schedule("zb_h1", 4, plan.microbatch.count, 1)
+
+
+def _times(row):  # type: ignore[no-untyped-def]
+    from shardwright.costmodel.simulator import StageTimes
+
+    return StageTimes(row.forward_s, row.backward_input_s, row.backward_weight_s)
