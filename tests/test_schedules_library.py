@@ -10,7 +10,7 @@ from shardwright.costmodel.simulator import Hop, StageTimes
 from shardwright.errors import ShardwrightError
 from shardwright.planner.schedules import SCHEDULES, SEARCHED, PipelineSchedule, build_schedule, one_f_one_b
 from shardwright.planner.schedules.library import canonical_name
-from shardwright.planner.schedules.v_blocks import STEPS, v_block
+from shardwright.planner.schedules.v_blocks import STEPS, chunks_in_turn, v_block
 from shardwright.planner.schedules.zero_bubble import two_bp
 
 
@@ -51,6 +51,16 @@ def test_zb_v_waits_for_its_first_input_alone_at_1f1bs_memory(p, m):
     timeline = uniform(build_schedule("zb_v", p, m, 2))
     assert timeline.makespan_s <= 3 * m + (p - 1) / 2 + 0.5
     assert max(timeline.peak_bytes) / 2 <= p
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 8), (8, 16), (5, 7), (4, 3)])
+def test_zb_v_is_as_short_as_the_order_in_phases_and_hides_transfers_as_well(p, m):
+    phased, schedule = chunks_in_turn(p, m), build_schedule("zb_v", p, m, 2)
+    phased.check()
+    assert uniform(schedule).makespan_s <= uniform(phased).makespan_s
+    if m >= 2 * p:
+        assert schedule.ranks == phased.ranks
+        assert uniform(phased).makespan_s == pytest.approx(3 * m + (p - 1) / 2)
 
 
 @pytest.mark.parametrize("p", [4, 8, 12, 16])

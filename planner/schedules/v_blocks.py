@@ -17,6 +17,7 @@ Blocks overlap freely in steady state; in warm-up and cool-down list scheduling 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -86,9 +87,35 @@ def repeated(problem: PipelineProblem, block: VBlock) -> list[list[Action]]:
     return [[action for _, action in sorted(row)] for row in rows]
 
 
+def chunks_in_turn(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
+    """ZB-V in phases: forwards of the first chunk fill the rank, the second chunk's start to drain it, then each chunk
+    takes F, I, W in turn; at the end weight gradients stand back behind what other ranks wait for.
+
+    No microbatch of a rank waits for its neighbour's of the same turn, so transfers hide better than under the block.
+    """
+    p, m = num_ranks, max(num_microbatches, 2 * num_ranks - 1)
+    ranks = []
+    for r in range(p):
+        turns = "F0 " * (2 * (p - r) - 1) + "F1 F0 " * r + "F1 I1 W1 " * (p - r)
+        first, second = turns.count("F0"), turns.count("F1")
+        turns += "F0 I0 W0 F1 I1 W1 " * (m - first) + "I0 W0 F1 I1 W1 " * (first - second)
+        turns += "I0 I1 " * r + "I0 W0 " * (p - r)
+        turns += "W1 " * (m - turns.count("W1")) + "W0 " * (m - turns.count("W0"))
+        taken: Counter[str] = Counter()
+        row = []
+        for turn in turns.split():
+            stage = r if turn[1] == "0" else 2 * p - 1 - r
+            if taken[turn] < num_microbatches:
+                row.append(Action(turn[0], stage, taken[turn]))
+            taken[turn] += 1
+        ranks.append(tuple(row))
+    return PipelineSchedule("zb_v", num_microbatches, v_placement(p), tuple(ranks))
+
+
 @lru_cache(maxsize=128)
 def v_schedule(name: str, num_ranks: int, num_microbatches: int) -> PipelineSchedule:
-    """name: v_min, v_half or zb_v. The shortest, with F = I = W, of the repeated block and of lists by its times."""
+    """name: v_min, v_half or zb_v. The shortest, with F = I = W, of the repeated block, of lists by its times and, for
+    ZB-V, of the order in phases, which is taken where it is as short."""
     p, m = num_ranks, num_microbatches
     block = v_block(name, p)
     problem = PipelineProblem(
@@ -107,4 +134,8 @@ def v_schedule(name: str, num_ranks: int, num_microbatches: int) -> PipelineSche
             listing = list_schedule(problem, targets, give_up_s=makespan)
             if listing is not None and listing.makespan_s < makespan - 1e-9:
                 best, makespan = as_schedule(name, problem, listing), listing.makespan_s
+    if name == "zb_v":
+        phased = chunks_in_turn(p, m)
+        if phased.simulate(problem.stages, with_memory=False).makespan_s <= makespan + 1e-9:
+            return phased
     return best
