@@ -237,6 +237,18 @@ static int critical_pairs(const Pipeline *p, State *s)
     }
 }
 
+/* Index of a pair that is still critical; those that no longer are go. -1: none is left. */
+static int draw_pair(const Pipeline *p, State *s, int *num_pairs, double makespan)
+{
+    while (*num_pairs) {
+        int k = (int)(uniform(s) * *num_pairs), i = s->pairs[k], node = p->row[i], next = p->row[i + 1];
+        if (s->end[node] + s->tail[next] >= makespan - SLACK_S && p->before[next] != node)
+            return k;
+        s->pairs[k] = s->pairs[--*num_pairs];
+    }
+    return -1;
+}
+
 static void move(int *row, int from, int to)
 {
     int node = row[from];
@@ -325,7 +337,7 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
 {
     size_t bytes = sizeof(int) * (size_t)p->num_nodes;
     double current, least, temperature_s = settings->hottest_s, began_s = now_s();
-    int num_pairs = 0, stale = 1;
+    int num_pairs = 0;
     long num_evaluated = 0, num_repeated = 0;
     for (int r = 0; r < p->num_ranks; r++) {
         double held = 0.0;
@@ -345,11 +357,14 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
                 break;
             temperature_s = settings->hottest_s * pow(settings->coldest_s / settings->hottest_s, share);
         }
-        if (stale || tried % PATH_EVERY == 0)
+        int pair = num_pairs && tried % PATH_EVERY ? draw_pair(p, s, &num_pairs, current) : -1;
+        if (pair < 0) {
             num_pairs = critical_pairs(p, s);
-        if (num_pairs == 0)
-            break;
-        int i = s->pairs[(int)(uniform(s) * num_pairs)], r = p->rank[p->row[i]];
+            if (num_pairs == 0)
+                break;
+            pair = (int)(uniform(s) * num_pairs);
+        }
+        int i = s->pairs[pair], r = p->rank[p->row[i]];
         int low = p->offset[r], high = p->offset[r + 1], first, last = i;
         int repeated = num_repeated < settings->repeated * num_evaluated;
         double at_most = current - temperature_s * log(1.0 - uniform(s)), makespan = NEVER;
@@ -363,8 +378,7 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
                                 : evaluate_change(p, s, first, last, at_most, window_end_s - SLACK_S);
             makespan = makespan > at_most ? NEVER : makespan;
         }
-        stale = makespan < NEVER;
-        if (stale) {
+        if (makespan < NEVER) {
             double held = first > low ? s->held[first - 1] : 0.0;
             for (int j = first; j <= last; j++)
                 s->held[j] = held += p->change[p->row[j]];

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-SOURCES = ("annealing.c", "listing.c", "pipeline.h")
+SOURCES = ("annealing.c", "justify.c", "listing.c", "pipeline.h")
 # without fused multiply-adds times add up as they do in Python
 FLAGS = ("-O2", "-std=c99", "-shared", "-fPIC", "-ffp-contract=off")
 COMPILE_TIMEOUT_S = 60
@@ -69,7 +69,8 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError):
         return None
-    loaded.anneal.restype = loaded.list_schedule.restype = ctypes.c_double
+    loaded.anneal.restype = loaded.justify.restype = loaded.list_schedule.restype = ctypes.c_double
+    loaded.justify.argtypes = [ctypes.POINTER(Pipeline)]
     loaded.anneal.argtypes = [ctypes.POINTER(Pipeline), ctypes.POINTER(Settings)]
     number, whole = ctypes.c_double, ctypes.c_int
     loaded.list_schedule.argtypes = [ctypes.POINTER(Pipeline), _DOUBLES, number, whole, number, number]
@@ -111,6 +112,12 @@ def anneal(pipeline: Pipeline, settings: Settings) -> float | None:
 def evaluate(pipeline: Pipeline) -> float | None:
     """The same without a search."""
     return anneal(pipeline, Settings(1.0, 1.0, 0.0, 0.0, 0.0, 0))
+
+
+def justify(pipeline: Pipeline) -> float | None:
+    """Makespan of the justified order, left in the row; infinite where the given one cannot finish."""
+    loaded = library()
+    return None if loaded is None else _checked(loaded.justify(ctypes.byref(pipeline)))
 
 
 def list_schedule(

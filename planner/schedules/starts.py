@@ -25,6 +25,7 @@ MAX_LATTICES = 400
 MAX_LISTED_ACTIONS = 8000  # what one list takes is about 5 us an action
 POOL = 10
 BY_LATTICE = 0.3  # of the lists
+JUSTIFIED = {"lattice": 0.8, "block": 0.1}  # shares
 FRESH = 0.35  # of the others are by new blocks
 
 
@@ -81,19 +82,11 @@ class ListSearch:
             yield order, makespan_s
         self.lattices.sort(key=lambda item: item[0])
 
-    def step(self) -> tuple[Order, float] | None:
-        """One more list; None where it comes to no end."""
+    def step(self) -> tuple[str, Order, float] | None:
+        """One more list, with its kind; None where it comes to no end."""
         rng = self.rng
         if not self.plain and self.lattices and rng.random() < BY_LATTICE:
-            starts = self.lattices[int(len(self.lattices) * rng.random() ** 2)][1]
-            period_s = max(self.graph.problem.work_s)
-            return self.graph.listed(
-                starts * period_s,
-                period_s,
-                patience=rng.choice((0.0, 1.0)),
-                in_order=rng.random() < 0.8,
-                thrift_s=rng.choice(THRIFTS) * period_s,
-            )
+            return self._justified("lattice", self._by_lattice())
         if self.plain:
             block = self.plain.pop(0)
         elif len(self.pool) < POOL or rng.random() < FRESH:
@@ -108,4 +101,25 @@ class ListSearch:
             self.pool.append((found[1], block))
             self.pool.sort(key=lambda item: item[0])
             del self.pool[POOL:]
-        return found
+        return self._justified("block", found)
+
+    def _by_lattice(self) -> tuple[Order, float] | None:
+        rng = self.rng
+        starts = self.lattices[int(len(self.lattices) * rng.random() ** 2)][1]
+        period_s = max(self.graph.problem.work_s)
+        return self.graph.listed(
+            starts * period_s,
+            period_s,
+            patience=rng.choice((0.0, 1.0)),
+            in_order=rng.random() < 0.8,
+            thrift_s=rng.choice(THRIFTS) * period_s,
+        )
+
+    def _justified(self, kind: str, found: tuple[Order, float] | None) -> tuple[str, Order, float] | None:
+        """Of lattices mostly, as they gain most."""
+        if found is None:
+            return None
+        if self.rng.random() < JUSTIFIED[kind]:
+            justified = self.graph.justified(found[0])
+            return (kind, *found) if justified is None else (f"justified {kind}", *justified)
+        return (kind, *found)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .base import PipelineSchedule
@@ -26,14 +26,15 @@ from .starts import ListSearch, library_orders
 
 SHORT_ACTIONS = 30_000
 DEFAULT_TIME_LIMITS_S = (8.0, 20.0)  # of short pipelines, of long ones
-START_SHARE = 0.3  # of the time, at most, for starts
-KEPT = 8  # starts of a placement
+START_SHARE = 0.35  # of the time, at most, for starts
+KEPT = 4  # starts of a placement and kind
 # candidates annealed, share of the time left; long orders take all of it to cool down once
 ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))
-LONG_ROUNDS = ((6, 0.2), (2, 0.25), (1, 1.0))
+LONG_ROUNDS = ((4, 0.4), (1, 1.0))
 LONG_ACTIONS = 1500
 NAME = "synthesized"
-TEMPERATURES = (0.1, 0.3, 0.6, 1.0)  # of a mean action
+TEMPERATURES = (0.1, 0.2, 0.4, 0.8)  # of a mean action
+KIND_MARGIN = 1.1  # the best of a kind is left alone beyond this times the best of all
 AS_BEFORE = 0.7  # chance of the temperature that a candidate comes from
 MAX_EXACT_ACTIONS = 700
 
@@ -51,13 +52,16 @@ class Synthesis:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
+    """kind: what it was built by."""
+
     graph: OrderGraph
     bound_s: float
     order: Order
     makespan_s: float
     name: str
+    kind: str
     temperature: float = 0.0  # that it was annealed from, in mean actions
 
 
@@ -75,8 +79,8 @@ def synthesize(
     if not bounded:
         return None
     searches = [_Search(problem, bound_s, seed) for problem, bound_s in bounded]
-    candidates = _list_rounds(searches, began + START_SHARE * time_limit_s, random.Random(seed))
-    best = _anneal_rounds(candidates, deadline, random.Random(seed))
+    _list_rounds(searches, began + START_SHARE * time_limit_s, random.Random(seed))
+    best = _anneal_rounds(_varied(searches), deadline, random.Random(seed))
     bound_s = min(min(bound_s for _, bound_s in bounded), best.makespan_s)
     problem, ranks = best.graph.problem, tuple(map(tuple, best.graph.actions(best.order)))
     schedule = PipelineSchedule(best.name, problem.num_microbatches, problem.stage_rank, ranks)
@@ -90,29 +94,31 @@ class _Search:
     def __init__(self, problem: PipelineProblem, bound_s: float, seed: int) -> None:
         self.graph, self.bound_s = OrderGraph(problem), bound_s
         self.lists = ListSearch(self.graph, seed)
-        self.found: list[Candidate] = []
+        self.found: dict[str, list[Candidate]] = {}  # by kind, best first
         for name, order in library_orders(self.graph):
-            self.offer(name, order, self.graph.makespan_s(order))
+            self.offer("library", name, order, self.graph.makespan_s(order))
         for order, makespan_s in self.lists.lattice_orders():
-            self.offer("lattice", order, makespan_s)
+            self.offer("lattice", "lattice", order, makespan_s)
 
-    def offer(self, name: str, order: Order, makespan_s: float) -> None:
-        if all(abs(makespan_s - candidate.makespan_s) > 1e-9 * makespan_s for candidate in self.found):
-            self.found.append(Candidate(self.graph, self.bound_s, order, makespan_s, name))
-            self.found.sort(key=lambda candidate: candidate.makespan_s)
-            del self.found[KEPT:]
+    def offer(self, kind: str, name: str, order: Order, makespan_s: float) -> None:
+        same = self.found.setdefault(kind, [])
+        if all(abs(makespan_s - candidate.makespan_s) > 1e-9 * makespan_s for candidate in same):
+            same.append(Candidate(self.graph, self.bound_s, order, makespan_s, name, kind))
+            same.sort(key=lambda candidate: candidate.makespan_s)
+            del same[KEPT:]
 
     def step(self) -> None:
         listed = self.lists.step()
         if listed is not None:
-            self.offer("list", *listed)
+            kind, order, makespan_s = listed
+            self.offer(kind, "list", order, makespan_s)
 
     @property
     def least_s(self) -> float:
-        return self.found[0].makespan_s if self.found else float("inf")
+        return min((same[0].makespan_s for same in self.found.values()), default=float("inf"))
 
 
-def _list_rounds(searches: list[_Search], deadline: float, rng: random.Random) -> list[Candidate]:
+def _list_rounds(searches: list[_Search], deadline: float, rng: random.Random) -> None:
     """Placements that do well get more lists. Ends early where one is as short as can be."""
     for search in searches:
         while search.lists.plain:
@@ -124,11 +130,19 @@ def _list_rounds(searches: list[_Search], deadline: float, rng: random.Random) -
             break
         weights = [(least_s / search.least_s) ** 8 + 0.02 for search in open_searches]
         rng.choices(open_searches, weights)[0].step()
-    return [candidate for search in searches for candidate in search.found]
+
+
+def _varied(searches: list[_Search]) -> list[Candidate]:
+    """Best first; then the best of each other kind, as orders of one kind lead to the same; then the others."""
+    found = _ranked(candidate for search in searches for same in search.found.values() for candidate in same)
+    leaders: dict[str, Candidate] = {}
+    for candidate in found:
+        leaders.setdefault(candidate.kind, candidate)
+    first = [c for c in leaders.values() if c.makespan_s < KIND_MARGIN * found[0].makespan_s]
+    return first + [candidate for candidate in found if candidate not in first]
 
 
 def _anneal_rounds(candidates: list[Candidate], deadline: float, rng: random.Random) -> Candidate:
-    candidates = _ranked(candidates)
     long = candidates[0].graph.num_nodes >= LONG_ACTIONS
     for count, share in LONG_ROUNDS if long else ROUNDS:
         chosen = candidates[:count]
@@ -150,13 +164,16 @@ def _anneal_rounds(candidates: list[Candidate], deadline: float, rng: random.Ran
                 hottest_s=mean_s * temperature,
                 bound_s=candidate.bound_s,
             )
+            order, makespan_s = candidate.graph.justified(order) or (order, makespan_s)
             if makespan_s < candidate.makespan_s * (1 - 1e-12):
-                candidates.append(Candidate(candidate.graph, candidate.bound_s, order, makespan_s, NAME, temperature))
+                candidates.append(
+                    Candidate(candidate.graph, candidate.bound_s, order, makespan_s, NAME, candidate.kind, temperature)
+                )
         candidates = _ranked(candidates)
     return candidates[0]
 
 
-def _ranked(candidates: list[Candidate]) -> list[Candidate]:
+def _ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Best first, without those as long as another of the same placement."""
     kept: dict[tuple, Candidate] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.makespan_s):
