@@ -57,7 +57,7 @@ class PipelineStage(StageBase):
         self.grads: dict[int, dict[str, torch.Tensor]] = {}
         self.to_send: dict[tuple[str, int], list[torch.Tensor]] = {}
         self.variants: Sequence[Variant] = ()
-        self._in_flight: list[tuple[Any, torch.Tensor]] = []
+        self._in_flight: dict[tuple[str, int], list[tuple[Any, torch.Tensor]]] = {}  # sends, the oldest first
 
     # torch's own set-up of shapes is not used: the plan knows them
 
@@ -80,10 +80,10 @@ class PipelineStage(StageBase):
         return self._receives(tensors, self.stage_index + 1)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send(self.to_send.pop(("F", fwd_chunk_id)), self.stage_index + 1)
+        return self._send(("F", fwd_chunk_id), self.stage_index + 1)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send(self.to_send.pop(("B", bwd_chunk_id)), self.stage_index - 1)
+        return self._send(("B", bwd_chunk_id), self.stage_index - 1)
 
     def _empty(self, names: Sequence[str], metas: Mapping[str, Meta]) -> list[torch.Tensor]:
         return [torch.empty(metas[n][0], dtype=metas[n][1], device=self.device) for n in names]
@@ -92,19 +92,24 @@ class PipelineStage(StageBase):
         peer = self.stage_index_to_group_rank[stage]
         return [dist.P2POp(dist.irecv, t, group=self.group, group_peer=peer) for t in map(_real, tensors) if t.numel()]
 
-    def _send(self, tensors: Sequence[torch.Tensor], stage: int) -> list[dist.P2POp]:
+    def _send(self, key: tuple[str, int], stage: int) -> list[dist.P2POp]:
         """Sends at once and gives torch nothing to wait for: it would hold the tensors to the end of the step."""
         peer = self.stage_index_to_group_rank[stage]
-        self._in_flight = [(work, tensor) for work, tensor in self._in_flight if not work.is_completed()]
-        for tensor in tensors:
-            if tensor.numel():
-                tensor = _real(tensor.resolve_conj()).contiguous()
-                self._in_flight.append((dist.isend(tensor, group=self.group, group_dst=peer), tensor))
+        while self._in_flight and all(work.is_completed() for work, _ in next(iter(self._in_flight.values()))):
+            del self._in_flight[next(iter(self._in_flight))]
+        tensors = [_real(t.resolve_conj()).contiguous() for t in self.to_send.pop(key) if t.numel()]
+        self._in_flight[key] = [(dist.isend(t, group=self.group, group_dst=peer), t) for t in tensors]
         return []
 
-    def finish_sends(self) -> None:
-        for work, _ in self._in_flight:
+    def came_back(self, microbatch: int) -> None:
+        """A gradient is here, so what was sent forward has arrived. gloo says so only to who waits for it."""
+        for work, _ in self._in_flight.pop(("F", microbatch), ()):
             work.wait()
+
+    def finish_sends(self) -> None:
+        for sent in self._in_flight.values():
+            for work, _ in sent:
+                work.wait()
         self._in_flight.clear()
 
     def clear(self) -> None:
@@ -191,6 +196,7 @@ class PipelineEngine:
         number, microbatch = action.stage_index, action.microbatch_index
         stage = self.by_number[number]
         wait_all(ctx.schedule_ref.bwd_recv_ops.pop((number, microbatch), []))
+        stage.came_back(microbatch)
         grads = stage.grads.pop(microbatch, {})
         if stage.runner.is_last:
             grads = {stage.runner.wiring.loss: work.loss_grad(microbatch)}
