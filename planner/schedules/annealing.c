@@ -4,14 +4,12 @@
    refused by the longest path through the few actions that they move, and only promising ones are evaluated, from the
    first moved action on. */
 
-#define _POSIX_C_SOURCE 199309L
 #include "pipeline.h"
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #define MAX_STEP 24     /* places that an action is moved by, at most */
 #define CLOCK_EVERY 128 /* moves between looks at the clock */
@@ -45,13 +43,6 @@ static double uniform(State *s)
     s->random ^= s->random >> 7;
     s->random ^= s->random << 17;
     return (double)(s->random >> 11) / 9007199254740992.0;
-}
-
-static double now_s(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 /* A queue of nodes, least key first; each node once. */

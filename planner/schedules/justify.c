@@ -16,6 +16,7 @@ typedef struct {
     int *waiter, *stack, *begin;
     double *clock;
     unsigned char *done, *waited;
+    double until_s; /* gives up then */
 } State;
 
 /* When everything that a node waits for has arrived; -1 and `missing` where something has not ended yet. */
@@ -137,12 +138,12 @@ static double run(const Pipeline *p, State *s)
     double makespan = evaluate(p, s), before;
     if (makespan >= NEVER)
         return makespan;
-    for (int round = 0; round < MAX_ROUNDS; round++) {
+    for (int round = 0; round < MAX_ROUNDS && now_s() < s->until_s; round++) {
         before = makespan;
         for (int half = 0; half < 2; half++) {
             for (int moved = 1, passes = 0; moved && passes < MAX_ROUNDS; passes++) {
                 moved = 0;
-                for (int r = 0; r < p->num_ranks; r++)
+                for (int r = 0; r < p->num_ranks && now_s() < s->until_s; r++)
                     moved += fill(p, s, r);
                 makespan = evaluate(p, s);
             }
@@ -157,7 +158,7 @@ static double run(const Pipeline *p, State *s)
 
 /* Leaves the justified order in row and returns its makespan, NEVER where the given one cannot finish; negative where
    there is no memory. */
-double justify(const Pipeline *p)
+double justify(const Pipeline *p, double time_limit_s)
 {
     size_t n = (size_t)p->num_nodes, ranks = (size_t)p->num_ranks;
     int *ints = calloc(2 * n + 2 * ranks, sizeof(int));
@@ -165,7 +166,8 @@ double justify(const Pipeline *p)
     unsigned char *bytes = calloc(2 * n, 1);
     if (ints && doubles && bytes) {
         State s = {.row = p->row, .waiter = ints, .stack = ints + n, .begin = ints + 2 * n + ranks,
-                   .end = doubles, .held = doubles + n, .clock = doubles + 2 * n, .done = bytes, .waited = bytes + n};
+                   .end = doubles, .held = doubles + n, .clock = doubles + 2 * n, .done = bytes, .waited = bytes + n,
+                   .until_s = now_s() + time_limit_s};
         makespan = run(p, &s);
     }
     free(ints);

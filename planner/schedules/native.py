@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError):
         return None
     loaded.anneal.restype = loaded.justify.restype = loaded.list_schedule.restype = ctypes.c_double
-    loaded.justify.argtypes = [ctypes.POINTER(Pipeline)]
+    loaded.justify.argtypes = [ctypes.POINTER(Pipeline), ctypes.c_double]
     loaded.anneal.argtypes = [ctypes.POINTER(Pipeline), ctypes.POINTER(Settings)]
     number, whole = ctypes.c_double, ctypes.c_int
     loaded.list_schedule.argtypes = [ctypes.POINTER(Pipeline), _DOUBLES, number, whole, number, number]
@@ -114,10 +114,10 @@ def evaluate(pipeline: Pipeline) -> float | None:
     return anneal(pipeline, Settings(1.0, 1.0, 0.0, 0.0, 0.0, 0))
 
 
-def justify(pipeline: Pipeline) -> float | None:
+def justify(pipeline: Pipeline, time_limit_s: float) -> float | None:
     """Makespan of the justified order, left in the row; infinite where the given one cannot finish."""
     loaded = library()
-    return None if loaded is None else _checked(loaded.justify(ctypes.byref(pipeline)))
+    return None if loaded is None else _checked(loaded.justify(ctypes.byref(pipeline), time_limit_s))
 
 
 def list_schedule(

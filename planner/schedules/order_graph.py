@@ -17,6 +17,7 @@ from .problem import PipelineProblem
 
 KINDS = "FIW"
 INFINITE = float("inf")
+JUSTIFY_LIMIT_S = 0.5
 Order = list[np.ndarray]
 
 
@@ -133,7 +134,7 @@ class OrderGraph:
         2001). None where it cannot finish, and where there is no C compiler.
         """
         pipeline = self.pipeline(order)
-        found = native.justify(pipeline)
+        found = native.justify(pipeline, JUSTIFY_LIMIT_S)
         return None if found is None or found == INFINITE else (pipeline.order(), found)
 
     def makespan_s(self, order: Order) -> float:

@@ -4,6 +4,9 @@
    its predecessor in the row has ended and, `lag` later than its end, the node `before` it; up to two nodes are `after`
    it. Node (kind * S + stage) * m + microbatch, kinds F, I, W. */
 
+#define _POSIX_C_SOURCE 199309L
+#include <time.h>
+
 #define NEVER 1e300
 #define SLACK_S 1e-9
 
@@ -15,3 +18,10 @@ typedef struct {
     const int *offset;
     int *row;
 } Pipeline;
+
+static inline double now_s(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}

@@ -6,6 +6,7 @@ All with split backwards, on a given placement and within its memory.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -75,11 +76,14 @@ class ListSearch:
         self.pool: list[tuple[float, Block]] = []  # the best, with their makespans
         self.lattices: list[tuple[float, np.ndarray]] = []  # makespans and starts of microbatch 0, in periods
 
-    def lattice_orders(self) -> Iterator[tuple[Order, float]]:
+    def lattice_orders(self, deadline: float) -> Iterator[tuple[Order, float]]:
+        """Until then at most."""
         for starts, order in lattice_orders(self.graph, np.random.default_rng(self.rng.randrange(2**31)), MAX_LATTICES):
             makespan_s = self.graph.makespan_s(order)
             self.lattices.append((makespan_s, starts))
             yield order, makespan_s
+            if time.monotonic() > deadline:
+                break
         self.lattices.sort(key=lambda item: item[0])
 
     def step(self) -> tuple[str, Order, float] | None:

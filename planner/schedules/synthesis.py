@@ -25,8 +25,8 @@ from .problem import PipelineProblem
 from .starts import ListSearch, library_orders
 
 SHORT_ACTIONS = 30_000
-DEFAULT_TIME_LIMITS_S = (8.0, 20.0)  # of short pipelines, of long ones
-START_SHARE = 0.35  # of the time, at most, for starts
+DEFAULT_TIME_LIMITS_S = (7.0, 20.0)  # of short pipelines, of long ones
+START_SHARES = (0.15, 0.35)  # of the time, at most, for starts: of short orders, of long ones
 KEPT = 4  # starts of a placement and kind
 # candidates annealed, share of the time left; long orders take all of it to cool down once
 ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))
@@ -79,7 +79,12 @@ def synthesize(
     if not bounded:
         return None
     searches = [_Search(problem, bound_s, seed) for problem, bound_s in bounded]
-    _list_rounds(searches, began + START_SHARE * time_limit_s, random.Random(seed))
+    long = max(search.graph.num_nodes for search in searches) >= LONG_ACTIONS
+    until = began + START_SHARES[long] * time_limit_s
+    if not any(search.least_s <= min(bound_s for _, bound_s in bounded) * (1 + 1e-9) for search in searches):
+        for search in searches:
+            search.offer_lattices(until)
+    _list_rounds(searches, until, random.Random(seed))
     best = _anneal_rounds(_varied(searches), deadline, random.Random(seed))
     bound_s = min(min(bound_s for _, bound_s in bounded), best.makespan_s)
     problem, ranks = best.graph.problem, tuple(map(tuple, best.graph.actions(best.order)))
@@ -97,7 +102,9 @@ class _Search:
         self.found: dict[str, list[Candidate]] = {}  # by kind, best first
         for name, order in library_orders(self.graph):
             self.offer("library", name, order, self.graph.makespan_s(order))
-        for order, makespan_s in self.lists.lattice_orders():
+
+    def offer_lattices(self, deadline: float) -> None:
+        for order, makespan_s in self.lists.lattice_orders(deadline):
             self.offer("lattice", "lattice", order, makespan_s)
 
     def offer(self, kind: str, name: str, order: Order, makespan_s: float) -> None:
@@ -120,9 +127,13 @@ class _Search:
 
 def _list_rounds(searches: list[_Search], deadline: float, rng: random.Random) -> None:
     """Placements that do well get more lists. Ends early where one is as short as can be."""
+    least_s = min(search.least_s for search in searches)
     for search in searches:
-        while search.lists.plain:
+        while search.lists.plain and search.bound_s < least_s * (1 - 1e-9):
+            if search.found and time.monotonic() > deadline:
+                break
             search.step()
+            least_s = min(least_s, search.least_s)
     while time.monotonic() < deadline:
         least_s = min(search.least_s for search in searches)
         open_searches = [search for search in searches if search.bound_s < least_s * (1 - 1e-9)]
