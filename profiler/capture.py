@@ -89,7 +89,7 @@ def capture(workload: Workload) -> ModelGraph:
     buffer_fqn = {p: _strip(fqn) for p, fqn in signature.inputs_to_buffers.items()}
     buffer_fqn |= {p: f"constant:{name}" for p, name in signature.inputs_to_lifted_tensor_constants.items()}
     user_inputs = dict(zip(signature.user_inputs, [f"input:{name}" for name in batch], strict=True))
-    mutated, key = normalize(graph_module, set(buffer_fqn))
+    mutated, key = normalize(graph_module, param_fqn.keys(), set(buffer_fqn))
     nodes_of = lambda names: {placeholders[n] for n in names if n in placeholders}  # noqa: E731
     loss_node = next(n for n in reversed(graph.nodes) if n.op == "output").args[0][0]
     if not isinstance(loss_node, fx.Node):

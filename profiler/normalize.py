@@ -4,6 +4,7 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
     inline_scopes         no higher-order set_grad_enabled/autocast wrappers
     drop_bookkeeping      no asserts, no casts to the same dtype, no aliases
     drop_unread_writes    no writes into memory that nothing reads, as modules built in a forward initialize
+    refuse_param_writes   no writes to parameters: what multiplies or divides one by 1 goes, any other is refused
     replace_inplace       no in-place op on a tensor that has no other view; buffers written are listed
     replace_batch_norm    training batch norm as sums, so that its statistics can be taken over a sharded batch
     replace_random        every random op as one of ours, counter-based, numbered in program order
@@ -13,6 +14,7 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ _CASTS = {
     aten.contiguous.default, aten.expand.default, aten.view.default, aten.reshape.default,
 }  # fmt: skip
 _NEW = {aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default}
+_SCALINGS = {aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar}
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
 
@@ -55,12 +58,15 @@ def source_of(node: fx.Node) -> str:
     return f"{parts[1]}:{number}"
 
 
-def normalize(graph_module: fx.GraphModule, buffer_placeholders: set[str]) -> tuple[dict[str, fx.Node], fx.Node]:
+def normalize(
+    graph_module: fx.GraphModule, param_placeholders: Collection[str], buffer_placeholders: set[str]
+) -> tuple[dict[str, fx.Node], fx.Node]:
     """Run all passes. Returns the written buffers (placeholder name -> node of the new value) and the random key."""
     graph = graph_module.graph
     inline_scopes(graph_module)
     drop_bookkeeping(graph)
     drop_unread_writes(graph)
+    refuse_param_writes(graph, param_placeholders)
     mutated = replace_inplace(graph, buffer_placeholders)
     replace_batch_norm(graph, mutated)
     key = add_key(graph)
@@ -122,6 +128,14 @@ def inline_scopes(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
 
 
+def _loses_gradient(made: fx.Node) -> bool:
+    """Without gradients, all but a tensor that takes one and was written in place: that stays what it was."""
+    tensor = value(made)
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        return False
+    return not (_is_inplace(made.target) and value(made.args[0]).requires_grad)
+
+
 def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, operands: list[Any], detach: bool) -> None:
     environment: dict[fx.Node, Any] = dict(
         zip((n for n in body.graph.nodes if n.op == "placeholder"), operands, strict=True)
@@ -138,7 +152,7 @@ def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, operands: list
         if detach:
             detached = []
             for out in outputs:
-                if isinstance(out, fx.Node) and isinstance(value(out), torch.Tensor) and value(out).is_floating_point():
+                if isinstance(out, fx.Node) and _loses_gradient(out):
                     new = graph.call_function(aten.detach.default, (out,))
                     new.meta = dict(out.meta)
                     detached.append(new)
@@ -193,6 +207,29 @@ def drop_unread_writes(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def refuse_param_writes(graph: fx.Graph, param_placeholders: Collection[str]) -> None:
+    """A parameter that the forward changes would be another one from step to step, and its gradient that of neither."""
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or not _is_inplace(node.target):
+            continue
+        written = node.args[0]
+        while isinstance(written, fx.Node) and _is_view(written):
+            written = written.args[0]
+        if not isinstance(written, fx.Node) or written.op != "placeholder" or written.name not in param_placeholders:
+            continue
+        if node.target in _SCALINGS and node.args[1] in (1, 1.0):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        raise ShardwrightError(
+            f"{source_of(node) or 'the model'} writes to a parameter in its forward ({node.target})",
+            means="the parameter would change from step to step beside the optimizer, and have no gradient of its own",
+            change="that line: compute with a changed copy, or keep the tensor as a buffer",
+            works="weight = self.weight / scale",
+            exit_code=ExitCode.UNSUPPORTED_MODEL,
+        )
+
+
 def _is_inplace(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return False
@@ -206,22 +243,19 @@ def _functional(target: Any) -> Any | None:
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
+def _is_view(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    returns = target._schema.returns
+    return (
+        any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or target is aten.reshape.default
+    )
+
+
 def _has_views(node: fx.Node) -> bool:
     """May another node alias this one? True for views of it and where it is itself a view."""
-
-    def is_view(n: fx.Node) -> bool:
-        target = n.target
-        if not isinstance(target, torch._ops.OpOverload):
-            return target is operator.getitem
-        returns = target._schema.returns
-        return (
-            any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-            or target is aten.reshape.default
-        )
-
-    if is_view(node):
-        return True
-    return any(is_view(user) for user in node.users)
+    return _is_view(node) or any(_is_view(user) for user in node.users)
 
 
 def replace_inplace(graph: fx.Graph, buffer_placeholders: set[str]) -> dict[str, fx.Node]:

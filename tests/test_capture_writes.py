@@ -1,0 +1,68 @@
+"""Writes in a forward: to memory that nothing reads, and to parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shardwright import api
+from shardwright.errors import ShardwrightError
+
+
+class Rebuilds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        nn.Linear(8, 8)  # its initial values are drawn and thrown away
+        return self.linear(x).pow(2).mean()
+
+
+def test_initial_values_that_nothing_reads_are_dropped():
+    made = api.load_workload(f"{__file__}:rebuilds", global_batch=4)
+    graph = api.capture_for_planning(made)
+    assert not any(segment.has_random for segment in graph.segments.values())
+
+
+def rebuilds() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Rebuilds(), {"x": torch.randn(4, 8)}
+
+
+class Rescales(nn.Module):
+    """As RWKV does before inference: a parameter divided in place."""
+
+    def __init__(self, scale: int) -> None:
+        super().__init__()
+        self.scale, self.linear = scale, nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.linear.weight.div_(self.scale)
+        return self.linear(x).pow(2).mean()
+
+
+def rescales_by_one() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Rescales(1), {"x": torch.randn(4, 8)}
+
+
+def rescales_by_two() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Rescales(2), {"x": torch.randn(4, 8)}
+
+
+def test_a_write_that_changes_nothing_leaves_the_gradient() -> None:
+    made = api.load_workload(f"{__file__}:rescales_by_one", global_batch=4)
+    program = api.build(api.plan(made, "1xCPU"), made)
+    batch = dict(made.example_batch)
+    program.forward_backward(batch)
+    assert set(program.gradients()) == {"linear.weight", "linear.bias"}
+
+
+def test_a_write_to_a_parameter_is_refused_with_its_line() -> None:
+    made = api.load_workload(f"{__file__}:rescales_by_two", global_batch=4)
+    with pytest.raises(ShardwrightError, match="writes to a parameter") as caught:
+        api.plan(made, "1xCPU")
+    assert f"{Path(__file__).name}:" in caught.value.what
