@@ -27,6 +27,7 @@ from .starts import ListSearch, library_orders
 SHORT_ACTIONS = 30_000
 DEFAULT_TIME_LIMITS_S = (7.0, 20.0)  # of short pipelines, of long ones
 START_SHARES = (0.15, 0.35)  # of the time, at most, for starts: of short orders, of long ones
+PATIENCE = 0.35  # lists end after this share of their time without gain
 KEPT = 4  # starts of a placement and kind
 # candidates annealed, share of the time left; long orders take all of it to cool down once
 ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))
@@ -134,8 +135,11 @@ def _list_rounds(searches: list[_Search], deadline: float, rng: random.Random) -
                 break
             search.step()
             least_s = min(least_s, search.least_s)
-    while time.monotonic() < deadline:
-        least_s = min(search.least_s for search in searches)
+    gained = now = time.monotonic()
+    patience_s = PATIENCE * (deadline - now)
+    while (now := time.monotonic()) < min(deadline, gained + patience_s):
+        if (shortest_s := min(search.least_s for search in searches)) < least_s:
+            least_s, gained = shortest_s, now
         open_searches = [search for search in searches if search.bound_s < least_s * (1 - 1e-9)]
         if not open_searches:
             break
