@@ -167,7 +167,7 @@ def test_nothing_of_the_library_that_fits_is_faster(p, m, input_s, weight_s, tra
 )
 def test_optima_that_constraint_programming_proved_are_found(placement, times, transfer_s, memory, optimum_s):
     problem = problem_of_shares(8, placement, 4, times, transfer_s, memory_limit=memory)
-    found = synthesize([problem], time_limit_s=3.0)
+    found = synthesize([problem], time_limit_s=2.0)
     assert_valid(problem, found)
     assert found.makespan_s == pytest.approx(optimum_s, abs=1e-9)
 

@@ -1,4 +1,4 @@
-"""Annealing and list scheduling in C: annealing.c and listing.c, compiled when they are first needed.
+"""Annealing, justification and list scheduling in C: annealing.c, justify.c, listing.c, compiled when first needed.
 
 As torch.compile does with its kernels, the machine's own C compiler is called (CC, cc, gcc or clang) and the result
 kept in a cache folder. Where there is no compiler the same searches run in Python, some hundred times slower.

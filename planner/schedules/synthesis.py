@@ -1,10 +1,9 @@
 """Synthesis: the best order found for a pipeline's own times, microbatches, memory and placements, with a bound.
 
-Anytime, in three steps; the best of all placements is kept throughout:
+Anytime, in two steps; the best of all placements is kept throughout:
 
-    starts      published orders, building blocks repeated, lists, as they run under the true times
-    annealing   the most promising ones briefly, then the best of these for longer and longer
-    exact       constraint programming from the best order, where OR-Tools is installed and the pipeline is small
+    starts      published orders, building blocks repeated, lists, justified, as they run under the true times
+    annealing   the best start of each kind, then the best of these for longer
 
 A placement is left alone once its lower bound reaches the best makespan. Everything is drawn from one seed; how far a
 search gets depends on time.
@@ -37,7 +36,6 @@ NAME = "synthesized"
 TEMPERATURES = (0.1, 0.2, 0.4, 0.8)  # of a mean action
 KIND_MARGIN = 1.1  # the best of a kind is left alone beyond this times the best of all
 AS_BEFORE = 0.7  # chance of the temperature that a candidate comes from
-MAX_EXACT_ACTIONS = 700
 
 
 @dataclass(frozen=True)
