@@ -62,9 +62,10 @@ def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chu
         return tuple(np.array([[min(m, p - rank)]]) for rank in range(p))
     if name == "gpipe" and v == 1:
         return tuple(np.array([[m]]) for _ in range(p))
-    # beyond a few rounds the steady state repeats, where there is one
+    # beyond a few rounds the steady state of one direction repeats, where there is one
     few = [cached_schedule(name, p, min(m, rounds * p + m % p), v) for rounds in (4, 5)]
-    schedule = few[0] if few[0].in_flight() == few[1].in_flight() else cached_schedule(name, p, m, v)
+    repeats = SCHEDULES[name].directions == 1 and few[0].in_flight() == few[1].in_flight()
+    schedule = few[0] if repeats else cached_schedule(name, p, m, v)
     profiles = []
     direction, stages = schedule.direction, stages_by_rank(name, p, v)
     for rank, actions in enumerate(schedule.ranks):

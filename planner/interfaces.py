@@ -26,6 +26,13 @@ class ShardingSolution:
     conservative: list[Any] = field(default_factory=list)  # ops planned without a rule, each with its cost
     saved_bytes: int = 0  # kept from forward to backward, of all instances, per microbatch
 
+    @property
+    def proven_share(self) -> float:
+        """Of the solver's objective, what is certain."""
+        if self.objective_s <= 0:
+            return 1.0
+        return min(1.0, max(0.0, self.lower_bound_s / self.objective_s))
+
 
 class Sharder(Protocol):
     """Caches inside: the search asks for the same mesh more than once."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ..costmodel.actions import parse_action
+from ..costmodel.actions import Action, parse_action
+from ..errors import ExitCode, ShardwrightError
 from .plan import Plan
 from .schedules import SCHEDULES, PipelineSchedule, build_schedule
+from .schedules.library import canonical_name
 
 SYNTHESIZED = "synthesized"
 
@@ -15,11 +17,28 @@ def pipeline_schedule(plan: Plan, num_microbatches: int | None = None) -> Pipeli
     A plan's own order is for the plan's number. For fewer, the rest of them is left out: what remains depends on
     nothing of it. For more, it is repeated.
     """
-    planned = plan.microbatch.count
-    count = planned if num_microbatches is None else num_microbatches
+    count = plan.microbatch.count if num_microbatches is None else num_microbatches
     if plan.schedule.name != SYNTHESIZED:
         return build_schedule(plan.schedule.name, plan.mesh.pp, count, plan.schedule.virtual_stages)
-    own = [[parse_action(text) for text in row.split()] for row in plan.schedule.order]
+    try:
+        own = [[parse_action(text) for text in row.split()] for row in plan.schedule.order]
+        if len(own) != plan.mesh.pp or len(plan.schedule.stage_rank) != len(plan.stages):
+            raise ValueError(f"{len(own)} rows of actions and {len(plan.schedule.stage_rank)} stages")
+        made = _of_rows(own, plan, count)
+        made.check()
+    except ValueError as error:
+        raise ShardwrightError(
+            f"the plan's order of actions cannot be run: {error}",
+            means="the plan was edited",
+            change="make the plan again",
+            works="shardwright plan MODEL --hardware NAME --force schedule=auto",
+            exit_code=ExitCode.PLAN_MISMATCH,
+        ) from None
+    return made
+
+
+def _of_rows(own: list[list[Action]], plan: Plan, count: int) -> PipelineSchedule:
+    planned = plan.microbatch.count
     ranks = tuple(
         tuple(
             action._replace(microbatch=action.microbatch + start)
@@ -29,12 +48,10 @@ def pipeline_schedule(plan: Plan, num_microbatches: int | None = None) -> Pipeli
         )
         for row in own
     )
-    made = PipelineSchedule(SYNTHESIZED, count, tuple(plan.schedule.stage_rank), ranks)
-    made.check()
-    return made
+    return PipelineSchedule(SYNTHESIZED, count, tuple(plan.schedule.stage_rank), ranks)
 
 
 def splits_backward(plan: Plan) -> bool:
     if plan.schedule.name == SYNTHESIZED:
         return pipeline_schedule(plan).splits_backward
-    return plan.mesh.pp > 1 and SCHEDULES[plan.schedule.name].splits_backward
+    return plan.mesh.pp > 1 and SCHEDULES[canonical_name(plan.schedule.name)].splits_backward

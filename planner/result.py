@@ -16,7 +16,7 @@ from .evaluate import hops, run_timeline, stage_times, step_seconds, tails
 from .footprint import fits, held_bytes, placements_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
-from .schedule_choice import best_order, own_order
+from .schedule_choice import best_order, free_bound, own_order
 from .setting import Setting
 from .stages import improve_cuts
 
@@ -64,7 +64,7 @@ def _polish(state: SearchState, outcome: Outcome) -> tuple[int, ...]:
     setting, candidate = state.setting, outcome.candidate
     assert outcome.solution is not None and outcome.step_s is not None
     chain = setting.chain(outcome.solution, outcome.recompute)
-    stop_at = time.monotonic() + POLISH_SECONDS
+    stop_at = min(time.monotonic() + POLISH_SECONDS, state.deadline)
 
     def score(bounds: tuple[int, ...]) -> float:
         if bounds == outcome.bounds:
@@ -125,6 +125,8 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
     bounds_s = [state.outcomes[c].bound_s if c in state.outcomes else state.ideal_seconds(c) for c in state.candidates
                 if c not in state.outcomes or state.outcomes[c].open]  # fmt: skip
+    if candidate.pp > 1 and state.forced.schedule is None:
+        bounds_s.append(free_bound(state, candidate))
     bound_s = min([step_s, *bounds_s])
     gap = (step_s - bound_s) / step_s if step_s else 0.0
     workload = setting.workload

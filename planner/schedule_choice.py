@@ -37,21 +37,31 @@ def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
     """The best outcome over all orders; `best` unless another is faster by the factor least_gain."""
     if best.candidate.pp == 1 or state.forced.schedule is not None or best.solution is None:
         return best
-    stop_at = time.monotonic() + MAX_SECONDS
-    chain = state.setting.chain(best.solution, best.recompute)
+    stop_at = min(time.monotonic() + MAX_SECONDS, state.deadline)
+    bound_s = free_bound(state, best.candidate)
     chosen, limit_s = best, (best.step_s or 0.0) / least_gain
     for candidate in _others(state, best.candidate):
         if time.monotonic() > stop_at:
             break
-        bound_s = lower_bound(state.setting, candidate, chain)
         if bound_s >= limit_s:
-            continue
+            break
         state.candidates.append(candidate)
         state.outcomes[candidate] = Outcome(candidate, bound_s=bound_s, search_bound_s=bound_s)
         outcome = state.outcomes[candidate] = state.score_alone(candidate)
         if outcome.step_s is not None and outcome.step_s < limit_s:
             chosen, limit_s = outcome, outcome.step_s
     return chosen
+
+
+def free_bound(state: SearchState, candidate: Candidate) -> float:
+    """Seconds that no order, published or synthesized, goes below on the candidate's mesh and microbatch, whatever the
+    cuts, the sharding and the recomputation."""
+    solution = state.solve(candidate)
+    if solution is None:
+        return 0.0
+    chain = state.setting.chain(solution, ())
+    any_order = replace(candidate, schedule="breadth_first")  # whose path is no more than one microbatch's
+    return lower_bound(state.setting, any_order, chain) * solution.proven_share
 
 
 def own_order(
@@ -73,7 +83,8 @@ def own_order(
     limit_s = published.makespan_s / least_gain
     if not asked and (problem.num_actions > MAX_ACTIONS or after_s + bound_of(problem) > limit_s):
         return None
-    found = synthesize([problem], time_limit_s=SYNTHESIS_SECONDS)
+    left_s = min(SYNTHESIS_SECONDS, state.deadline - time.monotonic())
+    found = synthesize([problem], time_limit_s=left_s) if left_s > 0 else None
     if found is None:
         return None
     schedule = replace(found.schedule, name=SYNTHESIZED)

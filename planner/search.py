@@ -135,7 +135,7 @@ class SearchState:
         if any(self._first_option(candidate, options) > 0 for candidate in open_members):
             options = self._options(self.frontier(first))
         chain = self.setting.chain(options[0].solution, options[0].recompute)
-        ratio = solver_ratio(solution)
+        ratio = solution.proven_share
         order = {}
         for candidate in open_members:
             outcome = self.outcomes[candidate]
@@ -287,7 +287,7 @@ class SearchState:
             trial = low if len(options) <= 4 else (low + high + 1) // 2
         if fitting is None and outcome.too_slow:
             outcome.search_bound_s = max(outcome.search_bound_s, slow_s)
-            outcome.bound_s = max(outcome.bound_s, slow_s * solver_ratio(options[0].solution))
+            outcome.bound_s = max(outcome.bound_s, slow_s * options[0].solution.proven_share)
             return outcome
         if fitting is None:
             need = self._least_need(candidate, options[-1])
@@ -309,7 +309,7 @@ class SearchState:
             return outcome
         return Outcome(
             candidate,
-            bound_s=max(outcome.bound_s, bottleneck * solver_ratio(chosen.solution)),
+            bound_s=max(outcome.bound_s, bottleneck * chosen.solution.proven_share),
             search_bound_s=outcome.search_bound_s,
             step_s=step_seconds(setting, candidate, chain, bounds),
             bounds=bounds,
@@ -368,13 +368,6 @@ class _TimeUp(Exception):
     pass
 
 
-def solver_ratio(solution: ShardingSolution) -> float:
-    """What the sharding solver proved: the share of its objective that is certain."""
-    if solution.objective_s <= 0:
-        return 1.0
-    return min(1.0, max(0.0, solution.lower_bound_s / solution.objective_s))
-
-
 def search(
     graph: ModelGraph,
     cluster: Cluster,
@@ -423,7 +416,10 @@ def search(
         if state.refusal is not None and all(outcome.unsharded for outcome in state.outcomes.values()):
             raise state.refusal
         raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions, state.solve_for)
-    return build_result(state, started, interrupted)
+    try:
+        return build_result(state, started, interrupted)
+    except KeyboardInterrupt:  # while orders competed for the chosen mesh
+        return build_result(state, started, "Ctrl-C")
 
 
 def _domain(cluster: Cluster) -> int:

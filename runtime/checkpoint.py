@@ -62,6 +62,7 @@ def _as_parameter(program: Program, name: str, value: torch.Tensor) -> torch.Ten
 @torch.no_grad()
 def load_state_dict(program: Program, state: Mapping[str, torch.Tensor]) -> None:
     """Copy values in. Each may be laid out as here, or be a whole tensor, of which each rank takes its shard."""
+    program.settle()
     if any(key.startswith("optimizer.") for key in state):
         make_optimizer_state(program)
     for key, target in state_dict(program).items():

@@ -310,6 +310,9 @@ class ParameterStore:
             if not self.specs[name].has_grad:
                 continue
             grad = grad.to(self.specs[name].master_dtype)
+            master = self._unit_of[name].masters[name]
+            if grad.stride() != master.stride():  # fused updates go through both memories in step
+                grad = torch.empty_like(master).copy_(grad)
             if scale != 1.0:
                 grad.mul_(scale)
             self.parameters[name].grad = self.as_dtensor(name, grad)

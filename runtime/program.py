@@ -366,7 +366,9 @@ class Program:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """Built from the workload on first use, or what was assigned; None where this rank holds nothing to train."""
+        """Built from the workload on first use, or what was assigned; None where this rank holds nothing to train.
+
+        Its state may be that of a step on trial: settle() first where that matters."""
         if not self._has_optimizer:
             self.optimizer = build_optimizer(self.workload.optimizer, self.store)
         return self._optimizer

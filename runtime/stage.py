@@ -224,7 +224,7 @@ class StageRunner:
     def kept_bytes(self) -> int:
         """Bytes of saved tensors, each storage once."""
         storages = {}
-        for row in self._kept.values():
+        for row in (*self._kept.values(), *self._deferred.values()):
             for item in row:
                 for tensor in item.saved:
                     if isinstance(tensor, torch.Tensor):

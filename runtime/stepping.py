@@ -44,9 +44,7 @@ class Stepper:
             self._apply(optimizer)
             return
         square = start_grad_norm(self.store)
-        # another optimizer than torch's may write to the gradients, which a second try would need
-        own = optimizer is not None and not type(optimizer).__module__.startswith("torch.optim")
-        if self.spec.post_validation and not self._was_clipped and not own:
+        if self.spec.post_validation and not self._was_clipped and _leaves_gradients(optimizer):
             self._trial = _Trial(self.store, optimizer, square)
             self._apply(optimizer)
         else:
@@ -95,6 +93,17 @@ class Stepper:
         else:
             self.store.take_gradients()
             optimizer.step()
+
+
+def _leaves_gradients(optimizer: torch.optim.Optimizer | None) -> bool:
+    """A second try needs them. SGD's foreach form adds the momentum to them under nesterov and maximize; of another
+    optimizer than torch's nothing is known."""
+    if optimizer is None:
+        return True
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return False
+    sgd = isinstance(optimizer, torch.optim.SGD)
+    return not (sgd and any(group["nesterov"] or group["maximize"] for group in optimizer.param_groups))
 
 
 class _Trial:

@@ -45,6 +45,7 @@ def run(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
         started = time.perf_counter()
         loss = program.step(part)
         _synchronize(device)
+        step_s = time.perf_counter() - started
         if task.get("trace") and step == task["steps"] - 1:
             report(event="trace", trace=whole_trace(program).to_json())
         peaks = gather_numbers(peak_bytes(program), device)
@@ -52,7 +53,7 @@ def run(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
             event="step",
             step=step,
             loss=loss.item(),
-            step_s=time.perf_counter() - started,
+            step_s=step_s,
             peak_bytes=[int(peak) for peak in peaks],
         )
 
@@ -105,16 +106,20 @@ def compare(found: Mapping[str, torch.Tensor], workload: Workload, plan: Plan) -
     gradient of the model. A gradient that one side lacks counts as infinitely wrong.
     """
     expected = {name: p.grad for name, p in workload.model.named_parameters() if p.grad is not None}
-    largest = max((grad.abs().max().item() for grad in expected.values()), default=0.0)
+    largest = max(map(_largest, expected.values()), default=0.0)
     errors = {}
     for name in {*found, *expected}:
         if name not in found or name not in expected:
             present = found.get(name, expected.get(name))
-            errors[name] = float("inf") if present is not None and present.abs().max() > 0 else 0.0
+            errors[name] = float("inf") if present is not None and _largest(present) > 0 else 0.0
             continue
-        scale = max(expected[name].abs().max().item(), 1e-6 * largest, 1e-300)
-        errors[name] = (found[name] - expected[name]).abs().max().item() / scale
+        scale = max(_largest(expected[name]), 1e-6 * largest, 1e-300)
+        errors[name] = _largest(found[name] - expected[name]) / scale
     return errors
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def whole_gradients(program: Program) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardwright import api
+from shardwright.errors import ShardwrightError
 from shardwright.planner.order import SYNTHESIZED, pipeline_schedule, splits_backward
 from shardwright.planner.plan import Plan
 from shardwright.planner.schedules import build_schedule
@@ -51,6 +52,25 @@ def test_published_names_stay_published() -> None:
     plan = planned(schedule="zb_h1")
     assert plan.schedule.order == []
     assert pipeline_schedule(plan) == build_schedule("zb_h1", 4, plan.microbatch.count, 1)
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [{"order": ["zz", "", "", ""]}, {"order": []}, {"stage_rank": []}, {"name": "nonsense"}],
+    ids=str,
+)
+def test_an_edited_order_is_refused(own: Plan, edited: dict) -> None:
+    changed = own.model_copy(update={"schedule": own.schedule.model_copy(update=edited)})
+    with pytest.raises(ShardwrightError):
+        pipeline_schedule(changed)
+
+
+def test_certificate_holds_for_orders_of_any_kind(own: Plan) -> None:
+    """Half of a plan's time is forwards and backwards that no order avoids; its bound must not lean on 1F1B's."""
+    stages = [_times(row) for row in own.predicted.stage_s]
+    work_s = sum(t.forward_s + t.backward_s for t in stages) * own.microbatch.count / own.mesh.pp
+    assert own.certificate.lower_bound_s <= own.predicted.step_s
+    assert own.certificate.status != "optimal" or work_s >= 0.99 * own.predicted.step_s
 
 
 def _times(row):  # type: ignore[no-untyped-def]

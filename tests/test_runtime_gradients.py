@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
-from runtime_toy import make_plan, make_program, make_toy
+from runtime_toy import make_batch, make_plan, make_program, make_toy
 from test_check_matrix import _compare
 
 from shardwright import api, tasks
 from shardwright.checking import TOLERANCE
 from shardwright.planner.plan import Schedule
+from shardwright.profiler.workload import OptimizerSpec
 from shardwright.runtime.specs import ParamUse
 from shardwright.runtime.units import WholeUnit
 
@@ -94,3 +95,28 @@ def test_programs_that_write_gradients_in_place_compute_what_the_model_computes(
     for loss, expected in zip(found["losses"], found["reference_losses"], strict=True):
         assert abs(loss - expected) <= TOLERANCE * abs(expected)
     assert found["gradients"] and max(found["gradients"].values()) <= TOLERANCE
+
+
+def _updated(rank: int, factory: Any, turned: bool) -> dict[str, torch.Tensor]:
+    toy = make_toy()
+    spec = OptimizerSpec(factory.__name__, factory, {"lr": 0.1}, 2)
+    program = make_program(toy, make_plan(toy), optimizer=spec)
+    for unit in program.store.units if turned else ():
+        finish = unit.finish_reduce
+        unit.finish_reduce = lambda finish=finish: {name: _turned(grad) for name, grad in finish().items()}
+    program.step(program.shard_batch(make_batch(16)))
+    return {name: parameter.detach().clone() for name, parameter in program.named_parameters()}
+
+
+def _turned(grad: torch.Tensor) -> torch.Tensor:
+    """The same numbers, columns first."""
+    return grad.t().contiguous().t() if grad.dim() == 2 else grad
+
+
+@pytest.mark.parametrize("factory", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_gradient_that_lies_otherwise_than_its_parameter_updates_it_alike(factory: Any) -> None:
+    """Torch's fused updates on the CPU go through both memories in step."""
+    expected, found = (run_ranks(1, _updated, factory, turned)[0] for turned in (False, True))
+    assert any(value.dim() == 2 for value in expected.values())
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

@@ -80,6 +80,13 @@ def test_optimizers_with_and_without_state(options: dict) -> None:
     assert found[0]["calls"] == sorted([*range(4), greatest + 1])  # that one is done again as the next begins
 
 
+def test_an_update_that_writes_to_gradients_waits_for_the_norm() -> None:
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "foreach": True}
+    spec = dataclasses.replace(ADAM, name="SGD", factory=torch.optim.SGD, options=options, max_grad_norm=0.05)
+    for found in _compare(1, {}, spec):
+        assert found["calls"] == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(("size", "layout"), LAYOUTS, ids=str)
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_nan_on_one_rank_leaves_the_step_out_on_all(size: int, layout: dict, step: int) -> None:

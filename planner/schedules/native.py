@@ -82,13 +82,13 @@ def _compiled() -> Path:
     sources = [Path(__file__).with_name(name) for name in SOURCES]
     content = b"".join(path.read_bytes() for path in sources) + " ".join((*FLAGS, platform.platform())).encode()
     name = f"schedules-{hashlib.sha256(content).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardwright"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardwright"
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if (folder / name).is_file():
+    except (OSError, RuntimeError):  # the latter: a user without a home
+        folder, writable = Path(tempfile.gettempdir()), False
+    if (folder / name).is_file() and writable:
         return folder / name
     if not writable:
         folder = Path(tempfile.mkdtemp(prefix="shardwright-"))
@@ -98,8 +98,11 @@ def _compiled() -> Path:
     handle, partial = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     command = [compiler, *FLAGS, *(str(path) for path in sources if path.suffix == ".c"), "-o", partial, "-lm"]
-    subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
-    os.replace(partial, folder / name)
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
+        os.replace(partial, folder / name)
+    finally:
+        Path(partial).unlink(missing_ok=True)
     return folder / name
 
 

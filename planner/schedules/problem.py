@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...costmodel.simulator import Hop, StageTimes
 
@@ -57,9 +57,6 @@ class PipelineProblem:
         for stage, rank in enumerate(self.stage_rank):
             work[rank] += self.stages[stage].forward_s + self.stages[stage].backward_s
         return work
-
-    def with_microbatches(self, count: int) -> PipelineProblem:
-        return replace(self, num_microbatches=count)
 
 
 def problem_of_shares(

@@ -47,6 +47,13 @@ def execute(args: argparse.Namespace) -> int:
     if args.text is not None and not Path(args.text).is_file():
         raise ShardwrightError(f"there is no file {args.text}", change="--text", works="a text file")
     if args.trace is not None:
+        if not plan.predicted.stage_s:
+            raise ShardwrightError(
+                f"{args.plan} has no predicted seconds of its stages, which the trace shows beside the measured ones",
+                means="the plan is from an earlier version, or was edited",
+                change="make the plan again, or leave --trace out",
+                works="shardwright plan MODEL --hardware NAME -o plan.json",
+            )
         _options.refuse_unwritable(Path(args.trace), "--trace PATH", "--trace trace.json", "nothing was run")
     _refuse_other_hardware(plan)
     printer = StepPrinter(plan, as_json=args.json)
