@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import _lazy_graph_module
 from torch.fx.experimental import proxy_tensor
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def last_traced_node_name() -> str:

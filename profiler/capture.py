@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import ExitCode, ShardwrightError
 from ..kernels import ops  # noqa: F401  registers the ops that normalization puts in
 from . import fold, joint
-from ._torch import lazy_recompile
+from ._torch import DATA_DEPENDENT, lazy_recompile
 from .attention_interface import shardwright_attention
 from .autograd_functions import recorded_functions
 from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
@@ -103,7 +103,10 @@ def capture(workload: Workload) -> ModelGraph:
         nodes_of(mutated),
         [loss_node, *mutated.values()],
     )
-    return _assemble(workload, exported, pieces, loss_node, key, mutated, param_fqn, buffer_fqn, user_inputs)
+    try:
+        return _assemble(workload, exported, pieces, loss_node, key, mutated, param_fqn, buffer_fqn, user_inputs)
+    except DATA_DEPENDENT as error:
+        raise _capture_error(error) from error
 
 
 def _strip(fqn: str) -> str:

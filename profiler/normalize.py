@@ -3,6 +3,7 @@
 Every pass takes an fx.Graph and changes it in place; they run in the order of `normalize`. What each leaves behind:
     inline_scopes         no higher-order set_grad_enabled/autocast wrappers
     drop_bookkeeping      no asserts, no casts to the same dtype, no aliases
+    pin_dtypes            no tensor whose type is that of torch's default when the graph runs
     drop_unread_writes    no writes into memory that nothing reads, as modules built in a forward initialize
     refuse_param_writes   no writes to parameters: what multiplies or divides one by 1 goes, any other is refused
     replace_inplace       no in-place op on a tensor that has no other view; buffers written are listed
@@ -65,6 +66,7 @@ def normalize(
     graph = graph_module.graph
     inline_scopes(graph_module)
     drop_bookkeeping(graph)
+    pin_dtypes(graph)
     drop_unread_writes(graph)
     refuse_param_writes(graph, param_placeholders)
     mutated = replace_inplace(graph, buffer_placeholders)
@@ -178,6 +180,18 @@ def drop_bookkeeping(graph: fx.Graph) -> None:
         elif node.target in _ALIASES or (node.target in _CASTS and _same(node)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def pin_dtypes(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        made, names = value(node), [argument.name for argument in node.target._schema.arguments]
+        given = node.kwargs.get("dtype") is not None or (
+            "dtype" in names and names.index("dtype") < len(node.args) and node.args[names.index("dtype")] is not None
+        )
+        if "dtype" in names and not given and isinstance(made, torch.Tensor) and not node.all_input_nodes:
+            node.kwargs = {**node.kwargs, "dtype": made.dtype}
 
 
 def _same(node: fx.Node) -> bool:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from shardwright import api
+from shardwright import api, tasks
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.inputs import make_batch
 
 
 class Rebuilds(nn.Module):
@@ -66,3 +67,25 @@ def test_a_write_to_a_parameter_is_refused_with_its_line() -> None:
     with pytest.raises(ShardwrightError, match="writes to a parameter") as caught:
         api.plan(made, "1xCPU")
     assert f"{Path(__file__).name}:" in caught.value.what
+
+
+class Ones(nn.Module):
+    """Makes a tensor of torch's default type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = (1.0 - torch.ones(x.shape).to(x.dtype)) * torch.finfo(x.dtype).min
+        return (self.linear(x) + mask).pow(2).mean()
+
+
+def ones() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Ones(), {"x": torch.randn(4, 8)}
+
+
+def test_types_do_not_follow_the_default_at_run_time() -> None:
+    workload = tasks.check_workload({"model": f"{__file__}:ones", "kind": "factory", "global_batch": 4})
+    program = api.build(api.plan(workload, "1xCPU"), workload)
+    assert float(program.forward_backward(dict(make_batch(workload, 4, seed=1)))) < 1e3
