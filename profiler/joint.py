@@ -17,6 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..errors import ExitCode, ShardwrightError
 from . import _torch
 from .fold import RANDOM_INDEX_ARG, Piece
 from .graph import Segment
@@ -118,6 +119,7 @@ def trace_joint(
         if _mutates(forward):
             forward = _functional(forward, [*params, *buffers, *inputs, key])
         traced = make_fx(joint, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*flat_args)
+    _refuse_lost_writes(traced)
     _name_placeholders(traced, num_params, num_buffers, num_inputs, boundary[0])
     _clean(traced)
     _view_again(traced)
@@ -142,6 +144,21 @@ def retrace(segment: Segment, forward: fx.GraphModule) -> Segment:
 
 def _mutates(forward: fx.GraphModule) -> bool:
     return any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in forward.graph.nodes)
+
+
+def _refuse_lost_writes(traced: fx.GraphModule) -> None:
+    """Some of autograd's own formulas write to memory that is read under another name (that of as_strided does); a
+    graph does not show who reads it."""
+    for node in traced.graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and not node.users:
+            raise ShardwrightError(
+                f"a gradient writes in place ({target}), and nothing shows who reads it",
+                means="the graph of the gradient would not be that of the model, so it is not planned",
+                change="the op whose gradient this is, mostly one that changes strides (as_strided)",
+                works="reshape, expand or indexing in its place",
+                exit_code=ExitCode.UNSUPPORTED_MODEL,
+            )
 
 
 def _functional(forward: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:

@@ -7,6 +7,7 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
     drop_unread_writes    no writes into memory that nothing reads, as modules built in a forward initialize
     refuse_param_writes   no writes to parameters: what multiplies or divides one by 1 goes, any other is refused
     replace_inplace       no in-place op on a tensor that has no other view; buffers written are listed
+    replace_global_pool   a pool to one value as the mean that it is: torch's own kernel restrides its result in place
     replace_batch_norm    training batch norm as sums, so that its statistics can be taken over a sharded batch
     replace_random        every random op as one of ours, counter-based, numbered in program order
     replace_attention     scaled_dot_product_attention as one op of ours
@@ -39,6 +40,7 @@ _CASTS = {
     aten.contiguous.default, aten.expand.default, aten.view.default, aten.reshape.default,
 }  # fmt: skip
 _NEW = {aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default}
+_POOLED = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}
 _SCALINGS = {aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar}
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
@@ -70,6 +72,7 @@ def normalize(
     drop_unread_writes(graph)
     refuse_param_writes(graph, param_placeholders)
     mutated = replace_inplace(graph, buffer_placeholders)
+    replace_global_pool(graph)
     replace_batch_norm(graph, mutated)
     key = add_key(graph)
     replace_attention(graph, key)
@@ -302,6 +305,18 @@ def _copy(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
         source = graph.call_function(aten.expand.default, (node.args[1], list(value(target).shape)))
         source.meta = dict(node.meta)
         return graph.call_function(aten._to_copy.default, (source,), {"dtype": value(target).dtype})
+
+
+def replace_global_pool(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        dims = _POOLED.get(node.target) if node.op == "call_function" else None
+        sizes = node.args[1] if dims else ()
+        if dims and all(size == 1 for size in (sizes if isinstance(sizes, (list, tuple)) else [sizes])):
+            with graph.inserting_before(node):
+                new = graph.call_function(aten.mean.dim, (node.args[0], dims, True))
+            new.meta = dict(node.meta)
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
 
 
 def replace_batch_norm(graph: fx.Graph, mutated: dict[str, fx.Node]) -> None:

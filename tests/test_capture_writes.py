@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 from shardwright import api, tasks
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.capture import compute_loss
 from shardwright.profiler.inputs import make_batch
 
 
@@ -89,3 +92,53 @@ def test_types_do_not_follow_the_default_at_run_time() -> None:
     workload = tasks.check_workload({"model": f"{__file__}:ones", "kind": "factory", "global_batch": 4})
     program = api.build(api.plan(workload, "1xCPU"), workload)
     assert float(program.forward_backward(dict(make_batch(workload, 4, seed=1)))) < 1e3
+
+
+class Pooled(nn.Module):
+    """Torch's pool to one value restrides its result in place where its operand is transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.head = nn.Linear(8, 16), nn.Linear(16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = nn.functional.adaptive_avg_pool1d(self.linear(x).transpose(1, 2), 1)
+        return self.head(pooled.flatten(1)).pow(2).mean()
+
+
+def pooled() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Pooled(), {"x": torch.randn(4, 6, 8)}
+
+
+class Restrided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_strided(self.linear(x), (4, 3, 4), (8, 2, 1)).pow(2).mean()
+
+
+def restrided() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    return Restrided(), {"x": torch.randn(4, 8)}
+
+
+def _agrees(factory: str) -> None:
+    workload = tasks.check_workload({"model": f"{__file__}:{factory}", "kind": "factory", "global_batch": 4})
+    program = api.build(api.plan(workload, "1xCPU"), workload)
+    batch = dict(make_batch(workload, 4, seed=1))
+    program.forward_backward(batch)
+    model = copy.deepcopy(workload.model)
+    compute_loss(model, workload.loss, batch).backward()
+    found = program.gradients()
+    for name, parameter in model.named_parameters():
+        assert float((found[name] - parameter.grad).abs().max()) <= 1e-12 * float(parameter.grad.abs().max()), name
+
+
+def test_a_pool_to_one_value_has_the_gradient_of_a_mean() -> None:
+    _agrees("pooled")
+
+
+def test_a_gradient_that_writes_in_place_is_right_or_refused() -> None:
+    with contextlib.suppress(ShardwrightError):
+        _agrees("restrided")
