@@ -115,8 +115,11 @@ def _made(name: str) -> tuple[Any, dict[str, Any]]:
 
 def _first_line(error: BaseException) -> str:
     text = next((line for line in str(error).splitlines() if line.strip()), "")
-    text = re.sub(r"(/[\w.+-]+)+/site-packages/", "", text)
-    return f"{type(error).__name__}: {text}"[:200]
+    return f"{type(error).__name__}: {_without_paths(text)}"[:200]
+
+
+def _without_paths(text: str) -> str:
+    return re.sub(r"(/[\w.+-]+)+/site-packages/", "", text)
 
 
 def _compare(rank: int, plan: str) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def one(name: str, layout: str, plan_only: bool) -> dict[str, Any]:
     except _TooSlow:
         row["why"] = f"not done in {TIME_LIMIT_S} s"
     except ShardwrightError as error:
-        row["why"] = f"{error.what}"[:300]
+        row["why"] = _without_paths(error.what)[:300]
     except RankFailed as error:
         row["why"] = "a rank failed: " + next(iter(error.failures.values())).strip().splitlines()[-1][:250]
     except Exception as error:
