@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import importlib.util
 import json
 import platform
 import random
@@ -36,15 +35,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "schedules.md"
 TOLERANCE = 1e-6
 BELOW_1F1B = ("vmin", "p/2+1")  # limits below the p microbatches of 1F1B
 SHAPES = {"loop": loop_placement, "V": v_placement}
-
-
-def load_judge(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("schedule_judge", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def cells(path: Path) -> Iterator[dict[str, Any]]:
@@ -160,6 +150,9 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run rows that were worse again; the better result stays")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}")
     args = parser.parse_args()
+    sys.path.insert(1, str(ROOT / "tests"))
+    from outside_judge import load_judge
+
     judge = load_judge(args.judge)
     rows = [*(cells(args.cells) if args.cells else ()), *(exact_rows(args.exact) if args.exact else ())]
     rows = [row for row in rows if any(text in row["name"] for text in args.only.split(","))]

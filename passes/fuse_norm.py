@@ -22,6 +22,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from ..kernels.generator import accumulate_dtype
 from ..kernels.ops import add_rms_norm, rms_norm
+from ..profiler.nodes import needed_for
 
 aten = torch.ops.aten
 
@@ -197,15 +198,7 @@ def _match_formula(inverse_root: fx.Node) -> Norm | None:
 
 def _between(x: fx.Node, weight: fx.Node, y: fx.Node) -> tuple[fx.Node, ...]:
     """What y is computed with, without copies and casts of x, which others may read."""
-    found: set[fx.Node] = set()
-    stack = [y]
-    while stack:
-        node = stack.pop()
-        if node in found or node is weight or _unwidened(node) is x:
-            continue
-        found.add(node)
-        stack += node.all_input_nodes
-    return tuple(sorted(found))
+    return tuple(sorted(needed_for([y], lambda node: node is weight or _unwidened(node) is x)))
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -340,14 +333,7 @@ def _addition(norm: Norm) -> fx.Node | None:
 
 def _made_after(weight: fx.Node, addition: fx.Node) -> list[fx.Node]:
     """What must move before the addition for the weight to stand there, in order; the addition itself if it cannot."""
-    found: set[fx.Node] = set()
-    stack = [weight]
-    while stack:
-        node = stack.pop()
-        if node not in found and addition <= node:
-            found.add(node)
-            stack += node.all_input_nodes
-    return sorted(found)
+    return sorted(needed_for([weight], lambda node: not addition <= node))
 
 
 def _emit(place: fx.Node, op: torch._ops.OpOverload, args: tuple[Any, ...], like: fx.Node) -> list[fx.Node]:

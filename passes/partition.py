@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ..profiler.graph import Segment
+from ..profiler.nodes import needed_for
 from .shard import result_keys
 
 aten = torch.ops.aten
@@ -98,14 +99,7 @@ def extract(
         new = graph.placeholder(renamed[node] if node in renamed and node in env else node.name)
         new.meta = dict(node.meta)
         env[node] = new  # the later of two wins: a kept copy stands for the buffer
-    needed: set[fx.Node] = set()
-    stack = [n for n in wanted if isinstance(n, fx.Node)]
-    while stack:
-        node = stack.pop()
-        if node in needed or node in env:
-            continue
-        needed.add(node)
-        stack.extend(node.all_input_nodes)
+    needed = needed_for(wanted, env.__contains__)
     for node in joint.graph.nodes:
         if node in needed:
             env[node] = graph.node_copy(node, lambda n: env[n])

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from ..profiler.nodes import needed_for
 from .partition import extract, is_free
 
 _HANDED_TO_BOTH = ("param_", "buffer_")
@@ -35,7 +36,7 @@ def split_backward(backward: fx.GraphModule, num_params: int) -> SplitBackward:
     both = [node for node in placeholders if node.name.startswith(_HANDED_TO_BOTH) or node.name == "key"]
     output: Any = next(node for node in reversed(backward.graph.nodes) if node.op == "output")
     param_grads, input_grads = list(output.args[0][:num_params]), list(output.args[0][num_params:])
-    for_inputs = _behind(input_grads)
+    for_inputs = needed_for(input_grads)
     carried: dict[fx.Node, None] = {}
     seen: set[fx.Node] = set()
     stack = [node for node in param_grads if isinstance(node, fx.Node)]
@@ -54,18 +55,6 @@ def split_backward(backward: fx.GraphModule, num_params: int) -> SplitBackward:
     weights = extract(backward, [*both, *handed_on], param_grads)
     read = {node.name for node in weights.graph.nodes if node.op == "placeholder" and node.users}
     return SplitBackward(inputs, weights, any(name.startswith("param_") for name in read))
-
-
-def _behind(wanted: list[Any]) -> set[fx.Node]:
-    """Every op that these need."""
-    found: set[fx.Node] = set()
-    stack = [node for node in wanted if isinstance(node, fx.Node)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _is_made(node: fx.Node, for_inputs: set[fx.Node]) -> bool:

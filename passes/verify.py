@@ -20,6 +20,7 @@ from ..planner.sharding.placement import R, route, transition
 from ..planner.sharding.strategy import Strategy, is_op, origin, view_of
 from ..profiler.graph import Segment
 from ..profiler.joint import flatten_outputs
+from ..profiler.nodes import needed_for
 from .shard import Places, ShardContext, local_shape, whole_on_short
 from .values import c10d
 
@@ -110,7 +111,7 @@ def _listing(wrong: dict[Collective, tuple[int, int]]) -> str:
 class _Implied:
     def __init__(self, segment: Segment, context: ShardContext) -> None:
         self.segment, self.context, self.axes = segment, context, context.axes
-        self.live = _live(segment)
+        self.live = needed_for(flatten_outputs(segment.joint.graph))
 
     def moved(self) -> Iterator[Collective]:
         moves = [
@@ -199,15 +200,3 @@ def _tensor(node: fx.Node, output: int) -> torch.Tensor:
 
 def _padded(sizes: list[int], dims: Iterable[int], ranks: int) -> list[int]:
     return [-(-size // ranks) * ranks if d in dims else size for d, size in enumerate(sizes)]
-
-
-def _live(segment: Segment) -> set[fx.Node]:
-    """Nodes that some result needs."""
-    found: set[fx.Node] = set()
-    stack = [node for node in flatten_outputs(segment.joint.graph) if isinstance(node, fx.Node)]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found

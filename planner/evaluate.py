@@ -47,7 +47,7 @@ INTERLEAVED_BUBBLE = 0.6
 
 
 def path_seconds(schedule: str, forward_s: float, backward_s: float, num_ranks: int, num_microbatches: int) -> float:
-    """path of the bound above, or the work without its tail where that is more."""
+    """path of the bound above, or the work without its tail where that is more. schedule: "" for any."""
     p, m, once = num_ranks, num_microbatches, forward_s + backward_s
     work = m * once / p
     if schedule == "gpipe":
@@ -63,15 +63,16 @@ def _once_through(setting: Setting, candidate: Candidate, chain: Chain) -> tuple
     return float(tables.forward_of[0, n]) * scale, float(tables.backward_of[0, n]) * scale
 
 
-def lower_bound(setting: Setting, candidate: Candidate, chain: Chain) -> float:
-    """Seconds that no cut of this candidate beats. See the module's docstring."""
+def lower_bound(setting: Setting, candidate: Candidate, chain: Chain, *, any_order: bool = False) -> float:
+    """Seconds that no cut of this candidate beats; any_order: under no other schedule either. See the module's
+    docstring."""
     mesh, p, m, n = setting.mesh(candidate), candidate.pp, candidate.count, chain.num_instances
     tables = stage_tables(setting, candidate, chain)
     forward_s, backward_s = _once_through(setting, candidate, chain)
     stepped = chain.trainable_of[0, n] / candidate.extents.optimizer / p
     fastest = max(mesh.devices, key=lambda device: device.memory_bytes_per_s)
     step_s = setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p
-    path = path_seconds(candidate.schedule, forward_s, backward_s, p, m)
+    path = path_seconds("" if any_order else candidate.schedule, forward_s, backward_s, p, m)
     waits = setting.workload.optimizer.waits_for_norm
     work = m * (forward_s + backward_s) / p + float(tables.reduce_s.min()) + step_s
     return max(work, path + (step_s if waits else 0.0))
@@ -306,8 +307,9 @@ def run_timeline(
     num_microbatches: int | None = None,
     schedule: PipelineSchedule | None = None,
     with_events: bool = False,
+    with_memory: bool = False,
 ) -> Timeline:
-    """schedule: in place of the candidate's."""
+    """schedule: in place of the candidate's. with_memory: also the most activation bytes at once on each rank."""
     if schedule is None:
         count = num_microbatches or candidate.count
         schedule = cached_schedule(candidate.schedule, candidate.pp, count, candidate.virtual_stages)
@@ -318,7 +320,7 @@ def run_timeline(
         tails=tails(setting, candidate, chain, bounds),
         wait_for_all=setting.workload.optimizer.waits_for_norm,
         with_events=with_events,
-        with_memory=False,
+        with_memory=with_memory,
     )
 
 

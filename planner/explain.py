@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ..profiler.graph import ModelGraph, Segment
-from ..profiler.normalize import source_of
+from ..profiler.nodes import source_of
 from .plan import Plan
 from .sharding.evaluate import Move, Placed, moves, op_load
 from .sharding.mesh import Mesh

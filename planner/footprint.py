@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -250,16 +249,6 @@ def activation_room(setting: Setting, candidate: Candidate, chain: Chain, bounds
     much = setting.limit(candidate, rank)  # more than there is room for, so that the pipeline is the worst moment
     over = sum(rank_breakdown(setting, candidate, chain, bounds, rank, much).values()) - much
     return much - over / share
-
-
-def held_bytes(chain: Chain, bounds: Sequence[int], schedule: PipelineSchedule) -> list[int]:
-    """Most activation bytes at once on each pipeline rank, of an order of one direction."""
-    each = [stage_activation(chain, i, j) for i, j in pairwise(bounds)]
-    most = []
-    for actions in schedule.ranks:
-        change = [each[a.stage] * ((a.kind == "F") - (a.kind in "BW")) for a in actions]
-        most.append(int(max(accumulate(change), default=0.0)))
-    return most
 
 
 def stage_activation(chain: Chain, start: int, stop: int) -> float:

@@ -13,7 +13,7 @@ from . import plan as plan_document
 from .candidates import Candidate
 from .chain import Chain
 from .evaluate import hops, run_timeline, stage_times, step_seconds, tails
-from .footprint import fits, held_bytes, placements_of, rank_breakdown
+from .footprint import fits, placements_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
 from .schedule_choice import best_order, free_bound, own_order
@@ -117,7 +117,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
         order, timeline = own
         schedule.name, schedule.stage_rank = order.name, list(order.stage_rank)
         schedule.order = [" ".join(map(str, row)) for row in order.ranks]
-        held = held_bytes(chain, bounds, order)
+        held = timeline.peak_bytes
     step_s = timeline.makespan_s
     best.step_s, best.bounds = step_s, bounds
     breakdowns = [rank_breakdown(setting, candidate, chain, bounds, r, held[r]) for r in range(candidate.pp)]

@@ -41,9 +41,7 @@ def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
     bound_s = free_bound(state, best.candidate)
     chosen, limit_s = best, (best.step_s or 0.0) / least_gain
     for candidate in _others(state, best.candidate):
-        if time.monotonic() > stop_at:
-            break
-        if bound_s >= limit_s:
+        if bound_s >= limit_s or time.monotonic() > stop_at:
             break
         state.candidates.append(candidate)
         state.outcomes[candidate] = Outcome(candidate, bound_s=bound_s, search_bound_s=bound_s)
@@ -60,15 +58,14 @@ def free_bound(state: SearchState, candidate: Candidate) -> float:
     if solution is None:
         return 0.0
     chain = state.setting.chain(solution, ())
-    any_order = replace(candidate, schedule="breadth_first")  # whose path is no more than one microbatch's
-    return lower_bound(state.setting, any_order, chain) * solution.proven_share
+    return lower_bound(state.setting, candidate, chain, any_order=True) * solution.proven_share
 
 
 def own_order(
     state: SearchState, best: Outcome, bounds: tuple[int, ...], published: Timeline, least_gain: float
 ) -> tuple[PipelineSchedule, Timeline] | None:
     """An order synthesized for these stages; None where it is not faster than the published one by the factor
-    least_gain, or, where asked for, where there is none."""
+    least_gain, or, where asked for, where there is none. The timeline knows the bytes."""
     setting, candidate = state.setting, best.candidate
     asked = state.forced.synthesize
     if candidate.pp == 1 or best.solution is None or (state.forced.schedule is not None and not asked):
@@ -88,7 +85,7 @@ def own_order(
     if found is None:
         return None
     schedule = replace(found.schedule, name=SYNTHESIZED)
-    timeline = run_timeline(setting, candidate, chain, bounds, schedule=schedule)
+    timeline = run_timeline(setting, candidate, chain, bounds, schedule=schedule, with_memory=True)
     return (schedule, timeline) if asked or timeline.makespan_s <= limit_s else None
 
 
@@ -97,9 +94,8 @@ def _others(state: SearchState, best: Candidate) -> Iterator[Candidate]:
     updates can be joined. Orders are synthesized for one direction alone."""
     num_instances = len(state.setting.shape.instances)
     written = [segment for segment in state.setting.graph.segments.values() if segment.mutated_buffers]
-    directions = (
-        1 if state.forced.synthesize or any(None in update_scales(segment).values() for segment in written) else 2
-    )
+    joined = all(None not in update_scales(segment).values() for segment in written)
+    directions = 2 if joined and not state.forced.synthesize else 1
     names = [name for name in SCHEDULES if name not in SEARCHED and SCHEDULES[name].directions <= directions]
     for name in sorted(names, key=lambda n: not SCHEDULES[n].splits_backward):
         chunks = SCHEDULES[name].chunks

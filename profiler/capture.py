@@ -26,7 +26,8 @@ from ._torch import DATA_DEPENDENT, lazy_recompile
 from .attention_interface import shardwright_attention
 from .autograd_functions import recorded_functions
 from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
-from .normalize import normalize, value
+from .nodes import value
+from .normalize import normalize
 from .workload import Workload
 
 ROOT = "model"

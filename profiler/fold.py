@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from .normalize import value
+from .nodes import value
 
 # position of the random op's number among its arguments
 RANDOM_INDEX_ARG = {"dropout": 3, "attention": 9, "rand_uniform": 4, "rand_normal": 4}

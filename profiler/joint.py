@@ -21,7 +21,7 @@ from ..errors import ExitCode, ShardwrightError
 from . import _torch
 from .fold import RANDOM_INDEX_ARG, Piece
 from .graph import Segment
-from .normalize import value
+from .nodes import value
 from .work import is_view
 
 aten = torch.ops.aten

@@ -23,6 +23,8 @@ import torch
 from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
+from .nodes import source_of, value
+from .writes import drop_unread_writes, is_inplace, refuse_param_writes, replace_inplace
 
 aten = torch.ops.aten
 ours = torch.ops.shardwright
@@ -39,26 +41,8 @@ _CASTS = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
     aten.contiguous.default, aten.expand.default, aten.view.default, aten.reshape.default,
 }  # fmt: skip
-_NEW = {aten.empty.memory_format, aten.empty_strided.default, aten.zeros.default, aten.ones.default, aten.full.default}
 _POOLED = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}
-_SCALINGS = {aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar}
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
-
-
-def value(node: Any) -> Any:
-    return node.meta.get("val") if isinstance(node, fx.Node) else None
-
-
-def source_of(node: fx.Node) -> str:
-    """'file:line' of the user's code, the last frame of the stack that the trace kept."""
-    lines = [
-        line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith('File "')
-    ]
-    if not lines:
-        return ""
-    parts = lines[-1].split('"')
-    number = parts[2].split("line ")[1].split(",")[0].strip() if "line " in parts[2] else "?"
-    return f"{parts[1]}:{number}"
 
 
 def normalize(
@@ -138,7 +122,7 @@ def _loses_gradient(made: fx.Node) -> bool:
     tensor = value(made)
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         return False
-    return not (_is_inplace(made.target) and value(made.args[0]).requires_grad)
+    return not (is_inplace(made.target) and value(made.args[0]).requires_grad)
 
 
 def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, operands: list[Any], detach: bool) -> None:
@@ -208,103 +192,6 @@ def _same(node: fx.Node) -> bool:
         before.dtype == after.dtype and before.shape == after.shape and before.stride() == after.stride()
         and before.device == after.device
     )  # fmt: skip
-
-
-# --------------------------------------------------------------------------- mutation
-
-
-def drop_unread_writes(graph: fx.Graph) -> None:
-    for node in reversed(list(graph.nodes)):
-        if node.op != "call_function" or node.users or not _is_inplace(node.target):
-            continue
-        written, last = node.args[0], node
-        while isinstance(written, fx.Node) and list(written.users) == [last] and written.target is aten.detach.default:
-            written, last = written.args[0], written
-        if isinstance(written, fx.Node) and list(written.users) == [last] and written.target in _NEW:
-            graph.erase_node(node)
-
-
-def refuse_param_writes(graph: fx.Graph, param_placeholders: Collection[str]) -> None:
-    """A parameter that the forward changes would be another one from step to step, and its gradient that of neither."""
-    for node in reversed(list(graph.nodes)):
-        if node.op != "call_function" or not _is_inplace(node.target):
-            continue
-        written = node.args[0]
-        while isinstance(written, fx.Node) and _is_view(written):
-            written = written.args[0]
-        if not isinstance(written, fx.Node) or written.op != "placeholder" or written.name not in param_placeholders:
-            continue
-        if node.target in _SCALINGS and node.args[1] in (1, 1.0):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-            continue
-        raise ShardwrightError(
-            f"{source_of(node) or 'the model'} writes to a parameter in its forward ({node.target})",
-            means="the parameter would change from step to step beside the optimizer, and have no gradient of its own",
-            change="that line: compute with a changed copy, or keep the tensor as a buffer",
-            works="weight = self.weight / scale",
-            exit_code=ExitCode.UNSUPPORTED_MODEL,
-        )
-
-
-def _is_inplace(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-        return False
-    name = target._schema.name.split("::")[1]
-    return name.endswith("_") and not name.startswith("_") and not name.endswith("__")
-
-
-def _functional(target: Any) -> Any | None:
-    """add_.Tensor -> add.Tensor, where it exists with the same overload name."""
-    packet = getattr(aten, target._schema.name.split("::")[1][:-1], None)
-    return getattr(packet, target._overloadname, None) if packet is not None else None
-
-
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem
-    returns = target._schema.returns
-    return (
-        any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or target is aten.reshape.default
-    )
-
-
-def _has_views(node: fx.Node) -> bool:
-    """May another node alias this one? True for views of it and where it is itself a view."""
-    return _is_view(node) or any(_is_view(user) for user in node.users)
-
-
-def replace_inplace(graph: fx.Graph, buffer_placeholders: set[str]) -> dict[str, fx.Node]:
-    """x.add_(y) becomes x1 = add(x, y), later readers of x read x1. Returns buffers written: name -> new value."""
-    mutated: dict[str, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not _is_inplace(node.target):
-            continue
-        target, functional = node.args[0], _functional(node.target)
-        if functional is None or not isinstance(target, fx.Node) or _has_views(target):
-            continue  # left to functionalization inside the segment
-        origin = next((name for name, new in mutated.items() if new is target), target.name)
-        if node.target is aten.copy_.default:
-            new = _copy(graph, node, target)
-        else:
-            with graph.inserting_before(node):
-                new = graph.call_function(functional, node.args, dict(node.kwargs))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        order = {n: i for i, n in enumerate(graph.nodes)}
-        target.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > order[node])  # noqa: B023
-        graph.erase_node(node)
-        if origin in buffer_placeholders:
-            mutated[origin] = new
-    return mutated
-
-
-def _copy(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
-    with graph.inserting_before(node):
-        source = graph.call_function(aten.expand.default, (node.args[1], list(value(target).shape)))
-        source.meta = dict(node.meta)
-        return graph.call_function(aten._to_copy.default, (source,), {"dtype": value(target).dtype})
 
 
 def replace_global_pool(graph: fx.Graph) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from .graph import OpCost, Segment
-from .normalize import source_of
+from .nodes import source_of
 
 aten = torch.ops.aten
 VIEWS = {

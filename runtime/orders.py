@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from ..costmodel.actions import FORWARD, Action
 from ..errors import ExitCode, ShardwrightError
 from ..planner.order import pipeline_schedule
@@ -27,7 +25,6 @@ def schedule_for(plan: Plan, stage_rank: tuple[int, ...], num_microbatches: int)
     return schedule
 
 
-@lru_cache(maxsize=32)
 def forward_order(stage_rank: tuple[int, ...], num_microbatches: int) -> PipelineSchedule:
     """Forwards only, for evaluation, under any placement: were all forwards equally long, each rank would always run
     the last stage that has a microbatch waiting."""

@@ -69,7 +69,7 @@ class Program:
         self.step_index = 0
 
         stages = [stage.segments for stage in plan.stages]
-        self._schedules: dict[int, PipelineSchedule] = {}  # by microbatches
+        self._schedules: dict[tuple[int, bool], PipelineSchedule] = {}  # by microbatches and whether it trains
         self._stage_rank = tuple(self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages)
         placements: Sequence[Sequence[int]] = [self._stage_rank]
         if self.grid.size("pp") > 1:  # what could not run is refused now rather than at the first step
@@ -330,11 +330,14 @@ class Program:
 
     def schedule(self, num_microbatches: int, training: bool = True) -> PipelineSchedule:
         """The order of actions of a step of so many microbatches."""
-        if not training:
-            return forward_order(self._stage_rank, num_microbatches)
-        if num_microbatches not in self._schedules:
-            self._schedules[num_microbatches] = schedule_for(self.plan, self._stage_rank, num_microbatches)
-        return self._schedules[num_microbatches]
+        key = num_microbatches, training
+        if key not in self._schedules:
+            place = self._stage_rank
+            made = (
+                schedule_for(self.plan, place, num_microbatches) if training else forward_order(place, num_microbatches)
+            )
+            self._schedules[key] = made
+        return self._schedules[key]
 
     def _backward_uses(self, num_microbatches: int) -> dict[int, int]:
         """Instance on this rank -> microbatches whose backward it runs."""

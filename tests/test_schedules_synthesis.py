@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 import random
 import shutil
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outside_judge import shared_judge
 
 from shardwright.costmodel.simulator import Hop, StageTimes
 from shardwright.planner.schedules import SCHEDULES, build_schedule, loop_placement, native, v_placement
@@ -25,6 +20,10 @@ from shardwright.planner.schedules.order_graph import OrderGraph
 from shardwright.planner.schedules.problem import PipelineProblem, problem_of_shares
 from shardwright.planner.schedules.starts import library_orders
 from shardwright.planner.schedules.synthesis import synthesize
+
+needs_compiler = pytest.mark.skipif(
+    all(shutil.which(name) is None for name in ("cc", "gcc", "clang")), reason="no C compiler"
+)
 
 
 def random_problem(p: int, m: int, v: int, rng: random.Random, limited: bool = True) -> PipelineProblem:
@@ -57,7 +56,7 @@ def assert_valid(problem: PipelineProblem, found) -> None:
     assert all(peak <= limit for peak, limit in zip(timeline.peak_bytes, problem.memory_limit, strict=True))
     assert lower_bound(problem) - 1e-9 <= found.makespan_s
     assert 0.0 <= found.gap_fraction < 1.0
-    judge = load_judge()
+    judge = shared_judge()
     sizes = {stage.activation_bytes for stage in problem.stages}
     if judge is None or len(set(problem.stage_rank)) < problem.num_ranks:
         return  # it wants work on every rank
@@ -77,20 +76,6 @@ def assert_valid(problem: PipelineProblem, found) -> None:
     if len(sizes) == 1:
         held = [peak * theirs.v * max(sizes) for peak in judged["peak_mem_dev"]]
         assert all(one <= limit + 1e-6 for one, limit in zip(held, problem.memory_limit, strict=True))
-
-
-@functools.cache
-def load_judge() -> ModuleType | None:
-    shared = Path(os.environ.get("SHARDWRIGHT_SHARED", Path(__file__).parents[1] / ".." / "shared"))
-    path = shared / "schedules" / "judge.py"
-    if not path.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("schedule_judge", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @settings(max_examples=40, deadline=None)
@@ -117,11 +102,10 @@ def test_the_outside_judge_agrees_on_shares_and_their_memory(p, m, v, times, tra
         assert_valid(problem, synthesize([problem], time_limit_s=0.1))
 
 
+@needs_compiler
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 3), st.integers(0, 10**6))
 def test_justified_orders_fit_and_are_never_longer(p, m, v, seed):
-    if native.library() is None:
-        pytest.skip("no C compiler")
     rng = random.Random(seed)
     graph = OrderGraph(random_problem(p, m, v, rng))
     starts = np.array([[rng.random() * 5 for _ in range(graph.num_stages)] for _ in range(3)])
@@ -181,11 +165,10 @@ def test_placements_compete():
     assert synthesize(problems, time_limit_s=1.0).schedule.stage_rank == place["loop"]
 
 
+@needs_compiler
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 3), st.integers(0, 10**6))
 def test_searches_in_c_and_in_python_agree_on_every_order(p, m, v, seed):
-    if native.library() is None:
-        pytest.skip("no C compiler")
     rng = random.Random(seed)
     graph = OrderGraph(random_problem(p, m, v, rng))
     starts = np.array([[rng.random() * 5 for _ in range(graph.num_stages)] for _ in range(3)])
@@ -208,7 +191,7 @@ def test_without_a_c_compiler_the_search_runs_in_python(monkeypatch):
     assert found.makespan_s < 33.0
 
 
-@pytest.mark.skipif(all(shutil.which(name) is None for name in ("cc", "gcc", "clang")), reason="no C compiler")
+@needs_compiler
 def test_the_c_searches_compile():
     assert native.library() is not None
 

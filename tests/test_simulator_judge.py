@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import random
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from outside_judge import shared_judge
 
 from shardwright.costmodel.actions import Action, parse_action
 from shardwright.costmodel.simulator import Deadlock, Hop, StageTimes, Tail, simulate
 from shardwright.costmodel.trace import Trace, busy_seconds, mean_action_seconds, merge, to_chrome
 from shardwright.planner.schedules import gpipe, interleaved_1f1b, loop_placement, one_f_one_b, v_placement
 from shardwright.planner.schedules.base import PipelineSchedule
-
-
-def _judge():
-    shared = Path(os.environ.get("SHARDWRIGHT_SHARED", Path(__file__).parents[1] / ".." / "shared"))
-    path = shared / "schedules" / "judge.py"
-    if not path.is_file():
-        return None
-    spec = importlib.util.spec_from_file_location("schedule_judge", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def longest_path_makespan(schedule: PipelineSchedule, stages: list[StageTimes], latency_s: float) -> float:
@@ -125,9 +112,9 @@ def test_any_feasible_order_gets_the_longest_path(p, m, v, seed, latency_s):
         assert all(start >= end - 1e-12 for start, end in zip(row_starts[1:], row_ends, strict=False))
 
 
-@pytest.mark.skipif(_judge() is None, reason="the outside judge is not on this machine")
+@pytest.mark.skipif(shared_judge() is None, reason="the outside judge is not on this machine")
 def test_the_outside_judge_agrees():
-    judge = _judge()
+    judge = shared_judge()
     rng = random.Random(0)
     for _ in range(150):
         p, v, m = rng.randint(1, 6), rng.randint(1, 3), rng.randint(1, 9)

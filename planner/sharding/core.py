@@ -17,7 +17,7 @@ Pairs of infinite cost have no e. The linear relaxation of this form is tight on
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +46,13 @@ class Core:
     def num_options(self) -> int:
         return sum(map(len, self.costs.values()))
 
+    def edges(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Each once, by the smaller variable."""
+        return ((u, v, m) for u, row in self.neighbours.items() for v, m in row.items() if u < v)
+
     def objective(self, picked: dict[int, int]) -> float:
         total = sum(float(costs[picked[u]]) for u, costs in self.costs.items())
-        return total + sum(
-            float(m[picked[u], picked[v]]) for u, row in self.neighbours.items() for v, m in row.items() if u < v
-        )
+        return total + sum(float(m[picked[u], picked[v]]) for u, v, m in self.edges())
 
     def given(self, u: int, picked: dict[int, int], held: Collection[int]) -> np.ndarray:
         """Costs of u's options, its neighbours in held as picked."""
@@ -98,10 +100,8 @@ class _Program:
         self.model = pulp.LpProblem("sharding", pulp.LpMinimize)
         self.terms: list[tuple[pulp.LpVariable, float]] = []
         self.pick = {u: self._choose_one(u, costs) for u, costs in core.costs.items()}
-        for u, row in core.neighbours.items():
-            for v, matrix in row.items():
-                if u < v:
-                    self._link(u, v, matrix)
+        for u, v, matrix in core.edges():
+            self._link(u, v, matrix)
         self.model += pulp.lpSum(cost * variable for variable, cost in self.terms if cost)
 
     def solve(self, time_limit_s: float | None, *, integer: bool) -> Solution:
@@ -191,12 +191,12 @@ def _descend(core: Core, picked: dict[int, int]) -> dict[int, int]:
 
 def _least_of_each(core: Core) -> float:
     """A bound: every table at its least entry."""
-    tables = [*core.costs.values(), *(m for u, row in core.neighbours.items() for v, m in row.items() if u < v)]
+    tables = [*core.costs.values(), *(matrix for _, _, matrix in core.edges())]
     return sum(float(table.min()) for table in tables)
 
 
 def _scale(core: Core) -> float:
     """Costs are microseconds to seconds; the solver's tolerances expect numbers near one."""
-    tables = [*core.costs.values(), *(matrix for row in core.neighbours.values() for matrix in row.values())]
+    tables = [*core.costs.values(), *(matrix for _, _, matrix in core.edges())]
     finite = [float(np.abs(c[np.isfinite(c)]).max(initial=0.0)) for c in tables]
     return max([*finite, 1e-12]) / 1000.0

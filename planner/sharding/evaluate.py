@@ -12,6 +12,7 @@ from torch import fx
 from ...costmodel.segment import SegmentCost
 from ...profiler.graph import Segment
 from ...profiler.joint import flatten_outputs, is_getitem
+from ...profiler.nodes import needed_for
 from ...profiler.work import is_view, op_work
 from .mesh import Mesh
 from .placement import Places, R, route, shares, transition
@@ -149,14 +150,8 @@ def saved_tensors(segment: Segment) -> list[tuple[fx.Node, int]]:
 
 def split_backward(segment: Segment) -> tuple[set[fx.Node], set[fx.Node]]:
     """Backward nodes that input gradients need, and those that only weight gradients need (Zero Bubble, section 2)."""
-    wanted: set[fx.Node] = set()
-    stack = [source for key, (source, _), _ in results(segment) if key.startswith("input_grad")]
-    while stack:
-        node = stack.pop()
-        if node in wanted or node.meta.get("phase") != "backward":
-            continue
-        wanted.add(node)
-        stack.extend(node.all_input_nodes)
+    sources = [source for key, (source, _), _ in results(segment) if key.startswith("input_grad")]
+    wanted = needed_for(sources, lambda node: node.meta.get("phase") != "backward")
     backward = {n for n in segment.joint.graph.nodes if n.meta.get("phase") == "backward" and is_op(n)}
     return backward & wanted, backward - wanted
 

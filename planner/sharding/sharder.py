@@ -19,7 +19,7 @@ from torch import fx
 from ...costmodel.model import CostModel
 from ...errors import ExitCode, ShardwrightError
 from ...profiler.graph import ModelGraph
-from ...profiler.normalize import source_of
+from ...profiler.nodes import source_of
 from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..plan import ConservativeOp

@@ -1,0 +1,37 @@
+"""What a node of a captured graph is: its value, and the line that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import fx
+
+
+def value(node: Any) -> Any:
+    return node.meta.get("val") if isinstance(node, fx.Node) else None
+
+
+def source_of(node: fx.Node) -> str:
+    """'file:line' of the user's code, the last frame of the stack that the trace kept."""
+    lines = [
+        line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith('File "')
+    ]
+    if not lines:
+        return ""
+    parts = lines[-1].split('"')
+    number = parts[2].split("line ")[1].split(",")[0].strip() if "line " in parts[2] else "?"
+    return f"{parts[1]}:{number}"
+
+
+def needed_for(wanted: Iterable[Any], stop: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:
+    """The nodes that these are computed with, themselves included; at nodes where stop holds it goes no further, and
+    leaves them out. What is no node counts for nothing."""
+    found: set[fx.Node] = set()
+    stack = [node for node in wanted if isinstance(node, fx.Node)]
+    while stack:
+        node = stack.pop()
+        if node not in found and not stop(node):
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
