@@ -12,20 +12,18 @@ from ..profiler.workload import Workload
 from . import plan as plan_document
 from .candidates import Candidate
 from .chain import Chain
-from .evaluate import hops, run_timeline, stage_times, step_seconds, tails
-from .footprint import fits, placements_of, rank_breakdown
+from .evaluate import hops, run_timeline, stage_times, tails
+from .footprint import placements_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
 from .schedule_choice import best_order, free_bound, own_order
 from .setting import Setting
-from .stages import improve_cuts
 
 if TYPE_CHECKING:
     from .search import SearchState
 
 OPTIMAL_GAP = 1e-3
 ALIKE = 1.01  # of the step time: closer than the cost model can tell
-POLISH_SECONDS = 2.0
 
 
 @dataclass
@@ -59,27 +57,6 @@ def _one_of_each(cluster: Cluster) -> list[int]:
     return ranks
 
 
-def _polish(state: SearchState, outcome: Outcome) -> tuple[int, ...]:
-    """Move single cuts while the simulated step falls, for a short while."""
-    setting, candidate = state.setting, outcome.candidate
-    assert outcome.solution is not None and outcome.step_s is not None
-    chain = setting.chain(outcome.solution, outcome.recompute)
-    stop_at = min(time.monotonic() + POLISH_SECONDS, state.deadline)
-
-    def score(bounds: tuple[int, ...]) -> float:
-        if bounds == outcome.bounds:
-            return outcome.step_s or 0.0
-        if time.monotonic() > stop_at:
-            return float("inf")
-        if not fits(setting, candidate, chain, bounds):
-            return float("inf")
-        return step_seconds(setting, candidate, chain, bounds)
-
-    if state.forced.cuts is not None or candidate.num_stages == 1:
-        return outcome.bounds
-    return improve_cuts(outcome.bounds, score)
-
-
 def _simplest(state: SearchState) -> Outcome:
     """Of the plans on the same mesh that are as fast as the incumbent, to ALIKE, the simplest."""
     best = state.incumbent
@@ -107,14 +84,13 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     assert best is not None
     assert best.solution is not None
     candidate, solution = best.candidate, best.solution
-    bounds = best.bounds if interrupted else _polish(state, best)
-    chain = setting.chain(solution, best.recompute)
+    bounds, chain = best.bounds, setting.chain(solution, best.recompute)
     timeline = run_timeline(setting, candidate, chain, bounds)
-    own = None if interrupted else own_order(state, best, bounds, timeline, ALIKE)
+    own = None if interrupted else own_order(state, best, timeline, ALIKE)
     schedule = plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages)
     held: list[int] | list[None] = [None] * candidate.pp
     if own is not None:
-        order, timeline = own
+        order, timeline, bounds = own
         schedule.name, schedule.stage_rank = order.name, list(order.stage_rank)
         schedule.order = [" ".join(map(str, row)) for row in order.ranks]
         held = timeline.peak_bytes

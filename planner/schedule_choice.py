@@ -2,7 +2,8 @@
 
 The search itself compares meshes by the orders in SEARCHED, whose bounds it knows; what splits the backward or places
 its chunks in a V then competes with the winner. An order must be faster by more than the cost model can tell apart.
-Last, an order is synthesized for the winner's own stages, where their bound leaves as much to gain.
+Cuts are moved one by one under each order that could win. Last, an order is synthesized for the winner's own stages,
+where their bound leaves as much to gain, and cuts and order are improved in turn.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING
 from ..costmodel.simulator import Timeline
 from ..profiler.buffer_updates import update_scales
 from .candidates import Candidate
-from .evaluate import hops, lower_bound, run_timeline, stage_times
-from .footprint import activation_room, placement_of, placements_of
+from .chain import Chain
+from .evaluate import hops, lower_bound, run_timeline, stage_times, step_seconds
+from .footprint import activation_room, fits, placement_of, placements_of, quick_peaks
 from .order import SYNTHESIZED
 from .outcome import Outcome
 from .schedules import PipelineSchedule
@@ -24,17 +26,23 @@ from .schedules.bounds import lower_bound as bound_of
 from .schedules.library import SCHEDULES, SEARCHED
 from .schedules.problem import PipelineProblem
 from .schedules.synthesis import synthesize
+from .setting import Setting
+from .stages import improve_cuts
 
 if TYPE_CHECKING:
     from .search import SearchState
 
 MAX_SECONDS = 3.0
 SYNTHESIS_SECONDS = 3.0
+SYNTHESIS_SHARES = (0.5, 0.7, 1.0)  # of the time left, of one order after the other
+POLISH_SECONDS = 2.0
+POLISH_MARGIN = 1.1  # cuts are moved under an order that takes at most so many times the best
 MAX_ACTIONS = 12_000  # of an order that is synthesized without being asked for
 
 
 def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
-    """The best outcome over all orders; `best` unless another is faster by the factor least_gain."""
+    """The best outcome over all orders, its cuts polished; `best` unless another is faster by the factor least_gain."""
+    best = _polished(state, best)
     if best.candidate.pp == 1 or state.forced.schedule is not None or best.solution is None:
         return best
     stop_at = min(time.monotonic() + MAX_SECONDS, state.deadline)
@@ -46,9 +54,33 @@ def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
         state.candidates.append(candidate)
         state.outcomes[candidate] = Outcome(candidate, bound_s=bound_s, search_bound_s=bound_s)
         outcome = state.outcomes[candidate] = state.score_alone(candidate)
-        if outcome.step_s is not None and outcome.step_s < limit_s:
-            chosen, limit_s = outcome, outcome.step_s
+        if outcome.step_s is not None and outcome.step_s < limit_s * POLISH_MARGIN:
+            outcome = state.outcomes[candidate] = _polished(state, outcome)
+            if (outcome.step_s or 0.0) < limit_s:
+                chosen, limit_s = outcome, outcome.step_s or 0.0
     return chosen
+
+
+def _polished(state: SearchState, outcome: Outcome) -> Outcome:
+    """Single cuts moved while the simulated step falls, for a short while."""
+    setting, candidate = state.setting, outcome.candidate
+    if state.forced.cuts is not None or candidate.num_stages == 1 or outcome.solution is None:
+        return outcome
+    chain = setting.chain(outcome.solution, outcome.recompute)
+    stop_at = min(time.monotonic() + POLISH_SECONDS, state.deadline)
+
+    def seconds(bounds: tuple[int, ...]) -> float:
+        if bounds != outcome.bounds and (time.monotonic() > stop_at or not fits(setting, candidate, chain, bounds)):
+            return float("inf")
+        return step_seconds(setting, candidate, chain, bounds)
+
+    bounds = improve_cuts(outcome.bounds, seconds)
+    if bounds == outcome.bounds:
+        return outcome
+    peak_bytes = int(quick_peaks(setting, candidate, chain, bounds).max())
+    return replace(
+        outcome, bounds=bounds, step_s=step_seconds(setting, candidate, chain, bounds), peak_bytes=peak_bytes
+    )
 
 
 def free_bound(state: SearchState, candidate: Candidate) -> float:
@@ -62,10 +94,11 @@ def free_bound(state: SearchState, candidate: Candidate) -> float:
 
 
 def own_order(
-    state: SearchState, best: Outcome, bounds: tuple[int, ...], published: Timeline, least_gain: float
-) -> tuple[PipelineSchedule, Timeline] | None:
-    """An order synthesized for these stages; None where it is not faster than the published one by the factor
-    least_gain, or, where asked for, where there is none. The timeline knows the bytes."""
+    state: SearchState, best: Outcome, published: Timeline, least_gain: float
+) -> tuple[PipelineSchedule, Timeline, tuple[int, ...]] | None:
+    """An order synthesized for these stages and the cuts that it runs fastest with; None where it is not faster than
+    the published one by the factor least_gain, or, where asked for, where there is none. The timeline knows the bytes.
+    """
     setting, candidate = state.setting, best.candidate
     asked = state.forced.synthesize
     if candidate.pp == 1 or best.solution is None or (state.forced.schedule is not None and not asked):
@@ -73,20 +106,58 @@ def own_order(
     if len(placements_of(candidate)) > 1:
         return None
     chain = setting.chain(best.solution, best.recompute)
-    rooms = [activation_room(setting, candidate, chain, bounds, rank) for rank in range(candidate.pp)]
-    stages, transfers = stage_times(setting, candidate, chain, bounds), hops(setting, candidate, chain, bounds)
-    problem = PipelineProblem(candidate.count, placement_of(candidate), tuple(stages), tuple(transfers), tuple(rooms))
     after_s = published.makespan_s - published.compute_makespan_s
     limit_s = published.makespan_s / least_gain
+    problem = _problem(setting, candidate, chain, best.bounds)
     if not asked and (problem.num_actions > MAX_ACTIONS or after_s + bound_of(problem) > limit_s):
         return None
-    left_s = min(SYNTHESIS_SECONDS, state.deadline - time.monotonic())
-    found = synthesize([problem], time_limit_s=left_s) if left_s > 0 else None
-    if found is None:
-        return None
-    schedule = replace(found.schedule, name=SYNTHESIZED)
-    timeline = run_timeline(setting, candidate, chain, bounds, schedule=schedule, with_memory=True)
-    return (schedule, timeline) if asked or timeline.makespan_s <= limit_s else None
+    stop_at = min(time.monotonic() + SYNTHESIS_SECONDS, state.deadline)
+    bounds, found = best.bounds, None
+    for share in SYNTHESIS_SHARES:
+        left_s = share * (stop_at - time.monotonic())
+        synthesis = synthesize([problem], time_limit_s=left_s) if left_s > 0 else None
+        if synthesis is None:
+            break
+        schedule, before = replace(synthesis.schedule, name=SYNTHESIZED), bounds
+        bounds = _cuts_under(state, candidate, chain, bounds, schedule, stop_at)
+        timeline = run_timeline(setting, candidate, chain, bounds, schedule=schedule, with_memory=True)
+        if found is not None and timeline.makespan_s >= found[1].makespan_s:
+            break
+        found = schedule, timeline, bounds
+        if bounds == before:
+            break
+        problem = _problem(setting, candidate, chain, bounds)
+    return found if found is not None and (asked or found[1].makespan_s <= limit_s) else None
+
+
+def _problem(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> PipelineProblem:
+    rooms = [activation_room(setting, candidate, chain, bounds, rank) for rank in range(candidate.pp)]
+    stages, transfers = stage_times(setting, candidate, chain, bounds), hops(setting, candidate, chain, bounds)
+    return PipelineProblem(candidate.count, placement_of(candidate), tuple(stages), tuple(transfers), tuple(rooms))
+
+
+def _cuts_under(
+    state: SearchState,
+    candidate: Candidate,
+    chain: Chain,
+    bounds: tuple[int, ...],
+    schedule: PipelineSchedule,
+    stop_at: float,
+) -> tuple[int, ...]:
+    """Single cuts moved while the step under this order falls, within what its activations leave room for."""
+    if state.forced.cuts is not None:
+        return bounds
+    setting = state.setting
+
+    def seconds(trial: tuple[int, ...]) -> float:
+        if trial != bounds and time.monotonic() > stop_at:
+            return float("inf")
+        timeline = run_timeline(setting, candidate, chain, trial, schedule=schedule, with_memory=True)
+        rooms = (activation_room(setting, candidate, chain, trial, rank) for rank in range(candidate.pp))
+        fit = all(held <= room for held, room in zip(timeline.peak_bytes, rooms, strict=True))
+        return timeline.makespan_s if fit else float("inf")
+
+    return improve_cuts(bounds, seconds)
 
 
 def _others(state: SearchState, best: Candidate) -> Iterator[Candidate]:

@@ -109,7 +109,7 @@ def test_justified_orders_fit_and_are_never_longer(p, m, v, seed):
     rng = random.Random(seed)
     graph = OrderGraph(random_problem(p, m, v, rng))
     starts = np.array([[rng.random() * 5 for _ in range(graph.num_stages)] for _ in range(3)])
-    order, makespan_s = graph.listed(starts, 3.0, thrift_s=rng.choice([-1.0, 0.0, 2.0]))
+    order, makespan_s = graph.listed(graph.periodic(starts, 3.0), thrift_s=rng.choice([-1.0, 0.0, 2.0]))
     better, better_s = graph.justified(order)
     assert graph.fits(better) and better_s <= makespan_s + 1e-9
     assert max(graph.ends([row.tolist() for row in better])[1]) == pytest.approx(better_s, abs=1e-9)
@@ -173,7 +173,7 @@ def test_searches_in_c_and_in_python_agree_on_every_order(p, m, v, seed):
     graph = OrderGraph(random_problem(p, m, v, rng))
     starts = np.array([[rng.random() * 5 for _ in range(graph.num_stages)] for _ in range(3)])
     starts[1] += 10
-    listed = graph.listed(starts, 3.0)
+    listed = graph.listed(graph.periodic(starts, 3.0))
     assert listed is not None
     order, makespan_s = listed
     assert graph.fits(order)
@@ -202,7 +202,7 @@ def test_lattices_are_what_they_say(p=4):
     graph, lattices = OrderGraph(problem), Lattices(problem, np.random.default_rng(0))
     peaks = set()
     for index in lattices.fitting():
-        order = graph.repeated(lattices.starts[index], float(lattices.period))
+        order = graph.by_starts(graph.periodic(lattices.starts[index], float(lattices.period)))
         held = [np.cumsum(graph.change[row]).max() for row in order]
         assert held == list(lattices.held_bytes[index])
         peaks.add(max(held) / 2)

@@ -222,7 +222,8 @@ static int critical_pairs(const Pipeline *p, State *s)
         int by_data = source >= 0 && s->end[source] + p->lag[node] >= start - SLACK_S;
         if (start <= SLACK_S || !(by_rank || by_data))
             return count;
-        if (by_rank && previous != source)
+        const int *frozen = p->frozen + 2 * p->rank[node];
+        if (by_rank && previous != source && (i < frozen[0] || i > frozen[1]))
             s->pairs[count++] = i - 1;
         node = by_data && (!by_rank || uniform(s) < 0.5) ? source : previous;
     }
@@ -356,7 +357,9 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
             pair = (int)(uniform(s) * num_pairs);
         }
         int i = s->pairs[pair], r = p->rank[p->row[i]];
-        int low = p->offset[r], high = p->offset[r + 1], first, last = i;
+        int begin = p->offset[r], first, last = i;
+        const int *frozen = p->frozen + 2 * r;
+        int low = i < frozen[0] ? begin : frozen[1], high = i < frozen[0] ? frozen[0] : p->offset[r + 1];
         int repeated = num_repeated < settings->repeated * num_evaluated;
         double at_most = current - temperature_s * log(1.0 - uniform(s)), makespan = NEVER;
         (repeated ? move_repeated : move_one)(p, s, i, low, high, &first, &last);
@@ -370,11 +373,11 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
             makespan = makespan > at_most ? NEVER : makespan;
         }
         if (makespan < NEVER) {
-            double held = first > low ? s->held[first - 1] : 0.0;
+            double held = first > begin ? s->held[first - 1] : 0.0;
             for (int j = first; j <= last; j++)
                 s->held[j] = held += p->change[p->row[j]];
             current = makespan;
-            keep_trial(p, s, first > low ? first - 1 : first, last);
+            keep_trial(p, s, first > begin ? first - 1 : first, last);
             if (makespan < least * (1 - 1e-12)) {
                 least = makespan;
                 memcpy(s->best, p->row, bytes);

@@ -2,7 +2,8 @@
 
 After Qi et al., Pipeline Parallelism with Controllable Memory (arXiv:2405.15362): a unit is one action, a block
 repeats every 3 v units, v the chunks on a rank, and is given by the units between neighbouring ranks of its 2 v passes
-(forwards of each chunk, then input gradients of each chunk, last first) and by the pauses between the passes. What the
+(forwards of each chunk, then input gradients of each chunk, last first) and by the pauses between the passes. Every
+second pass may change its units at one rank: memory then lies between those of two blocks (their appendix A). What the
 passes leave free on a rank takes the weight gradients, so that least memory is held. V-Min, V-Half, ZB-V and 1F1B are
 points of this family; here all of it is laid out at once, one row of an array for each block.
 
@@ -12,7 +13,9 @@ The order of the units is what counts: with true times it runs at a pace of its 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,7 +24,8 @@ from .problem import PipelineProblem
 
 MAX_CHUNKS = 4
 MAX_STEP = 4
-MAX_BLOCKS = 60_000  # beyond, a random selection
+MAX_TURNED_STEP = 5
+MAX_BLOCKS = 60_000  # of one step a pass, and of two: beyond, a random selection
 
 
 class Lattices:
@@ -32,41 +36,54 @@ class Lattices:
         p = problem.num_ranks
         self.chunks = problem.num_stages // p
         self.period = 3 * self.chunks
-        steps, pauses = self._draw(rng)
-        forward, backward = self._passes(steps, pauses)
-        apart = self._apart(forward, backward)
-        forward, backward = forward[apart], backward[apart]
+        even, turned = self._passes(*self._even(rng)), self._passes(*self._turned(rng))
+        forward, backward = (np.vstack(both) for both in zip(even, turned, strict=True))
         weight, self.held_bytes = self._weights(forward, backward)
         self.starts = np.stack([forward, backward, weight], axis=1)
 
-    def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Steps of 2 v passes, pauses between them, one row for each block."""
+    def _even(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Steps of the 2 v passes [block, pass], the same behind the rank [block] where they could change, pauses."""
         v = self.chunks
-        sides = [MAX_STEP] * (2 * v) + [self.period] * (2 * v - 1)
-        if np.prod(sides, dtype=float) <= MAX_BLOCKS:
-            rows = np.array(list(itertools.product(*(range(1, side + 1) for side in sides))))
-        else:
-            rows = np.column_stack([rng.integers(1, side + 1, MAX_BLOCKS) for side in sides])
-        return rows[:, : 2 * v], rows[:, 2 * v :]
+        rows = _rows([range(1, MAX_STEP + 1)] * (2 * v) + self._pauses(), rng)
+        steps = rows[:, : 2 * v]
+        return steps, steps, np.zeros(len(rows), dtype=int), rows[:, 2 * v :]
 
-    def _passes(self, steps: np.ndarray, pauses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Starts of forwards and input gradients, [block, stage]."""
+    def _turned(self, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Every second pass slows down or speeds up at some rank, the others take one step a rank."""
+        v, p = self.chunks, self.problem.num_ranks
+        each = range(1, MAX_TURNED_STEP + 1)
+        rows = _rows([range(2), each, each, range(1, p - 1), *self._pauses()], rng)
+        rows = rows[rows[:, 1] != rows[:, 2]]
+        changing = np.arange(2 * v) % 2 == rows[:, :1]
+        steps, later = (np.where(changing, rows[:, index : index + 1], 1) for index in (1, 2))
+        return steps, later, rows[:, 3], rows[:, 4:]
+
+    def _pauses(self) -> list[range]:
+        return [range(1, self.period + 1)] * (2 * self.chunks - 1)
+
+    def _passes(
+        self, steps: np.ndarray, later: np.ndarray, turn: np.ndarray, pauses: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Starts of forwards and input gradients, [block, stage]. turn: from this rank on, steps are `later`."""
         p, v = self.problem.num_ranks, self.chunks
-        at = np.zeros(len(steps), dtype=int)
+        way = np.array([*self.problem.stage_rank, *reversed(self.problem.stage_rank)]).reshape(2 * v, p)
+        at = np.zeros((len(steps), 1), dtype=int)
         passes = []
-        for index in range(2 * v):
-            passes.append(at[:, None] + steps[:, index : index + 1] * np.arange(p))
-            at = passes[-1][:, -1] + (pauses[:, index] if index < 2 * v - 1 else 0)
-        return np.hstack(passes[:v]), np.hstack(passes[v:])[:, ::-1]
+        for index, ranks in enumerate(way):
+            behind = np.minimum(ranks[1:], ranks[:-1]) >= turn[:, None]
+            gaps = np.where(behind, later[:, index : index + 1], steps[:, index : index + 1])
+            passes.append(np.hstack([at, at + np.cumsum(gaps, axis=1)]))
+            at = passes[-1][:, -1:] + (pauses[:, index : index + 1] if index < 2 * v - 1 else 0)
+        return self._apart(np.hstack(passes[:v]), np.hstack(passes[v:])[:, ::-1])
 
-    def _apart(self, forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
-        """Blocks whose passes never meet on a rank."""
-        apart = np.ones(len(forward), dtype=bool)
+    def _apart(self, forward: np.ndarray, backward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those blocks whose passes never meet on a rank."""
         for rank in range(self.problem.num_ranks):
             own = self.problem.stages_of(rank)
             phases = np.sort(np.hstack([forward[:, own], backward[:, own]]) % self.period, axis=1)
-            apart &= (np.diff(phases, axis=1) > 0).all(axis=1)
-        return apart
+            apart = (np.diff(phases, axis=1) > 0).all(axis=1)
+            forward, backward = forward[apart], backward[apart]
+        return forward, backward
 
     def _weights(self, forward: np.ndarray, backward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Starts of the weight gradients [block, stage] in the units left free, bytes held [block, rank]."""
@@ -104,21 +121,33 @@ class Lattices:
         return indices[np.argsort(self.starts[indices, 1, 0], kind="stable")]
 
 
+def _rows(sides: Sequence[range], rng: np.random.Generator) -> np.ndarray:
+    """Every choice of one value from each side, or MAX_BLOCKS at random."""
+    if np.prod([len(side) for side in sides], dtype=float) <= MAX_BLOCKS:
+        return np.array(list(itertools.product(*sides)), dtype=int).reshape(-1, len(sides))
+    return np.column_stack([rng.integers(side.start, side.stop, MAX_BLOCKS) for side in sides])
+
+
 def regular(problem: PipelineProblem) -> bool:
     """Does each run of p stages visit every rank once?"""
     p, place = problem.num_ranks, problem.stage_rank
     return len(place) % p == 0 and all(len(set(place[c : c + p])) == p for c in range(0, len(place), p))
 
 
-def lattice_orders(graph: OrderGraph, rng: np.random.Generator, count: int) -> Iterator[tuple[np.ndarray, Order]]:
-    """Starts of microbatch 0 in periods and orders that fit, of up to `count` blocks: half of them the shortest, half
-    drawn from the others."""
+@lru_cache(maxsize=32)
+def _lattices(problem: PipelineProblem, seed: int) -> Lattices:
+    return Lattices(problem, np.random.default_rng(seed))
+
+
+def lattice_orders(graph: OrderGraph, seed: int, count: int) -> Iterator[tuple[np.ndarray, Order]]:
+    """Starts of microbatch 0 in periods and orders that fit, of up to `count` blocks: the shortest and others drawn at
+    random, in turn."""
     problem = graph.problem
     if not regular(problem) or problem.num_stages > MAX_CHUNKS * problem.num_ranks:
         return
-    lattices = Lattices(problem, rng)
+    lattices = _lattices(replace(problem, num_microbatches=1), seed)  # however many there are
     fitting = lattices.fitting()
-    rest = fitting[count // 2 :]
-    for index in [*fitting[: count // 2], *rng.permutation(rest)[: count // 2]]:
+    drawn = np.random.default_rng(seed).permutation(fitting)
+    for index in list(dict.fromkeys(np.column_stack([fitting, drawn]).reshape(-1).tolist()))[:count]:
         starts = lattices.starts[index] / lattices.period
-        yield starts, graph.repeated(starts, 1.0)
+        yield starts, graph.by_starts(graph.periodic(starts, 1.0))

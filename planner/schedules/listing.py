@@ -13,7 +13,6 @@ it held, so the next one can finish too.
 from __future__ import annotations
 
 import heapq
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,26 +52,6 @@ class Targets:
         tables = ([[first + shift for shift in shifts] for first in row] for row in (forward_s, backward_s, weight_s))
         forwards, backwards, weights = tables
         return cls(forwards, backwards, weights, patience)
-
-    @classmethod
-    def of_starts(
-        cls, ranks: Sequence[Sequence[Action]], starts: Sequence[Sequence[float]], num_stages: int, m: int
-    ) -> Targets:
-        """The start times of a schedule with split backwards."""
-        tables = {kind: [[0.0] * m for _ in range(num_stages)] for kind in "FIW"}
-        for row, times in zip(ranks, starts, strict=True):
-            for (kind, stage, i), start in zip(row, times, strict=True):
-                tables[kind][stage][i] = start
-        return cls(tables["F"], tables["I"], tables["W"])
-
-    def shaken(self, amount_s: float, rng: random.Random) -> Targets:
-        """Every target moved at random by up to amount_s."""
-        tables = (
-            [[at + rng.uniform(-amount_s, amount_s) for at in row] for row in table]
-            for table in (self.forward_s, self.backward_s, self.weight_s)
-        )
-        forwards, backwards, weights = tables
-        return Targets(forwards, backwards, weights, self.patience)
 
 
 @dataclass(frozen=True)

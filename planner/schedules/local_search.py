@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,19 +34,22 @@ def anneal(
     hottest_s: float,
     bound_s: float = 0.0,
     repeated: float = 0.1,
+    frozen: Sequence[range] = (),
 ) -> tuple[Order, float]:
     """(order, makespan), never worse than what it is given, which must fit and be able to finish.
 
     hottest_s: a move that makes the makespan this much longer is taken with probability 1/e at first. repeated: share
-    of evaluated moves that are for all microbatches alike.
+    of evaluated moves that are for all microbatches alike. frozen: places of each rank that stay as they are.
     """
     settings = native.Settings(hottest_s, hottest_s / COOLING, bound_s, time_limit_s, repeated, seed)
-    pipeline = graph.pipeline(order)
+    pipeline = graph.pipeline(order, frozen)
     found = native.anneal(pipeline, settings)
-    return _anneal_in_python(graph, order, settings) if found is None else (pipeline.order(), found)
+    return _anneal_in_python(graph, order, settings, frozen) if found is None else (pipeline.order(), found)
 
 
-def _anneal_in_python(graph: OrderGraph, order: Order, settings: native.Settings) -> tuple[Order, float]:
+def _anneal_in_python(
+    graph: OrderGraph, order: Order, settings: native.Settings, frozen: Sequence[range]
+) -> tuple[Order, float]:
     rng = random.Random(settings.seed)
     rows = [row.tolist() for row in order]
     end, clocks = graph.ends(rows)
@@ -56,12 +60,14 @@ def _anneal_in_python(graph: OrderGraph, order: Order, settings: native.Settings
         if share >= 1.0:
             break
         temperature_s = settings.hottest_s * (settings.coldest_s / settings.hottest_s) ** share
-        pairs = _critical_pairs(graph, rows, end, rng)
+        pairs = [pair for pair in _critical_pairs(graph, rows, end, rng) if _free(pair, frozen)]
         if not pairs:
             break
         rank, index = rng.choice(pairs)
         kept = rows[rank]
-        rows[rank] = _moved(kept, index, settings.repeated, graph.m, rng)
+        low, high = _segment(len(kept), index, frozen[rank]) if frozen else (0, len(kept))
+        moved = _moved(kept[low:high], index - low, settings.repeated, graph.m, rng)
+        rows[rank] = kept[:low] + moved + kept[high:]
         makespan_s = INFINITE
         if np.cumsum(graph.change[rows[rank]]).max() <= graph.limit[rank]:
             new_end, clocks = graph.ends(rows)
@@ -73,6 +79,16 @@ def _anneal_in_python(graph: OrderGraph, order: Order, settings: native.Settings
         else:
             rows[rank] = kept
     return [np.array(row, dtype=np.int32) for row in best[0]], best[1]
+
+
+def _free(pair: tuple[int, int], frozen: Sequence[range]) -> bool:
+    rank, index = pair
+    return not frozen or index + 1 < frozen[rank].start or index >= frozen[rank].stop
+
+
+def _segment(length: int, index: int, frozen: range) -> tuple[int, int]:
+    """The places on this side of the frozen ones."""
+    return (0, frozen.start) if index < frozen.start else (frozen.stop, length)
 
 
 def _critical_pairs(

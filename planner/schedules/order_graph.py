@@ -69,20 +69,27 @@ class OrderGraph:
             for row in order
         ]
 
-    def repeated(self, starts: Sequence[Sequence[float]] | np.ndarray, period: float) -> Order:
-        """Each rank's nodes by their starts: [kind][stage] for microbatch 0, each further one a period later."""
-        first = np.asarray(starts, dtype=float).reshape(-1)
-        times = (first[:, None] + period * np.arange(self.m)).reshape(-1)
+    def periodic(self, starts: Sequence[Sequence[float]] | np.ndarray, period: float) -> np.ndarray:
+        """Of all nodes: [kind][stage] for microbatch 0, each further one a period later."""
+        return (np.asarray(starts, dtype=float).reshape(-1, 1) + period * np.arange(self.m)).reshape(-1)
+
+    def by_starts(self, starts: np.ndarray) -> Order:
+        """Each rank's nodes by starts given for all nodes, whatever their true ones."""
         own = (np.flatnonzero(self.rank == rank) for rank in range(self.problem.num_ranks))
-        return [nodes[np.argsort(times[nodes], kind="stable")].astype(np.int32) for nodes in own]
+        return [nodes[np.argsort(starts[nodes], kind="stable")].astype(np.int32) for nodes in own]
+
+    def starts(self, order: Order) -> np.ndarray:
+        return np.array(self.ends([row.tolist() for row in order])[0]) - self.seconds
 
     def fits(self, order: Order) -> bool:
         held = (np.cumsum(self.change[row]) for row in order)
         return all(not len(row) or row.max() <= limit for row, limit in zip(held, self.limit, strict=True))
 
-    def pipeline(self, order: Order | None = None) -> native.Pipeline:
-        """For the searches in C, which write to its row."""
+    def pipeline(self, order: Order | None = None, frozen: Sequence[range] = ()) -> native.Pipeline:
+        """For the searches in C, which write to its row; annealing leaves the frozen places of each rank alone."""
         counts = np.bincount(self.rank, minlength=self.problem.num_ranks)
+        offset = np.concatenate([[0], np.cumsum(counts)])
+        places = [(places.start, places.stop) for places in frozen] or [(0, 0)] * len(counts)
         return native.Pipeline(
             self.num_nodes,
             self.problem.num_ranks,
@@ -94,36 +101,33 @@ class OrderGraph:
             rank=self.rank,
             before=self.before,
             after=self.after,
-            offset=np.concatenate([[0], np.cumsum(counts)]),
+            offset=offset,
+            frozen=(np.array(places) + offset[:-1, None]).reshape(-1),
             row=np.zeros(self.num_nodes) if order is None else np.concatenate(order),
         )
 
     def listed(
         self,
-        starts: Sequence[Sequence[float]] | np.ndarray,
-        period: float,
+        targets: np.ndarray,
         *,
         patience: float = 0.0,
         in_order: bool = False,
         thrift_s: float = -1.0,
         give_up_s: float = INFINITE,
     ) -> tuple[Order, float] | None:
-        """List scheduling by the starts of microbatch 0, each further one a period later; listing.py says how.
+        """List scheduling by the targets of all nodes; listing.py says how.
 
         in_order: forwards of a rank strictly by those starts. Memory then goes to whom it is meant for, but the list
         may come to where nothing can run. None there, where nothing fits, and beyond give_up_s. thrift_s: weight
         gradients only where a rank would otherwise have been idle for that much longer than any other (not in Python).
         """
-        first = np.asarray(starts, dtype=float)
         pipeline = self.pipeline()
-        target = (first.reshape(-1, 1) + period * np.arange(self.m)).reshape(-1)
-        found = native.list_schedule(pipeline, target, patience, in_order, thrift_s, give_up_s)
+        found = native.list_schedule(pipeline, targets, patience, in_order, thrift_s, give_up_s)
         if found is None:
             if in_order:
                 return None
-            forwards, backwards, weights = first.tolist()
-            targets = Targets.periodic(forwards, backwards, weights, period, self.m, patience)
-            listing = list_schedule(self.problem, targets, give_up_s=give_up_s)
+            tables = targets.reshape(len(KINDS), self.num_stages, self.m).tolist()
+            listing = list_schedule(self.problem, Targets(*tables, patience), give_up_s=give_up_s)
             return None if listing is None else (self.of_actions(listing.ranks), listing.makespan_s)
         return None if found == INFINITE else (pipeline.order(), found)
 

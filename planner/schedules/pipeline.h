@@ -15,7 +15,7 @@ typedef struct {
     const double *seconds, *lag, *change; /* change: of the rank's memory when the node starts */
     const double *limit;                  /* of each rank's memory */
     const int *rank, *before, *after;     /* after: two for each node, -1 where there is none */
-    const int *offset;
+    const int *offset, *frozen;           /* frozen: two for each rank, from and to which place its row stays as it is */
     int *row;
 } Pipeline;
 

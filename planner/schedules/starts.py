@@ -40,7 +40,7 @@ def library_orders(graph: OrderGraph) -> Iterator[tuple[str, Order]]:
     if graph.problem.stage_rank == v_placement(p, 2):
         for name in STEPS:
             block = v_block(name, p)
-            order = graph.repeated((block.forward, block.backward, block.weight), 6.0)
+            order = graph.by_starts(graph.periodic((block.forward, block.backward, block.weight), 6.0))
             if graph.fits(order):
                 yield name, order
 
@@ -58,30 +58,40 @@ def _library(problem: PipelineProblem) -> Iterator[PipelineSchedule]:
             yield zb_h1(p, m)
             yield zb_h2(p, m)
     if v > 1 and place == v_placement(p, v):
-        if short and v % 2 == 0:
-            yield hanayo(p, m, v)
+        if short and v % 2 == 0 and _holds(problem, p if m >= 2 * p else min(m, p) / 2):
+            yield hanayo(p, m, v)  # a rank holds p microbatches; where there are fewer than 2 p, at least half of them
         if v == 2:
             yield dualpipe_v(p, m)
             if short:
                 yield from (v_schedule(name, p, m) for name in STEPS)
 
 
+def _holds(problem: PipelineProblem, microbatches: float) -> bool:
+    return all(
+        microbatches * sum(problem.stages[stage].activation_bytes for stage in problem.stages_of(rank)) <= limit
+        for rank, limit in enumerate(problem.memory_limit)
+    )
+
+
 class ListSearch:
     """Repeated lattices; then lists by plain blocks, by random ones, by changes of the best and by the lattices."""
 
     def __init__(self, graph: OrderGraph, seed: int) -> None:
-        self.graph, self.rng = graph, random.Random(seed)
+        self.graph, self.seed, self.rng = graph, seed, random.Random(seed)
         self.chunks = -(-graph.num_stages // graph.problem.num_ranks)
         self.plain = plain_blocks(self.chunks)
         self.pool: list[tuple[float, Block]] = []  # the best, with their makespans
         self.lattices: list[tuple[float, np.ndarray]] = []  # makespans and starts of microbatch 0, in periods
 
-    def lattice_orders(self, deadline: float) -> Iterator[tuple[Order, float]]:
-        """Until then at most."""
-        for starts, order in lattice_orders(self.graph, np.random.default_rng(self.rng.randrange(2**31)), MAX_LATTICES):
+    def lattice_orders(self, deadline: float) -> Iterator[tuple[str, Order, float]]:
+        """With their kinds; until then at most."""
+        for starts, order in lattice_orders(self.graph, self.seed, MAX_LATTICES):
             makespan_s = self.graph.makespan_s(order)
-            self.lattices.append((makespan_s, starts))
-            yield order, makespan_s
+            justified = self.graph.justified(order)
+            self.lattices.append((makespan_s if justified is None else justified[1], starts))
+            yield "lattice", order, makespan_s
+            if justified is not None:
+                yield "justified lattice", *justified
             if time.monotonic() > deadline:
                 break
         self.lattices.sort(key=lambda item: item[0])
@@ -99,7 +109,10 @@ class ListSearch:
             block = mutate_block(rng.choice(self.pool[: POOL // 2])[1], rng)
         starts, period_s = block_starts(self.graph.problem, block)
         found = self.graph.listed(
-            starts, period_s, patience=block.patience, in_order=block.in_order, thrift_s=block.thrift * period_s
+            self.graph.periodic(starts, period_s),
+            patience=block.patience,
+            in_order=block.in_order,
+            thrift_s=block.thrift * period_s,
         )
         if found is not None and (len(self.pool) < POOL or found[1] < self.pool[-1][0]):
             self.pool.append((found[1], block))
@@ -112,8 +125,7 @@ class ListSearch:
         starts = self.lattices[int(len(self.lattices) * rng.random() ** 2)][1]
         period_s = max(self.graph.problem.work_s)
         return self.graph.listed(
-            starts * period_s,
-            period_s,
+            self.graph.periodic(starts * period_s, period_s),
             patience=rng.choice((0.0, 1.0)),
             in_order=rng.random() < 0.8,
             thrift_s=rng.choice(THRIFTS) * period_s,

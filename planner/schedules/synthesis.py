@@ -1,9 +1,11 @@
 """Synthesis: the best order found for a pipeline's own times, microbatches, memory and placements, with a bound.
 
-Anytime, in two steps; the best of all placements is kept throughout:
+Anytime; the best of all placements is kept throughout:
 
-    starts      published orders, building blocks repeated, lists, justified, as they run under the true times
+    starts      published orders, building blocks repeated, lists, justified, as they run under the true times; of many
+                microbatches first the steady state of orders for fewer
     annealing   the best start of each kind, then the best of these for longer
+    proof       of small pipelines: an exact solver looks for anything shorter, or shows that there is none
 
 A placement is left alone once its lower bound reaches the best makespan. Everything is drawn from one seed; how far a
 search gets depends on time.
@@ -13,29 +15,27 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from .base import PipelineSchedule
 from .bounds import lower_bound
-from .local_search import anneal
-from .order_graph import Order, OrderGraph
+from .candidates import LONG_ACTIONS, NAME, Candidate, Starts, anneal_rounds, list_rounds, share_of, varied
+from .exact import solve
+from .order_graph import OrderGraph
 from .problem import PipelineProblem
-from .starts import ListSearch, library_orders
+from .repeats import fewer_microbatches, offer_repeats
 
 SHORT_ACTIONS = 30_000
 DEFAULT_TIME_LIMITS_S = (7.0, 20.0)  # of short pipelines, of long ones
-START_SHARES = (0.15, 0.35)  # of the time, at most, for starts: of short orders, of long ones
-PATIENCE = 0.35  # lists end after this share of their time without gain
-KEPT = 4  # starts of a placement and kind
-# candidates annealed, share of the time left; long orders take all of it to cool down once
-ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))
-LONG_ROUNDS = ((4, 0.4), (1, 1.0))
-LONG_ACTIONS = 1500
-NAME = "synthesized"
-TEMPERATURES = (0.1, 0.2, 0.4, 0.8)  # of a mean action
-KIND_MARGIN = 1.1  # the best of a kind is left alone beyond this times the best of all
-AS_BEFORE = 0.7  # chance of the temperature that a candidate comes from
+START_SHARES = (0.15, 0.35)  # of the time left, for starts: of short orders, of long ones
+FEWER_SHARE = 0.4  # of the time, for fewer microbatches
+ENDS_SHARE = 0.4  # of the time left, for the ends around the steady state
+REPEATED_START_SHARE = 0.05  # of the time left, for starts other than those
+EXACT_ACTIONS = 400  # up to which an exact solver gets a share of the time
+EXACT_SHARE = 0.5
+EXACT_LEAST_S = 0.6  # twice what it takes to begin
+Bounded = list[tuple[PipelineProblem, float]]  # with their bounds
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,6 @@ class Synthesis:
     seconds: float
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """kind: what it was built by."""
-
-    graph: OrderGraph
-    bound_s: float
-    order: Order
-    makespan_s: float
-    name: str
-    kind: str
-    temperature: float = 0.0  # that it was annealed from, in mean actions
-
-
 def synthesize(
     problems: Sequence[PipelineProblem], *, time_limit_s: float | None = None, seed: int = 0
 ) -> Synthesis | None:
@@ -77,14 +64,11 @@ def synthesize(
     bounded = [(problem, bound_s) for problem, bound_s in bounded if bound_s < float("inf")]
     if not bounded:
         return None
-    searches = [_Search(problem, bound_s, seed) for problem, bound_s in bounded]
-    long = max(search.graph.num_nodes for search in searches) >= LONG_ACTIONS
-    until = began + START_SHARES[long] * time_limit_s
-    if not any(search.least_s <= min(bound_s for _, bound_s in bounded) * (1 + 1e-9) for search in searches):
-        for search in searches:
-            search.offer_lattices(until)
-    _list_rounds(searches, until, random.Random(seed))
-    best = _anneal_rounds(_varied(searches), deadline, random.Random(seed))
+    small = max(3 * problem.num_stages * problem.num_microbatches for problem, _ in bounded) <= EXACT_ACTIONS
+    found = _search(bounded, share_of(1 - EXACT_SHARE, deadline) if small else deadline, seed)
+    if small:
+        found, bounded = _proven(found, bounded, deadline, seed)
+    best = found[0]
     bound_s = min(min(bound_s for _, bound_s in bounded), best.makespan_s)
     problem, ranks = best.graph.problem, tuple(map(tuple, best.graph.actions(best.order)))
     schedule = PipelineSchedule(best.name, problem.num_microbatches, problem.stage_rank, ranks)
@@ -92,103 +76,36 @@ def synthesize(
     return Synthesis(schedule, problem, best.makespan_s, bound_s, gap_fraction, best.name, time.monotonic() - began)
 
 
-class _Search:
-    """Starts of one placement."""
-
-    def __init__(self, problem: PipelineProblem, bound_s: float, seed: int) -> None:
-        self.graph, self.bound_s = OrderGraph(problem), bound_s
-        self.lists = ListSearch(self.graph, seed)
-        self.found: dict[str, list[Candidate]] = {}  # by kind, best first
-        for name, order in library_orders(self.graph):
-            self.offer("library", name, order, self.graph.makespan_s(order))
-
-    def offer_lattices(self, deadline: float) -> None:
-        for order, makespan_s in self.lists.lattice_orders(deadline):
-            self.offer("lattice", "lattice", order, makespan_s)
-
-    def offer(self, kind: str, name: str, order: Order, makespan_s: float) -> None:
-        same = self.found.setdefault(kind, [])
-        if all(abs(makespan_s - candidate.makespan_s) > 1e-9 * makespan_s for candidate in same):
-            same.append(Candidate(self.graph, self.bound_s, order, makespan_s, name, kind))
-            same.sort(key=lambda candidate: candidate.makespan_s)
-            del same[KEPT:]
-
-    def step(self) -> None:
-        listed = self.lists.step()
-        if listed is not None:
-            kind, order, makespan_s = listed
-            self.offer(kind, "list", order, makespan_s)
-
-    @property
-    def least_s(self) -> float:
-        return min((same[0].makespan_s for same in self.found.values()), default=float("inf"))
+def _search(bounded: Bounded, deadline: float, seed: int) -> list[Candidate]:
+    """Best first."""
+    searches = [Starts(problem, bound_s, seed) for problem, bound_s in bounded]
+    share = START_SHARES[max(search.graph.num_nodes for search in searches) >= LONG_ACTIONS]
+    least_s = min(bound_s for _, bound_s in bounded)
+    if not any(search.least_s <= least_s * (1 + 1e-9) for search in searches):
+        if fewer := fewer_microbatches(searches[0].graph.m, searches[0].graph.problem.num_ranks):
+            problems = [replace(search.graph.problem, num_microbatches=fewer) for search in searches]
+            shorter = _search([(one, lower_bound(one)) for one in problems], share_of(FEWER_SHARE, deadline), seed)
+            offer_repeats(searches, shorter, share_of(ENDS_SHARE, deadline), seed)
+            if any("repeated" in search.found for search in searches):
+                share = REPEATED_START_SHARE
+        for index, search in enumerate(searches):
+            search.offer_lattices(share_of(share / (len(searches) - index), deadline))
+    list_rounds(searches, share_of(share, deadline), random.Random(seed))
+    return anneal_rounds(varied(searches), deadline, random.Random(seed))
 
 
-def _list_rounds(searches: list[_Search], deadline: float, rng: random.Random) -> None:
-    """Placements that do well get more lists. Ends early where one is as short as can be."""
-    least_s = min(search.least_s for search in searches)
-    for search in searches:
-        while search.lists.plain and search.bound_s < least_s * (1 - 1e-9):
-            if search.found and time.monotonic() > deadline:
-                break
-            search.step()
-            least_s = min(least_s, search.least_s)
-    gained = now = time.monotonic()
-    patience_s = PATIENCE * (deadline - now)
-    while (now := time.monotonic()) < min(deadline, gained + patience_s):
-        if (shortest_s := min(search.least_s for search in searches)) < least_s:
-            least_s, gained = shortest_s, now
-        open_searches = [search for search in searches if search.bound_s < least_s * (1 - 1e-9)]
-        if not open_searches:
-            break
-        weights = [(least_s / search.least_s) ** 8 + 0.02 for search in open_searches]
-        rng.choices(open_searches, weights)[0].step()
-
-
-def _varied(searches: list[_Search]) -> list[Candidate]:
-    """Best first; then the best of each other kind, as orders of one kind lead to the same; then the others."""
-    found = _ranked(candidate for search in searches for same in search.found.values() for candidate in same)
-    leaders: dict[str, Candidate] = {}
-    for candidate in found:
-        leaders.setdefault(candidate.kind, candidate)
-    first = [c for c in leaders.values() if c.makespan_s < KIND_MARGIN * found[0].makespan_s]
-    return first + [candidate for candidate in found if candidate not in first]
-
-
-def _anneal_rounds(candidates: list[Candidate], deadline: float, rng: random.Random) -> Candidate:
-    long = candidates[0].graph.num_nodes >= LONG_ACTIONS
-    for count, share in LONG_ROUNDS if long else ROUNDS:
-        chosen = candidates[:count]
-        until = time.monotonic() + share * (deadline - time.monotonic())
-        for index, candidate in enumerate(chosen):
-            best_s = min(c.makespan_s for c in candidates)
-            left = until - time.monotonic()
-            if left <= 0 or candidate.bound_s >= best_s * (1 - 1e-9):
-                continue
-            problem = candidate.graph.problem
-            mean_s = sum(problem.work_s) / (3 * problem.num_stages)
-            temperature = candidate.temperature if rng.random() < AS_BEFORE else 0.0
-            temperature = temperature or rng.choice(TEMPERATURES)
-            order, makespan_s = anneal(
-                candidate.graph,
-                candidate.order,
-                time_limit_s=left / (len(chosen) - index),
-                seed=rng.randrange(1, 2**31),
-                hottest_s=mean_s * temperature,
-                bound_s=candidate.bound_s,
-            )
-            order, makespan_s = candidate.graph.justified(order) or (order, makespan_s)
-            if makespan_s < candidate.makespan_s * (1 - 1e-12):
-                candidates.append(
-                    Candidate(candidate.graph, candidate.bound_s, order, makespan_s, NAME, candidate.kind, temperature)
-                )
-        candidates = _ranked(candidates)
-    return candidates[0]
-
-
-def _ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Best first, without those as long as another of the same placement."""
-    kept: dict[tuple, Candidate] = {}
-    for candidate in sorted(candidates, key=lambda candidate: candidate.makespan_s):
-        kept.setdefault((candidate.graph.problem.stage_rank, round(candidate.makespan_s, 9)), candidate)
-    return list(kept.values())
+def _proven(found: list[Candidate], bounded: Bounded, deadline: float, seed: int) -> tuple[list[Candidate], Bounded]:
+    """With the bounds, and what is shorter, that an exact solver finds in the time left."""
+    better: Bounded = []
+    for index, (problem, bound_s) in enumerate(sorted(bounded, key=lambda item: item[1])):
+        best_s = found[0].makespan_s
+        limit_s = (deadline - time.monotonic()) / (len(bounded) - index)
+        if bound_s < best_s * (1 - 1e-9) and limit_s > EXACT_LEAST_S:
+            own = next((candidate for candidate in found if candidate.graph.problem is problem), None)
+            graph = OrderGraph(problem)
+            solved = solve(graph, own and own.order, best_s, bound_s, time_limit_s=limit_s, seed=seed)
+            bound_s = solved.bound_s
+            if solved.order is not None:
+                found = [Candidate(graph, bound_s, solved.order, solved.makespan_s, NAME, "exact"), *found]
+        better.append((problem, bound_s))
+    return found, better

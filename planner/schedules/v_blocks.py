@@ -24,7 +24,7 @@ from functools import lru_cache
 from ...costmodel.actions import Action
 from ...costmodel.simulator import Hop, StageTimes
 from .base import PipelineSchedule, v_placement
-from .listing import Targets, as_schedule, list_schedule
+from .order_graph import OrderGraph
 from .problem import PipelineProblem
 
 PERIOD = 6
@@ -77,16 +77,6 @@ def _lay_out(p: int, steps: tuple[int, ...], pauses: tuple[int, ...]) -> VBlock 
     )
 
 
-def repeated(problem: PipelineProblem, block: VBlock) -> list[list[Action]]:
-    """Each rank's actions of all microbatches in the order of the blocks, whatever they really take."""
-    rows: list[list[tuple[int, Action]]] = [[] for _ in range(problem.num_ranks)]
-    for kind, starts in (("F", block.forward), ("I", block.backward), ("W", block.weight)):
-        for stage, start in enumerate(starts):
-            row = rows[problem.stage_rank[stage]]
-            row += [(start + PERIOD * i, Action(kind, stage, i)) for i in range(problem.num_microbatches)]
-    return [[action for _, action in sorted(row)] for row in rows]
-
-
 def chunks_in_turn(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     """ZB-V in phases: forwards of the first chunk fill the rank, the second chunk's start to drain it, then each chunk
     takes F, I, W in turn; at the end weight gradients stand back behind what other ranks wait for.
@@ -125,17 +115,19 @@ def v_schedule(name: str, num_ranks: int, num_microbatches: int) -> PipelineSche
         (Hop(),) * (2 * p - 1),
         (float(max(2, block.peak)),) * p,
     )
-    plain = PipelineSchedule(name, m, problem.stage_rank, tuple(map(tuple, repeated(problem, block))))
-    best, makespan = plain, plain.simulate(problem.stages, with_memory=False).makespan_s
+    graph = OrderGraph(problem)
+    best = graph.by_starts(graph.periodic((block.forward, block.backward, block.weight), PERIOD))
+    makespan_s = graph.makespan_s(best)
     for delay in WEIGHT_DELAYS:
         for lead in (0, 10**6):
             backward, weight = [at - lead for at in block.backward], [at + delay for at in block.weight]
-            targets = Targets.periodic(block.forward, backward, weight, PERIOD, m)
-            listing = list_schedule(problem, targets, give_up_s=makespan)
-            if listing is not None and listing.makespan_s < makespan - 1e-9:
-                best, makespan = as_schedule(name, problem, listing), listing.makespan_s
+            targets = graph.periodic((block.forward, backward, weight), PERIOD)
+            listed = graph.listed(targets, give_up_s=makespan_s)
+            if listed is not None and listed[1] < makespan_s - 1e-9:
+                best, makespan_s = listed
+    schedule = PipelineSchedule(name, m, problem.stage_rank, tuple(map(tuple, graph.actions(best))))
     if name == "zb_v":
         phased = chunks_in_turn(p, m)
-        if phased.simulate(problem.stages, with_memory=False).makespan_s <= makespan + 1e-9:
+        if phased.simulate(problem.stages, with_memory=False).makespan_s <= makespan_s + 1e-9:
             return phased
-    return best
+    return schedule

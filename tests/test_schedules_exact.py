@@ -1,0 +1,148 @@
+"""Proven optima against every order there is, repeated steady states, and ends annealed around them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardwright.planner.schedules import loop_placement, native, v_placement
+from shardwright.planner.schedules.bounds import lower_bound
+from shardwright.planner.schedules.exact import common_unit, solve
+from shardwright.planner.schedules.local_search import anneal
+from shardwright.planner.schedules.order_graph import OrderGraph
+from shardwright.planner.schedules.problem import problem_of_shares
+from shardwright.planner.schedules.repeats import MULTIPLE, lengthened, repeats
+from shardwright.planner.schedules.starts import library_orders
+from shardwright.planner.schedules.synthesis import synthesize
+
+
+def every_row(graph: OrderGraph, rank: int) -> Iterator[np.ndarray]:
+    """Every order of a rank's nodes in which each stage takes its microbatches in turn."""
+    values = [kind * graph.num_stages + stage for kind in range(3) for stage in graph.problem.stages_of(rank)]
+    for row in set(itertools.permutations(sorted(values * graph.m))):
+        taken = dict.fromkeys(values, 0)
+        nodes = []
+        for value in row:
+            nodes.append(value * graph.m + taken[value])
+            taken[value] += 1
+        yield np.array(nodes, dtype=np.int32)
+
+
+def shortest_s(graph: OrderGraph) -> float:
+    """By trying everything."""
+    rows = [
+        [row for row in every_row(graph, rank) if np.cumsum(graph.change[row]).max() <= graph.limit[rank]]
+        for rank in range(graph.problem.num_ranks)
+    ]
+    return min(graph.makespan_s(list(order)) for order in itertools.product(*rows))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "count", "times", "transfer_s", "memory"),
+    [
+        (2, 2, (1.0, 1.1, 0.7), 0.05, 2),
+        (2, 2, (1.0, 0.3, 2.0), 0.4, 1),
+        (2, 2, (0.7, math.pi / 3, math.e / 4), math.sqrt(2) / 10, 1),  # no common unit
+        (3, 1, (1.0, 1.4, 0.6), 0.1, 1),
+    ],
+)
+def test_the_optimum_is_that_of_every_order(ranks, count, times, transfer_s, memory):
+    place = loop_placement(ranks, 1)
+    problem = problem_of_shares(count, place, ranks, times, transfer_s, stage_extra=(0.1, 0.3), memory_limit=memory)
+    graph = OrderGraph(problem)
+    least_s = shortest_s(graph)
+    solved = solve(graph, None, 10 * least_s, 0.0, time_limit_s=20.0)
+    assert solved.order is not None and graph.fits(solved.order)
+    assert solved.makespan_s == pytest.approx(least_s, rel=1e-3)
+    assert solved.bound_s <= least_s * (1 + 1e-9)
+    assert solved.bound_s == pytest.approx(least_s, rel=1e-3)
+    again = solve(graph, solved.order, least_s, lower_bound(problem), time_limit_s=20.0)
+    assert again.order is None and again.bound_s == pytest.approx(least_s, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("times", "transfer_s", "memory", "optimum_s"),
+    [((1.0, 1.1, 0.7), 0.05, 2, 41.6), ((1.0, 1.4, 0.6), 0.1, 2, 47.0), ((1.0, 1.0, 1.0), 0.0, 2, 41.0)],
+)
+def test_small_pipelines_are_proven_optimal(times, transfer_s, memory, optimum_s):
+    problem = problem_of_shares(8, loop_placement(4, 1), 4, times, transfer_s, memory_limit=memory)
+    found = synthesize([problem], time_limit_s=6.0)
+    assert found.makespan_s == pytest.approx(optimum_s, abs=1e-9)
+    assert found.gap_fraction == pytest.approx(0.0, abs=1e-9)
+
+
+def test_what_is_shorter_than_the_known_order_is_found():
+    graph = OrderGraph(problem_of_shares(4, v_placement(2), 2, (1.0, 1.0, 1.0), memory_limit=2))
+    known = max((order for _, order in library_orders(graph)), key=graph.makespan_s)
+    known_s = graph.makespan_s(known)
+    solved = solve(graph, known, known_s, 0.0, time_limit_s=5.0)
+    assert solved.order is not None and solved.makespan_s < known_s
+
+
+def test_without_or_tools_nothing_is_proven(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    graph = OrderGraph(problem_of_shares(2, loop_placement(2, 1), 2, (1.0, 1.0, 1.0)))
+    solved = solve(graph, None, 12.0, 7.0, time_limit_s=1.0)
+    assert solved.order is None and solved.bound_s == 7.0
+
+
+@pytest.mark.parametrize(
+    ("values", "unit"),
+    [
+        ([0.5, 0.55, 0.35, 0.05], 0.05),
+        ([1.0, 0.0, 3.0], 1.0),
+        ([0.0], 1.0),
+        ([0.1, 0.2, 0.7], 0.1),
+        ([1.0, math.pi], None),
+    ],
+)
+def test_common_units(values, unit):
+    assert common_unit(values) == (None if unit is None else pytest.approx(unit, rel=1e-6))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 3), st.integers(0, 10**6))
+def test_repeated_steady_states_are_complete_and_hold_no_more(p, v, seed):
+    rng = random.Random(seed)
+    times = tuple(rng.choice([0.5, 1.0, 1.3]) for _ in range(3))
+    place = rng.choice([loop_placement(p, v), v_placement(p, v)])
+    short, long = (
+        OrderGraph(problem_of_shares(count, place, p, times, rng.choice([0.0, 0.1])))
+        for count in (2 * p + 3, 2 * p + 3 + 2 * MULTIPLE)
+    )
+    for _, order in library_orders(short):
+        peaks = [np.cumsum(short.change[row]).max() for row in order]
+        for repeat in itertools.islice(repeats(short, order), 6):
+            longer = lengthened(short, order, repeat, long)
+            assert np.array_equal(np.sort(np.concatenate(longer)), np.arange(long.num_nodes))
+            assert [np.cumsum(long.change[row]).max() for row in longer] == peaks
+
+
+def test_an_order_that_repeats_takes_one_period_more_for_each_microbatch(p=8):
+    short, long = (OrderGraph(problem_of_shares(m, v_placement(p), p, (1.0, 1.0, 1.0))) for m in (24, 24 + 36))
+    order = next(order for name, order in library_orders(short) if name == "zb_v")
+    found = [long.makespan_s(lengthened(short, order, repeat, long)) for repeat in repeats(short, order)]
+    assert min(found) == pytest.approx(short.makespan_s(order) + 36 * 3.0)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_frozen_places_stay_as_they_are(monkeypatch, compiled):
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    graph = OrderGraph(problem_of_shares(12, v_placement(4), 4, (1.0, 1.4, 0.6), 0.1, memory_limit=3))
+    order = next(order for name, order in library_orders(graph) if name == "v_half")
+    moved = False
+    for seed, repeat in enumerate(itertools.islice(repeats(graph, order), 8)):
+        found, makespan_s = anneal(graph, order, time_limit_s=0.2, seed=seed + 1, hottest_s=0.3, frozen=repeat.places)
+        assert makespan_s <= graph.makespan_s(order) and graph.fits(found)
+        for row, kept, places in zip(found, order, repeat.places, strict=True):
+            assert row[places.start : places.stop].tolist() == kept[places.start : places.stop].tolist()
+        moved |= any(not np.array_equal(row, kept) for row, kept in zip(found, order, strict=True))
+    assert moved
