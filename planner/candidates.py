@@ -16,6 +16,7 @@ from .schedules.library import SCHEDULES, SEARCHED, canonical_name
 
 FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "virtual_stages", "recompute", "cuts",
               "zero_extent")  # fmt: skip
+ALIASES = {"chunks": "virtual_stages"}
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 MAX_PP = 64
 RECOMPUTE_CHOICES = ("auto", "none", "all")
@@ -106,6 +107,7 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
     values: dict[str, object] = {}
     for key, text in force.items():
         name, text = key.strip().lower(), str(text).strip()
+        name = ALIASES.get(name, name)
         if name not in FORCE_KEYS:
             near = near_matches(name, FORCE_KEYS)
             raise ShardwrightError(

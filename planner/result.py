@@ -90,7 +90,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     schedule = plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages)
     held: list[int] | list[None] = [None] * candidate.pp
     if own is not None:
-        order, timeline, bounds = own
+        order, timeline, bounds, candidate = own.schedule, own.timeline, own.bounds, own.candidate
         schedule.name, schedule.stage_rank = order.name, list(order.stage_rank)
         schedule.order = [" ".join(map(str, row)) for row in order.ranks]
         held = timeline.peak_bytes

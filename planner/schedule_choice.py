@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..costmodel.simulator import Timeline
@@ -93,41 +93,59 @@ def free_bound(state: SearchState, candidate: Candidate) -> float:
     return lower_bound(state.setting, candidate, chain, any_order=True) * solution.proven_share
 
 
-def own_order(
-    state: SearchState, best: Outcome, published: Timeline, least_gain: float
-) -> tuple[PipelineSchedule, Timeline, tuple[int, ...]] | None:
-    """An order synthesized for these stages and the cuts that it runs fastest with; None where it is not faster than
-    the published one by the factor least_gain, or, where asked for, where there is none. The timeline knows the bytes.
-    """
-    setting, candidate = state.setting, best.candidate
-    asked = state.forced.synthesize
-    if candidate.pp == 1 or best.solution is None or (state.forced.schedule is not None and not asked):
+@dataclass(frozen=True)
+class OwnOrder:
+    """candidate: with a schedule of the order's placement. timeline: with the bytes held."""
+
+    candidate: Candidate
+    schedule: PipelineSchedule
+    timeline: Timeline
+    bounds: tuple[int, ...]
+
+
+def own_order(state: SearchState, best: Outcome, published: Timeline, least_gain: float) -> OwnOrder | None:
+    """An order synthesized for the best plan's stages, on the placement and with the cuts that suit it; None where it
+    is not faster than the published one by the factor least_gain, or, where asked for, where there is none."""
+    setting, asked = state.setting, state.forced.synthesize
+    if best.candidate.pp == 1 or best.solution is None or (state.forced.schedule is not None and not asked):
         return None
-    if len(placements_of(candidate)) > 1:
+    if len(placements_of(best.candidate)) > 1:
         return None
-    chain = setting.chain(best.solution, best.recompute)
+    chain, bounds = setting.chain(best.solution, best.recompute), best.bounds
+    placed = list(_placements(best.candidate))
+    problems = [_problem(setting, candidate, chain, bounds) for candidate in placed]
     after_s = published.makespan_s - published.compute_makespan_s
     limit_s = published.makespan_s / least_gain
-    problem = _problem(setting, candidate, chain, best.bounds)
-    if not asked and (problem.num_actions > MAX_ACTIONS or after_s + bound_of(problem) > limit_s):
+    if not asked and (problems[0].num_actions > MAX_ACTIONS or after_s + min(map(bound_of, problems)) > limit_s):
         return None
     stop_at = min(time.monotonic() + SYNTHESIS_SECONDS, state.deadline)
-    bounds, found = best.bounds, None
+    found: OwnOrder | None = None
     for share in SYNTHESIS_SHARES:
         left_s = share * (stop_at - time.monotonic())
-        synthesis = synthesize([problem], time_limit_s=left_s) if left_s > 0 else None
+        synthesis = synthesize(problems, time_limit_s=left_s) if left_s > 0 else None
         if synthesis is None:
             break
         schedule, before = replace(synthesis.schedule, name=SYNTHESIZED), bounds
+        candidate = next(one for one in placed if placement_of(one) == schedule.stage_rank)
         bounds = _cuts_under(state, candidate, chain, bounds, schedule, stop_at)
         timeline = run_timeline(setting, candidate, chain, bounds, schedule=schedule, with_memory=True)
-        if found is not None and timeline.makespan_s >= found[1].makespan_s:
+        if found is not None and timeline.makespan_s >= found.timeline.makespan_s:
             break
-        found = schedule, timeline, bounds
+        found = OwnOrder(candidate, schedule, timeline, bounds)
         if bounds == before:
             break
-        problem = _problem(setting, candidate, chain, bounds)
-    return found if found is not None and (asked or found[1].makespan_s <= limit_s) else None
+        placed, problems = [candidate], [_problem(setting, candidate, chain, bounds)]
+    return found if found is not None and (asked or found.timeline.makespan_s <= limit_s) else None
+
+
+def _placements(candidate: Candidate) -> Iterator[Candidate]:
+    """Its own, then the others that its number of chunks allows: the loop and the V."""
+    chunks, seen = candidate.virtual_stages, set()
+    names = [name for name in ("interleaved_1f1b", "zb_v", "hanayo") if chunks > 1 and chunks in SCHEDULES[name].chunks]
+    for one in (candidate, *(replace(candidate, schedule=name) for name in names)):
+        if placement_of(one) not in seen:
+            seen.add(placement_of(one))
+            yield one
 
 
 def _problem(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> PipelineProblem:
@@ -170,7 +188,8 @@ def _others(state: SearchState, best: Candidate) -> Iterator[Candidate]:
     names = [name for name in SCHEDULES if name not in SEARCHED and SCHEDULES[name].directions <= directions]
     for name in sorted(names, key=lambda n: not SCHEDULES[n].splits_backward):
         chunks = SCHEDULES[name].chunks
-        wanted = state.forced.virtual_stages or (best.virtual_stages if best.virtual_stages in chunks else chunks[0])
+        own = best.virtual_stages if best.virtual_stages > 1 and best.virtual_stages in chunks else chunks[0]
+        wanted = state.forced.virtual_stages or own
         if wanted in chunks and best.pp * wanted <= num_instances:
             if state.forced.cuts is None or len(state.forced.cuts) + 1 == best.pp * wanted:
                 yield replace(best, schedule=name, virtual_stages=wanted)

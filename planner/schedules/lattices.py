@@ -36,8 +36,12 @@ class Lattices:
         p = problem.num_ranks
         self.chunks = problem.num_stages // p
         self.period = 3 * self.chunks
-        even, turned = self._passes(*self._even(rng)), self._passes(*self._turned(rng))
-        forward, backward = (np.vstack(both) for both in zip(even, turned, strict=True))
+        v = self.chunks
+        self.way = np.array([*problem.stage_rank, *reversed(problem.stage_rank)]).reshape(2 * v, p)  # of each pass
+        even, turned = self._laid_out(*self._even(rng)), self._laid_out(*self._turned(rng))
+        passes = np.concatenate([even, turned])
+        forward = passes[:, :v].reshape(len(passes), -1)
+        backward = passes[:, v:].reshape(len(passes), -1)[:, ::-1]
         weight, self.held_bytes = self._weights(forward, backward)
         self.starts = np.stack([forward, backward, weight], axis=1)
 
@@ -61,29 +65,37 @@ class Lattices:
     def _pauses(self) -> list[range]:
         return [range(1, self.period + 1)] * (2 * self.chunks - 1)
 
-    def _passes(
-        self, steps: np.ndarray, later: np.ndarray, turn: np.ndarray, pauses: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Starts of forwards and input gradients, [block, stage]. turn: from this rank on, steps are `later`."""
-        p, v = self.problem.num_ranks, self.chunks
-        way = np.array([*self.problem.stage_rank, *reversed(self.problem.stage_rank)]).reshape(2 * v, p)
-        at = np.zeros((len(steps), 1), dtype=int)
-        passes = []
-        for index, ranks in enumerate(way):
-            behind = np.minimum(ranks[1:], ranks[:-1]) >= turn[:, None]
-            gaps = np.where(behind, later[:, index : index + 1], steps[:, index : index + 1])
-            passes.append(np.hstack([at, at + np.cumsum(gaps, axis=1)]))
-            at = passes[-1][:, -1:] + (pauses[:, index : index + 1] if index < 2 * v - 1 else 0)
-        return self._apart(np.hstack(passes[:v]), np.hstack(passes[v:])[:, ::-1])
+    def _laid_out(self, steps: np.ndarray, later: np.ndarray, turn: np.ndarray, pauses: np.ndarray) -> np.ndarray:
+        """Starts [block, pass, position] of the blocks whose passes never meet on a rank. turn: from this rank on,
+        steps are `later`."""
+        p = self.problem.num_ranks
+        lower = np.minimum(self.way[:, 1:], self.way[:, :-1])  # of the ranks on both sides of each step
+        behind = lower[:, None, :] >= np.arange(p)[None, :, None]
+        taken = np.cumsum(np.pad(behind, ((0, 0), (0, 0), (1, 0))), axis=2)  # [pass, turn, position]: later steps
+        first = np.zeros_like(steps)  # starts of the passes
+        for index in range(1, len(self.way)):
+            end = first[:, index - 1] + self._way_to(steps, later, turn, taken, index - 1, p - 1)
+            first[:, index] = end + pauses[:, index - 1]
+        for rank in range(p):
+            starts = [
+                first[:, index] + self._way_to(steps, later, turn, taken, index, position)
+                for index, position in zip(*np.nonzero(self.way == rank), strict=True)
+            ]
+            apart = (np.diff(np.sort(np.column_stack(starts) % self.period, axis=1), axis=1) > 0).all(axis=1)
+            steps, later, turn, first = steps[apart], later[apart], turn[apart], first[apart]
+        columns = [
+            [first[:, index] + self._way_to(steps, later, turn, taken, index, position) for position in range(p)]
+            for index in range(len(self.way))
+        ]
+        return np.array(columns).transpose(2, 0, 1)
 
-    def _apart(self, forward: np.ndarray, backward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Those blocks whose passes never meet on a rank."""
-        for rank in range(self.problem.num_ranks):
-            own = self.problem.stages_of(rank)
-            phases = np.sort(np.hstack([forward[:, own], backward[:, own]]) % self.period, axis=1)
-            apart = (np.diff(phases, axis=1) > 0).all(axis=1)
-            forward, backward = forward[apart], backward[apart]
-        return forward, backward
+    @staticmethod
+    def _way_to(
+        steps: np.ndarray, later: np.ndarray, turn: np.ndarray, taken: np.ndarray, index: int, position: int
+    ) -> np.ndarray:
+        """Units from the start of a pass to a position."""
+        behind = taken[index, turn, position]
+        return steps[:, index] * (position - behind) + later[:, index] * behind
 
     def _weights(self, forward: np.ndarray, backward: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Starts of the weight gradients [block, stage] in the units left free, bytes held [block, rank]."""

@@ -34,7 +34,8 @@ def _v(name: str) -> Callable[[int, int, int], PipelineSchedule]:
     return lambda p, m, v: v_schedule(name, p, m)
 
 
-_ONE, _TWO, _MORE, _EVEN = (1,), (2,), range(2, 65), range(2, 65, 2)
+_ONE, _TWO, _EVEN = (1,), (2,), range(2, 65, 2)
+_MORE = (2, 1, *range(3, 65))  # with one chunk 1F1B and GPipe
 
 SCHEDULES: dict[str, ScheduleEntry] = {
     entry.name: entry

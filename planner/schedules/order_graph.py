@@ -126,8 +126,9 @@ class OrderGraph:
         if found is None:
             if in_order:
                 return None
-            tables = targets.reshape(len(KINDS), self.num_stages, self.m).tolist()
-            listing = list_schedule(self.problem, Targets(*tables, patience), give_up_s=give_up_s)
+            forwards, backwards, weights = targets.reshape(len(KINDS), self.num_stages, self.m).tolist()
+            meant = Targets(forwards, backwards, weights, patience)
+            listing = list_schedule(self.problem, meant, give_up_s=give_up_s)
             return None if listing is None else (self.of_actions(listing.ranks), listing.makespan_s)
         return None if found == INFINITE else (pipeline.order(), found)
 

@@ -101,9 +101,9 @@ def _proven(found: list[Candidate], bounded: Bounded, deadline: float, seed: int
         best_s = found[0].makespan_s
         limit_s = (deadline - time.monotonic()) / (len(bounded) - index)
         if bound_s < best_s * (1 - 1e-9) and limit_s > EXACT_LEAST_S:
-            own = next((candidate for candidate in found if candidate.graph.problem is problem), None)
             graph = OrderGraph(problem)
-            solved = solve(graph, own and own.order, best_s, bound_s, time_limit_s=limit_s, seed=seed)
+            own = next((candidate.order for candidate in found if candidate.graph.problem is problem), None)
+            solved = solve(graph, own, best_s, bound_s, time_limit_s=limit_s, seed=seed)
             bound_s = solved.bound_s
             if solved.order is not None:
                 found = [Candidate(graph, bound_s, solved.order, solved.makespan_s, NAME, "exact"), *found]
