@@ -40,8 +40,8 @@ class Lattices:
         self.way = np.array([*problem.stage_rank, *reversed(problem.stage_rank)]).reshape(2 * v, p)  # of each pass
         even, turned = self._laid_out(*self._even(rng)), self._laid_out(*self._turned(rng))
         passes = np.concatenate([even, turned])
-        forward = passes[:, :v].reshape(len(passes), -1)
-        backward = passes[:, v:].reshape(len(passes), -1)[:, ::-1]
+        forward = passes[:, :v].reshape(len(passes), v * p)
+        backward = passes[:, v:].reshape(len(passes), v * p)[:, ::-1]
         weight, self.held_bytes = self._weights(forward, backward)
         self.starts = np.stack([forward, backward, weight], axis=1)
 
