@@ -60,6 +60,7 @@ def examine() -> list[Finding]:
         Finding("shardwright", True, __version__, True),
         _torch(),
         _try("solver (HiGHS)", _solver, needed=True, note="pip install highspy"),
+        _try("solver (CP-SAT)", _cp_sat, needed=False, note="pip install ortools: no schedule is proven optimal without"),
         _try("gloo", _gloo, needed=True, note="this build of PyTorch has no gloo: runs on CPU are impossible"),
         _try("nccl", _nccl, needed=False, note="only for NVIDIA GPUs"),
         _try("accelerators", _accelerators, needed=False, note="none found: plans can still be made for any"),
@@ -114,6 +115,20 @@ def _solver() -> str:
     if pulp.value(x) != 3:
         raise RuntimeError(f"max 2x, x <= 3 gave x = {pulp.value(x)}")
     return f"highspy {importlib.metadata.version('highspy')}, pulp {importlib.metadata.version('pulp')}"
+
+
+def _cp_sat() -> str:
+    """One microbatch through two ranks: forwards there, input gradients back, and the first rank's weight gradient."""
+    from ..planner.schedules import loop_placement
+    from ..planner.schedules.exact import solve
+    from ..planner.schedules.order_graph import OrderGraph
+    from ..planner.schedules.problem import problem_of_shares
+
+    graph = OrderGraph(problem_of_shares(1, loop_placement(2, 1), 2, (1.0, 1.0, 1.0)))
+    found = solve(graph, None, 10.0, 0.0, time_limit_s=10.0)
+    if (found.makespan_s, found.bound_s) != (5.0, 5.0):
+        raise RuntimeError(f"a makespan of 5 came out as {found.makespan_s:g}, at least {found.bound_s:g}")
+    return f"ortools {importlib.metadata.version('ortools')}"
 
 
 def _gloo() -> str:
