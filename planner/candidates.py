@@ -245,10 +245,11 @@ def nearest_multiple(number: int, of: int) -> int:
 def _check_stages(forced: Forced, num_devices: int, num_instances: int) -> None:
     pp, chunks, schedule = forced.pp, forced.virtual_stages, forced.schedule
     if schedule is not None and chunks is not None and chunks not in SCHEDULES[schedule].chunks:
-        works = SCHEDULES[schedule].chunks[0]
+        taken = SCHEDULES[schedule].chunks
+        works = taken[0]
         raise _contradiction(
             f"schedule={schedule} with virtual_stages={chunks}",
-            f"{schedule} takes virtual_stages={works}{' or more' if works > 1 else ''}",
+            f"{schedule} takes virtual_stages={min(taken)}{' or more' if len(taken) > 1 else ''}",
             "--force virtual_stages",
             f"--force virtual_stages={works}",
         )
@@ -350,7 +351,8 @@ def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[st
         entry = SCHEDULES[name]
         options = [1] if entry.chunks[0] == 1 else [v for v in VIRTUAL_STAGES if v in entry.chunks]
         if forced.virtual_stages is not None:
-            options = [forced.virtual_stages] if forced.virtual_stages in entry.chunks else []
+            usual = forced.schedule is not None or forced.virtual_stages > 1 or entry.chunks[0] == 1
+            options = [forced.virtual_stages] if forced.virtual_stages in entry.chunks and usual else []
         for chunks in options:
             if pp * chunks <= num_instances and (forced.cuts is None or len(forced.cuts) + 1 == pp * chunks):
                 yield name, chunks

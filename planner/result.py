@@ -80,10 +80,9 @@ def _simplest(state: SearchState) -> Outcome:
 
 
 def build_result(state: SearchState, started: float, interrupted: str) -> SearchResult:
-    best, setting = state.incumbent if interrupted else best_order(state, _simplest(state), ALIKE), state.setting
-    assert best is not None
-    assert best.solution is not None
-    candidate, solution = best.candidate, best.solution
+    best = state.incumbent if interrupted else best_order(state, _simplest(state), ALIKE)
+    assert best is not None and best.solution is not None
+    setting, candidate, solution = state.setting, best.candidate, best.solution
     bounds, chain = best.bounds, setting.chain(solution, best.recompute)
     timeline = run_timeline(setting, candidate, chain, bounds)
     own = None if interrupted else own_order(state, best, timeline, ALIKE)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 3.0
 SYNTHESIS_SECONDS = 3.0
+LEAST_SECONDS = 0.5  # for an order that is asked for, whatever the time limit
 SYNTHESIS_SHARES = (0.5, 0.7, 1.0)  # of the time left, of one order after the other
 POLISH_SECONDS = 2.0
 POLISH_MARGIN = 1.1  # cuts are moved under an order that takes at most so many times the best
@@ -42,7 +43,7 @@ MAX_ACTIONS = 12_000  # of an order that is synthesized without being asked for
 
 def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
     """The best outcome over all orders, its cuts polished; `best` unless another is faster by the factor least_gain."""
-    best = _polished(state, best)
+    best = state.incumbent = _polished(state, best)  # what Ctrl-C leaves
     if best.candidate.pp == 1 or state.forced.schedule is not None or best.solution is None:
         return best
     stop_at = min(time.monotonic() + MAX_SECONDS, state.deadline)
@@ -58,6 +59,7 @@ def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
             outcome = state.outcomes[candidate] = _polished(state, outcome)
             if (outcome.step_s or 0.0) < limit_s:
                 chosen, limit_s = outcome, outcome.step_s or 0.0
+                state.incumbent = chosen
     return chosen
 
 
@@ -122,6 +124,8 @@ def own_order(state: SearchState, best: Outcome, published: Timeline, least_gain
     found: OwnOrder | None = None
     for share in SYNTHESIS_SHARES:
         left_s = share * (stop_at - time.monotonic())
+        if asked and found is None:
+            left_s = max(left_s, LEAST_SECONDS)
         synthesis = synthesize(problems, time_limit_s=left_s) if left_s > 0 else None
         if synthesis is None:
             break
@@ -190,6 +194,6 @@ def _others(state: SearchState, best: Candidate) -> Iterator[Candidate]:
         chunks = SCHEDULES[name].chunks
         own = best.virtual_stages if best.virtual_stages > 1 and best.virtual_stages in chunks else chunks[0]
         wanted = state.forced.virtual_stages or own
-        if wanted in chunks and best.pp * wanted <= num_instances:
+        if wanted in chunks and (wanted > 1 or chunks[0] == 1) and best.pp * wanted <= num_instances:
             if state.forced.cuts is None or len(state.forced.cuts) + 1 == best.pp * wanted:
                 yield replace(best, schedule=name, virtual_stages=wanted)

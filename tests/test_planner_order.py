@@ -61,6 +61,29 @@ def test_it_serves_steps_of_any_number_of_microbatches(own: Plan, count: int) ->
     assert made.makespan_s >= max(sum(t.forward_s + t.backward_s for t in stages) / 4, 0.0)
 
 
+def test_an_order_of_two_chunks_chooses_its_placement() -> None:
+    own = planned(schedule="auto", chunks="2", pp="2", dp="4")
+    assert own.schedule.stage_rank in ([0, 1, 0, 1], [0, 1, 1, 0])
+    assert [stage.ranks[0] // 4 for stage in own.stages] == own.schedule.stage_rank
+    assert max(own.predicted.peak_bytes) <= own.predicted.memory_limit_bytes
+    for name in ("interleaved_1f1b", "zb_v", "v_half"):
+        published = planned(schedule=name, chunks="2", pp="2", dp="4")
+        assert own.predicted.step_s <= published.predicted.step_s * (1 + 1e-9), name
+
+
+def test_ctrl_c_while_an_order_is_made_keeps_the_best_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    whole = planned()
+    monkeypatch.setattr("shardwright.planner.result.own_order", interrupted)
+    plan = planned()
+    timed = [row.step_s for row in plan.considered if row.step_s is not None]
+    assert plan.predicted.step_s <= min(timed) * 1.011
+    assert plan.predicted.step_s >= whole.predicted.step_s * (1 - 1e-9)
+    assert plan.schedule.name != SYNTHESIZED
+
+
 def test_published_names_stay_published() -> None:
     plan = planned(schedule="zb_h1")
     assert plan.schedule.order == []

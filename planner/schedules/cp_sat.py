@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -47,5 +48,6 @@ def solve(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose modules have names of their own
+    here = str(Path(__file__).parent)
+    sys.path = [path for path in sys.path if path != here]  # this folder's modules have names of their own
     print(json.dumps(solve(json.load(sys.stdin))))

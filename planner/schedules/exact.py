@@ -42,15 +42,15 @@ class Solved:
 
 def solve(
     graph: OrderGraph, known: Order | None, known_s: float, bound_s: float, *, time_limit_s: float, seed: int = 0
-) -> Solved:
-    """known: a hint, where it is an order of this placement. known_s: makespan to beat. bound_s: a valid bound."""
+) -> Solved | None:
+    """known: a hint, where it is an order of this placement. known_s: makespan to beat. bound_s: a valid bound. None
+    where OR-Tools does not run."""
     units, unit_s = _in_units(np.concatenate([graph.seconds, graph.lag]))
     seconds, lag = units[: graph.num_nodes], units[graph.num_nodes :]
-    horizon = math.ceil(known_s / unit_s * (1 - 1e-9)) - 1  # shorter than known by a unit
-    least = max(0, math.ceil(bound_s / unit_s * (1 - 1e-9)))
-    no_less_s = min(known_s, (horizon + 1) * unit_s)
+    horizon = math.ceil(known_s / unit_s * (1 - 1e-9)) - 1  # what is shorter than known has no more units
+    least = max(0, math.floor(bound_s / unit_s * (1 - 1e-9)))
     if least > horizon:
-        return Solved(None, known_s, no_less_s)
+        return Solved(None, known_s, known_s)
     apart = [(one, node, seconds[one] + lag[node]) for node, one in enumerate(graph.before.tolist()) if one >= 0]
     apart += [(node - 1, node, seconds[node - 1]) for node in range(graph.num_nodes) if node % graph.m]
     ranks = [np.flatnonzero(graph.rank == rank).tolist() for rank in range(graph.problem.num_ranks)]
@@ -70,13 +70,13 @@ def solve(
         time_limit_s,
     )
     if answer is None:
-        return Solved(None, known_s, bound_s)
+        return None
     if answer["status"] == "INFEASIBLE":
-        return Solved(None, known_s, no_less_s)
+        return Solved(None, known_s, known_s)
     proven_s = min(known_s, max(bound_s, math.ceil(answer["bound"] - 1e-6) * unit_s))
     if not answer["starts"]:
         return Solved(None, known_s, proven_s)
-    order = graph.by_starts(np.array(answer["starts"], dtype=float))
+    order = graph.by_starts(np.array(answer["starts"]) + 0.5 * (np.array(seconds) > 0))  # what takes nothing first
     makespan_s = graph.makespan_s(order)
     if not graph.fits(order) or makespan_s >= known_s:
         return Solved(None, known_s, proven_s)
@@ -85,14 +85,16 @@ def solve(
 
 def _asked(job: dict[str, Any], time_limit_s: float) -> dict[str, Any] | None:
     """None where OR-Tools does not run."""
+    if not sys.executable:
+        return None
     command = [sys.executable, str(Path(__file__).with_name("cp_sat.py"))]
     try:
         done = subprocess.run(
             command, input=json.dumps(job), capture_output=True, text=True, timeout=time_limit_s + GRACE_S
         )
-    except (OSError, subprocess.TimeoutExpired):
+        return json.loads(done.stdout) if done.returncode == 0 else None
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
-    return json.loads(done.stdout) if done.returncode == 0 else None
 
 
 def _memories(graph: OrderGraph) -> Iterator[dict[str, Any]]:
@@ -115,7 +117,9 @@ def _in_units(values: np.ndarray) -> tuple[list[int], float]:
     """Whole multiples of a unit, rounded down where none fits all."""
     unit = common_unit(values.tolist())
     if unit is not None:
-        return np.rint(values / unit).astype(int).tolist(), unit
+        units = np.rint(values / unit)
+        if (np.abs(units * unit - values) <= FINEST * values).all():
+            return units.astype(int).tolist(), unit
     unit = COARSE * float(values.max())
     return np.floor(values / unit).astype(int).tolist(), unit
 

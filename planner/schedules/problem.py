@@ -12,8 +12,8 @@ from ...costmodel.simulator import Hop, StageTimes
 class PipelineProblem:
     """One direction. stages: seconds and activation bytes of each virtual stage; hops: transfers between neighbours.
 
-    memory_limit: most activation bytes on each rank, infinite where there is none. splits_backward: may the backward
-    run as I and W.
+    memory_limit: most activation bytes on each rank, infinite where there is none. A transfer takes its occupancy and
+    its latency, on links that never make it wait.
     """
 
     num_microbatches: int
@@ -21,7 +21,6 @@ class PipelineProblem:
     stages: tuple[StageTimes, ...]
     hops: tuple[Hop, ...]
     memory_limit: tuple[float, ...]
-    splits_backward: bool = True
 
     @property
     def num_ranks(self) -> int:
@@ -33,7 +32,7 @@ class PipelineProblem:
 
     @property
     def num_actions(self) -> int:
-        return (3 if self.splits_backward else 2) * self.num_stages * self.num_microbatches
+        return 3 * self.num_stages * self.num_microbatches
 
     def stages_of(self, rank: int) -> list[int]:
         return [stage for stage, place in enumerate(self.stage_rank) if place == rank]

@@ -24,8 +24,8 @@ from .order_graph import Order, OrderGraph
 COUNTS = (1, 2, 3, 4)  # microbatches in a run
 MULTIPLE = 12  # of each of them
 MAX_POINTS = 40
-LEAST = 1.5  # microbatches of the short order, of the ranks
-MANY = 0.75  # and of the long order's, at most
+LEAST = (1.5, 1.0)  # microbatches of the short order, of the ranks
+MOST = 0.7  # and of the long order's
 TURNS, OTHERS, POOL = 20, 8, 30  # anneals of ends, runs tried after each, and kept
 
 
@@ -43,10 +43,10 @@ def repeats(graph: OrderGraph, order: Order) -> Iterator[Repeat]:
     rows = [row // graph.m for row in order]
     for count in COUNTS:
         lengths = [count * len(np.unique(row)) for row in rows]
-        runs = [_runs(row, count) for row in rows]
+        runs = [_runs(row, count) if len(row) else np.zeros(1, dtype=int) for row in rows]
         if not all(map(len, runs)):
             continue
-        begins = [starts[row[run]] for row, run in zip(order, runs, strict=True)]
+        begins = [starts[row[run]] if len(row) else np.zeros(1) for row, run in zip(order, runs, strict=True)]
         chosen = {
             tuple(int(run[np.abs(begin - point_s).argmin()]) for run, begin in zip(runs, begins, strict=True)): None
             for point_s in np.linspace(0.0, starts.max(), MAX_POINTS)
@@ -79,9 +79,12 @@ def _repeated(row: np.ndarray, run: range, times: int, num_microbatches: int) ->
 
 def fewer_microbatches(many: int, num_ranks: int) -> int:
     """Of an order to repeat the steady state of; 0 where that is not worth it."""
-    least = int(LEAST * num_ranks)
-    fewer = least + (many - least) % MULTIPLE
-    return fewer if 0 < fewer < MANY * many else 0
+    for share in LEAST:
+        least = int(share * num_ranks)
+        fewer = least + (many - least) % MULTIPLE
+        if 0 < fewer <= MOST * many:
+            return fewer
+    return 0
 
 
 def offer_repeats(searches: Sequence[Starts], shorter: Sequence[Candidate], until: float, seed: int) -> None:

@@ -57,17 +57,19 @@ def synthesize(
     """problems: the same pipeline under each placement to choose from. None where none holds one microbatch."""
     began = time.monotonic()
     if time_limit_s is None:
-        short = max(3 * problem.num_stages * problem.num_microbatches for problem in problems) <= SHORT_ACTIONS
+        short = max(problem.num_actions for problem in problems) <= SHORT_ACTIONS
         time_limit_s = DEFAULT_TIME_LIMITS_S[0 if short else 1]
     deadline = began + time_limit_s
     bounded = [(problem, lower_bound(problem)) for problem in problems]
     bounded = [(problem, bound_s) for problem, bound_s in bounded if bound_s < float("inf")]
     if not bounded:
         return None
-    small = max(3 * problem.num_stages * problem.num_microbatches for problem, _ in bounded) <= EXACT_ACTIONS
-    found = _search(bounded, share_of(1 - EXACT_SHARE, deadline) if small else deadline, seed)
-    if small:
+    small = max(problem.num_actions for problem, _ in bounded) <= EXACT_ACTIONS
+    if small and EXACT_SHARE * time_limit_s > EXACT_LEAST_S:
+        found = _search(bounded, share_of(1 - EXACT_SHARE, deadline), seed)
         found, bounded = _proven(found, bounded, deadline, seed)
+    else:
+        found = _search(bounded, deadline, seed)
     best = found[0]
     bound_s = min(min(bound_s for _, bound_s in bounded), best.makespan_s)
     problem, ranks = best.graph.problem, tuple(map(tuple, best.graph.actions(best.order)))
@@ -95,15 +97,18 @@ def _search(bounded: Bounded, deadline: float, seed: int) -> list[Candidate]:
 
 
 def _proven(found: list[Candidate], bounded: Bounded, deadline: float, seed: int) -> tuple[list[Candidate], Bounded]:
-    """With the bounds, and what is shorter, that an exact solver finds in the time left."""
+    """With the bounds, and what is shorter, that an exact solver finds in the time left. Where there is no solver that
+    time goes to annealing."""
     better: Bounded = []
     for index, (problem, bound_s) in enumerate(sorted(bounded, key=lambda item: item[1])):
-        best_s = found[0].makespan_s
-        limit_s = (deadline - time.monotonic()) / (len(bounded) - index)
-        if bound_s < best_s * (1 - 1e-9) and limit_s > EXACT_LEAST_S:
+        best_s, left_s = found[0].makespan_s, deadline - time.monotonic()
+        if bound_s < best_s * (1 - 1e-9) and left_s > EXACT_LEAST_S:
             graph = OrderGraph(problem)
             own = next((candidate.order for candidate in found if candidate.graph.problem is problem), None)
+            limit_s = max(EXACT_LEAST_S, left_s / (len(bounded) - index))
             solved = solve(graph, own, best_s, bound_s, time_limit_s=limit_s, seed=seed)
+            if solved is None:
+                return anneal_rounds(found, deadline, random.Random(seed)), bounded
             bound_s = solved.bound_s
             if solved.order is not None:
                 found = [Candidate(graph, bound_s, solved.order, solved.makespan_s, NAME, "exact"), *found]

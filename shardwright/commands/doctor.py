@@ -60,7 +60,7 @@ def examine() -> list[Finding]:
         Finding("shardwright", True, __version__, True),
         _torch(),
         _try("solver (HiGHS)", _solver, needed=True, note="pip install highspy"),
-        _try("solver (CP-SAT)", _cp_sat, needed=False, note="pip install ortools: no schedule is proven optimal without"),
+        _try("solver (CP-SAT)", _cp_sat, needed=False, note="pip install ortools: proves small schedules optimal"),
         _try("gloo", _gloo, needed=True, note="this build of PyTorch has no gloo: runs on CPU are impossible"),
         _try("nccl", _nccl, needed=False, note="only for NVIDIA GPUs"),
         _try("accelerators", _accelerators, needed=False, note="none found: plans can still be made for any"),
@@ -126,6 +126,8 @@ def _cp_sat() -> str:
 
     graph = OrderGraph(problem_of_shares(1, loop_placement(2, 1), 2, (1.0, 1.0, 1.0)))
     found = solve(graph, None, 10.0, 0.0, time_limit_s=10.0)
+    if found is None:
+        raise RuntimeError("not installed, or it does not run")
     if (found.makespan_s, found.bound_s) != (5.0, 5.0):
         raise RuntimeError(f"a makespan of 5 came out as {found.makespan_s:g}, at least {found.bound_s:g}")
     return f"ortools {importlib.metadata.version('ortools')}"
