@@ -84,17 +84,25 @@ class ListSearch:
         self.lattices: list[tuple[float, np.ndarray]] = []  # makespans and starts of microbatch 0, in periods
 
     def lattice_orders(self, deadline: float) -> Iterator[tuple[str, Order, float]]:
-        """With their kinds; until then at most."""
+        """With their kinds; until then at most. As they are first, which is quick; then justified, the shortest and
+        others in turn."""
+        repeated: list[tuple[float, np.ndarray, Order]] = []
         for starts, order in lattice_orders(self.graph, self.seed, MAX_LATTICES):
-            makespan_s = self.graph.makespan_s(order)
-            justified = self.graph.justified(order)
-            self.lattices.append((makespan_s if justified is None else justified[1], starts))
-            yield "lattice", order, makespan_s
-            if justified is not None:
-                yield "justified lattice", *justified
+            repeated.append((self.graph.makespan_s(order), starts, order))
+            yield "lattice", order, repeated[-1][0]
             if time.monotonic() > deadline:
                 break
-        self.lattices.sort(key=lambda item: item[0])
+        drawn = list(repeated)
+        self.rng.shuffle(drawn)
+        repeated.sort(key=lambda item: item[0])
+        self.lattices = [(makespan_s, starts) for makespan_s, starts, _ in repeated]
+        done: set[int] = set()
+        for _, _, order in (one for pair in zip(repeated, drawn, strict=True) for one in pair):
+            if time.monotonic() > deadline:
+                break
+            if id(order) not in done and (justified := self.graph.justified(order)) is not None:
+                done.add(id(order))
+                yield "justified lattice", *justified
 
     def step(self) -> tuple[str, Order, float] | None:
         """One more list, with its kind; None where it comes to no end."""
