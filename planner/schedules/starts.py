@@ -84,24 +84,20 @@ class ListSearch:
         self.lattices: list[tuple[float, np.ndarray]] = []  # makespans and starts of microbatch 0, in periods
 
     def lattice_orders(self, deadline: float) -> Iterator[tuple[str, Order, float]]:
-        """With their kinds; until then at most. As they are first, which is quick; then justified, the shortest and
-        others in turn."""
-        repeated: list[tuple[float, np.ndarray, Order]] = []
+        """With their kinds; until then at most: all as they are, which is quick, then justified."""
+        repeated: list[Order] = []
         for starts, order in lattice_orders(self.graph, self.seed, MAX_LATTICES):
-            repeated.append((self.graph.makespan_s(order), starts, order))
-            yield "lattice", order, repeated[-1][0]
+            makespan_s = self.graph.makespan_s(order)
+            repeated.append(order)
+            self.lattices.append((makespan_s, starts))
+            yield "lattice", order, makespan_s
             if time.monotonic() > deadline:
                 break
-        drawn = list(repeated)
-        self.rng.shuffle(drawn)
-        repeated.sort(key=lambda item: item[0])
-        self.lattices = [(makespan_s, starts) for makespan_s, starts, _ in repeated]
-        done: set[int] = set()
-        for _, _, order in (one for pair in zip(repeated, drawn, strict=True) for one in pair):
+        self.lattices.sort(key=lambda item: item[0])
+        for order in repeated:
             if time.monotonic() > deadline:
                 break
-            if id(order) not in done and (justified := self.graph.justified(order)) is not None:
-                done.add(id(order))
+            if (justified := self.graph.justified(order)) is not None:
                 yield "justified lattice", *justified
 
     def step(self) -> tuple[str, Order, float] | None:
