@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...costmodel.actions import Action
-from .base import PipelineSchedule
 from .problem import PipelineProblem
 
 INFINITE = float("inf")
@@ -266,7 +265,3 @@ class _State:
                 done[code] += 1
             ranks.append(actions)
         return ranks
-
-
-def as_schedule(name: str, problem: PipelineProblem, listing: Listing) -> PipelineSchedule:
-    return PipelineSchedule(name, problem.num_microbatches, problem.stage_rank, tuple(map(tuple, listing.ranks)))

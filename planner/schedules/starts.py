@@ -18,7 +18,7 @@ from .families import THRIFTS, Block, block_starts, draw_block, mutate_block, pl
 from .lattices import lattice_orders
 from .order_graph import Order, OrderGraph
 from .problem import PipelineProblem
-from .v_blocks import STEPS, v_block, v_schedule
+from .v_blocks import PERIOD, STEPS, v_block, v_schedule
 from .waves import hanayo
 from .zero_bubble import two_bp, zb_h1, zb_h2
 
@@ -40,7 +40,7 @@ def library_orders(graph: OrderGraph) -> Iterator[tuple[str, Order]]:
     if graph.problem.stage_rank == v_placement(p, 2):
         for name in STEPS:
             block = v_block(name, p)
-            order = graph.by_starts(graph.periodic((block.forward, block.backward, block.weight), 6.0))
+            order = graph.by_starts(graph.periodic((block.forward, block.backward, block.weight), PERIOD))
             if graph.fits(order):
                 yield name, order
 
