@@ -6,9 +6,8 @@ from ..costmodel.actions import Action, parse_action
 from ..errors import ExitCode, ShardwrightError
 from .plan import Plan
 from .schedules import SCHEDULES, PipelineSchedule, build_schedule
+from .schedules.base import SYNTHESIZED
 from .schedules.library import canonical_name
-
-SYNTHESIZED = "synthesized"
 
 
 def pipeline_schedule(plan: Plan, num_microbatches: int | None = None) -> PipelineSchedule:

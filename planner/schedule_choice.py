@@ -19,9 +19,9 @@ from .candidates import Candidate
 from .chain import Chain
 from .evaluate import hops, lower_bound, run_timeline, stage_times, step_seconds
 from .footprint import activation_room, fits, placement_of, placements_of, quick_peaks
-from .order import SYNTHESIZED
 from .outcome import Outcome
 from .schedules import PipelineSchedule
+from .schedules.base import SYNTHESIZED
 from .schedules.bounds import lower_bound as bound_of
 from .schedules.library import SCHEDULES, SEARCHED
 from .schedules.problem import PipelineProblem

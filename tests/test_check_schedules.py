@@ -16,8 +16,8 @@ from distributed import run_ranks
 from test_check_matrix import MODELS, _compare, _once, spec
 
 from shardwright import api, tasks
-from shardwright.planner.order import SYNTHESIZED
 from shardwright.planner.schedules import SCHEDULES
+from shardwright.planner.schedules.base import SYNTHESIZED
 
 # Deep enough for four ranks with two stages each.
 OVERRIDES: dict[str, dict[str, Any]] = {

@@ -6,9 +6,10 @@ import pytest
 
 from shardwright import api
 from shardwright.errors import ShardwrightError
-from shardwright.planner.order import SYNTHESIZED, pipeline_schedule, splits_backward
+from shardwright.planner.order import pipeline_schedule, splits_backward
 from shardwright.planner.plan import Plan
 from shardwright.planner.schedules import build_schedule
+from shardwright.planner.schedules.base import SYNTHESIZED
 from shardwright.planner.timeline import predicted_trace
 
 ASKED = {"pp": "4", "tp": "1", "dp": "2", "microbatch": "4"}

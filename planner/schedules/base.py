@@ -10,6 +10,8 @@ from typing import Any
 from ...costmodel.actions import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, RECOMPUTE, Action, parse_action
 from ...costmodel.simulator import Hop, StageTimes, Tail, Timeline, simulate
 
+SYNTHESIZED = "synthesized"  # the name of an order that no library has
+
 
 def loop_placement(num_ranks: int, num_chunks: int) -> tuple[int, ...]:
     """Stage s on rank s mod p: the interleaved placement of Narayanan et al., arXiv:2104.04473, section 2.2."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from .base import SYNTHESIZED
 from .local_search import anneal
 from .order_graph import Order, OrderGraph
 from .problem import PipelineProblem
@@ -21,7 +22,6 @@ KEPT = 4  # starts of a placement and kind
 ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))
 LONG_ROUNDS = ((4, 0.4), (1, 1.0))
 LONG_ACTIONS = 1500
-NAME = "synthesized"
 TEMPERATURES = (0.1, 0.2, 0.4, 0.8)  # of a mean action
 KIND_MARGIN = 1.1  # the best of a kind is left alone beyond this times the best of all
 OTHERS_MARGIN = 1.3  # and any other beyond this
@@ -56,7 +56,7 @@ class Starts:
         for kind, order, makespan_s in self.lists.lattice_orders(deadline):
             self.offer(kind, order, makespan_s)
 
-    def offer(self, kind: str, order: Order, makespan_s: float, name: str = NAME) -> None:
+    def offer(self, kind: str, order: Order, makespan_s: float, name: str = SYNTHESIZED) -> None:
         """Kept where it can finish and is among the best of its kind, each makespan once."""
         if makespan_s == INFINITE:
             return
@@ -140,7 +140,7 @@ def annealed(candidate: Candidate, until: float, rng: random.Random, frozen: Seq
         bound_s=candidate.bound_s,
         frozen=frozen,
     )
-    return replace(candidate, order=order, makespan_s=makespan_s, name=NAME, temperature=temperature)
+    return replace(candidate, order=order, makespan_s=makespan_s, name=SYNTHESIZED, temperature=temperature)
 
 
 def _ranked(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -18,9 +18,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .base import PipelineSchedule
+from .base import SYNTHESIZED, PipelineSchedule
 from .bounds import lower_bound
-from .candidates import LONG_ACTIONS, NAME, Candidate, Starts, anneal_rounds, list_rounds, share_of, varied
+from .candidates import LONG_ACTIONS, Candidate, Starts, anneal_rounds, list_rounds, share_of, varied
 from .exact import solve
 from .order_graph import OrderGraph
 from .problem import PipelineProblem
@@ -111,6 +111,6 @@ def _proven(found: list[Candidate], bounded: Bounded, deadline: float, seed: int
                 return anneal_rounds(found, deadline, random.Random(seed)), bounded
             bound_s = solved.bound_s
             if solved.order is not None:
-                found = [Candidate(graph, bound_s, solved.order, solved.makespan_s, NAME, "exact"), *found]
+                found = [Candidate(graph, bound_s, solved.order, solved.makespan_s, SYNTHESIZED, "exact"), *found]
         better.append((problem, bound_s))
     return found, better
