@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules as torch_schedules
 
-from shardwright.costmodel.simulator import Hop, StageTimes
+from shardwright.costmodel.stage_times import Hop, StageTimes
 from shardwright.planner.schedules import SCHEDULES, PipelineSchedule, build_schedule, loop_placement, v_placement
 from shardwright.planner.schedules.problem import PipelineProblem
 from shardwright.planner.schedules.synthesis import synthesize

@@ -9,10 +9,12 @@ FORWARD = "F"
 BACKWARD = "B"  # input and weight gradients in one
 BACKWARD_INPUT = "I"
 BACKWARD_WEIGHT = "W"
-RECOMPUTE = "R"
-KINDS = (FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, RECOMPUTE)
+RECOMPUTE = "R"  # the forward again, whose activations were not kept
+OFFLOAD = "O"  # the copy of the activations to host memory, begun as the forward ended, is over, and they are let go
+LOAD = "L"  # memory is taken for them and the copy back begins; the backward waits for its end
+KINDS = (FORWARD, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, RECOMPUTE, OFFLOAD, LOAD)
 
-_PATTERN = re.compile(r"(\d+)([FBIWR])(\d+)")
+_PATTERN = re.compile(rf"(\d+)([{''.join(KINDS)}])(\d+)")
 
 
 class Action(NamedTuple):

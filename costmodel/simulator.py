@@ -5,13 +5,14 @@ parameters have been gathered. What each action waits for, with s a virtual stag
 
     F(s)   F(s-1) of the same microbatch, after the transfer        B, I(S-1)  F(S-1)
     B, I(s) B or I(s+1), after the transfer, and F(s)               W(s)       I(s)          R(s)  F(s)
+    O(s)   the copy of its activations to host memory               B, I(s)    also the copy back, where there is L(s)
+
+Copies to host memory and back run beside compute, one at a time each way, the former in the order in which their
+forwards end, the latter in the order of L; O and L themselves take no time.
 
 A transfer between two ranks starts when its producer ends, holds the link of that (source, destination) pair for its
 occupancy, in the order of production, and arrives a latency later. It never holds up compute. Between two stages of one
 rank nothing is sent. A fused B sends its gradient when all of it is done.
-
-Memory of a rank, along its list: a stage's activation bytes are taken at the start of F (of R where the stage keeps
-only its inputs), given back at the end of B or W; workspace is held during an action only.
 
 Because the order on every rank and every link is given, start times are the longest paths of a graph without cycles,
 and one pass in any feasible order finds them: O(number of actions).
@@ -23,60 +24,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from .actions import Action
-from .trace import COLLECTIVE, COMPUTE, SEND, Event, Trace
-
-
-@dataclass(frozen=True)
-class StageTimes:
-    """What one virtual stage costs on one rank for one microbatch. Seconds and bytes.
-
-    The three durations include the collectives inside the stage; forward_comm_s and backward_comm_s say how much of
-    them that is (for the account of exposed communication). Recomputation that is not an action of its own is in
-    backward_input_s.
-    """
-
-    forward_s: float
-    backward_input_s: float
-    backward_weight_s: float
-    forward_comm_s: float = 0.0
-    backward_comm_s: float = 0.0
-    activation_bytes: int = 0  # start of F to end of B or W
-    input_grad_release: float = 0.0  # share of them given back at the end of I
-    recompute_bytes: int = 0  # taken by R, given back with the rest
-    forward_workspace_bytes: int = 0  # during F only
-    backward_workspace_bytes: int = 0  # during B, I, W or R only
-    gather_s: float = 0.0  # parameters gathered before each action (ZeRO-3)
-    reduce_each_s: float = 0.0  # gradients reduced after each backward (ZeRO-2 and 3)
-    reduce_s: float = 0.0  # gradients reduced once, after the stage's last backward
-
-    @property
-    def backward_s(self) -> float:
-        return self.backward_input_s + self.backward_weight_s
-
-
-@dataclass(frozen=True)
-class Hop:
-    """The transfer between virtual stages s and s+1: activations forward, gradients backward. Seconds.
-
-    A link is busy for the occupancy; the value arrives occupancy + latency after its producer ended.
-    """
-
-    forward_latency_s: float = 0.0
-    forward_occupancy_s: float = 0.0
-    backward_latency_s: float = 0.0
-    backward_occupancy_s: float = 0.0
-
-    @classmethod
-    def latency(cls, seconds: float) -> Hop:
-        return cls(seconds, 0.0, seconds, 0.0)
-
-
-@dataclass(frozen=True)
-class Tail:
-    """What a rank does after its last action and reduction. Seconds."""
-
-    optimizer_s: float = 0.0
-    gather_s: float = 0.0  # parameters gathered after the step (ZeRO-1 and 2)
+from .activation_memory import peak_memory
+from .stage_times import Hop, StageTimes, Tail
+from .trace import COLLECTIVE, COMPUTE, HOST_IN, HOST_OUT, SEND, Event, Trace
 
 
 class Deadlock(RuntimeError):
@@ -171,6 +121,10 @@ def simulate(
     input_s = [stage.backward_input_s for stage in stages]
     weight_s = [stage.backward_weight_s for stage in stages]
     collectives = any(stage.gather_s or stage.reduce_each_s for stage in stages)
+    offloaded = _offloaded(ranks, stages, m)
+    copied_out: dict[int, float] = {}  # slot -> end of the copy to host memory
+    copied_in: dict[int, float] = {}
+    host_free = [[0.0] * num_ranks for _ in range(2)]  # to host memory, from there
 
     size = num_stages * m
     forward_in = [-1.0] * size  # arrival of the input of F; -1: not yet
@@ -213,12 +167,20 @@ def simulate(
                 if not forward_done[slot]:
                     break
                 ready, seconds = 0.0, forward_s[stage]
+            elif kind == "O":
+                if not forward_done[slot]:
+                    break
+                ready, seconds = copied_out[slot], 0.0
+            elif kind == "L":
+                ready, seconds = 0.0, 0.0
             else:
                 if not forward_done[slot]:
                     break
                 ready = gradient_in[slot] if stage != last else 0.0
                 if ready < 0.0:
                     break
+                if slot in copied_in and copied_in[slot] > ready:
+                    ready = copied_in[slot]
                 seconds = input_s[stage]
                 if kind == "B":
                     seconds += weight_s[stage]
@@ -253,6 +215,12 @@ def simulate(
             # what the end of this action sets free
             if kind == "F":
                 forward_done[slot] = 1
+                if slot in offloaded:
+                    seconds = stages[stage].offload_s
+                    copied_out[slot] = free = max(host_free[0][rank], end) + seconds
+                    host_free[0][rank] = free
+                    if with_events:
+                        extra.append(Event(rank, HOST_OUT, "offload", stage, microbatch, free - seconds, free))
                 if stage == last:
                     continue
                 target = slot + m
@@ -261,7 +229,14 @@ def simulate(
                 receiver = row[stage + 1]
                 latency, occupancy = hop.forward_latency_s, hop.forward_occupancy_s
                 arrivals = forward_in
-            elif kind == "W" or kind == "R":
+            elif kind == "L":
+                seconds = stages[stage].offload_s
+                copied_in[slot] = free = max(host_free[1][rank], end) + seconds
+                host_free[1][rank] = free
+                if with_events:
+                    extra.append(Event(rank, HOST_IN, "load", stage, microbatch, free - seconds, free))
+                continue
+            elif kind in "WRO":
                 continue
             else:
                 input_done[slot] = 1
@@ -332,6 +307,14 @@ def simulate(
     )
 
 
+def _offloaded(ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], num_microbatches: int) -> set[int]:
+    """Slots whose activations go to host memory."""
+    if not any(stage.offload_bytes for stage in stages):
+        return set()
+    let_go = (action for row in ranks for action in row if action.kind == "O")
+    return {action.stage * num_microbatches + action.microbatch for action in let_go}
+
+
 def _account_inside_comm(ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], exposed: list[float]) -> None:
     if not any(stage.forward_comm_s or stage.backward_comm_s for stage in stages):
         return
@@ -339,7 +322,7 @@ def _account_inside_comm(ranks: Sequence[Sequence[Action]], stages: Sequence[Sta
         for kind, stage, _ in actions:
             if kind == "F" or kind == "R":
                 exposed[rank] += stages[stage].forward_comm_s
-            elif kind != "W":
+            elif kind in "BI":
                 exposed[rank] += stages[stage].backward_comm_s
 
 
@@ -378,37 +361,3 @@ def _reductions(
         finish.append(max(free, clock[rank]))
         exposed[rank] += finish[rank] - clock[rank]
     return finish
-
-
-def peak_memory(
-    ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], static_bytes: Sequence[int] | None = None
-) -> tuple[list[int], list[int]]:
-    """(peak bytes, most activations held at once) of each rank. Needs the order alone, not the times."""
-    peaks, in_flight = [], []
-    for rank, actions in enumerate(ranks):
-        held: float = static_bytes[rank] if static_bytes else 0
-        peak, count, most = held, 0, 0
-        recomputed: set[tuple[int, int]] = set()
-        for kind, stage, microbatch in actions:
-            times = stages[stage]
-            if kind == "F":
-                held += times.activation_bytes
-                count += 1
-                most = max(most, count)
-                peak = max(peak, held + times.forward_workspace_bytes)
-                continue
-            if kind == "R":
-                held += times.recompute_bytes
-                recomputed.add((stage, microbatch))
-            peak = max(peak, held + times.backward_workspace_bytes)
-            if kind == "I":
-                held -= times.activation_bytes * times.input_grad_release
-            elif kind != "R":
-                kept = 1.0 if kind == "B" else 1.0 - times.input_grad_release
-                held -= times.activation_bytes * kept
-                if (stage, microbatch) in recomputed:
-                    held -= times.recompute_bytes
-                count -= 1
-        peaks.append(round(peak))
-        in_flight.append(most)
-    return peaks, in_flight

@@ -12,14 +12,15 @@ from typing import Any
 COMPUTE = "compute"  # the rank's compute stream
 COLLECTIVE = "collective"  # its data-parallel collectives
 SEND = "send"  # point-to-point transfers that leave it, one lane for each peer: 'send:3'
-HOST = "host"  # offload transfers
+HOST_OUT, HOST_IN = "host:out", "host:in"  # copies of activations to host memory and back
 
 _COLOURS = {"F": "good", "B": "bad", "I": "terrible", "W": "yellow", "R": "grey"}
 
 
 @dataclass(frozen=True)
 class Event:
-    """kind: F, B, I, W, R, send, gather, reduce, optimizer. stage and microbatch are -1 where they mean nothing."""
+    """kind: F, B, I, W, R, O, L, send, gather, reduce, offload, load, optimizer. stage and microbatch are -1 where
+    they mean nothing."""
 
     rank: int
     resource: str

@@ -19,7 +19,8 @@ from functools import cache
 
 import numpy as np
 
-from ..costmodel.simulator import Hop, StageTimes, Tail, Timeline
+from ..costmodel.simulator import Timeline
+from ..costmodel.stage_times import Hop, StageTimes, Tail
 from .candidates import Candidate
 from .chain import Chain
 from .footprint import (

@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from ..costmodel.model import CostModel
-from ..costmodel.simulator import Hop
+from ..costmodel.stage_times import Hop
 from ..profiler.cluster import Cluster
 
 SAMPLE_BYTES = 1 << 30

@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..costmodel.simulator import Hop, Timeline
+from ..costmodel.simulator import Timeline
+from ..costmodel.stage_times import Hop
 from ..profiler.cluster import Cluster
 from ..profiler.workload import Workload
 from . import plan as plan_document

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..costmodel.simulator import Hop, StageTimes, Tail
+from ..costmodel.stage_times import Hop, StageTimes, Tail
 from ..costmodel.trace import Trace
 from .order import pipeline_schedule
 from .plan import Plan

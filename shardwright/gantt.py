@@ -11,13 +11,15 @@ from rich.text import Text
 
 from .costmodel.simulator import Timeline
 
-COLORS = {"F": "blue", "B": "green", "I": "green", "W": "yellow", "R": "magenta"}
+COLORS = {"F": "blue", "B": "green", "I": "green", "W": "yellow", "R": "magenta", "O": "red", "L": "red"}
 MEANINGS = {
     "F": "forward",
     "B": "backward",
     "I": "input gradients",
     "W": "weight gradients",
     "R": "recomputation",
+    "O": "offloaded",
+    "L": "loaded",
 }
 IDLE = "."
 
@@ -60,7 +62,7 @@ def _style(kind: str, *, bright: bool) -> str:
 
 def _legend(timeline: Timeline, label_width: int) -> Text:
     legend = Text(" " * label_width)
-    for kind in sorted({action.kind for row in timeline.ranks for action in row}, key="FBIWR".index):
+    for kind in sorted({action.kind for row in timeline.ranks for action in row}, key="FBIWROL".index):
         legend.append(kind, _style(kind, bright=True))
         legend.append(f" {MEANINGS[kind]}  ")
     return legend.append(f"{IDLE} idle")

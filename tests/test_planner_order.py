@@ -111,6 +111,6 @@ def test_certificate_holds_for_orders_of_any_kind(own: Plan) -> None:
 
 
 def _times(row):  # type: ignore[no-untyped-def]
-    from shardwright.costmodel.simulator import StageTimes
+    from shardwright.costmodel.stage_times import StageTimes
 
     return StageTimes(row.forward_s, row.backward_input_s, row.backward_weight_s)

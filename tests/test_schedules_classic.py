@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.costmodel.actions import Action
-from shardwright.costmodel.simulator import Hop, StageTimes
+from shardwright.costmodel.stage_times import Hop, StageTimes
 from shardwright.errors import ShardwrightError
 from shardwright.planner.schedules import (
     SCHEDULES,

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from shardwright import cli
-from shardwright.costmodel.simulator import Hop, StageTimes
+from shardwright.costmodel.stage_times import Hop, StageTimes
 from shardwright.errors import ExitCode
 from shardwright.gantt import render_gantt
 from shardwright.planner.schedules import PipelineSchedule, one_f_one_b

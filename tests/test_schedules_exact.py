@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.costmodel.simulator import Hop, StageTimes
+from shardwright.costmodel.stage_times import Hop, StageTimes
 from shardwright.planner.schedules import loop_placement, native, v_placement
 from shardwright.planner.schedules.bounds import lower_bound
 from shardwright.planner.schedules.exact import common_unit, solve

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.costmodel.simulator import Hop, StageTimes
+from shardwright.costmodel.stage_times import Hop, StageTimes
 from shardwright.errors import ShardwrightError
 from shardwright.planner.schedules import SCHEDULES, SEARCHED, PipelineSchedule, build_schedule, one_f_one_b
 from shardwright.planner.schedules.library import canonical_name

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from outside_judge import shared_judge
 
-from shardwright.costmodel.simulator import Hop, StageTimes
+from shardwright.costmodel.stage_times import Hop, StageTimes
 from shardwright.planner.schedules import SCHEDULES, build_schedule, loop_placement, native, v_placement
 from shardwright.planner.schedules.bounds import lower_bound
 from shardwright.planner.schedules.lattices import Lattices

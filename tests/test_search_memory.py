@@ -8,8 +8,8 @@ import torch
 from planner_fakes import Case, Sizes
 
 from shardwright.costmodel import memory
+from shardwright.costmodel.activation_memory import peak_memory
 from shardwright.costmodel.memory import StageState, StateBytes
-from shardwright.costmodel.simulator import peak_memory
 from shardwright.planner.candidates import Candidate
 from shardwright.planner.evaluate import find_cuts, stage_times
 from shardwright.planner.footprint import cached_schedule, in_flight_profiles, quick_peaks, rank_breakdown

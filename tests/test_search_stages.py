@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.costmodel.simulator import StageTimes
+from shardwright.costmodel.stage_times import StageTimes
 from shardwright.planner.chain import interval_maxima, interval_sums
 from shardwright.planner.schedules import gpipe, one_f_one_b
 from shardwright.planner.stages import best_cuts, improve_cuts, pipeline_cost

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from outside_judge import shared_judge
 
 from shardwright.costmodel.actions import Action, parse_action
-from shardwright.costmodel.simulator import Deadlock, Hop, StageTimes, Tail, simulate
+from shardwright.costmodel.simulator import Deadlock, simulate
+from shardwright.costmodel.stage_times import Hop, StageTimes, Tail
 from shardwright.costmodel.trace import Trace, busy_seconds, mean_action_seconds, merge, to_chrome
 from shardwright.planner.schedules import gpipe, interleaved_1f1b, loop_placement, one_f_one_b, v_placement
 from shardwright.planner.schedules.base import PipelineSchedule
@@ -178,7 +179,7 @@ def test_the_tail_waits_for_all_ranks_under_clipping():
 
 
 def test_memory_follows_recompute_and_split_backward():
-    stages = [StageTimes(1.0, 1.0, 1.0, activation_bytes=10, recompute_bytes=90, backward_workspace_bytes=5)]
+    stages = [StageTimes(1.0, 1.0, 1.0, activation_bytes=100, recompute_bytes=90, backward_workspace_bytes=5)]
     ranks = [[Action(k, 0, i) for k, i in (("F", 0), ("F", 1), ("R", 0), ("B", 0), ("R", 1), ("I", 1), ("W", 1))]]
     timeline = simulate(ranks, [(0,)], stages, 2, static_bytes=[1000])
     assert timeline.peak_bytes == [1000 + 20 + 90 + 5]

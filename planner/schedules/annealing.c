@@ -93,10 +93,14 @@ static double evaluate(const Pipeline *p, State *s)
         double clock = s->clock[r];
         for (; i < stop; i++) {
             int node = p->row[i], source = p->before[node];
+            for (const int *own = p->own + 2 * node; own < p->own + 2 * node + 2; own++)
+                if (*own >= 0 && s->done[*own] != s->stamp)
+                    return NEVER;
             if (source >= 0) {
                 if (s->done[source] != s->stamp) {
-                    s->waiter[source] = r;
-                    s->waits[source] = s->stamp;
+                    int slot = 2 * source + (p->after[2 * source] != node);
+                    s->waiter[slot] = r;
+                    s->waits[slot] = s->stamp;
                     break;
                 }
                 double arrival = s->trial[source] + p->lag[node];
@@ -106,15 +110,16 @@ static double evaluate(const Pipeline *p, State *s)
             s->trial[node] = clock;
             s->done[node] = s->stamp;
             s->visited[found++] = node;
-            if (s->waits[node] == s->stamp)
-                s->stack[depth++] = s->waiter[node];
+            for (int slot = 2 * node; slot < 2 * node + 2; slot++)
+                if (s->waits[slot] == s->stamp)
+                    s->stack[depth++] = s->waiter[slot];
         }
         s->begin[r] = i;
         s->clock[r] = clock;
         makespan = clock > makespan ? clock : makespan;
     }
     s->num_visited = found;
-    return found < p->num_nodes ? NEVER : makespan;
+    return found < p->offset[p->num_ranks] ? NEVER : makespan;
 }
 
 static inline double end_of(const State *s, int node) { return s->done[node] == s->stamp ? s->trial[node] : s->end[node]; }
@@ -204,6 +209,9 @@ static void keep_trial(const Pipeline *p, State *s, int first, int last)
     }
 }
 
+/* Must `one` come earlier than `node`, of the same rank? */
+static inline int is_own(const Pipeline *p, int one, int node) { return p->own[2 * node] == one || p->own[2 * node + 1] == one; }
+
 /* Collects the positions i where row[i] and row[i + 1] follow each other on a critical path for no other reason than
    their order. */
 static int critical_pairs(const Pipeline *p, State *s)
@@ -223,7 +231,7 @@ static int critical_pairs(const Pipeline *p, State *s)
         if (start <= SLACK_S || !(by_rank || by_data))
             return count;
         const int *frozen = p->frozen + 2 * p->rank[node];
-        if (by_rank && previous != source && (i < frozen[0] || i > frozen[1]))
+        if (by_rank && previous != source && !is_own(p, previous, node) && (i < frozen[0] || i > frozen[1]))
             s->pairs[count++] = i - 1;
         node = by_data && (!by_rank || uniform(s) < 0.5) ? source : previous;
     }
@@ -234,7 +242,8 @@ static int draw_pair(const Pipeline *p, State *s, int *num_pairs, double makespa
 {
     while (*num_pairs) {
         int k = (int)(uniform(s) * *num_pairs), i = s->pairs[k], node = p->row[i], next = p->row[i + 1];
-        if (s->end[node] + s->tail[next] >= makespan - SLACK_S && p->before[next] != node)
+        if (s->end[node] + s->tail[next] >= makespan - SLACK_S && p->before[next] != node &&
+            !is_own(p, node, next))
             return k;
         s->pairs[k] = s->pairs[--*num_pairs];
     }
@@ -280,13 +289,18 @@ static void move_repeated(const Pipeline *p, State *s, int i, int low, int high,
         }
 }
 
+/* In memory, and nothing before what must come earlier. */
 static int fits(const Pipeline *p, const State *s, int r, int first, int last)
 {
     double held = first > p->offset[r] ? s->held[first - 1] : 0.0;
     for (int i = first; i <= last; i++) {
-        held += p->change[p->row[i]];
+        int node = p->row[i];
+        held += p->change[node];
         if (held > p->limit[r])
             return 0;
+        for (const int *own = p->own + 2 * node; own < p->own + 2 * node + 2; own++)
+            if (*own >= 0 && s->position[*own] > i)
+                return 0;
     }
     return 1;
 }
@@ -327,7 +341,8 @@ static void place(const Pipeline *p, State *s, int first, int last)
 
 static double search(const Pipeline *p, State *s, const Settings *settings)
 {
-    size_t bytes = sizeof(int) * (size_t)p->num_nodes;
+    int num_placed = p->offset[p->num_ranks];
+    size_t bytes = sizeof(int) * (size_t)num_placed;
     double current, least, temperature_s = settings->hottest_s, began_s = now_s();
     int num_pairs = 0;
     long num_evaluated = 0, num_repeated = 0;
@@ -336,11 +351,11 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
         for (int i = p->offset[r]; i < p->offset[r + 1]; i++)
             s->held[i] = held += p->change[p->row[i]];
     }
-    place(p, s, 0, p->num_nodes - 1);
+    place(p, s, 0, num_placed - 1);
     current = least = evaluate(p, s);
     if (current >= NEVER || settings->time_limit_s <= 0.0)
         return current;
-    keep_trial(p, s, 0, p->num_nodes - 1);
+    keep_trial(p, s, 0, num_placed - 1);
     memcpy(s->best, p->row, bytes);
     for (long tried = 0; least > settings->bound_s * (1 + 1e-9); tried++) {
         if (tried % CLOCK_EVERY == 0) {
@@ -396,15 +411,15 @@ static double search(const Pipeline *p, State *s, const Settings *settings)
 double anneal(const Pipeline *p, const Settings *settings)
 {
     size_t n = (size_t)p->num_nodes, ranks = (size_t)p->num_ranks;
-    int *ints = calloc(8 * n + 2 * ranks, sizeof(int));
-    unsigned *stamps = calloc(2 * n, sizeof(unsigned));
+    int *ints = calloc(9 * n + 2 * ranks, sizeof(int));
+    unsigned *stamps = calloc(3 * n, sizeof(unsigned));
     double *doubles = calloc(4 * n + ranks, sizeof(double)), makespan = -1.0;
     unsigned char *bytes = calloc(2 * n, 1);
     Entry *queue = calloc(n, sizeof(Entry));
     if (ints && stamps && doubles && bytes && queue) {
-        State s = {.position = ints, .visited = ints + 2 * n, .waiter = ints + 3 * n,
+        State s = {.position = ints, .visited = ints + n, .waiter = ints + 2 * n,
                    .pairs = ints + 4 * n, .kept = ints + 5 * n, .best = ints + 6 * n, .begin = ints + 7 * n,
-                   .stack = ints + 7 * n + ranks, /* each node waits once: n + ranks at most */
+                   .stack = ints + 7 * n + ranks, /* each node is waited for twice: 2 n + ranks at most */
                    .done = stamps, .queued = bytes, .times = bytes + n,
                    .queue = queue, .waits = stamps + n,
                    .end = doubles, .trial = doubles + n, .tail = doubles + 2 * n, .held = doubles + 3 * n,

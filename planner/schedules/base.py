@@ -7,10 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...costmodel.actions import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, RECOMPUTE, Action, parse_action
-from ...costmodel.simulator import Hop, StageTimes, Tail, Timeline, simulate
+from ...costmodel.actions import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    LOAD,
+    OFFLOAD,
+    RECOMPUTE,
+    Action,
+    parse_action,
+)
+from ...costmodel.simulator import Timeline, simulate
+from ...costmodel.stage_times import Hop, StageTimes, Tail
 
 SYNTHESIZED = "synthesized"  # the name of an order that no library has
+SPARING = (RECOMPUTE, OFFLOAD, LOAD)  # actions that let activations go and bring them back
 
 
 def loop_placement(num_ranks: int, num_chunks: int) -> tuple[int, ...]:
@@ -57,6 +69,11 @@ class PipelineSchedule:
         return any(action.kind == BACKWARD_INPUT for actions in self.ranks for action in actions)
 
     @property
+    def spares(self) -> bool:
+        """Are activations let go of, one by one: recomputed or offloaded?"""
+        return any(action.kind in SPARING for actions in self.ranks for action in actions)
+
+    @property
     def is_forward_only(self) -> bool:
         return all(action.kind == FORWARD for actions in self.ranks for action in actions)
 
@@ -81,7 +98,7 @@ class PipelineSchedule:
         return sorted({stage for row in self.placements for stage, place in enumerate(row) if place == rank})
 
     def check(self) -> None:
-        """Complete, in place, each forward before its backward; else ValueError."""
+        """Complete, in place, each forward before its backward, and what is let go back in between; else ValueError."""
         seen: dict[tuple[str, int, int], int] = {}
         for rank, actions in enumerate(self.ranks):
             for index, action in enumerate(actions):
@@ -96,7 +113,7 @@ class PipelineSchedule:
         forward_only = self.is_forward_only
         for stage in range(self.num_stages):
             for microbatch in range(self.num_microbatches):
-                at = {kind: seen.get((kind, stage, microbatch)) for kind in "FBIW"}
+                at = {kind: seen.get((kind, stage, microbatch)) for kind in "FBIWROL"}
                 forward, fused, first, second = at["F"], at["B"], at["I"], at["W"]
                 if forward is None:
                     raise ValueError(f"stage {stage} never runs microbatch {microbatch}")
@@ -110,6 +127,12 @@ class PipelineSchedule:
                     raise ValueError(f"stage {stage} microbatch {microbatch}: needs one B, or one I and one W")
                 if not ordered:
                     raise ValueError(f"stage {stage} microbatch {microbatch}: backward before forward")
+                between = {kind: place for kind in SPARING if (place := at[kind]) is not None}
+                if between and set(between) not in ({RECOMPUTE}, {OFFLOAD, LOAD}):
+                    raise ValueError(f"stage {stage} microbatch {microbatch}: takes one R, or one O and one L")
+                places = (forward, *between.values(), fused, first)
+                if (in_turn := [place for place in places if place is not None]) != sorted(in_turn):
+                    raise ValueError(f"stage {stage} microbatch {microbatch}: let go or brought back out of turn")
 
     def simulate(
         self,
@@ -176,13 +199,14 @@ class PipelineSchedule:
 
     def to_judge(self) -> dict[str, Any]:
         """The plain JSON form: {"p", "m", "v", "stage_rank", "ranks": [["0F0", ...], ...]}; two directions also give
-        "reverse_stage_rank" and "reverse_from"."""
+        "reverse_stage_rank" and "reverse_from". An F whose activations an R computes again is a list, ["F", stage,
+        microbatch, 0, 0], the last for keeping none."""
         document: dict[str, Any] = {
             "p": self.num_ranks,
             "m": self.num_microbatches,
             "v": self.num_chunks,
             "stage_rank": list(self.stage_rank),
-            "ranks": [[str(action) for action in actions] for actions in self.ranks],
+            "ranks": [_judged(actions) for actions in self.ranks],
         }
         if self.reverse_stage_rank:
             document |= {"reverse_stage_rank": list(self.reverse_stage_rank), "reverse_from": self.reverse_from}
@@ -190,7 +214,10 @@ class PipelineSchedule:
 
     @classmethod
     def from_judge(cls, document: dict[str, Any], name: str = "custom") -> PipelineSchedule:
-        ranks = tuple(tuple(parse_action(text) for text in actions) for actions in document["ranks"])
+        ranks = tuple(
+            tuple(parse_action(a) if isinstance(a, str) else Action(*a[:3]) for a in actions)
+            for actions in document["ranks"]
+        )
         reverse = tuple(document.get("reverse_stage_rank", ()))
         return cls(name, document["m"], tuple(document["stage_rank"]), ranks, reverse, document.get("reverse_from", -1))
 
@@ -200,7 +227,12 @@ class PipelineSchedule:
     def to_torch_csv(self) -> str:
         """One line for each rank, as `_PipelineScheduleRuntime._load_csv(format="compute_only")` of torch reads it.
 
-        torch has no action for recomputation: the stage itself recomputes, so R is left out.
+        torch has no actions for recomputation and offloading, so these are left out.
         """
-        lines = [",".join(str(a) for a in actions if a.kind != RECOMPUTE) for actions in self.ranks]
+        lines = [",".join(str(a) for a in actions if a.kind not in SPARING) for actions in self.ranks]
         return "\n".join(lines) + "\n"
+
+
+def _judged(actions: Sequence[Action]) -> list[Any]:
+    again = {action[1:] for action in actions if action.kind == RECOMPUTE}
+    return [[*a, 0, 0] if a.kind == FORWARD and a[1:] in again else str(a) for a in actions]

@@ -39,8 +39,10 @@ def anneal(
     """(order, makespan), never worse than what it is given, which must fit and be able to finish.
 
     hottest_s: a move that makes the makespan this much longer is taken with probability 1/e at first. repeated: share
-    of evaluated moves that are for all microbatches alike. frozen: places of each rank that stay as they are.
+    of evaluated moves that are for all microbatches alike. frozen: places of each row that stay as they are; the
+    graph's where none are given.
     """
+    frozen = frozen or graph.frozen(order)
     settings = native.Settings(hottest_s, hottest_s / COOLING, bound_s, time_limit_s, repeated, seed)
     pipeline = graph.pipeline(order, frozen)
     found = native.anneal(pipeline, settings)
@@ -96,7 +98,7 @@ def _critical_pairs(
 ) -> list[tuple[int, int]]:
     """(rank, index) of neighbours index, index+1 that follow each other on one critical path for no other reason than
     their order."""
-    seconds, before, lag, place = graph.seconds, graph.before, graph.lag, graph.rank
+    seconds, before, own, lag, place = graph.seconds, graph.before, graph.own, graph.lag, graph.rank
     position = {node: index for row in rows for index, node in enumerate(row)}
     node = max((row[-1] for row in rows if row), key=end.__getitem__)
     pairs: list[tuple[int, int]] = []
@@ -108,7 +110,7 @@ def _critical_pairs(
         by_data = source >= 0 and end[source] + lag[node] >= start_s - SLACK_S
         if start_s <= SLACK_S or not (by_rank or by_data):
             return pairs
-        if by_rank and previous != source:
+        if by_rank and previous not in (source, *own[node].tolist()):
             pairs.append((rank, index - 1))
         node = source if by_data and (not by_rank or rng.random() < 0.5) else previous
 

@@ -27,7 +27,7 @@ NEVER = 1e300
 _INTS, _DOUBLES = ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_double)
 _COUNTS = ("num_nodes", "num_ranks", "num_microbatches")
 _ARRAYS = {"seconds": _DOUBLES, "lag": _DOUBLES, "change": _DOUBLES, "limit": _DOUBLES} | dict.fromkeys(
-    ("rank", "before", "after", "offset", "frozen", "row"), _INTS
+    ("rank", "before", "own", "after", "offset", "frozen", "row"), _INTS
 )
 
 

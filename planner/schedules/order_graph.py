@@ -15,7 +15,6 @@ from . import native
 from .listing import Targets, list_schedule
 from .problem import PipelineProblem
 
-KINDS = "FIW"
 INFINITE = float("inf")
 JUSTIFY_LIMIT_S = 0.5
 Order = list[np.ndarray]
@@ -23,7 +22,10 @@ Order = list[np.ndarray]
 
 class OrderGraph:
     """seconds, rank, change (of the rank's memory), before (what a node waits for, -1: nothing) and lag (how long after
-    its end), after (up to two nodes that wait for it): arrays over the nodes."""
+    its end), after (up to two nodes that wait for it), own (up to two of its rank that must come earlier): arrays over
+    the nodes. limit: of each row's memory."""
+
+    kinds = "FIW"
 
     def __init__(self, problem: PipelineProblem) -> None:
         self.problem = problem
@@ -49,6 +51,7 @@ class OrderGraph:
         after[0, :-1, :, 0], after[0, -1, :, 0] = nodes[0, 1:], nodes[1, -1]
         after[1, 1:, :, 0], after[1, :, :, 1] = nodes[1, :-1], nodes[2]
         self.after = after.reshape(-1, 2)
+        self.own = np.full((self.num_nodes, 2), -1)
         # a rank's activations may come to the limit exactly, whatever the rounding
         self.limit = np.minimum(np.array(problem.memory_limit) * (1 + 1e-12), 1e300)
 
@@ -57,7 +60,7 @@ class OrderGraph:
         return np.repeat(np.array(by_stage), self.m)
 
     def of_actions(self, ranks: Sequence[Sequence[Action]]) -> Order:
-        code = {kind: index * self.num_stages for index, kind in enumerate(KINDS)}
+        code = {kind: index * self.num_stages for index, kind in enumerate(self.kinds)}
         return [
             np.array([(code[kind] + stage) * self.m + i for kind, stage, i in row], dtype=np.int32) for row in ranks
         ]
@@ -65,7 +68,7 @@ class OrderGraph:
     def actions(self, order: Order) -> list[list[Action]]:
         num_stages, m = self.num_stages, self.m
         return [
-            [Action(KINDS[node // m // num_stages], node // m % num_stages, node % m) for node in row.tolist()]
+            [Action(self.kinds[node // m // num_stages], node // m % num_stages, node % m) for node in row.tolist()]
             for row in order
         ]
 
@@ -85,14 +88,21 @@ class OrderGraph:
         held = (np.cumsum(self.change[row]) for row in order)
         return all(not len(row) or row.max() <= limit for row, limit in zip(held, self.limit, strict=True))
 
+    def frozen(self, order: Order) -> list[range]:
+        """Places of each row that annealing leaves alone; empty: none."""
+        return []
+
     def pipeline(self, order: Order | None = None, frozen: Sequence[range] = ()) -> native.Pipeline:
-        """For the searches in C, which write to its row; annealing leaves the frozen places of each rank alone."""
-        counts = np.bincount(self.rank, minlength=self.problem.num_ranks)
-        offset = np.concatenate([[0], np.cumsum(counts)])
+        """For the searches in C, which write to its row; annealing leaves the frozen places of each row alone."""
+        if order is None:
+            counts = np.bincount(self.rank, minlength=len(self.limit)).tolist()
+        else:
+            counts = [len(row) for row in order]
+        offset = np.concatenate([[0], np.cumsum(counts, dtype=int)])
         places = [(places.start, places.stop) for places in frozen] or [(0, 0)] * len(counts)
         return native.Pipeline(
             self.num_nodes,
-            self.problem.num_ranks,
+            len(self.limit),
             self.m,
             seconds=self.seconds,
             lag=self.lag,
@@ -100,6 +110,7 @@ class OrderGraph:
             limit=self.limit,
             rank=self.rank,
             before=self.before,
+            own=self.own,
             after=self.after,
             offset=offset,
             frozen=(np.array(places) + offset[:-1, None]).reshape(-1),
@@ -126,7 +137,7 @@ class OrderGraph:
         if found is None:
             if in_order:
                 return None
-            forwards, backwards, weights = targets.reshape(len(KINDS), self.num_stages, self.m).tolist()
+            forwards, backwards, weights = targets.reshape(len(self.kinds), self.num_stages, self.m).tolist()
             meant = Targets(forwards, backwards, weights, patience)
             listing = list_schedule(self.problem, meant, give_up_s=give_up_s)
             return None if listing is None else (self.of_actions(listing.ranks), listing.makespan_s)
@@ -151,8 +162,9 @@ class OrderGraph:
         """End of each node, and of each rank: infinite where the orders cannot finish."""
         end = [-1.0] * self.num_nodes
         seconds, before, lag = self.seconds.tolist(), self.before.tolist(), self.lag.tolist()
+        own = [[one for one in pair if one >= 0] for pair in self.own.tolist()]
         at, clock = [0] * len(order), [0.0] * len(order)
-        waiting: dict[int, int] = {}
+        waiting: dict[int, list[int]] = {}
         runnable = list(range(len(order)))
         done = 0
         while runnable:
@@ -162,10 +174,12 @@ class OrderGraph:
             while index < length:
                 node = row[index]
                 source = before[node]
+                if any(end[one] < 0.0 for one in own[node]):
+                    return end, [INFINITE] * len(order)
                 if source >= 0:
                     arrival = end[source]
                     if arrival < 0.0:
-                        waiting[source] = rank
+                        waiting.setdefault(source, []).append(rank)
                         break
                     arrival += lag[node]
                     if arrival > now:
@@ -174,7 +188,7 @@ class OrderGraph:
                 end[node] = now
                 index += 1
                 if node in waiting:
-                    runnable.append(waiting.pop(node))
+                    runnable += waiting.pop(node)
             done += index - start
             at[rank], clock[rank] = index, now
-        return end, clock if done == self.num_nodes else [INFINITE] * len(order)
+        return end, clock if done == sum(map(len, order)) else [INFINITE] * len(order)

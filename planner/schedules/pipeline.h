@@ -2,7 +2,8 @@
 
    `row` holds the orders of all ranks one after the other, rank r's from offset[r] to offset[r + 1]. A node starts when
    its predecessor in the row has ended and, `lag` later than its end, the node `before` it; up to two nodes are `after`
-   it. Node (kind * S + stage) * m + microbatch, kinds F, I, W. */
+   it. `own` are up to two nodes of the same rank that must come earlier. Node (kind * S + stage) * m + microbatch; not every
+   number is in the row. */
 
 #define _POSIX_C_SOURCE 199309L
 #include <time.h>
@@ -14,7 +15,8 @@ typedef struct {
     int num_nodes, num_ranks, num_microbatches;
     const double *seconds, *lag, *change; /* change: of the rank's memory when the node starts */
     const double *limit;                  /* of each rank's memory */
-    const int *rank, *before, *after;     /* after: two for each node, -1 where there is none */
+    const int *rank, *before;             /* -1 where there is none */
+    const int *own, *after;               /* two for each node, -1 where there is none */
     const int *offset, *frozen;           /* frozen: two for each rank, from and to which place its row stays as it is */
     int *row;
 } Pipeline;

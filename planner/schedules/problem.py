@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ...costmodel.simulator import Hop, StageTimes
+from ...costmodel.stage_times import Hop, StageTimes
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,16 @@ class PipelineProblem:
     @property
     def num_stages(self) -> int:
         return len(self.stage_rank)
+
+    @property
+    def offers(self) -> bool:
+        """May activations be let go and brought back?"""
+        return any(stage.recompute_bytes or stage.offload_bytes for stage in self.stages)
+
+    def keeping_all(self, memory_share: float = 1.0) -> PipelineProblem:
+        """The same with no such offer. memory_share: of the limits, to search with."""
+        stages = tuple(replace(stage, recompute_bytes=0, offload_bytes=0) for stage in self.stages)
+        return replace(self, stages=stages, memory_limit=tuple(memory_share * limit for limit in self.memory_limit))
 
     @property
     def num_actions(self) -> int:
@@ -67,10 +77,13 @@ def problem_of_shares(
     *,
     stage_extra: tuple[float, float] = (0.0, 0.0),
     memory_limit: float = float("inf"),
+    recompute: bool = False,
+    offload_s: float | None = None,
 ) -> PipelineProblem:
     """times: F, I, W of one rank's share of the model; each of its v chunks takes 1/v of it and holds 1/v of a
     microbatch's activations. stage_extra: shares that the first and the last virtual stage carry besides.
-    memory_limit: microbatches.
+    memory_limit: microbatches. recompute: any activations may be recomputed, then nothing of them is kept. offload_s:
+    they may go to host memory; a rank's share takes so long each way.
     """
     num_stages = len(stage_rank)
     chunks = num_stages // num_ranks
@@ -79,7 +92,16 @@ def problem_of_shares(
     shares[-1] += stage_extra[1]
     forward_s, input_s, weight_s = times
     stages = tuple(
-        StageTimes(forward_s * share, input_s * share, weight_s * share, activation_bytes=1) for share in shares
+        StageTimes(
+            forward_s * share,
+            input_s * share,
+            weight_s * share,
+            activation_bytes=1,
+            recompute_bytes=int(recompute),
+            offload_bytes=int(offload_s is not None),
+            offload_s=(offload_s or 0.0) / chunks,
+        )
+        for share in shares
     )
     return PipelineProblem(
         num_microbatches,

@@ -7,6 +7,9 @@ Anytime; the best of all placements is kept throughout:
     annealing   the best start of each kind, then the best of these for longer
     proof       of small pipelines: an exact solver looks for anything shorter, or shows that there is none
 
+Where activations may be let go (recomputed, offloaded) that is done for more memory than there is, too, and what it
+finds is made to fit (spared_search.py).
+
 A placement is left alone once its lower bound reaches the best makespan. Everything is drawn from one seed; how far a
 search gets depends on time.
 """
@@ -25,6 +28,7 @@ from .exact import solve
 from .order_graph import OrderGraph
 from .problem import PipelineProblem
 from .repeats import fewer_microbatches, offer_repeats
+from .spared_search import search_sparing
 
 SHORT_ACTIONS = 30_000
 DEFAULT_TIME_LIMITS_S = (7.0, 20.0)  # of short pipelines, of long ones
@@ -54,7 +58,8 @@ class Synthesis:
 def synthesize(
     problems: Sequence[PipelineProblem], *, time_limit_s: float | None = None, seed: int = 0
 ) -> Synthesis | None:
-    """problems: the same pipeline under each placement to choose from. None where none holds one microbatch."""
+    """problems: the same pipeline under each placement to choose from. None where none holds one microbatch, or no
+    order was found that lets enough go."""
     began = time.monotonic()
     if time_limit_s is None:
         short = max(problem.num_actions for problem in problems) <= SHORT_ACTIONS
@@ -65,7 +70,11 @@ def synthesize(
     if not bounded:
         return None
     small = max(problem.num_actions for problem, _ in bounded) <= EXACT_ACTIONS
-    if small and EXACT_SHARE * time_limit_s > EXACT_LEAST_S:
+    if any(problem.offers for problem, _ in bounded):
+        found = search_sparing(bounded, lambda one, until: _search(one, until, seed) if one else [], deadline, seed)
+        if not found:
+            return None
+    elif small and EXACT_SHARE * time_limit_s > EXACT_LEAST_S:
         found = _search(bounded, share_of(1 - EXACT_SHARE, deadline), seed)
         found, bounded = _proven(found, bounded, deadline, seed)
     else:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ...costmodel.actions import Action
-from ...costmodel.simulator import Hop, StageTimes
+from ...costmodel.stage_times import Hop, StageTimes
 from .base import PipelineSchedule, v_placement
 from .order_graph import OrderGraph
 from .problem import PipelineProblem

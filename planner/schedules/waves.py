@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ...costmodel.actions import Action
-from ...costmodel.simulator import Hop, StageTimes
+from ...costmodel.stage_times import Hop, StageTimes
 from .base import PipelineSchedule, loop_placement, v_placement
 from .listing import Lane, Listing, Targets, list_schedule
 from .problem import PipelineProblem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...costmodel.actions import BACKWARD, Action
-from ...costmodel.simulator import StageTimes
+from ...costmodel.stage_times import StageTimes
 from .base import PipelineSchedule, loop_placement
 
 

@@ -45,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stage-extra", default="0,0", metavar="A,B", help="shares that the first and the last stage carry besides"
     )
     problem.add_argument("--memory", metavar="M", help="microbatches that a rank holds, at most (default: no limit)")
+    problem.add_argument("--recompute", action="store_true", help="activations may be let go and recomputed")
+    problem.add_argument(
+        "--offload", metavar="T", help="they may go to host memory; a share's take T there and T back (default: no)"
+    )
     choice = parser.add_argument_group("choice")
     choice.add_argument("--name", default=AUTO, metavar="NAME", help="auto (default), 1f1b, zb-v, v-half, ...")
     choice.add_argument(
@@ -68,6 +72,8 @@ def execute(args: argparse.Namespace) -> int:
             "makespan": found.makespan_s,
             "bubble_fraction": timeline.bubble_fraction,
             "peak_memory": held,
+            "recomputed": _count(found.schedule, "R"),
+            "offloaded": _count(found.schedule, "O"),
             "lower_bound": found.bound_s,
             "gap_fraction": found.gap_fraction,
             "name": found.name,
@@ -85,6 +91,7 @@ def execute(args: argparse.Namespace) -> int:
     console.print(
         f"{found.name}; virtual stages on a rank: {found.schedule.num_chunks}, placed: {_shape(found.schedule)}\n"
         f"makespan {found.makespan_s:g}, bubble {timeline.bubble_fraction:.1%}, {held:g} microbatches held\n"
+        f"{_let_go(found.schedule)}"
         f"no order of the placements tried takes less than {found.bound_s:g} (gap {found.gap_fraction:.1%}); "
         f"found in {found.seconds:.1f} s"
     )
@@ -110,8 +117,19 @@ def _problems(args: argparse.Namespace) -> list[PipelineProblem]:
     places = [loop_placement(p, chunks) for chunks in range(1, args.chunks + 1)] if given is None else [given]
     _refuse_long(p, m, len(places[-1]) // p)
     times = (forward_s, input_s, weight_s)
+    offload_s = None if args.offload is None else _numbers(args.offload, "--offload", 1, "0.5")[0]
     return [
-        problem_of_shares(m, place, p, times, transfer_s, stage_extra=(first, last), memory_limit=limit)
+        problem_of_shares(
+            m,
+            place,
+            p,
+            times,
+            transfer_s,
+            stage_extra=(first, last),
+            memory_limit=limit,
+            recompute=args.recompute,
+            offload_s=offload_s,
+        )
         for place in places
     ]
 
@@ -175,9 +193,10 @@ def _searched(problems: list[PipelineProblem], args: argparse.Namespace) -> Synt
     found = synthesize(problems, time_limit_s=args.time_limit)
     if found is None:
         needed = min(_least_memory(problem) for problem in problems)
+        holds = "at once, at least," if args.recompute or args.offload is not None else "that has run its forwards"
         raise ShardwrightError(
             f"a limit of {args.memory} microbatches leaves no room for one microbatch on every rank",
-            means=f"a rank that has run a microbatch's forwards holds {needed:g}",
+            means=f"a rank {holds} holds {needed:g}",
             change="--memory",
             works=f"--memory {needed:g}",
             exit_code=ExitCode.DOES_NOT_FIT,
@@ -186,6 +205,8 @@ def _searched(problems: list[PipelineProblem], args: argparse.Namespace) -> Synt
 
 
 def _least_memory(problem: PipelineProblem) -> float:
+    if problem.offers:
+        return problem.num_ranks / problem.num_stages
     most = max(len(problem.stages_of(rank)) for rank in range(problem.num_ranks))
     return most * problem.num_ranks / problem.num_stages
 
@@ -200,6 +221,13 @@ def _published(problems: list[PipelineProblem], args: argparse.Namespace) -> Syn
 
     began = time.monotonic()
     name = canonical_name(args.name, option="--name ")
+    if args.recompute or args.offload is not None:
+        option = "--recompute" if args.recompute else "--offload"
+        raise ShardwrightError(
+            f"schedule {name} keeps all activations; {option} lets an order let some go",
+            change=f"leave {option} out, or --name",
+            works="--name auto",
+        )
     taken = [chunks for chunks in SCHEDULES[name].chunks if chunks <= args.chunks]
     if not taken:
         least = min(SCHEDULES[name].chunks)
@@ -233,6 +261,17 @@ def _published(problems: list[PipelineProblem], args: argparse.Namespace) -> Syn
     makespan_s = timeline.makespan_s
     gap_fraction = (makespan_s - bound_s) / makespan_s
     return Synthesis(schedule, problem, makespan_s, bound_s, gap_fraction, name, time.monotonic() - began)
+
+
+def _count(schedule: PipelineSchedule, kind: str) -> int:
+    return sum(action.kind == kind for actions in schedule.ranks for action in actions)
+
+
+def _let_go(schedule: PipelineSchedule) -> str:
+    """A line on what is not kept, or nothing."""
+    counts = {"recomputed": _count(schedule, "R"), "offloaded": _count(schedule, "O")}
+    found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"of {schedule.num_stages * schedule.num_microbatches} activations {found}\n" if found else ""
 
 
 def _shape(schedule: PipelineSchedule) -> str:

@@ -1,0 +1,51 @@
+"""Memory of a rank, along its list of actions.
+
+A stage's activation bytes are taken at the start of F and given back at the end of B or W. What an R computes again is
+not held before it, what was offloaded not between O and L. Workspace is held during an action only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .actions import Action
+from .stage_times import StageTimes
+
+
+def peak_memory(
+    ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], static_bytes: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """(peak bytes, most activations held at once) of each rank. Needs the order alone, not the times."""
+    peaks, in_flight = [], []
+    offers = any(stage.recompute_bytes for stage in stages)
+    for rank, actions in enumerate(ranks):
+        held: float = static_bytes[rank] if static_bytes else 0
+        peak, count, most = held, 0, 0
+        again = {(stage, k) for kind, stage, k in actions if kind == "R"} if offers else set()
+        for kind, stage, microbatch in actions:
+            times = stages[stage]
+            if kind == "F":
+                held += times.activation_bytes - (times.recompute_bytes if (stage, microbatch) in again else 0)
+                count += 1
+                most = max(most, count)
+                peak = max(peak, held + times.forward_workspace_bytes)
+                continue
+            if kind == "O":
+                held -= times.offload_bytes
+                continue
+            if kind == "L":
+                held += times.offload_bytes
+                peak = max(peak, held)
+                continue
+            if kind == "R":
+                held += times.recompute_bytes
+            peak = max(peak, held + times.backward_workspace_bytes)
+            if kind == "I":
+                held -= times.activation_bytes * times.input_grad_release
+            elif kind != "R":
+                kept = 1.0 if kind == "B" else 1.0 - times.input_grad_release
+                held -= times.activation_bytes * kept
+                count -= 1
+        peaks.append(round(peak))
+        in_flight.append(most)
+    return peaks, in_flight
