@@ -2,14 +2,15 @@
 
 The planner's schedule gives each rank its list of actions; transfers.py puts sends and receives in, and torch walks the
 list. Forward and backward are ours, registered as custom functions of the action types; receives are torch's work
-objects, waited for just before they are used. A sent tensor is let go as soon as its transfer is over.
+objects, waited for just before they are used. A send follows the action that makes what it sends at once, so that it is
+part of it. A sent tensor is let go as soon as its transfer is over.
 
 The stages of a second direction follow those of the first in torch's numbering.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,22 +18,24 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..costmodel.actions import Action
+from ..costmodel.actions import LOAD, OFFLOAD, RECOMPUTE, Action
 from ..planner.schedules import PipelineSchedule
 from ._torch import ComputationType, ScheduleRuntime, StageBase, TorchAction, wait_all
 from .stage import Meta, StageRunner, Variant
 from .trace import Recorder
-from .transfers import communicating_lists
+from .transfers import SENDS, communicating_lists
 
 _KINDS = {
     "F": ComputationType.FORWARD,
     "B": ComputationType.FULL_BACKWARD,
     "I": ComputationType.BACKWARD_INPUT,
     "W": ComputationType.BACKWARD_WEIGHT,
-    "SEND_F": ComputationType.SEND_F,
     "RECV_F": ComputationType.RECV_F,
-    "SEND_B": ComputationType.SEND_B,
     "RECV_B": ComputationType.RECV_B,
+    # torch has no kinds for these; of those that functions can be registered for, three that we use for nothing else
+    "R": ComputationType.UNSHARD,
+    "O": ComputationType.RESHARD,
+    "L": ComputationType.REDUCE_GRAD,
 }
 
 
@@ -55,7 +58,6 @@ class PipelineStage(StageBase):
         self.runner, self.wiring = runner, runner.stage
         self.values: dict[int, list[torch.Tensor]] = {}  # received or handed over, by microbatch
         self.grads: dict[int, dict[str, torch.Tensor]] = {}
-        self.to_send: dict[tuple[str, int], list[torch.Tensor]] = {}
         self.variants: Sequence[Variant] = ()
         self._in_flight: dict[tuple[str, int], list[tuple[Any, torch.Tensor]]] = {}  # sends, the oldest first
 
@@ -79,11 +81,11 @@ class PipelineStage(StageBase):
         self.grads[bwd_chunk_id] = dict(zip(self.wiring.grad_receives, tensors, strict=True))
         return self._receives(tensors, self.stage_index + 1)
 
-    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send(("F", fwd_chunk_id), self.stage_index + 1)
+    def send_on(self, microbatch: int, tensors: Iterable[torch.Tensor]) -> None:
+        self._send(("F", microbatch), tensors, self.stage_index + 1)
 
-    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._send(("B", bwd_chunk_id), self.stage_index - 1)
+    def send_back(self, microbatch: int, tensors: Iterable[torch.Tensor]) -> None:
+        self._send(("B", microbatch), tensors, self.stage_index - 1)
 
     def _empty(self, names: Sequence[str], metas: Mapping[str, Meta]) -> list[torch.Tensor]:
         return [torch.empty(metas[n][0], dtype=metas[n][1], device=self.device) for n in names]
@@ -92,14 +94,12 @@ class PipelineStage(StageBase):
         peer = self.stage_index_to_group_rank[stage]
         return [dist.P2POp(dist.irecv, t, group=self.group, group_peer=peer) for t in map(_real, tensors) if t.numel()]
 
-    def _send(self, key: tuple[str, int], stage: int) -> list[dist.P2POp]:
-        """Sends at once and gives torch nothing to wait for: it would hold the tensors to the end of the step."""
+    def _send(self, key: tuple[str, int], tensors: Iterable[torch.Tensor], stage: int) -> None:
         peer = self.stage_index_to_group_rank[stage]
         while self._in_flight and all(work.is_completed() for work, _ in next(iter(self._in_flight.values()))):
             del self._in_flight[next(iter(self._in_flight))]
-        tensors = [_real(t.resolve_conj()).contiguous() for t in self.to_send.pop(key) if t.numel()]
-        self._in_flight[key] = [(dist.isend(t, group=self.group, group_dst=peer), t) for t in tensors]
-        return []
+        real = [_real(t.resolve_conj()).contiguous() for t in tensors if t.numel()]
+        self._in_flight[key] = [(dist.isend(t, group=self.group, group_dst=peer), t) for t in real]
 
     def came_back(self, microbatch: int) -> None:
         """A gradient is here, so what was sent forward has arrived. gloo says so only to who waits for it."""
@@ -115,7 +115,6 @@ class PipelineStage(StageBase):
     def clear(self) -> None:
         self.values.clear()
         self.grads.clear()
-        self.to_send.clear()
 
 
 def _real(tensor: torch.Tensor) -> torch.Tensor:
@@ -137,6 +136,10 @@ class PipelineEngine:
         self.recorder = recorder
         self._runtimes: dict[tuple[int, bool], _Runtime] = {}
         self._work: Work | None = None
+        # (stage, microbatch) of what is recomputed and of what is offloaded
+        self._let_go: dict[tuple[int, bool], tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]] = {}
+        self._again: frozenset[tuple[int, int]] = frozenset()
+        self._away: frozenset[tuple[int, int]] = frozenset()
 
     def run(self, schedule: PipelineSchedule, work: Work) -> None:
         runtime = self._runtime(schedule)
@@ -144,6 +147,7 @@ class PipelineEngine:
         for stage in self.stages:
             stage.variants = work.variants[stage.stage_index]
         count = schedule.num_microbatches
+        self._again, self._away = self._let_go[schedule.num_microbatches, schedule.is_forward_only]
         try:
             runtime._step_microbatches([()] * count, [{}] * count)
             for stage in self.stages:
@@ -166,7 +170,11 @@ class PipelineEngine:
             runtime.register_custom_function(ComputationType.FULL_BACKWARD, self._backward)
             runtime.register_custom_function(ComputationType.BACKWARD_INPUT, self._backward)
             runtime.register_custom_function(ComputationType.BACKWARD_WEIGHT, self._backward_weight)
+            runtime.register_custom_function(_KINDS[RECOMPUTE], self._recompute)
+            runtime.register_custom_function(_KINDS[OFFLOAD], self._offload)
+            runtime.register_custom_function(_KINDS[LOAD], self._load)
             self._runtimes[key] = runtime
+            self._let_go[key] = schedule.places(RECOMPUTE), schedule.places(OFFLOAD)
         return self._runtimes[key]
 
     def _forward(self, action: Any, ctx: Any) -> None:
@@ -182,13 +190,16 @@ class PipelineEngine:
                 work.inputs[microbatch],
                 stage.values.pop(microbatch, []),
                 training=work.training,
+                again=(number, microbatch) in self._again,
             )
+        if (number, microbatch) in self._away:
+            stage.runner.begin_offload(microbatch, work.inputs[microbatch])
         if stage.runner.is_last:
             work.results[microbatch] = results
         elif number + 1 in self.by_number:
             self.by_number[number + 1].values[microbatch] = list(results.values())
         else:
-            stage.to_send["F", microbatch] = list(results.values())
+            stage.send_on(microbatch, results.values())
 
     def _backward(self, action: Any, ctx: Any) -> None:
         work = self._work
@@ -208,12 +219,27 @@ class PipelineEngine:
         if number - 1 in self.by_number:
             self.by_number[number - 1].grads[microbatch] = sent
         else:
-            stage.to_send["B", microbatch] = list(sent.values())
+            stage.send_back(microbatch, sent.values())
 
     def _backward_weight(self, action: Any, ctx: Any) -> None:
         stage, microbatch = self.by_number[action.stage_index], action.microbatch_index
         with self.recorder.action("W", stage.wiring.index, microbatch):
             stage.runner.backward_weight(microbatch)
+
+    def _recompute(self, action: Any, ctx: Any) -> None:
+        work, number, microbatch = self._work, action.stage_index, action.microbatch_index
+        assert work is not None
+        runner = self.by_number[number].runner
+        with self.recorder.action(RECOMPUTE, number, microbatch):
+            runner.recompute(microbatch, work.variants[number][microbatch], work.inputs[microbatch])
+
+    def _offload(self, action: Any, ctx: Any) -> None:
+        with self.recorder.action(OFFLOAD, action.stage_index, action.microbatch_index):
+            self.by_number[action.stage_index].runner.let_go(action.microbatch_index)
+
+    def _load(self, action: Any, ctx: Any) -> None:
+        with self.recorder.action(LOAD, action.stage_index, action.microbatch_index):
+            self.by_number[action.stage_index].runner.load(action.microbatch_index)
 
 
 def _torch_order(schedule: PipelineSchedule) -> dict[int, list[TorchAction]]:
@@ -223,4 +249,5 @@ def _torch_order(schedule: PipelineSchedule) -> dict[int, list[TorchAction]]:
         number = direction[action.microbatch] * num_stages + action.stage
         return TorchAction(number, _KINDS[action.kind], action.microbatch)
 
-    return {rank: [in_torch(action) for action in row] for rank, row in enumerate(communicating_lists(schedule))}
+    lists = communicating_lists(schedule)
+    return {rank: [in_torch(action) for action in row if action.kind not in SENDS] for rank, row in enumerate(lists)}

@@ -14,6 +14,7 @@ import torch
 from ..passes.program import SegmentProgram
 from ..profiler.graph import ModelGraph, SegmentInstance
 from .buffers import Buffers
+from .offload import HostCopy, HostMemory
 from .parameters import ParameterStore
 from .specs import ParamUse, param_uses
 from .wiring import USER_INPUT, StageWiring, Wiring
@@ -46,6 +47,14 @@ class _Kept:
 
 
 @dataclass
+class _Inputs:
+    """What a forward needs to run again. buffers: of each step, as they were."""
+
+    received: list[torch.Tensor]
+    buffers: list[list[torch.Tensor]]
+
+
+@dataclass
 class Variant:
     """The stage's steps for one shape of microbatch, and the local shapes of all values."""
 
@@ -73,6 +82,9 @@ class StageRunner:
         self.on_forward: Callable[[], None] = _nothing
         self._kept: dict[int, list[_Kept]] = {}
         self._deferred: dict[int, list[_Kept]] = {}
+        self._again: dict[int, _Inputs] = {}
+        self._away: dict[int, HostCopy] = {}  # the saved tensors of what is kept
+        self._host = HostMemory(store.device)
         self._flushes = store.flush_plan([index for index in stage.instances if index in wiring.backward_runs])
 
     def variant(self, programs: Mapping[str, SegmentProgram]) -> Variant:
@@ -109,39 +121,96 @@ class StageRunner:
         received: list[torch.Tensor],
         *,
         training: bool = True,
+        again: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Returns the values that the stage sends on or, on the last stage, keeps. Buffers are written when training.
 
-        Empties `received`, so that each value can go once it has been used.
+        Empties `received`, so that each value can go once it has been used. again: nothing is kept for the backward;
+        recompute() comes before it.
         """
         env = dict(inputs)
         env.update(zip(self.stage.receives, received, strict=True))
+        if again:
+            self._again[microbatch] = _Inputs(list(received), [])
         received.clear()
         kept: list[_Kept] = []
-        steps = variant.steps
-        for position, step in enumerate(steps):
-            instance, program = step.instance, step.program
-            params = self.store.acquire(instance.index, step.uses)
-            if position + 1 < len(steps):  # after acquire: the buffer that these came in is free again
-                self.store.prefetch(steps[position + 1].instance.index)
-            buffers = self.buffers.read(instance.buffers)
-            key = self.key_of(microbatch, instance.index)
-            outputs, updates, saved = program.run_forward(params, buffers, [env[n] for n in instance.inputs], key)
-            self.store.release(instance.index)
+        for position, step in enumerate(variant.steps):
+            buffers = self.buffers.read(step.instance.buffers)
+            updates, item = self._run(microbatch, variant, position, env, buffers)
             if training:
                 if updates:
-                    self.buffers.write(instance, program.mutated_buffers, updates)
-                if step.runs_backward:
-                    kept.append(_Kept(step, buffers, key, saved))
-            del saved, params
-            env.update(zip(instance.outputs, outputs, strict=True))
-            for name in step.frees:
-                del env[name]
+                    self.buffers.write(step.instance, step.program.mutated_buffers, updates)
+                if again:
+                    self._again[microbatch].buffers.append(buffers)
+                elif step.runs_backward:
+                    kept.append(item)
+            del item
         if training:
-            self._kept[microbatch] = kept
+            if not again:
+                self._kept[microbatch] = kept
             self.on_forward()
         wanted = self.stage.sends if not self.is_last else (self.wiring.loss, *self.wiring.outputs)
         return {name: env[name] for name in wanted}
+
+    def _run(
+        self,
+        microbatch: int,
+        variant: Variant,
+        position: int,
+        env: dict[str, torch.Tensor],
+        buffers: list[torch.Tensor],
+    ) -> tuple[list[torch.Tensor], _Kept]:
+        """One step's forward: new values of its buffers, and what its backward needs."""
+        steps = variant.steps
+        step = steps[position]
+        instance = step.instance
+        params = self.store.acquire(instance.index, step.uses)
+        if position + 1 < len(steps):  # after acquire: the buffer that these came in is free again
+            self.store.prefetch(steps[position + 1].instance.index)
+        key = self.key_of(microbatch, instance.index)
+        outputs, updates, saved = step.program.run_forward(params, buffers, [env[n] for n in instance.inputs], key)
+        self.store.release(instance.index)
+        env.update(zip(instance.outputs, outputs, strict=True))
+        for name in step.frees:
+            del env[name]
+        return updates, _Kept(step, buffers, key, saved)
+
+    def recompute(self, microbatch: int, variant: Variant, inputs: Mapping[str, torch.Tensor]) -> None:
+        """After forward(again=True): the same forward, with the same buffers and keys, and kept this time."""
+        before = self._again.pop(microbatch)
+        env = dict(inputs)
+        env.update(zip(self.stage.receives, before.received, strict=True))
+        before.received.clear()
+        kept = self._kept[microbatch] = []
+        for position, step in enumerate(variant.steps):
+            _, item = self._run(microbatch, variant, position, env, before.buffers[position])
+            if step.runs_backward:
+                kept.append(item)
+        self.on_forward()
+
+    def begin_offload(self, microbatch: int, inputs: Mapping[str, torch.Tensor]) -> None:
+        """After forward(): what it kept starts on its way to host memory."""
+        saved = [tensor for item in self._kept[microbatch] for tensor in item.saved]
+        self._away[microbatch] = self._host.copy(saved, inputs.values())
+
+    def let_go(self, microbatch: int) -> None:
+        for item in self._kept[microbatch]:
+            item.saved = []
+        self._away[microbatch].let_go()
+
+    def load(self, microbatch: int) -> None:
+        self._away[microbatch].load()
+        self.on_forward()
+
+    def _arrived(self, microbatch: int) -> list[_Kept]:
+        """What a forward kept, on the device."""
+        kept = self._kept.pop(microbatch)
+        if microbatch in self._away:
+            tensors = self._away.pop(microbatch).tensors()
+            for item in kept:
+                count = item.step.program.num_saved
+                item.saved, tensors = tensors[:count], tensors[count:]
+        return kept
 
     def backward(
         self, microbatch: int, variant: Variant, received: Mapping[str, torch.Tensor], *, defer: bool = False
@@ -152,7 +221,7 @@ class StageRunner:
         """
         grads = dict(received)
         owned: set[str] = set()
-        kept = self._kept.pop(microbatch)
+        kept = self._arrived(microbatch)
         deferred = self._deferred.setdefault(microbatch, []) if defer else []
         while kept:
             item = kept.pop()
@@ -223,16 +292,22 @@ class StageRunner:
 
     def kept_bytes(self) -> int:
         """Bytes of saved tensors, each storage once."""
+        rows = (*self._kept.values(), *self._deferred.values())
+        tensors = [tensor for row in rows for item in row for tensor in item.saved]
+        tensors += [tensor for inputs in self._again.values() for tensor in inputs.received]
         storages = {}
-        for row in (*self._kept.values(), *self._deferred.values()):
-            for item in row:
-                for tensor in item.saved:
-                    if isinstance(tensor, torch.Tensor):
-                        storage = tensor.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        for microbatch, copy in self._away.items():
+            if not any(item.saved for item in self._kept[microbatch]):
+                storages[-1 - microbatch] = copy.device_bytes()
         return sum(storages.values())
 
     def clear(self) -> None:
+        self._again.clear()
+        self._away.clear()
         self._kept.clear()
         self._deferred.clear()
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..costmodel.actions import BACKWARD, BACKWARD_INPUT, FORWARD, RECOMPUTE, Action
+from ..costmodel.actions import BACKWARD, BACKWARD_INPUT, FORWARD, Action
 from ..errors import ShardwrightError
 from ..planner.schedules import PipelineSchedule
 
 SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD, RECEIVE_BACKWARD = "SEND_F", "RECV_F", "SEND_B", "RECV_B"  # as torch
-_SENDS = {SEND_FORWARD: 1, SEND_BACKWARD: -1}  # to which stage
+SENDS = {SEND_FORWARD: 1, SEND_BACKWARD: -1}  # to which stage
 _RECEIVES = {RECEIVE_FORWARD: -1, RECEIVE_BACKWARD: 1}  # from which stage
 _BACKWARDS = (BACKWARD, BACKWARD_INPUT)
 
@@ -47,8 +47,8 @@ def communicating_lists(schedule: PipelineSchedule) -> tuple[tuple[Action, ...],
 
 
 def with_transfers(schedule: PipelineSchedule) -> tuple[tuple[Action, ...], ...]:
-    """Neighbouring stages on one rank need no transfer. Recomputation is the stage's own business and is left out."""
-    rows = [[action for action in row if action.kind != RECOMPUTE] for row in schedule.ranks]
+    """Neighbouring stages on one rank need no transfer."""
+    rows = schedule.ranks
     lists: list[list[Action]] = [[] for _ in rows]
     at = [0] * len(rows)
     made: set[Result | None] = {None}
@@ -116,7 +116,7 @@ def verify(schedule: PipelineSchedule, lists: Lists, buffered: int = 0) -> None:
                 if needed not in made[rank] and not (needed in under_way and needed in asked):
                     break
                 made[rank].add(_makes(action))
-            elif action.kind in _SENDS:
+            elif action.kind in SENDS:
                 pair = message.source, message.target
                 if message.result not in made[rank] or sent[pair] >= posted[pair] + buffered:
                     break
@@ -152,8 +152,8 @@ def _check_orders(schedule: PipelineSchedule, lists: Lists) -> None:
 
 def _message(schedule: PipelineSchedule, action: Action) -> Message | None:
     kind, stage, microbatch = action
-    if kind in _SENDS:
-        source, target = stage, stage + _SENDS[kind]
+    if kind in SENDS:
+        source, target = stage, stage + SENDS[kind]
     elif kind in _RECEIVES:
         source, target = stage + _RECEIVES[kind], stage
     else:

@@ -126,6 +126,12 @@ def norm(comm: Comm, params: list, buffers: list, inputs: list, key: torch.Tenso
     return [h - current, (0.9 * mean + 0.1 * current).detach()]
 
 
+def norm_by_buffer(comm: Comm, params: list, buffers: list, inputs: list, key: torch.Tensor) -> list[torch.Tensor]:
+    """Its result depends on what the microbatches before have written."""
+    out, update = norm(comm, params, buffers, inputs, key)
+    return [out * (1.0 + buffers[0]), update]
+
+
 def head(comm: Comm, params: list, buffers: list, inputs: list, key: torch.Tensor) -> list[torch.Tensor]:
     (weight, bias), (h,) = params, inputs
     h = comm.sum(h, "tp", ahead=False, behind=True)
@@ -219,7 +225,13 @@ class ToyModel(nn.Module):
         self.register_buffer("mean", torch.zeros(WIDTH, dtype=dtype))
 
 
-def make_toy(num_blocks: int = 3, batch_size: int = 4, dtype: torch.dtype = torch.float64, tie: bool = True) -> Toy:
+def make_toy(
+    num_blocks: int = 3,
+    batch_size: int = 4,
+    dtype: torch.dtype = torch.float64,
+    tie: bool = True,
+    reads_buffer: bool = False,
+) -> Toy:
     model = ToyModel(num_blocks, dtype, tie)
     rows: list[tuple[str, list[str], list[str], list[str], list[str]]] = [
         ("prologue", [], ["table"], ["input:ids"], ["prologue.0/pos"]),
@@ -240,7 +252,10 @@ def make_toy(num_blocks: int = 3, batch_size: int = 4, dtype: torch.dtype = torc
         names = [tuple(row) for row in (params, buffers, inputs, outputs)]
         instances.append(SegmentInstance(index, segment, *names, base, ""))
         base += int(SEGMENTS[segment].random)
-    return Toy(_graph(model, instances, batch_size, dtype), model, num_blocks)
+    toy = Toy(_graph(model, instances, batch_size, dtype), model, num_blocks)
+    if reads_buffer:
+        toy.segments["norm"] = dataclasses.replace(SEGMENTS["norm"], body=norm_by_buffer)
+    return toy
 
 
 def _update_graph() -> torch.fx.GraphModule:

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 from distributed import run_ranks
+from sparing_orders import letting_go
 from test_check_matrix import MODELS, _compare, _once, spec
 
 from shardwright import api, tasks
@@ -52,7 +53,7 @@ def _combinations() -> list[tuple[str, str, int, int]]:
     ]
 
 
-def _check(model: str, tmp_path: Path, **force: object) -> None:
+def _check(model: str, tmp_path: Path, let_go: bool = False, **force: object) -> None:
     workload = tasks.check_workload({**spec(model), "overrides": OVERRIDES[model]})
     asked = {"tp": "1", "microbatch": "2", **{key: str(value) for key, value in force.items()}}
     ranks = int(asked["pp"]) * int(asked["dp"])
@@ -60,6 +61,7 @@ def _check(model: str, tmp_path: Path, **force: object) -> None:
         plan = api.plan(workload, f"{ranks}xCPU", force=asked)
     assert plan.schedule.name == asked["schedule"]
     assert asked.get("virtual_stages") in (None, str(plan.schedule.virtual_stages))
+    plan = letting_go(plan) if let_go else plan
     plan.save(tmp_path / "plan.json")
     found = run_ranks(ranks, _compare, str(tmp_path / "plan.json"))[0]
     assert found["losses"] == pytest.approx(found["reference_losses"], rel=1e-9)
@@ -71,6 +73,11 @@ def test_order_of_actions_does_not_change_the_numbers(
     model: str, schedule: str, chunks: int, pp: int, tmp_path: Path
 ) -> None:
     _check(model, tmp_path, schedule=schedule, virtual_stages=chunks, pp=pp, dp=1)
+
+
+@pytest.mark.parametrize(("model", "schedule"), [(name, "zb_v") for name in PIPELINED] + [("tiny-gpt2", "1f1b")])
+def test_letting_activations_go_does_not_change_the_numbers(model: str, schedule: str, tmp_path: Path) -> None:
+    _check(model, tmp_path, let_go=True, schedule=schedule, pp=2, dp=1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from distributed import run_ranks
 from runtime_toy import make_batch, make_plan, make_program, make_toy, reference
+from sparing_orders import letting_go
 
 from shardwright.errors import ShardwrightError
 from shardwright.planner.schedules import SCHEDULES, build_schedule
@@ -18,10 +19,11 @@ from shardwright.runtime.wiring import wire
 TOLERANCE = 1e-9
 
 
-def _compare(rank: int, layout: dict, size: int, toy_options: dict) -> dict[str, float]:
+def _compare(rank: int, layout: dict, size: int, toy_options: dict, let_go: bool = False) -> dict[str, float]:
     """Largest relative error of the loss, the gradients and the buffers, on this rank."""
     toy = make_toy(**toy_options)
     plan = make_plan(toy, **layout)
+    plan = letting_go(plan) if let_go else plan
     program = make_program(toy, plan)
     batch = make_batch(size)
     loss = program.forward_backward(program.shard_batch(batch))
@@ -39,8 +41,8 @@ def _compare(rank: int, layout: dict, size: int, toy_options: dict) -> dict[str,
     return errors
 
 
-def _check(size: int, layout: dict, batch: int = 16, **toy_options) -> None:
-    for errors in run_ranks(size, _compare, layout, batch, toy_options):
+def _check(size: int, layout: dict, batch: int = 16, let_go: bool = False, **toy_options) -> None:
+    for errors in run_ranks(size, _compare, layout, batch, toy_options, let_go):
         worst = max(errors, key=lambda name: errors[name])
         assert errors[worst] < TOLERANCE, (worst, errors[worst])
 
@@ -105,6 +107,28 @@ def test_interleaved_stages_on_four_ranks_with_any_number_of_microbatches(count:
 )
 def test_published_schedules_of_one_direction(schedule: str, chunks: int) -> None:
     _check(2, {"pp": 2, "schedule": schedule, "chunks": chunks})
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("zb_h1", 1), ("zb_v", 2)])
+def test_activations_recomputed_and_offloaded_one_by_one(schedule: str, chunks: int) -> None:
+    """With a buffer that the forward writes, random numbers, and fused and split backwards."""
+    _check(2, {"pp": 2, "schedule": schedule, "chunks": chunks}, let_go=True)
+
+
+def test_recomputation_reads_buffers_as_they_were() -> None:
+    layout = {"pp": 2, "schedule": "zb_h2", "cuts": [5, 2]}
+    _check(2, layout, let_go=True, reads_buffer=True)
+    _check(2, layout, reads_buffer=True)
+
+
+@pytest.mark.parametrize("batch", [12, 18, 20])
+def test_activations_let_go_with_fewer_shorter_or_more_microbatches(batch: int) -> None:
+    _check(2, {"pp": 2, "schedule": "zb_h1"}, batch=batch, let_go=True)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_activations_let_go_with_data_parallel_ranks(zero: int) -> None:
+    _check(4, {"pp": 2, "dp": 2, "zero": zero, "schedule": "zb_h1"}, let_go=True)
 
 
 @pytest.mark.parametrize(("schedule", "chunks"), [("chimera", 1), ("bitpipe", 2)])

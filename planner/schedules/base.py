@@ -68,6 +68,10 @@ class PipelineSchedule:
     def splits_backward(self) -> bool:
         return any(action.kind == BACKWARD_INPUT for actions in self.ranks for action in actions)
 
+    def places(self, kind: str) -> frozenset[tuple[int, int]]:
+        """(stage, microbatch) of all actions of one kind."""
+        return frozenset((stage, i) for row in self.ranks for one, stage, i in row if one == kind)
+
     @property
     def spares(self) -> bool:
         """Are activations let go of, one by one: recomputed or offloaded?"""
