@@ -49,3 +49,17 @@ def peak_memory(
         peaks.append(round(peak))
         in_flight.append(most)
     return peaks, in_flight
+
+
+def peak_host_memory(ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes]) -> list[int]:
+    """Bytes of each rank: what is offloaded is there from the end of its forward to its backward."""
+    peaks = []
+    for actions in ranks:
+        away = {(stage, microbatch) for kind, stage, microbatch in actions if kind == "O"}
+        held = peak = 0
+        for kind, stage, microbatch in actions:
+            if (stage, microbatch) in away and kind in "FIB":
+                held += stages[stage].offload_bytes * (1 if kind == "F" else -1)
+                peak = max(peak, held)
+        peaks.append(peak)
+    return peaks

@@ -15,11 +15,12 @@ from ..profiler.near import near_matches
 from .schedules.library import SCHEDULES, SEARCHED, canonical_name
 
 FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "virtual_stages", "recompute", "cuts",
-              "zero_extent")  # fmt: skip
+              "zero_extent", "offload")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages"}
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 MAX_PP = 64
 RECOMPUTE_CHOICES = ("auto", "none", "all")
+OFFLOAD_CHOICES = ("none", "auto")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Forced:
     recompute: str = "auto"
     cuts: tuple[int, ...] | None = None  # segment instance at which each next stage begins
     zero_extent: tuple[int, int] | None = None  # ranks that share parameters, ranks that share other state
+    offload: bool = False  # an order of the plan's own may send activations to host memory
 
     @property
     def axes(self) -> dict[str, int]:
@@ -122,6 +124,8 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = canonical_name(text)
         elif name == "recompute":
             values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
+        elif name == "offload":
+            values[name] = _one_of(name, text.lower(), OFFLOAD_CHOICES) == "auto"
         elif name == "cuts":
             values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
         elif name == "zero_extent":
@@ -143,7 +147,14 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
 
 
 def _example(key: str) -> str:
-    return {"schedule": "1f1b", "recompute": "all", "cuts": "12", "zero": "1", "zero_extent": "8"}.get(key, "2")
+    return {
+        "schedule": "1f1b",
+        "recompute": "all",
+        "cuts": "12",
+        "zero": "1",
+        "zero_extent": "8",
+        "offload": "auto",
+    }.get(key, "2")
 
 
 def _integer(key: str, text: str, least: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..units import format_bytes
+from .order import num_activations, num_let_go
 from .plan import MESH_AXES, Plan
 
 TIGHT = 0.95  # of the memory limit
@@ -85,6 +86,10 @@ def binding(plan: Plan) -> str:
         found.append(f"memory: {format_bytes(peak)} of {format_bytes(limit)}, most of it {kind}")
     if recomputed := [name for name, policy in plan.memory_policy.recompute.items() if policy != "none"]:
         found.append(f"memory: {len(recomputed)} kinds of segment are computed twice to save it")
+    again, away = num_let_go(plan)
+    for count, what in ((again, "computed twice"), (away, "sent to host memory")):
+        if count:
+            found.append(f"memory: {count} of {num_activations(plan)} activations are {what} to save it")
     lost = max(("communication", "bubble"), key=lambda part: parts[part])
     if parts[lost] > 0.01 * plan.predicted.step_s:
         words = {"communication": "collectives that nothing hides", "bubble": "ranks that wait in the pipeline"}
@@ -102,6 +107,7 @@ def _choices(before: Plan, after: Plan) -> Iterator[Change]:
 def _described(plan: Plan) -> dict[str, str]:
     sizes = plan.mesh.model_dump()
     recompute = plan.memory_policy.recompute
+    let_go = zip(num_let_go(plan), ("recomputed", "offloaded"), strict=True)
     return {
         "model": str(plan.workload.get("model", "")),
         "hardware": str(plan.hardware.get("name", "")),
@@ -113,6 +119,7 @@ def _described(plan: Plan) -> dict[str, str]:
         "ZeRO": str(plan.zero),
         "ZeRO extents": " ".join(f"{kind}={size}" for kind, size in plan.zero_extents.items()),
         "recompute": " ".join(f"{name}={policy}" for name, policy in recompute.items() if policy != "none"),
+        "let go one by one": ", ".join(f"{count} {what}" for count, what in let_go if count),
         "fused kernels": " ".join(plan.fusions),
         "forced": " ".join(f"{key}={value}" for key, value in plan.forced.items()),
     }

@@ -307,15 +307,17 @@ def run_timeline(
     *,
     num_microbatches: int | None = None,
     schedule: PipelineSchedule | None = None,
+    stages: Sequence[StageTimes] | None = None,
     with_events: bool = False,
     with_memory: bool = False,
 ) -> Timeline:
-    """schedule: in place of the candidate's. with_memory: also the most activation bytes at once on each rank."""
+    """schedule, stages: in place of the candidate's and the chain's.
+    with_memory: also the most activation bytes at once on each rank."""
     if schedule is None:
         count = num_microbatches or candidate.count
         schedule = cached_schedule(candidate.schedule, candidate.pp, count, candidate.virtual_stages)
     return schedule.simulate(
-        stage_times(setting, candidate, chain, bounds),
+        stage_times(setting, candidate, chain, bounds) if stages is None else stages,
         hops(setting, candidate, chain, bounds),
         overlap_reductions=True,
         tails=tails(setting, candidate, chain, bounds),

@@ -3,16 +3,52 @@
 An option is a point of the frontier together with the distinct segments whose forward runs again in the backward.
 Segments are taken in the order of bytes freed per second spent; of all options those stay that no other beats in both
 seconds and bytes, fastest first.
+
+Besides, an order of its own may be offered to let go of single activations: of one stage and one microbatch.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .chain import Shape
+from ..costmodel.stage_times import StageTimes
+from ..profiler.device import Device
+from .chain import Chain, Shape
 from .interfaces import ShardingSolution
+
+
+@dataclass(frozen=True)
+class Offers:
+    """What an order may do with single activations. offload: to host memory."""
+
+    recompute: bool = False
+    offload: bool = False
+
+
+def offering(
+    offers: Offers,
+    stages: Sequence[StageTimes],
+    chain: Chain,
+    bounds: Sequence[int],
+    devices: Sequence[Device],
+    stage_rank: Sequence[int],
+) -> list[StageTimes]:
+    """The stages with what may be let go of. chain: of activations that are all kept. devices: of each pipeline rank.
+
+    Recomputation starts from the values that the stage received. Offloaded may be all that its instances save.
+    """
+    found = []
+    for stage, times in enumerate(stages):
+        start, stop = bounds[stage], bounds[stage + 1]
+        received = chain.cut_forward_bytes[start] if stage else 0.0
+        again = max(0, int(times.activation_bytes - received)) if offers.recompute else 0
+        away = int(chain.activation_bytes[start:stop].sum()) if offers.offload else 0
+        link = devices[stage_rank[stage]].host_link
+        away_s = link.latency_s + away / link.bytes_per_s if away else 0.0
+        found.append(replace(times, recompute_bytes=again, offload_bytes=away, offload_s=away_s))
+    return found
 
 
 @dataclass(frozen=True)

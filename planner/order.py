@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..costmodel.actions import Action, parse_action
+from ..costmodel.actions import OFFLOAD, RECOMPUTE, Action, parse_action
 from ..errors import ExitCode, ShardwrightError
 from .plan import Plan
 from .schedules import SCHEDULES, PipelineSchedule, build_schedule
@@ -48,6 +48,18 @@ def _of_rows(own: list[list[Action]], plan: Plan, count: int) -> PipelineSchedul
         for row in own
     )
     return PipelineSchedule(SYNTHESIZED, count, tuple(plan.schedule.stage_rank), ranks)
+
+
+def num_activations(plan: Plan) -> int:
+    """Of one stage and one microbatch each."""
+    return len(plan.stages) * plan.microbatch.count
+
+
+def num_let_go(plan: Plan) -> tuple[int, int]:
+    """Activations, of one stage and one microbatch each, that the plan's order recomputes, and that it offloads."""
+    actions = [parse_action(text) for row in plan.schedule.order for text in row.split()]
+    again, away = (sum(action.kind == kind for action in actions) for kind in (RECOMPUTE, OFFLOAD))
+    return again, away
 
 
 def splits_backward(plan: Plan) -> bool:

@@ -51,7 +51,9 @@ class Microbatch(_Document):
 
 class Schedule(_Document):
     """name: of planner/schedules/library.py, or "synthesized": then order has each pipeline rank's actions with spaces
-    between, as "0F0 0F1 0B0" (stage, kind, microbatch), and stage_rank the pipeline rank of each virtual stage."""
+    between, as "0F0 0F1 0B0" (stage, kind, microbatch), and stage_rank the pipeline rank of each virtual stage.
+
+    What an R stands for is not kept from its F to there; what stands between O and L is in host memory."""
 
     name: str
     virtual_stages: int = 1  # stages on each pipeline rank
@@ -75,7 +77,8 @@ class MemoryPolicy(_Document):
 
 class StageSeconds(_Document):
     """One virtual stage, for one microbatch; reduce_s: of its gradients, once a step. send_s, send_back_s: what its
-    value takes to the next stage, and the value's gradient back."""
+    value takes to the next stage, and the value's gradient back. offload_s: of its activations to host memory, and
+    back; 0 where that was not offered."""
 
     forward_s: float
     backward_input_s: float
@@ -83,6 +86,7 @@ class StageSeconds(_Document):
     reduce_s: float = 0.0
     send_s: float = 0.0
     send_back_s: float = 0.0
+    offload_s: float = 0.0
 
 
 class Predicted(_Document):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..costmodel.simulator import Timeline
-from ..costmodel.stage_times import Hop
+from ..costmodel.stage_times import Hop, StageTimes
 from ..profiler.cluster import Cluster
 from ..profiler.workload import Workload
 from . import plan as plan_document
@@ -17,7 +18,8 @@ from .evaluate import hops, run_timeline, stage_times, tails
 from .footprint import placements_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
-from .schedule_choice import best_order, free_bound, own_order
+from .own_order import own_order
+from .schedule_choice import best_order, free_bound
 from .setting import Setting
 
 if TYPE_CHECKING:
@@ -91,12 +93,15 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     held: list[int] | list[None] = [None] * candidate.pp
     if own is not None:
         order, timeline, bounds, candidate = own.schedule, own.timeline, own.bounds, own.candidate
+        chain, best.recompute = own.way.chain, own.way.recompute
         schedule.name, schedule.stage_rank = order.name, list(order.stage_rank)
         schedule.order = [" ".join(map(str, row)) for row in order.ranks]
         held = timeline.peak_bytes
     step_s = timeline.makespan_s
     best.step_s, best.bounds = step_s, bounds
-    breakdowns = [rank_breakdown(setting, candidate, chain, bounds, r, held[r]) for r in range(candidate.pp)]
+    counted = chain if own is None else own.way.held
+    stages = stage_times(setting, candidate, chain, bounds) if own is None else own.stages
+    breakdowns = [rank_breakdown(setting, candidate, counted, bounds, r, held[r]) for r in range(candidate.pp)]
     peaks = [sum(items.values()) for items in breakdowns]
     worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
     bounds_s = [state.outcomes[c].bound_s if c in state.outcomes else state.ideal_seconds(c) for c in state.candidates
@@ -132,7 +137,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
             exposed_comm_s=max(timeline.exposed_comm_s),
             memory=breakdowns[worst],
             memory_limit_bytes=setting.limit(candidate, worst),
-            stage_s=_stage_seconds(setting, candidate, chain, bounds),
+            stage_s=_stage_seconds(stages, hops(setting, candidate, chain, bounds)),
             tail_s=[tail.optimizer_s + tail.gather_s for tail in tails(setting, candidate, chain, bounds)],
         ),
         certificate=plan_document.Certificate(
@@ -150,10 +155,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     )
 
 
-def _stage_seconds(
-    setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]
-) -> list[plan_document.StageSeconds]:
-    between = [*hops(setting, candidate, chain, bounds), Hop()]
+def _stage_seconds(stages: Sequence[StageTimes], hops: Sequence[Hop]) -> list[plan_document.StageSeconds]:
     return [
         plan_document.StageSeconds(
             forward_s=times.forward_s,
@@ -162,8 +164,9 @@ def _stage_seconds(
             reduce_s=times.reduce_s,
             send_s=hop.forward_latency_s + hop.forward_occupancy_s,
             send_back_s=hop.backward_latency_s + hop.backward_occupancy_s,
+            offload_s=times.offload_s,
         )
-        for times, hop in zip(stage_times(setting, candidate, chain, bounds), between, strict=True)
+        for times, hop in zip(stages, (*hops, Hop()), strict=True)
     ]
 
 

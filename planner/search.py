@@ -368,6 +368,17 @@ class _TimeUp(Exception):
     pass
 
 
+def _check_offload(forced: Forced, cluster: Cluster) -> None:
+    if forced.offload and cluster.worst_device().kind == "cpu":
+        raise ShardwrightError(
+            f"--force offload=auto: {cluster.worst_device().name} has no other memory than its host's",
+            means="nothing would be saved",
+            change="--force offload",
+            works="--force offload=none",
+            exit_code=ExitCode.CONTRADICTION,
+        )
+
+
 def search(
     graph: ModelGraph,
     cluster: Cluster,
@@ -390,6 +401,7 @@ def search(
     forced = parse_forced(force)
     num_instances = len(setting.shape.instances)
     check_forced(forced, cluster.num_devices, workload.global_batch, num_instances)
+    _check_offload(forced, cluster)
     space = (forced, cluster.num_devices, workload.global_batch, num_instances, _widest_tp(cluster), _domain(cluster))
     candidates = list(enumerate_candidates(*space))
     if not candidates:

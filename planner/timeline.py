@@ -16,7 +16,15 @@ def predicted_trace(plan: Plan) -> Trace:
     schedule = pipeline_schedule(plan)
     rows = plan.predicted.stage_s
     stages = [
-        StageTimes(row.forward_s, row.backward_input_s, row.backward_weight_s, reduce_s=row.reduce_s) for row in rows
+        StageTimes(
+            row.forward_s,
+            row.backward_input_s,
+            row.backward_weight_s,
+            offload_bytes=int(row.offload_s > 0),
+            offload_s=row.offload_s,
+            reduce_s=row.reduce_s,
+        )
+        for row in rows
     ]
     hops = [Hop(0.0, row.send_s, 0.0, row.send_back_s) for row in rows[:-1]]
     tails = [Tail(optimizer_s=seconds) for seconds in plan.predicted.tail_s]

@@ -14,6 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from .planner.order import num_activations, num_let_go
 from .planner.plan import MESH_AXES, Considered, Mesh, Plan, ShardingProof, Stage
 from .units import format_bytes, format_seconds
 
@@ -132,6 +133,8 @@ def _headline(plan: Plan) -> RenderableType:
         ("ZeRO", _zero(plan)),
         ("recompute", _recompute(plan)),
     ]
+    if away := num_let_go(plan)[1]:
+        rows.append(("offload", f"{away} of {num_activations(plan)} activations, each of one stage and microbatch"))
     if plan.fusions:
         rows.append(("fused kernels", ", ".join(plan.fusions)))
     if plan.forced:
@@ -159,6 +162,8 @@ def schedule_text(plan: Plan) -> str:
 def _recompute(plan: Plan) -> str:
     policy = plan.memory_policy.recompute
     recomputed = [name for name, choice in policy.items() if choice != "none"]
+    if again := num_let_go(plan)[0]:
+        return f"{again} of {num_activations(plan)} activations, each of one stage and microbatch"
     if not recomputed:
         return "nothing"
     if len(recomputed) == len(policy):

@@ -51,7 +51,7 @@ def add_force_option(parser: argparse._ActionsContainer) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="force a choice (repeatable): pp, dp, tp, zero, zero_extent, schedule, virtual_stages, microbatch, "
-        "recompute, cuts, or PATTERN=FORM: 'layers.*.mlp.up_proj=colwise'",
+        "recompute, offload, cuts, or PATTERN=FORM: 'layers.*.mlp.up_proj=colwise'",
     )
 
 

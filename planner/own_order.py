@@ -1,0 +1,201 @@
+"""An order synthesized for the chosen plan's own stages, where their bound leaves enough to gain.
+
+Cuts and order are improved in turn, on the placement that suits. Where activations may be let go of one by one, such
+orders compete with those that keep them all or recompute all of a segment in its backward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..costmodel.activation_memory import peak_host_memory
+from ..costmodel.simulator import Timeline
+from ..costmodel.stage_times import StageTimes
+from .candidates import Candidate
+from .chain import Chain
+from .evaluate import hops, run_timeline, stage_times
+from .footprint import activation_room, placement_of, placements_of
+from .memory_options import Offers, memory_options, offering
+from .outcome import Outcome
+from .schedules import PipelineSchedule
+from .schedules.base import SYNTHESIZED
+from .schedules.bounds import lower_bound
+from .schedules.library import SCHEDULES
+from .schedules.problem import PipelineProblem
+from .schedules.synthesis import synthesize
+from .setting import Setting
+from .stages import improve_cuts
+
+if TYPE_CHECKING:
+    from .search import SearchState
+
+MAX_SECONDS = 3.0
+LEAST_SECONDS = 0.5  # for an order that is asked for, whatever the time limit
+SHARES = (0.5, 0.7, 1.0)  # of the time left, of one order after the other
+MAX_ACTIONS = 12_000  # of an order that is synthesized without being asked for
+
+
+@dataclass(frozen=True)
+class Way:
+    """How memory is saved. chain: what the order is timed with. held: what its memory is counted with, as a forward
+    whose activations go needs the workspace of recomputation. recompute: segments whose forward runs again in the
+    backward."""
+
+    chain: Chain
+    held: Chain
+    recompute: frozenset[str]
+    offers: Offers
+
+
+@dataclass(frozen=True)
+class OwnOrder:
+    """candidate: with a schedule of the order's placement. timeline: with the bytes held."""
+
+    candidate: Candidate
+    schedule: PipelineSchedule
+    timeline: Timeline
+    bounds: tuple[int, ...]
+    way: Way
+    stages: list[StageTimes]
+
+
+def own_order(state: SearchState, best: Outcome, published: Timeline, least_gain: float) -> OwnOrder | None:
+    """None where no order is faster than the published one by the factor least_gain, or, where one is asked for, where
+    there is none."""
+    asked = state.forced.synthesize
+    if best.candidate.pp == 1 or best.solution is None or (state.forced.schedule is not None and not asked):
+        return None
+    if len(placements_of(best.candidate)) > 1:
+        return None
+    after_s = published.makespan_s - published.compute_makespan_s
+    limit_s = published.makespan_s / least_gain
+    stop_at = min(time.monotonic() + MAX_SECONDS, state.deadline)
+    found: OwnOrder | None = None
+    ways = list(_ways(state, best))
+    for index, way in enumerate(ways):
+        search = _Search(state, best.candidate, way)
+        bounds = search.first_cuts(best.bounds)
+        problems = search.problems(bounds)
+        hopeless = after_s + min(map(lower_bound, problems)) > limit_s
+        if hopeless or problems[0].num_actions > MAX_ACTIONS:
+            if not asked or found is not None:
+                continue
+        now = time.monotonic()
+        share = 1.0 / (len(ways) - index)
+        other = search.run(problems, bounds, now + share * (stop_at - now), at_least=asked and found is None)
+        if other is not None and (found is None or other.timeline.makespan_s < found.timeline.makespan_s):
+            found = other
+            limit_s = min(limit_s, found.timeline.makespan_s / least_gain)
+    if found is None or (not asked and found.timeline.makespan_s * least_gain > published.makespan_s):
+        return None
+    return found
+
+
+def _ways(state: SearchState, best: Outcome) -> Iterator[Way]:
+    setting, forced, solution = state.setting, state.forced, best.solution
+    assert solution is not None
+    chain = setting.chain(solution, best.recompute)
+    yield Way(chain, chain, best.recompute, Offers())
+    offers = Offers(recompute=forced.recompute == "auto", offload=forced.offload)
+    if not (offers.recompute or offers.offload):
+        return
+    for option in memory_options(setting.shape, [solution], forced.recompute):
+        if option.recompute <= best.recompute and (option.recompute != best.recompute or not best.recompute):
+            keeping = setting.chain(solution, option.recompute)
+            held = setting.chain(solution, setting.shape.segments) if offers.recompute else keeping
+            yield Way(keeping, held, option.recompute, offers)
+
+
+class _Search:
+    """Orders for one way to save memory."""
+
+    def __init__(self, state: SearchState, candidate: Candidate, way: Way) -> None:
+        self.state, self.setting, self.way = state, state.setting, way
+        self.placed = list(_placements(candidate))
+
+    def problems(self, bounds: tuple[int, ...]) -> list[PipelineProblem]:
+        return [_problem(self.setting, candidate, self.way, bounds) for candidate in self.placed]
+
+    def first_cuts(self, bounds: tuple[int, ...]) -> tuple[int, ...]:
+        """Single cuts moved while the least time of any order falls, where they were made for other memory."""
+        if self.state.forced.cuts is not None or self.way.offers == Offers():
+            return bounds
+        return improve_cuts(bounds, lambda trial: min(map(lower_bound, self.problems(trial))))
+
+    def run(
+        self, problems: list[PipelineProblem], bounds: tuple[int, ...], stop_at: float, *, at_least: bool
+    ) -> OwnOrder | None:
+        """at_least: LEAST_SECONDS, whatever stop_at."""
+        found: OwnOrder | None = None
+        for share in SHARES:
+            left_s = share * (stop_at - time.monotonic())
+            if at_least and found is None:
+                left_s = max(left_s, LEAST_SECONDS)
+            synthesis = synthesize(problems, time_limit_s=left_s) if left_s > 0 else None
+            if synthesis is None:
+                break
+            schedule, before = replace(synthesis.schedule, name=SYNTHESIZED), bounds
+            candidate = next(one for one in self.placed if placement_of(one) == schedule.stage_rank)
+            bounds = self._cuts_under(candidate, bounds, schedule, stop_at)
+            stages = _stages(self.setting, candidate, self.way, bounds)
+            timeline = self._timeline(candidate, bounds, schedule)
+            hosts = (device.host_memory_bytes for device in self.setting.mesh(candidate).devices)
+            if any(away > host for away, host in zip(peak_host_memory(schedule.ranks, stages), hosts, strict=True)):
+                break
+            if found is not None and timeline.makespan_s >= found.timeline.makespan_s:
+                break
+            found = OwnOrder(candidate, schedule, timeline, bounds, self.way, stages)
+            if bounds == before:
+                break
+            problems = [_problem(self.setting, candidate, self.way, bounds)]
+        return found
+
+    def _timeline(self, candidate: Candidate, bounds: tuple[int, ...], schedule: PipelineSchedule) -> Timeline:
+        stages = _stages(self.setting, candidate, self.way, bounds)
+        return run_timeline(
+            self.setting, candidate, self.way.chain, bounds, schedule=schedule, stages=stages, with_memory=True
+        )
+
+    def _cuts_under(
+        self, candidate: Candidate, bounds: tuple[int, ...], schedule: PipelineSchedule, stop_at: float
+    ) -> tuple[int, ...]:
+        """Single cuts moved while the step under this order falls, within what its activations leave room for."""
+        if self.state.forced.cuts is not None:
+            return bounds
+
+        def seconds(trial: tuple[int, ...]) -> float:
+            if trial != bounds and time.monotonic() > stop_at:
+                return float("inf")
+            timeline = self._timeline(candidate, trial, schedule)
+            held = (
+                activation_room(self.setting, candidate, self.way.held, trial, rank) for rank in range(candidate.pp)
+            )
+            fit = all(peak <= room for peak, room in zip(timeline.peak_bytes, held, strict=True))
+            return timeline.makespan_s if fit else float("inf")
+
+        return improve_cuts(bounds, seconds)
+
+
+def _placements(candidate: Candidate) -> Iterator[Candidate]:
+    """Its own, then the others that its number of chunks allows: the loop and the V."""
+    chunks, seen = candidate.virtual_stages, set()
+    names = [name for name in ("interleaved_1f1b", "zb_v", "hanayo") if chunks > 1 and chunks in SCHEDULES[name].chunks]
+    for one in (candidate, *(replace(candidate, schedule=name) for name in names)):
+        if placement_of(one) not in seen:
+            seen.add(placement_of(one))
+            yield one
+
+
+def _stages(setting: Setting, candidate: Candidate, way: Way, bounds: tuple[int, ...]) -> list[StageTimes]:
+    stages = stage_times(setting, candidate, way.chain, bounds)
+    devices, place = setting.mesh(candidate).devices, placement_of(candidate)
+    return offering(way.offers, stages, way.chain, bounds, devices, place)
+
+
+def _problem(setting: Setting, candidate: Candidate, way: Way, bounds: tuple[int, ...]) -> PipelineProblem:
+    rooms = [activation_room(setting, candidate, way.held, bounds, rank) for rank in range(candidate.pp)]
+    stages, transfers = _stages(setting, candidate, way, bounds), hops(setting, candidate, way.chain, bounds)
+    return PipelineProblem(candidate.count, placement_of(candidate), tuple(stages), tuple(transfers), tuple(rooms))
