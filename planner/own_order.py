@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from .search import SearchState
 
 MAX_SECONDS = 3.0
+MAX_CHUNKS = 2  # of plans besides the best one
 LEAST_SECONDS = 0.5  # for an order that is asked for, whatever the time limit
+PROVEN = 1e-9  # gap of an order that is not looked for again
 SHARES = (0.5, 0.7, 1.0)  # of the time left, of one order after the other
 MAX_ACTIONS = 12_000  # of an order that is synthesized without being asked for
 
@@ -52,8 +54,10 @@ class Way:
 
 @dataclass(frozen=True)
 class OwnOrder:
-    """candidate: with a schedule of the order's placement. timeline: with the bytes held."""
+    """base: the plan that it was made for. candidate: with a schedule of the order's placement. timeline: with the
+    bytes held."""
 
+    base: Outcome
     candidate: Candidate
     schedule: PipelineSchedule
     timeline: Timeline
@@ -68,30 +72,43 @@ def own_order(state: SearchState, best: Outcome, published: Timeline, least_gain
     asked = state.forced.synthesize
     if best.candidate.pp == 1 or best.solution is None or (state.forced.schedule is not None and not asked):
         return None
-    if len(placements_of(best.candidate)) > 1:
-        return None
     after_s = published.makespan_s - published.compute_makespan_s
     limit_s = published.makespan_s / least_gain
     stop_at = min(time.monotonic() + MAX_SECONDS, state.deadline)
+    searches = [_Search(state, base, way) for base in _bases(state, best) for way in _ways(state, base)]
+    searches.sort(key=lambda search: search.bound_s)
     found: OwnOrder | None = None
-    ways = list(_ways(state, best))
-    for index, way in enumerate(ways):
-        search = _Search(state, best.candidate, way)
-        bounds = search.first_cuts(best.bounds)
-        problems = search.problems(bounds)
-        hopeless = after_s + min(map(lower_bound, problems)) > limit_s
-        if hopeless or problems[0].num_actions > MAX_ACTIONS:
-            if not asked or found is not None:
-                continue
+    for index, search in enumerate(searches):
+        least = asked and found is None
+        hopeless = after_s + search.bound_s > limit_s or search.problems[0].num_actions > MAX_ACTIONS
+        if hopeless and not least:
+            continue
         now = time.monotonic()
-        share = 1.0 / (len(ways) - index)
-        other = search.run(problems, bounds, now + share * (stop_at - now), at_least=asked and found is None)
+        other = search.run(now + (stop_at - now) / (len(searches) - index), at_least=least)
         if other is not None and (found is None or other.timeline.makespan_s < found.timeline.makespan_s):
             found = other
             limit_s = min(limit_s, found.timeline.makespan_s / least_gain)
     if found is None or (not asked and found.timeline.makespan_s * least_gain > published.makespan_s):
         return None
     return found
+
+
+def _bases(state: SearchState, best: Outcome) -> Iterator[Outcome]:
+    """The best plan, and on its mesh the fastest of one direction for each other number of chunks up to MAX_CHUNKS."""
+    own, seen = best.candidate, set()
+    alike = [
+        outcome
+        for outcome in state.outcomes.values()
+        if outcome.step_s is not None
+        and outcome.solution is not None
+        and outcome.candidate.virtual_stages <= MAX_CHUNKS
+        and replace(outcome.candidate, schedule=own.schedule, virtual_stages=own.virtual_stages) == own
+    ]
+    for outcome in (best, *sorted(alike, key=lambda outcome: outcome.step_s or 0.0)):
+        chunks = outcome.candidate.virtual_stages
+        if len(placements_of(outcome.candidate)) == 1 and chunks not in seen:
+            seen.add(chunks)
+            yield outcome
 
 
 def _ways(state: SearchState, best: Outcome) -> Iterator[Way]:
@@ -112,29 +129,27 @@ def _ways(state: SearchState, best: Outcome) -> Iterator[Way]:
 class _Search:
     """Orders for one way to save memory."""
 
-    def __init__(self, state: SearchState, candidate: Candidate, way: Way) -> None:
-        self.state, self.setting, self.way = state, state.setting, way
-        self.placed = list(_placements(candidate))
+    def __init__(self, state: SearchState, base: Outcome, way: Way) -> None:
+        self.state, self.setting, self.base, self.way = state, state.setting, base, way
+        self.placed = list(_placements(base.candidate))
+        self.bounds = base.bounds
+        if state.forced.cuts is None and way.offers != Offers():  # the cuts were made for other memory
+            self.bounds = improve_cuts(base.bounds, lambda trial: min(map(lower_bound, self._problems(trial))))
+        self.problems = self._problems(self.bounds)
+        self.bound_s = min(map(lower_bound, self.problems))
 
-    def problems(self, bounds: tuple[int, ...]) -> list[PipelineProblem]:
+    def _problems(self, bounds: tuple[int, ...]) -> list[PipelineProblem]:
         return [_problem(self.setting, candidate, self.way, bounds) for candidate in self.placed]
 
-    def first_cuts(self, bounds: tuple[int, ...]) -> tuple[int, ...]:
-        """Single cuts moved while the least time of any order falls, where they were made for other memory."""
-        if self.state.forced.cuts is not None or self.way.offers == Offers():
-            return bounds
-        return improve_cuts(bounds, lambda trial: min(map(lower_bound, self.problems(trial))))
-
-    def run(
-        self, problems: list[PipelineProblem], bounds: tuple[int, ...], stop_at: float, *, at_least: bool
-    ) -> OwnOrder | None:
+    def run(self, stop_at: float, *, at_least: bool) -> OwnOrder | None:
         """at_least: LEAST_SECONDS, whatever stop_at."""
         found: OwnOrder | None = None
-        for share in SHARES:
+        problems, bounds = self.problems, self.bounds
+        for turn, share in enumerate(SHARES):
             left_s = share * (stop_at - time.monotonic())
             if at_least and found is None:
                 left_s = max(left_s, LEAST_SECONDS)
-            synthesis = synthesize(problems, time_limit_s=left_s) if left_s > 0 else None
+            synthesis = synthesize(problems, time_limit_s=left_s, seed=turn) if left_s > 0 else None
             if synthesis is None:
                 break
             schedule, before = replace(synthesis.schedule, name=SYNTHESIZED), bounds
@@ -145,12 +160,14 @@ class _Search:
             hosts = (device.host_memory_bytes for device in self.setting.mesh(candidate).devices)
             if any(away > host for away, host in zip(peak_host_memory(schedule.ranks, stages), hosts, strict=True)):
                 break
-            if found is not None and timeline.makespan_s >= found.timeline.makespan_s:
+            if found is None or timeline.makespan_s < found.timeline.makespan_s:
+                found = OwnOrder(self.base, candidate, schedule, timeline, bounds, self.way, stages)
+            elif bounds != before:
                 break
-            found = OwnOrder(candidate, schedule, timeline, bounds, self.way, stages)
-            if bounds == before:
+            if bounds != before:
+                problems = [_problem(self.setting, candidate, self.way, bounds)]
+            elif synthesis.gap_fraction <= PROVEN:
                 break
-            problems = [_problem(self.setting, candidate, self.way, bounds)]
         return found
 
     def _timeline(self, candidate: Candidate, bounds: tuple[int, ...], schedule: PipelineSchedule) -> Timeline:

@@ -20,6 +20,7 @@ from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
 from .own_order import own_order
 from .schedule_choice import best_order, free_bound
+from .schedules import PipelineSchedule
 from .setting import Setting
 
 if TYPE_CHECKING:
@@ -89,13 +90,13 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     bounds, chain = best.bounds, setting.chain(solution, best.recompute)
     timeline = run_timeline(setting, candidate, chain, bounds)
     own = None if interrupted else own_order(state, best, timeline, ALIKE)
-    schedule = plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages)
     held: list[int] | list[None] = [None] * candidate.pp
+    order: PipelineSchedule | None = None
     if own is not None:
+        best = own.base
+        solution = best.solution or solution
         order, timeline, bounds, candidate = own.schedule, own.timeline, own.bounds, own.candidate
         chain, best.recompute = own.way.chain, own.way.recompute
-        schedule.name, schedule.stage_rank = order.name, list(order.stage_rank)
-        schedule.order = [" ".join(map(str, row)) for row in order.ranks]
         held = timeline.peak_bytes
     step_s = timeline.makespan_s
     best.step_s, best.bounds = step_s, bounds
@@ -121,7 +122,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
         candidate=candidate,
         mesh=plan_document.Mesh(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp),
         microbatch=plan_document.Microbatch(size=candidate.microbatch, count=candidate.count),
-        schedule=schedule,
+        schedule=_schedule(candidate, order),
         stages=_stages(setting, candidate, chain, bounds),
         zero=candidate.zero,
         zero_extents=candidate.extents._asdict() if candidate.split is not None else {},
@@ -152,6 +153,17 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
         solve_seconds=state.solve_seconds,
         num_candidates=len(state.candidates),
         interrupted=interrupted,
+    )
+
+
+def _schedule(candidate: Candidate, own: PipelineSchedule | None) -> plan_document.Schedule:
+    if own is None:
+        return plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages)
+    return plan_document.Schedule(
+        name=own.name,
+        virtual_stages=candidate.virtual_stages,
+        stage_rank=list(own.stage_rank),
+        order=[" ".join(map(str, row)) for row in own.ranks],
     )
 
 

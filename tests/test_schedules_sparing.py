@@ -89,10 +89,10 @@ def test_the_outside_judge_agrees_on_recomputation(p, m, v, memory, more):
 def test_letting_go_beats_waiting_for_memory(place):
     """At a quarter of 1F1B's memory."""
     plain = problem_of_shares(16, place, 8, (1.0, 1.0, 1.0), memory_limit=2)
-    kept = synthesize([plain], time_limit_s=1.5)
+    kept = synthesize([plain], time_limit_s=0.7)
     for offer in ({"recompute": True}, {"offload_s": 0.5}):
         problem = problem_of_shares(16, place, 8, (1.0, 1.0, 1.0), memory_limit=2, **offer)
-        found = synthesize([problem], time_limit_s=2.5)
+        found = synthesize([problem], time_limit_s=1.0)
         assert_valid(problem, found)
         assert found.makespan_s < 0.85 * kept.makespan_s
         assert count(found.schedule, "R" if "recompute" in offer else "O") > 0
