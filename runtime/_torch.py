@@ -10,7 +10,6 @@ from torch.distributed.pipelining.schedules import (
     _Action,
     _ComputationType,
     _PipelineScheduleRuntime,
-    _wait_batch_p2p,
 )
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.distributed.tensor import DTensor
@@ -19,8 +18,6 @@ TorchAction = _Action
 ComputationType = _ComputationType
 ScheduleRuntime = _PipelineScheduleRuntime
 StageBase = _PipelineStageBase
-
-wait_all = _wait_batch_p2p
 
 
 def local_part(tensor: DTensor) -> torch.Tensor:

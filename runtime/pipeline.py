@@ -1,9 +1,9 @@
 """Several stages: torch's pipelining runtime executes the schedule, our stages do the work.
 
-The planner's schedule gives each rank its list of actions; transfers.py puts sends and receives in, and torch walks the
-list. Forward and backward are ours, registered as custom functions of the action types; receives are torch's work
-objects, waited for just before they are used. A send follows the action that makes what it sends at once, so that it is
-part of it. A sent tensor is let go as soon as its transfer is over.
+The planner's schedule gives each rank its list of actions, and torch walks it; what an action does is ours, registered
+as custom functions of the action types. transfers.py says where sends and receives stand between the actions: a send
+right behind the action that makes what it sends, receives before the next action. So both are part of the action that
+they follow. A receive is waited for just before it is used; a sent tensor is let go as soon as its transfer is over.
 
 The stages of a second direction follow those of the first in torch's numbering.
 """
@@ -18,20 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..costmodel.actions import LOAD, OFFLOAD, RECOMPUTE, Action
+from ..costmodel.actions import LOAD, OFFLOAD, RECOMPUTE
 from ..planner.schedules import PipelineSchedule
-from ._torch import ComputationType, ScheduleRuntime, StageBase, TorchAction, wait_all
+from ._torch import ComputationType, ScheduleRuntime, StageBase, TorchAction
 from .stage import Meta, StageRunner, Variant
 from .trace import Recorder
-from .transfers import SENDS, communicating_lists
+from .transfers import RECEIVE_BACKWARD, RECEIVE_FORWARD, communicating_lists
 
 _KINDS = {
     "F": ComputationType.FORWARD,
     "B": ComputationType.FULL_BACKWARD,
     "I": ComputationType.BACKWARD_INPUT,
     "W": ComputationType.BACKWARD_WEIGHT,
-    "RECV_F": ComputationType.RECV_F,
-    "RECV_B": ComputationType.RECV_B,
     # torch has no kinds for these; of those that functions can be registered for, three that we use for nothing else
     "R": ComputationType.UNSHARD,
     "O": ComputationType.RESHARD,
@@ -51,7 +49,7 @@ class Work:
 
 
 class PipelineStage(StageBase):
-    """What torch's runtime asks of a stage: lists of transfers."""
+    """A stage as torch's runtime knows it, and its transfers."""
 
     def __init__(self, runner: StageRunner, device: torch.device, group: Any) -> None:
         super().__init__(nn.Module(), runner.number, len(runner.wiring.stages), device, group)
@@ -60,6 +58,7 @@ class PipelineStage(StageBase):
         self.grads: dict[int, dict[str, torch.Tensor]] = {}
         self.variants: Sequence[Variant] = ()
         self._in_flight: dict[tuple[str, int], list[tuple[Any, torch.Tensor]]] = {}  # sends, the oldest first
+        self._awaited: dict[tuple[str, int], list[Any]] = {}  # receives
 
     # torch's own set-up of shapes is not used: the plan knows them
 
@@ -72,14 +71,23 @@ class PipelineStage(StageBase):
     def _create_grad_recv_info(self, *args: Any, **kwargs: Any) -> Any:
         raise AssertionError("shapes come from the plan")
 
-    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        self.values[fwd_chunk_id] = self._empty(self.wiring.receives, self.variants[fwd_chunk_id].metas)
-        return self._receives(self.values[fwd_chunk_id], self.stage_index - 1)
+    def receive(self, kind: str, microbatch: int) -> None:
+        """Begins; kind: RECV_F or RECV_B."""
+        if kind == RECEIVE_FORWARD:
+            tensors = self._empty(self.wiring.receives, self.variants[microbatch].metas)
+            self.values[microbatch], source = tensors, self.stage_index - 1
+        else:
+            tensors = self._empty(self.wiring.grad_receives, self.variants[microbatch].grad_metas)
+            self.grads[microbatch] = dict(zip(self.wiring.grad_receives, tensors, strict=True))
+            source = self.stage_index + 1
+        peer = self.stage_index_to_group_rank[source]
+        self._awaited[kind, microbatch] = [
+            dist.irecv(t, group=self.group, group_src=peer) for t in map(_real, tensors) if t.numel()
+        ]
 
-    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        tensors = self._empty(self.wiring.grad_receives, self.variants[bwd_chunk_id].grad_metas)
-        self.grads[bwd_chunk_id] = dict(zip(self.wiring.grad_receives, tensors, strict=True))
-        return self._receives(tensors, self.stage_index + 1)
+    def wait(self, kind: str, microbatch: int) -> None:
+        for work in self._awaited.pop((kind, microbatch), ()):
+            work.wait()
 
     def send_on(self, microbatch: int, tensors: Iterable[torch.Tensor]) -> None:
         self._send(("F", microbatch), tensors, self.stage_index + 1)
@@ -89,10 +97,6 @@ class PipelineStage(StageBase):
 
     def _empty(self, names: Sequence[str], metas: Mapping[str, Meta]) -> list[torch.Tensor]:
         return [torch.empty(metas[n][0], dtype=metas[n][1], device=self.device) for n in names]
-
-    def _receives(self, tensors: Sequence[torch.Tensor], stage: int) -> list[dist.P2POp]:
-        peer = self.stage_index_to_group_rank[stage]
-        return [dist.P2POp(dist.irecv, t, group=self.group, group_peer=peer) for t in map(_real, tensors) if t.numel()]
 
     def _send(self, key: tuple[str, int], tensors: Iterable[torch.Tensor], stage: int) -> None:
         peer = self.stage_index_to_group_rank[stage]
@@ -113,6 +117,7 @@ class PipelineStage(StageBase):
         self._in_flight.clear()
 
     def clear(self) -> None:
+        self._awaited.clear()
         self.values.clear()
         self.grads.clear()
 
@@ -127,6 +132,19 @@ class _Runtime(ScheduleRuntime):
         """Nothing to infer and no warm-up: stages know their shapes."""
 
 
+Receives = dict[TorchAction | None, list[tuple[str, int, int]]]  # by the action that they follow
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One schedule. again, away: (stage, microbatch) of what is recomputed and of what is offloaded."""
+
+    runtime: _Runtime
+    receives: Receives
+    again: frozenset[tuple[int, int]]
+    away: frozenset[tuple[int, int]]
+
+
 class PipelineEngine:
     """The stages of this rank under the schedules of steps of any number of microbatches."""
 
@@ -134,22 +152,19 @@ class PipelineEngine:
         self.stages = [PipelineStage(runner, device, group) for runner in runners]
         self.by_number = {stage.stage_index: stage for stage in self.stages}
         self.recorder = recorder
-        self._runtimes: dict[tuple[int, bool], _Runtime] = {}
+        self._walks: dict[tuple[int, bool], _Walk] = {}
+        self._walk: _Walk | None = None
         self._work: Work | None = None
-        # (stage, microbatch) of what is recomputed and of what is offloaded
-        self._let_go: dict[tuple[int, bool], tuple[frozenset[tuple[int, int]], frozenset[tuple[int, int]]]] = {}
-        self._again: frozenset[tuple[int, int]] = frozenset()
-        self._away: frozenset[tuple[int, int]] = frozenset()
 
     def run(self, schedule: PipelineSchedule, work: Work) -> None:
-        runtime = self._runtime(schedule)
+        walk = self._walk = self._walk_of(schedule)
         self._work = work
         for stage in self.stages:
             stage.variants = work.variants[stage.stage_index]
         count = schedule.num_microbatches
-        self._again, self._away = self._let_go[schedule.num_microbatches, schedule.is_forward_only]
         try:
-            runtime._step_microbatches([()] * count, [{}] * count)
+            self._receive(walk.receives.get(None, ()))
+            walk.runtime._step_microbatches([()] * count, [{}] * count)
             for stage in self.stages:
                 stage.finish_sends()
         finally:
@@ -157,32 +172,48 @@ class PipelineEngine:
             for stage in self.stages:
                 stage.clear()
 
-    def _runtime(self, schedule: PipelineSchedule) -> _Runtime:
+    def _walk_of(self, schedule: PipelineSchedule) -> _Walk:
         key = (schedule.num_microbatches, schedule.is_forward_only)
-        if key not in self._runtimes:
+        if key not in self._walks:
             runtime = _Runtime(self.stages, schedule.num_microbatches, loss_fn=None, scale_grads=False)
-            runtime.pipeline_order_with_comms = _torch_order(schedule)
             mapping = dict(enumerate(rank for row in schedule.placements for rank in row))
             runtime.stage_index_to_group_rank = mapping
             for stage in self.stages:
                 stage.stage_index_to_group_rank = mapping
-            runtime.register_custom_function(ComputationType.FORWARD, self._forward)
-            runtime.register_custom_function(ComputationType.FULL_BACKWARD, self._backward)
-            runtime.register_custom_function(ComputationType.BACKWARD_INPUT, self._backward)
-            runtime.register_custom_function(ComputationType.BACKWARD_WEIGHT, self._backward_weight)
-            runtime.register_custom_function(_KINDS[RECOMPUTE], self._recompute)
-            runtime.register_custom_function(_KINDS[OFFLOAD], self._offload)
-            runtime.register_custom_function(_KINDS[LOAD], self._load)
-            self._runtimes[key] = runtime
-            self._let_go[key] = schedule.places(RECOMPUTE), schedule.places(OFFLOAD)
-        return self._runtimes[key]
+            runtime.pipeline_order_with_comms, receives = _torch_order(schedule, runtime.rank)
+            functions = {
+                "F": self._forward,
+                "B": self._backward,
+                "I": self._backward,
+                "W": self._backward_weight,
+                RECOMPUTE: self._recompute,
+                OFFLOAD: self._offload,
+                LOAD: self._load,
+            }
+            for kind, function in functions.items():
+                runtime.register_custom_function(_KINDS[kind], self._then_receive(function))
+            self._walks[key] = _Walk(runtime, receives, schedule.places(RECOMPUTE), schedule.places(OFFLOAD))
+        return self._walks[key]
 
-    def _forward(self, action: Any, ctx: Any) -> None:
-        work = self._work
-        assert work is not None
+    def _then_receive(self, function: Callable[[Any], None]) -> Any:
+        def run(action: Any, ctx: Any) -> None:
+            function(action)
+            assert self._walk is not None
+            if (receives := self._walk.receives.get(action)) is not None:
+                self._receive(receives)
+
+        return run
+
+    def _receive(self, receives: Iterable[tuple[str, int, int]]) -> None:
+        for kind, number, microbatch in receives:
+            self.by_number[number].receive(kind, microbatch)
+
+    def _forward(self, action: Any) -> None:
+        work, walk = self._work, self._walk
+        assert work is not None and walk is not None
         number, microbatch = action.stage_index, action.microbatch_index
         stage = self.by_number[number]
-        wait_all(ctx.schedule_ref.fwd_recv_ops.pop((number, microbatch), []))
+        stage.wait(RECEIVE_FORWARD, microbatch)
         with self.recorder.action("F", stage.wiring.index, microbatch):
             results = stage.runner.forward(
                 microbatch,
@@ -190,9 +221,9 @@ class PipelineEngine:
                 work.inputs[microbatch],
                 stage.values.pop(microbatch, []),
                 training=work.training,
-                again=(number, microbatch) in self._again,
+                again=(number, microbatch) in walk.again,
             )
-        if (number, microbatch) in self._away:
+        if (number, microbatch) in walk.away:
             stage.runner.begin_offload(microbatch, work.inputs[microbatch])
         if stage.runner.is_last:
             work.results[microbatch] = results
@@ -201,12 +232,12 @@ class PipelineEngine:
         else:
             stage.send_on(microbatch, results.values())
 
-    def _backward(self, action: Any, ctx: Any) -> None:
+    def _backward(self, action: Any) -> None:
         work = self._work
         assert work is not None
         number, microbatch = action.stage_index, action.microbatch_index
         stage = self.by_number[number]
-        wait_all(ctx.schedule_ref.bwd_recv_ops.pop((number, microbatch), []))
+        stage.wait(RECEIVE_BACKWARD, microbatch)
         stage.came_back(microbatch)
         grads = stage.grads.pop(microbatch, {})
         if stage.runner.is_last:
@@ -221,33 +252,39 @@ class PipelineEngine:
         else:
             stage.send_back(microbatch, sent.values())
 
-    def _backward_weight(self, action: Any, ctx: Any) -> None:
+    def _backward_weight(self, action: Any) -> None:
         stage, microbatch = self.by_number[action.stage_index], action.microbatch_index
         with self.recorder.action("W", stage.wiring.index, microbatch):
             stage.runner.backward_weight(microbatch)
 
-    def _recompute(self, action: Any, ctx: Any) -> None:
+    def _recompute(self, action: Any) -> None:
         work, number, microbatch = self._work, action.stage_index, action.microbatch_index
         assert work is not None
         runner = self.by_number[number].runner
         with self.recorder.action(RECOMPUTE, number, microbatch):
             runner.recompute(microbatch, work.variants[number][microbatch], work.inputs[microbatch])
 
-    def _offload(self, action: Any, ctx: Any) -> None:
+    def _offload(self, action: Any) -> None:
         with self.recorder.action(OFFLOAD, action.stage_index, action.microbatch_index):
             self.by_number[action.stage_index].runner.let_go(action.microbatch_index)
 
-    def _load(self, action: Any, ctx: Any) -> None:
+    def _load(self, action: Any) -> None:
         with self.recorder.action(LOAD, action.stage_index, action.microbatch_index):
             self.by_number[action.stage_index].runner.load(action.microbatch_index)
 
 
-def _torch_order(schedule: PipelineSchedule) -> dict[int, list[TorchAction]]:
+def _torch_order(schedule: PipelineSchedule, rank: int) -> tuple[dict[int, list[TorchAction]], Receives]:
+    """All ranks' actions, and the receives of this one: (kind, number of the stage, microbatch)."""
     direction, num_stages = schedule.direction, schedule.num_stages
-
-    def in_torch(action: Action) -> TorchAction:
-        number = direction[action.microbatch] * num_stages + action.stage
-        return TorchAction(number, _KINDS[action.kind], action.microbatch)
-
-    lists = communicating_lists(schedule)
-    return {rank: [in_torch(action) for action in row if action.kind not in SENDS] for rank, row in enumerate(lists)}
+    order: dict[int, list[TorchAction]] = {}
+    receives: Receives = {}
+    for place, row in enumerate(communicating_lists(schedule)):
+        order[place] = []
+        for kind, stage, microbatch in row:
+            number = direction[microbatch] * num_stages + stage
+            if kind in _KINDS:
+                order[place].append(TorchAction(number, _KINDS[kind], microbatch))
+            elif kind in (RECEIVE_FORWARD, RECEIVE_BACKWARD) and place == rank:
+                before = order[place][-1] if order[place] else None
+                receives.setdefault(before, []).append((kind, number, microbatch))
+    return order, receives

@@ -17,7 +17,7 @@ from ..errors import ShardwrightError
 from ..planner.schedules import PipelineSchedule
 
 SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD, RECEIVE_BACKWARD = "SEND_F", "RECV_F", "SEND_B", "RECV_B"  # as torch
-SENDS = {SEND_FORWARD: 1, SEND_BACKWARD: -1}  # to which stage
+_SENDS = {SEND_FORWARD: 1, SEND_BACKWARD: -1}  # to which stage
 _RECEIVES = {RECEIVE_FORWARD: -1, RECEIVE_BACKWARD: 1}  # from which stage
 _BACKWARDS = (BACKWARD, BACKWARD_INPUT)
 
@@ -116,7 +116,7 @@ def verify(schedule: PipelineSchedule, lists: Lists, buffered: int = 0) -> None:
                 if needed not in made[rank] and not (needed in under_way and needed in asked):
                     break
                 made[rank].add(_makes(action))
-            elif action.kind in SENDS:
+            elif action.kind in _SENDS:
                 pair = message.source, message.target
                 if message.result not in made[rank] or sent[pair] >= posted[pair] + buffered:
                     break
@@ -152,8 +152,8 @@ def _check_orders(schedule: PipelineSchedule, lists: Lists) -> None:
 
 def _message(schedule: PipelineSchedule, action: Action) -> Message | None:
     kind, stage, microbatch = action
-    if kind in SENDS:
-        source, target = stage, stage + SENDS[kind]
+    if kind in _SENDS:
+        source, target = stage, stage + _SENDS[kind]
     elif kind in _RECEIVES:
         source, target = stage + _RECEIVES[kind], stage
     else:

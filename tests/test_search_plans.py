@@ -298,7 +298,12 @@ def test_divisors(number):
 
 
 def test_all_force_keys_parse():
-    values = {key: "1" for key in FORCE_KEYS} | {"schedule": "gpipe", "recompute": "none", "cuts": "3,5", "offload": "auto"}
+    values = {key: "1" for key in FORCE_KEYS} | {
+        "schedule": "gpipe",
+        "recompute": "none",
+        "cuts": "3,5",
+        "offload": "auto",
+    }
     forced = parse_forced(values)
     assert forced.cuts == (3, 5) and forced.schedule == "gpipe" and forced.axes == {"pp": 1, "dp": 1, "tp": 1}
 
