@@ -20,7 +20,7 @@ PATIENCE = 0.35  # lists end after this share of their time without gain
 KEPT = 4  # starts of a placement and kind
 # candidates annealed, share of the time left; long orders take all of it to cool down once
 ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))
-LONG_ROUNDS = ((4, 0.4), (1, 1.0))
+LONG_ROUNDS = ((7, 0.45), (3, 0.5), (1, 1.0))
 LONG_ACTIONS = 1500
 TEMPERATURES = (0.1, 0.2, 0.4, 0.8)  # of a mean action
 KIND_MARGIN = 1.1  # the best of a kind is left alone beyond this times the best of all
@@ -144,10 +144,11 @@ def annealed(candidate: Candidate, until: float, rng: random.Random, frozen: Seq
 
 
 def _ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Best first, without those as long as another of the same placement."""
+    """Best first, without those as long as another of the same placement and kind."""
     kept: dict[tuple, Candidate] = {}
     for candidate in sorted(candidates, key=lambda candidate: candidate.makespan_s):
-        kept.setdefault((candidate.graph.problem.stage_rank, round(candidate.makespan_s, 9)), candidate)
+        key = (candidate.graph.problem.stage_rank, candidate.kind, round(candidate.makespan_s, 9))
+        kept.setdefault(key, candidate)
     return list(kept.values())
 
 
