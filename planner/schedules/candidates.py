@@ -17,10 +17,10 @@ from .problem import PipelineProblem
 from .starts import ListSearch, library_orders
 
 PATIENCE = 0.35  # lists end after this share of their time without gain
-KEPT = 4  # starts of a placement and kind
+KEPT = 8  # starts of a placement and kind
 # candidates annealed, share of the time left; long orders take all of it to cool down once
 ROUNDS = ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0))
-LONG_ROUNDS = ((7, 0.45), (3, 0.5), (1, 1.0))
+LONG_ROUNDS = ((16, 0.6), (4, 0.6), (1, 1.0))
 LONG_ACTIONS = 1500
 TEMPERATURES = (0.1, 0.2, 0.4, 0.8)  # of a mean action
 KIND_MARGIN = 1.1  # the best of a kind is left alone beyond this times the best of all
