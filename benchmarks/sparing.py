@@ -2,8 +2,8 @@
 
     python benchmarks/sparing.py [--seconds 7] [-o results/sparing.md]
 
-Pipelines of equal stages, in the units of `shardwright schedule`: F = I = W = 1 of a rank's share of the model, up to two
-chunks on a rank. "all recomputed" is the usual way: every backward runs its forward first, so that I takes 2 and
+Pipelines of equal stages, in the units of `shardwright schedule`: F = I = W = 1 of a rank's share of the model, up to
+two chunks on a rank. "all recomputed" is the usual way: every backward runs its forward first, so that I takes 2 and
 nothing but inputs, counted as nothing, is held; "one by one" lets the order choose. Offloading a share's activations
 takes 0.5 or 2 each way, beside compute. All makespans are the simulator's, of the best order found.
 """
