@@ -12,6 +12,21 @@ from .actions import Action
 from .stage_times import StageTimes
 
 
+def change(kind: str, stage: StageTimes, recomputed: bool) -> float:
+    """Bytes taken, or given back where negative, of an activation that is let go as its actions say."""
+    if kind == "F":
+        return stage.activation_bytes - (stage.recompute_bytes if recomputed else 0)
+    if kind == "R":
+        return stage.recompute_bytes
+    if kind == "I":
+        return -stage.activation_bytes * stage.input_grad_release
+    if kind == "W":
+        return -stage.activation_bytes * (1.0 - stage.input_grad_release)
+    if kind == "B":
+        return -stage.activation_bytes
+    return stage.offload_bytes if kind == "L" else -stage.offload_bytes
+
+
 def peak_memory(
     ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], static_bytes: Sequence[int] | None = None
 ) -> tuple[list[int], list[int]]:
@@ -23,28 +38,14 @@ def peak_memory(
         peak, count, most = held, 0, 0
         again = {(stage, k) for kind, stage, k in actions if kind == "R"} if offers else set()
         for kind, stage, microbatch in actions:
-            times = stages[stage]
+            times, more = stages[stage], change(kind, stages[stage], (stage, microbatch) in again)
+            workspace = times.forward_workspace_bytes if kind == "F" else times.backward_workspace_bytes
+            peak = max(peak, held + max(more, 0) + (0 if kind in "OL" else workspace))
+            held += more
             if kind == "F":
-                held += times.activation_bytes - (times.recompute_bytes if (stage, microbatch) in again else 0)
                 count += 1
                 most = max(most, count)
-                peak = max(peak, held + times.forward_workspace_bytes)
-                continue
-            if kind == "O":
-                held -= times.offload_bytes
-                continue
-            if kind == "L":
-                held += times.offload_bytes
-                peak = max(peak, held)
-                continue
-            if kind == "R":
-                held += times.recompute_bytes
-            peak = max(peak, held + times.backward_workspace_bytes)
-            if kind == "I":
-                held -= times.activation_bytes * times.input_grad_release
-            elif kind != "R":
-                kept = 1.0 if kind == "B" else 1.0 - times.input_grad_release
-                held -= times.activation_bytes * kept
+            elif kind in "BW":
                 count -= 1
         peaks.append(round(peak))
         in_flight.append(most)

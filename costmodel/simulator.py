@@ -170,7 +170,7 @@ def simulate(
             elif kind == "O":
                 if not forward_done[slot]:
                     break
-                ready, seconds = copied_out[slot], 0.0
+                ready, seconds = copied_out.get(slot, 0.0), 0.0
             elif kind == "L":
                 ready, seconds = 0.0, 0.0
             else:
@@ -185,7 +185,7 @@ def simulate(
                 if kind == "B":
                     seconds += weight_s[stage]
             start = ready if ready > now else now
-            if collectives and stages[stage].gather_s:
+            if collectives and stages[stage].gather_s and kind not in "OL":
                 begin = (gathered[rank] if overlap_collectives else now) if i else 0.0
                 gathered_at = begin + stages[stage].gather_s
                 if gathered_at > start:
@@ -199,10 +199,13 @@ def simulate(
             work += seconds
             now = end
             i += 1
-            if collectives:
-                if overlap_collectives and i < n:  # the next action's gather goes out as this one starts
+            if collectives and kind not in "OL":
+                following = i
+                while following < n and actions[following].kind in "OL":
+                    following += 1
+                if overlap_collectives and following < n:  # the next action's gather goes out as this one starts
                     gathered[rank] = max(collective_free[rank], start)
-                    collective_free[rank] = gathered[rank] + stages[actions[i].stage].gather_s
+                    collective_free[rank] = gathered[rank] + stages[actions[following].stage].gather_s
                 each_s = stages[stage].reduce_each_s
                 if each_s and kind in "BW":
                     begin = max(collective_free[rank], end) if overlap_collectives else end
@@ -308,8 +311,8 @@ def simulate(
 
 
 def _offloaded(ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], num_microbatches: int) -> set[int]:
-    """Slots whose activations go to host memory."""
-    if not any(stage.offload_bytes for stage in stages):
+    """Slots whose activations take time on their way to host memory."""
+    if not any(stage.offload_s for stage in stages):
         return set()
     let_go = (action for row in ranks for action in row if action.kind == "O")
     return {action.stage * num_microbatches + action.microbatch for action in let_go}

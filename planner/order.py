@@ -56,10 +56,12 @@ def num_activations(plan: Plan) -> int:
 
 
 def num_let_go(plan: Plan) -> tuple[int, int]:
-    """Activations, of one stage and one microbatch each, that the plan's order recomputes, and that it offloads."""
-    actions = [parse_action(text) for row in plan.schedule.order for text in row.split()]
-    again, away = (sum(action.kind == kind for action in actions) for kind in (RECOMPUTE, OFFLOAD))
-    return again, away
+    """Activations, of one stage and one microbatch each, that the plan's order recomputes, and that it offloads. Raises
+    ShardwrightError where the order cannot be run."""
+    if not plan.schedule.order:
+        return 0, 0
+    schedule = pipeline_schedule(plan)
+    return len(schedule.places(RECOMPUTE)), len(schedule.places(OFFLOAD))
 
 
 def splits_backward(plan: Plan) -> bool:

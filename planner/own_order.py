@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 3.0
 MAX_CHUNKS = 2  # of plans besides the best one
+FIRST_SHARE = 0.5  # of the time, for the winner's own way to save memory
+FIRST_CUTS_SHARE = 0.2  # of the time of a search
+PINNED_FACTOR = 2  # torch's pinned memory comes in powers of two
 LEAST_SECONDS = 0.5  # for an order that is asked for, whatever the time limit
 PROVEN = 1e-9  # gap of an order that is not looked for again
 SHARES = (0.5, 0.7, 1.0)  # of the time left, of one order after the other
@@ -42,12 +45,12 @@ MAX_ACTIONS = 12_000  # of an order that is synthesized without being asked for
 
 @dataclass(frozen=True)
 class Way:
-    """How memory is saved. chain: what the order is timed with. held: what its memory is counted with, as a forward
-    whose activations go needs the workspace of recomputation. recompute: segments whose forward runs again in the
-    backward."""
+    """How memory is saved. chain: what the order is timed with. memory_chain: what its memory is counted with, as a
+    forward whose activations go needs the workspace of recomputation. recompute: segments whose forward runs again in
+    the backward."""
 
     chain: Chain
-    held: Chain
+    memory_chain: Chain
     recompute: frozenset[str]
     offers: Offers
 
@@ -76,15 +79,13 @@ def own_order(state: SearchState, best: Outcome, published: Timeline, least_gain
     limit_s = published.makespan_s / least_gain
     stop_at = min(time.monotonic() + MAX_SECONDS, state.deadline)
     searches = [_Search(state, base, way) for base in _bases(state, best) for way in _ways(state, base)]
-    searches.sort(key=lambda search: search.bound_s)
+    searches = [search for search in searches if asked or search.num_actions <= MAX_ACTIONS]
     found: OwnOrder | None = None
     for index, search in enumerate(searches):
-        least = asked and found is None
-        hopeless = after_s + search.bound_s > limit_s or search.problems[0].num_actions > MAX_ACTIONS
-        if hopeless and not least:
-            continue
         now = time.monotonic()
-        other = search.run(now + (stop_at - now) / (len(searches) - index), at_least=least)
+        share = max(1 / (len(searches) - index), 0.0 if index else FIRST_SHARE)
+        until = now + share * (stop_at - now)
+        other = search.run(limit_s - after_s, until, at_least=asked and found is None)
         if other is not None and (found is None or other.timeline.makespan_s < found.timeline.makespan_s):
             found = other
             limit_s = min(limit_s, found.timeline.makespan_s / least_gain)
@@ -116,14 +117,14 @@ def _ways(state: SearchState, best: Outcome) -> Iterator[Way]:
     assert solution is not None
     chain = setting.chain(solution, best.recompute)
     yield Way(chain, chain, best.recompute, Offers())
-    offers = Offers(recompute=forced.recompute == "auto", offload=forced.offload)
-    if not (offers.recompute or offers.offload):
-        return
-    for option in memory_options(setting.shape, [solution], forced.recompute):
-        if option.recompute <= best.recompute and (option.recompute != best.recompute or not best.recompute):
-            keeping = setting.chain(solution, option.recompute)
-            held = setting.chain(solution, setting.shape.segments) if offers.recompute else keeping
-            yield Way(keeping, held, option.recompute, offers)
+    again = forced.recompute == "auto"
+    for offers in dict.fromkeys((Offers(again, forced.offload), Offers(again))):
+        for option in memory_options(setting.shape, [solution], forced.recompute) if offers != Offers() else ():
+            less = option.recompute < best.recompute
+            if less or (option.recompute == best.recompute and (offers.offload or not best.recompute)):
+                keeping = setting.chain(solution, option.recompute)
+                counted = setting.chain(solution, setting.shape.segments) if offers.recompute else keeping
+                yield Way(keeping, counted, option.recompute, offers)
 
 
 class _Search:
@@ -132,19 +133,36 @@ class _Search:
     def __init__(self, state: SearchState, base: Outcome, way: Way) -> None:
         self.state, self.setting, self.base, self.way = state, state.setting, base, way
         self.placed = list(_placements(base.candidate))
-        self.bounds = base.bounds
-        if state.forced.cuts is None and way.offers != Offers():  # the cuts were made for other memory
-            self.bounds = improve_cuts(base.bounds, lambda trial: min(map(lower_bound, self._problems(trial))))
-        self.problems = self._problems(self.bounds)
-        self.bound_s = min(map(lower_bound, self.problems))
+
+    @property
+    def num_actions(self) -> int:
+        return 3 * self.base.candidate.num_stages * self.base.candidate.count
 
     def _problems(self, bounds: tuple[int, ...]) -> list[PipelineProblem]:
         return [_problem(self.setting, candidate, self.way, bounds) for candidate in self.placed]
 
-    def run(self, stop_at: float, *, at_least: bool) -> OwnOrder | None:
-        """at_least: LEAST_SECONDS, whatever stop_at."""
+    def _bound_s(self, bounds: tuple[int, ...]) -> float:
+        return min(map(lower_bound, self._problems(bounds)))
+
+    def _first_cuts(self, stop_at: float) -> tuple[int, ...]:
+        """Single cuts moved while the least time of any order falls, where they were made for other memory."""
+        bounds = self.base.bounds
+        if self.state.forced.cuts is not None or self.way.offers == Offers():
+            return bounds
+
+        def bound_s(trial: tuple[int, ...]) -> float:
+            return float("inf") if trial != bounds and time.monotonic() > stop_at else self._bound_s(trial)
+
+        return improve_cuts(bounds, bound_s)
+
+    def run(self, limit_s: float, stop_at: float, *, at_least: bool) -> OwnOrder | None:
+        """None also where no order takes less than limit_s. at_least: LEAST_SECONDS, whatever stop_at and limit_s."""
+        now = time.monotonic()
+        bounds = self._first_cuts(now + FIRST_CUTS_SHARE * (stop_at - now))
+        if self._bound_s(bounds) > limit_s and not at_least:
+            return None
         found: OwnOrder | None = None
-        problems, bounds = self.problems, self.bounds
+        problems = self._problems(bounds)
         for turn, share in enumerate(SHARES):
             left_s = share * (stop_at - time.monotonic())
             if at_least and found is None:
@@ -157,9 +175,8 @@ class _Search:
             bounds = self._cuts_under(candidate, bounds, schedule, stop_at)
             stages = _stages(self.setting, candidate, self.way, bounds)
             timeline = self._timeline(candidate, bounds, schedule)
-            hosts = (device.host_memory_bytes for device in self.setting.mesh(candidate).devices)
-            if any(away > host for away, host in zip(peak_host_memory(schedule.ranks, stages), hosts, strict=True)):
-                break
+            if not self._host_holds(candidate, schedule, stages):
+                continue
             if found is None or timeline.makespan_s < found.timeline.makespan_s:
                 found = OwnOrder(self.base, candidate, schedule, timeline, bounds, self.way, stages)
             elif bounds != before:
@@ -169,6 +186,12 @@ class _Search:
             elif synthesis.gap_fraction <= PROVEN:
                 break
         return found
+
+    def _host_holds(self, candidate: Candidate, schedule: PipelineSchedule, stages: list[StageTimes]) -> bool:
+        """What is offloaded at once; a host whose memory is not known holds anything."""
+        hosts = (device.host_memory_bytes for device in self.setting.mesh(candidate).devices)
+        peaks = zip(peak_host_memory(schedule.ranks, stages), hosts, strict=True)
+        return all(not host or PINNED_FACTOR * away <= host for away, host in peaks)
 
     def _timeline(self, candidate: Candidate, bounds: tuple[int, ...], schedule: PipelineSchedule) -> Timeline:
         stages = _stages(self.setting, candidate, self.way, bounds)
@@ -187,10 +210,8 @@ class _Search:
             if trial != bounds and time.monotonic() > stop_at:
                 return float("inf")
             timeline = self._timeline(candidate, trial, schedule)
-            held = (
-                activation_room(self.setting, candidate, self.way.held, trial, rank) for rank in range(candidate.pp)
-            )
-            fit = all(peak <= room for peak, room in zip(timeline.peak_bytes, held, strict=True))
+            rooms = _rooms(self.setting, candidate, self.way, trial)
+            fit = all(peak <= room for peak, room in zip(timeline.peak_bytes, rooms, strict=True))
             return timeline.makespan_s if fit else float("inf")
 
         return improve_cuts(bounds, seconds)
@@ -212,7 +233,12 @@ def _stages(setting: Setting, candidate: Candidate, way: Way, bounds: tuple[int,
     return offering(way.offers, stages, way.chain, bounds, devices, place)
 
 
+def _rooms(setting: Setting, candidate: Candidate, way: Way, bounds: tuple[int, ...]) -> list[float]:
+    """Bytes of activations that each pipeline rank can hold."""
+    return [activation_room(setting, candidate, way.memory_chain, bounds, rank) for rank in range(candidate.pp)]
+
+
 def _problem(setting: Setting, candidate: Candidate, way: Way, bounds: tuple[int, ...]) -> PipelineProblem:
-    rooms = [activation_room(setting, candidate, way.held, bounds, rank) for rank in range(candidate.pp)]
+    rooms = _rooms(setting, candidate, way, bounds)
     stages, transfers = _stages(setting, candidate, way, bounds), hops(setting, candidate, way.chain, bounds)
     return PipelineProblem(candidate.count, placement_of(candidate), tuple(stages), tuple(transfers), tuple(rooms))

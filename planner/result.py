@@ -100,7 +100,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
         held = timeline.peak_bytes
     step_s = timeline.makespan_s
     best.step_s, best.bounds = step_s, bounds
-    counted = chain if own is None else own.way.held
+    counted = chain if own is None else own.way.memory_chain
     stages = stage_times(setting, candidate, chain, bounds) if own is None else own.stages
     breakdowns = [rank_breakdown(setting, candidate, counted, bounds, r, held[r]) for r in range(candidate.pp)]
     peaks = [sum(items.values()) for items in breakdowns]

@@ -369,14 +369,24 @@ class _TimeUp(Exception):
 
 
 def _check_offload(forced: Forced, cluster: Cluster) -> None:
-    if forced.offload and cluster.worst_device().kind == "cpu":
-        raise ShardwrightError(
-            f"--force offload=auto: {cluster.worst_device().name} has no other memory than its host's",
-            means="nothing would be saved",
-            change="--force offload",
-            works="--force offload=none",
-            exit_code=ExitCode.CONTRADICTION,
-        )
+    """Raises ShardwrightError (exit 4) where there is nothing that offloading could be part of."""
+    if not forced.offload:
+        return
+    device, change, works = cluster.worst_device(), "--force offload", "--force offload=none"
+    if device.kind == "cpu":
+        what = f"{device.name} has no other memory than its host's"
+        means = "nothing would be saved"
+    elif forced.schedule is not None:
+        what, means = f"schedule {forced.schedule} is run as it was published", "it keeps all activations"
+        change, works = "--force schedule", "--force schedule=auto"
+    elif forced.pp == 1:
+        what, means = "pp=1 has no pipeline", "activations are offloaded as actions of a pipeline's order"
+        change, works = "--force pp", "--force pp=2"
+    else:
+        return
+    raise ShardwrightError(
+        f"--force offload=auto: {what}", means=means, change=change, works=works, exit_code=ExitCode.CONTRADICTION
+    )
 
 
 def search(

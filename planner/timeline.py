@@ -20,7 +20,6 @@ def predicted_trace(plan: Plan) -> Trace:
             row.forward_s,
             row.backward_input_s,
             row.backward_weight_s,
-            offload_bytes=int(row.offload_s > 0),
             offload_s=row.offload_s,
             reduce_s=row.reduce_s,
         )

@@ -260,17 +260,19 @@ class PipelineEngine:
     def _recompute(self, action: Any) -> None:
         work, number, microbatch = self._work, action.stage_index, action.microbatch_index
         assert work is not None
-        runner = self.by_number[number].runner
-        with self.recorder.action(RECOMPUTE, number, microbatch):
-            runner.recompute(microbatch, work.variants[number][microbatch], work.inputs[microbatch])
+        stage = self.by_number[number]
+        with self.recorder.action(RECOMPUTE, stage.wiring.index, microbatch):
+            stage.runner.recompute(microbatch, work.variants[number][microbatch], work.inputs[microbatch])
 
     def _offload(self, action: Any) -> None:
-        with self.recorder.action(OFFLOAD, action.stage_index, action.microbatch_index):
-            self.by_number[action.stage_index].runner.let_go(action.microbatch_index)
+        stage, microbatch = self.by_number[action.stage_index], action.microbatch_index
+        with self.recorder.action(OFFLOAD, stage.wiring.index, microbatch):
+            stage.runner.let_go(microbatch)
 
     def _load(self, action: Any) -> None:
-        with self.recorder.action(LOAD, action.stage_index, action.microbatch_index):
-            self.by_number[action.stage_index].runner.load(action.microbatch_index)
+        stage, microbatch = self.by_number[action.stage_index], action.microbatch_index
+        with self.recorder.action(LOAD, stage.wiring.index, microbatch):
+            stage.runner.load(microbatch)
 
 
 def _torch_order(schedule: PipelineSchedule, rank: int) -> tuple[dict[int, list[TorchAction]], Receives]:

@@ -29,6 +29,7 @@ from .extents import DataCut
 from .memory import MemoryMeter
 from .mesh import RankGrid
 from .microbatches import Keys, Microbatches, Rebuild
+from .offload import HostMemory
 from .optimizer import build_optimizer
 from .orders import forward_order, schedule_for
 from .parameters import ParameterStore, tied_subsets
@@ -110,6 +111,7 @@ class Program:
         self.load_values(values)
 
         self._keys = Keys(graph, workload.seed, self.device)
+        self._host = HostMemory(self.device)
         self.recorder = Recorder(self.grid.rank, self.device)
         self._runners = [self._runner(self.wiring, stage) for stage in own]
         self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval if not stage.direction]
@@ -129,7 +131,7 @@ class Program:
 
     def _runner(self, wiring: Wiring, stage: Any) -> StageRunner:
         buffers = self._second if stage.direction and self._second is not None else self.buffers
-        return StageRunner(self.graph, wiring, stage, self.store, buffers, self._keys)
+        return StageRunner(self.graph, wiring, stage, self.store, buffers, self._keys, self._host)
 
     # values
 

@@ -74,6 +74,7 @@ class StageRunner:
         store: ParameterStore,
         buffers: Buffers,
         key_of: KeyOf,
+        host: HostMemory,
     ) -> None:
         self.graph, self.wiring, self.stage = graph, wiring, stage
         self.store, self.buffers, self.key_of = store, buffers, key_of
@@ -84,7 +85,7 @@ class StageRunner:
         self._deferred: dict[int, list[_Kept]] = {}
         self._again: dict[int, _Inputs] = {}
         self._away: dict[int, HostCopy] = {}  # the saved tensors of what is kept
-        self._host = HostMemory(store.device)
+        self._host = host
         self._flushes = store.flush_plan([index for index in stage.instances if index in wiring.backward_runs])
 
     def variant(self, programs: Mapping[str, SegmentProgram]) -> Variant:
@@ -144,7 +145,7 @@ class StageRunner:
                     self._again[microbatch].buffers.append(buffers)
                 elif step.runs_backward:
                     kept.append(item)
-            del item
+            del updates, item
         if training:
             if not again:
                 self._kept[microbatch] = kept
@@ -186,6 +187,7 @@ class StageRunner:
             _, item = self._run(microbatch, variant, position, env, before.buffers[position])
             if step.runs_backward:
                 kept.append(item)
+            del _, item
         self.on_forward()
 
     def begin_offload(self, microbatch: int, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -306,6 +308,8 @@ class StageRunner:
         return sum(storages.values())
 
     def clear(self) -> None:
+        for copy in self._away.values():  # after a step that did not come to its end
+            copy.wait()
         self._again.clear()
         self._away.clear()
         self._kept.clear()

@@ -11,15 +11,13 @@ from rich.text import Text
 
 from .costmodel.simulator import Timeline
 
-COLORS = {"F": "blue", "B": "green", "I": "green", "W": "yellow", "R": "magenta", "O": "red", "L": "red"}
+COLORS = {"F": "blue", "B": "green", "I": "green", "W": "yellow", "R": "magenta"}
 MEANINGS = {
     "F": "forward",
     "B": "backward",
     "I": "input gradients",
     "W": "weight gradients",
     "R": "recomputation",
-    "O": "offloaded",
-    "L": "loaded",
 }
 IDLE = "."
 
@@ -47,6 +45,8 @@ def _cells(timeline: Timeline, rank: int, columns: int) -> list[tuple[str, str]]
     row = timeline.ranks[rank]
     first_stage = min((action.stage for action in row), default=0)
     for action, start_s, end_s in zip(row, timeline.starts[rank], timeline.ends[rank], strict=True):
+        if action.kind not in MEANINGS:  # takes no time
+            continue
         first, last = round(start_s * per_s), round(end_s * per_s)
         text = f"{action.kind}{action.microbatch}".ljust(last - first)
         if len(text) > last - first:
@@ -62,7 +62,8 @@ def _style(kind: str, *, bright: bool) -> str:
 
 def _legend(timeline: Timeline, label_width: int) -> Text:
     legend = Text(" " * label_width)
-    for kind in sorted({action.kind for row in timeline.ranks for action in row}, key="FBIWROL".index):
+    drawn = {action.kind for row in timeline.ranks for action in row}
+    for kind in (kind for kind in MEANINGS if kind in drawn):
         legend.append(kind, _style(kind, bright=True))
         legend.append(f" {MEANINGS[kind]}  ")
     return legend.append(f"{IDLE} idle")

@@ -162,13 +162,10 @@ def schedule_text(plan: Plan) -> str:
 def _recompute(plan: Plan) -> str:
     policy = plan.memory_policy.recompute
     recomputed = [name for name, choice in policy.items() if choice != "none"]
+    parts = ["every segment"] if len(recomputed) == len(policy) else recomputed
     if again := num_let_go(plan)[0]:
-        return f"{again} of {num_activations(plan)} activations, each of one stage and microbatch"
-    if not recomputed:
-        return "nothing"
-    if len(recomputed) == len(policy):
-        return "every segment"
-    return ", ".join(recomputed)
+        parts = [*parts, f"{again} of {num_activations(plan)} activations, each of one stage and microbatch"]
+    return ", ".join(parts) or "nothing"
 
 
 def mesh_text(mesh: Mesh) -> str:

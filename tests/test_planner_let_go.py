@@ -10,7 +10,7 @@ from distributed import run_ranks
 from runtime_toy import make_batch, make_plan, make_program, make_toy
 from test_check_matrix import _compare, _once
 
-from shardwright import api, tasks
+from shardwright import api, cli, tasks
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.planner.order import num_let_go, pipeline_schedule
 from shardwright.planner.plan import Plan
@@ -71,10 +71,25 @@ def test_the_program_computes_what_the_model_computes(short: Plan, tmp_path: Pat
     assert found["gradients"] and max(found["gradients"].values()) <= 1e-9
 
 
-def test_offloading_is_for_devices_with_memory_of_their_own() -> None:
+@pytest.mark.parametrize(
+    ("hardware", "force"),
+    [("4xCPU", {}), ("4xH100-80GB", {"schedule": "1f1b"}), ("4xH100-80GB", {"pp": "1"})],
+)
+def test_offloading_that_nothing_could_do_is_refused(hardware: str, force: dict[str, str]) -> None:
     with pytest.raises(ShardwrightError) as caught:
-        planned(offload="auto")
+        api.plan("preset:tiny-gpt2", hardware, global_batch=16, force={"offload": "auto", **force})
     assert caught.value.exit_code == ExitCode.CONTRADICTION
+
+
+@pytest.mark.parametrize("text", ["junk", "99R0", "0R0", "0O0"])
+def test_a_plan_whose_order_lets_go_what_it_cannot_is_refused(short: Plan, text: str, tmp_path: Path) -> None:
+    edited = short.model_copy(deep=True)
+    edited.schedule.order[0] = f"{text} {edited.schedule.order[0]}"
+    edited.save(tmp_path / "edited.json")
+    with pytest.raises(ShardwrightError, match="order of actions cannot be run"):
+        num_let_go(edited)
+    assert cli.main(["diff", str(tmp_path / "edited.json"), str(tmp_path / "edited.json")]) == ExitCode.PLAN_MISMATCH
+    assert cli.main(["plan", str(tmp_path / "edited.json")]) == ExitCode.PLAN_MISMATCH
 
 
 def test_offloading_is_planned_where_it_is_asked_for() -> None:

@@ -188,6 +188,26 @@ def test_memory_follows_recompute_and_split_backward():
     assert simulate(ranks, [(0,)], released, 2).peak_bytes == [15]
 
 
+def test_copies_to_host_memory_run_beside_compute_and_need_no_parameters():
+    ranks = [
+        [Action(k, 0, i) for k, i in ([("F", 0), ("F", 1), ("O", 0), ("L", 0), ("I", 0), ("W", 0), ("I", 1), ("W", 1)])]
+    ]
+    copied = StageTimes(1.0, 1.0, 1.0, activation_bytes=10, offload_bytes=8, offload_s=1.5)
+    timeline = simulate(ranks, [(0,)], [copied], 2, with_events=True)
+    assert timeline.ends[0] == pytest.approx([1.0, 2.0, 2.5, 2.5, 5.0, 6.0, 7.0, 8.0])
+    assert [(e.kind, e.start_s, e.end_s) for e in timeline.extra] == [("offload", 1.0, 2.5), ("load", 2.5, 4.0)]
+    assert timeline.peak_bytes == [20]
+    # without a time of its own a copy takes none
+    assert simulate(ranks, [(0,)], [StageTimes(1.0, 1.0, 1.0)], 2).makespan_s == pytest.approx(6.0)
+    gathers = [StageTimes(1.0, 1.0, 1.0, gather_s=0.5)]
+    kept = [[action for action in ranks[0] if action.kind not in "OL"]]
+    for overlapped in (False, True):
+        with_copies, without = (
+            simulate(rows, [(0,)], gathers, 2, overlap_collectives=overlapped).makespan_s for rows in (ranks, kept)
+        )
+        assert with_copies == pytest.approx(without)
+
+
 def test_64_ranks_and_512_microbatches_take_under_two_seconds():
     schedule = one_f_one_b(64, 512)
     begin = time.perf_counter()

@@ -12,6 +12,7 @@ from ...costmodel.actions import (
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
     FORWARD,
+    KINDS,
     LOAD,
     OFFLOAD,
     RECOMPUTE,
@@ -73,11 +74,6 @@ class PipelineSchedule:
         return frozenset((stage, i) for row in self.ranks for one, stage, i in row if one == kind)
 
     @property
-    def spares(self) -> bool:
-        """Are activations let go of, one by one: recomputed or offloaded?"""
-        return any(action.kind in SPARING for actions in self.ranks for action in actions)
-
-    @property
     def is_forward_only(self) -> bool:
         return all(action.kind == FORWARD for actions in self.ranks for action in actions)
 
@@ -117,7 +113,7 @@ class PipelineSchedule:
         forward_only = self.is_forward_only
         for stage in range(self.num_stages):
             for microbatch in range(self.num_microbatches):
-                at = {kind: seen.get((kind, stage, microbatch)) for kind in "FBIWROL"}
+                at = {kind: seen.get((kind, stage, microbatch)) for kind in KINDS}
                 forward, fused, first, second = at["F"], at["B"], at["I"], at["W"]
                 if forward is None:
                     raise ValueError(f"stage {stage} never runs microbatch {microbatch}")
@@ -219,7 +215,7 @@ class PipelineSchedule:
     @classmethod
     def from_judge(cls, document: dict[str, Any], name: str = "custom") -> PipelineSchedule:
         ranks = tuple(
-            tuple(parse_action(a) if isinstance(a, str) else Action(*a[:3]) for a in actions)
+            tuple(parse_action(a) if isinstance(a, str) else _unjudged(a) for a in actions)
             for actions in document["ranks"]
         )
         reverse = tuple(document.get("reverse_stage_rank", ()))
@@ -240,3 +236,10 @@ class PipelineSchedule:
 def _judged(actions: Sequence[Action]) -> list[Any]:
     again = {action[1:] for action in actions if action.kind == RECOMPUTE}
     return [[*a, 0, 0] if a.kind == FORWARD and a[1:] in again else str(a) for a in actions]
+
+
+def _unjudged(entry: Sequence[Any]) -> Action:
+    kind, stage, microbatch, *rest = entry
+    if kind != FORWARD or rest != [0, 0]:
+        raise ValueError(f'{entry!r} is not an F that keeps nothing: ["F", stage, microbatch, 0, 0]')
+    return Action(kind, stage, microbatch)

@@ -113,7 +113,7 @@ def varied(searches: list[Starts]) -> list[Candidate]:
 
 
 def anneal_rounds(candidates: list[Candidate], deadline: float, rng: random.Random) -> list[Candidate]:
-    size = candidates[0].graph.num_nodes
+    size = sum(map(len, candidates[0].order))
     for count, share in ROUNDS[max(least for least in ROUNDS if least <= size)]:
         chosen = candidates[:count]
         until = share_of(share, deadline)

@@ -27,6 +27,7 @@ FIT_SHARE = 0.1  # of the time left, for fitting what was annealed again
 TRIED = 10  # orders of each, made to fit
 COMPUTED = (Sparing(), Sparing(weights_first=False))  # again, all that is let go
 COPIED = (Sparing(1.0, 0), Sparing(1.0, 1), Sparing(1.0, 2), Sparing(0.7, 1))  # as far as the link goes
+WHATEVER = (Sparing(float("inf")),)  # how long copies take
 ROUNDS = ((12, 0.3), (6, 0.4), (3, 0.5), (1, 1.0))  # candidates annealed, share of the time left
 MARGIN = 1e-9
 
@@ -72,7 +73,9 @@ def _fitted(
         base, order = OrderGraph(problem), candidate.order
         if isinstance(candidate.graph, SparedGraph):
             order = base.of_actions(without_sparing(candidate.graph.actions(order)))
-        ways = (COPIED if any(stage.offload_bytes for stage in problem.stages) else ()) + COMPUTED
+        copies = any(stage.offload_bytes for stage in problem.stages)
+        computes = any(stage.recompute_bytes for stage in problem.stages)
+        ways = (COPIED if copies else ()) + (COMPUTED if computes else WHATEVER)
         for way in ways:
             spared = spared_order(problem, base, order, way)
             if spared is not None:

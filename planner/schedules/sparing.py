@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...costmodel.actions import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, LOAD, OFFLOAD, RECOMPUTE, Action
+from ...costmodel.activation_memory import change
 from .order_graph import Order, OrderGraph
 from .problem import PipelineProblem
 
@@ -68,7 +69,8 @@ class SparedGraph(OrderGraph):
 
     def _recompute(self, stage: int, microbatch: int) -> None:
         num_bytes = self.problem.stages[stage].recompute_bytes
-        forward, again, backward = (self._node(kind, stage, microbatch) for kind in (FORWARD, RECOMPUTE, "I"))
+        kinds = FORWARD, RECOMPUTE, BACKWARD_INPUT
+        forward, again, backward = (self._node(kind, stage, microbatch) for kind in kinds)
         self.change[forward] -= num_bytes
         self.change[again] = num_bytes
         self.own[again, 0], self.own[backward, 0] = forward, again
@@ -250,22 +252,17 @@ class _Row:
             seconds.insert(to, seconds.pop(at))
             for k in range(at, to, -1):
                 held[k] = held[k - 1] + num_bytes
-            held[to] = (held[to - 1] if to else 0.0) + num_bytes
+            held[to] = held[to - 1] + num_bytes
         return row
 
     def _seconds(self, action: Action) -> float:
         stage = self.stages[action.stage]
-        kinds = {FORWARD: stage.forward_s, RECOMPUTE: stage.forward_s, BACKWARD_INPUT: stage.backward_input_s}
-        return stage.backward_weight_s if action.kind == BACKWARD_WEIGHT else kinds.get(action.kind, 0.0)
+        if action.kind == BACKWARD_INPUT:
+            return stage.backward_input_s
+        if action.kind == BACKWARD_WEIGHT:
+            return stage.backward_weight_s
+        return stage.forward_s if action.kind in (FORWARD, RECOMPUTE) else 0.0
 
     def _held(self, row: Sequence[Action]) -> list[float]:
         """After each action."""
-        held, found = 0.0, []
-        for action in row:
-            stage = self.stages[action.stage]
-            once = stage.activation_bytes - (stage.recompute_bytes if action[1:] in self.again else 0)
-            changes = {FORWARD: once, RECOMPUTE: stage.recompute_bytes, BACKWARD_WEIGHT: -stage.activation_bytes}
-            changes |= {OFFLOAD: -stage.offload_bytes, LOAD: stage.offload_bytes}
-            held += changes.get(action.kind, 0)
-            found.append(held)
-        return found
+        return list(itertools.accumulate(change(a.kind, self.stages[a.stage], a[1:] in self.again) for a in row))

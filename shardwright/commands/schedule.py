@@ -185,6 +185,7 @@ def _placement(args: argparse.Namespace) -> tuple[int, ...] | None:
 
 
 def _searched(problems: list[PipelineProblem], args: argparse.Namespace) -> Synthesis:
+    from ..planner.schedules.bounds import lower_bound
     from ..planner.schedules.placements import placed
     from ..planner.schedules.synthesis import synthesize
 
@@ -193,10 +194,19 @@ def _searched(problems: list[PipelineProblem], args: argparse.Namespace) -> Synt
     found = synthesize(problems, time_limit_s=args.time_limit)
     if found is None:
         needed = min(_least_memory(problem) for problem in problems)
-        holds = "at once, at least," if args.recompute or args.offload is not None else "that has run its forwards"
+        what = f"a limit of {args.memory} microbatches leaves no room for one microbatch on every rank"
+        means = f"a rank that has run a microbatch's forwards holds {needed:g}"
+        if any(problem.offers for problem in problems):
+            least = min(problem.num_ranks / problem.num_stages for problem in problems)
+            means = f"a rank holds {least:g} while it works on one chunk"
+            if math.isfinite(min(map(lower_bound, problems))):
+                what = f"no order was found that holds no more than {args.memory} microbatches on a rank"
+                means = f"it may exist; what keeps all activations holds {needed:g}"
+            else:
+                needed = least
         raise ShardwrightError(
-            f"a limit of {args.memory} microbatches leaves no room for one microbatch on every rank",
-            means=f"a rank {holds} holds {needed:g}",
+            what,
+            means=means,
             change="--memory",
             works=f"--memory {needed:g}",
             exit_code=ExitCode.DOES_NOT_FIT,
@@ -205,8 +215,6 @@ def _searched(problems: list[PipelineProblem], args: argparse.Namespace) -> Synt
 
 
 def _least_memory(problem: PipelineProblem) -> float:
-    if problem.offers:
-        return problem.num_ranks / problem.num_stages
     most = max(len(problem.stages_of(rank)) for rank in range(problem.num_ranks))
     return most * problem.num_ranks / problem.num_stages
 
@@ -225,7 +233,8 @@ def _published(problems: list[PipelineProblem], args: argparse.Namespace) -> Syn
         option = "--recompute" if args.recompute else "--offload"
         raise ShardwrightError(
             f"schedule {name} keeps all activations; {option} lets an order let some go",
-            change=f"leave {option} out, or --name",
+            means="published orders are run as they are",
+            change="--name",
             works="--name auto",
         )
     taken = [chunks for chunks in SCHEDULES[name].chunks if chunks <= args.chunks]
