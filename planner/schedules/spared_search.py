@@ -21,13 +21,13 @@ Bounded = list[tuple[PipelineProblem, float]]  # with their bounds
 Search = Callable[[Bounded, float], list[Candidate]]  # until when; best first
 
 KEEPING_SHARE = 0.3  # of the time, for orders that keep everything
-MEMORY_SHARES = (1.25, 1.5, 2.0, 3.0, float("inf"))  # of the limits
+MEMORY_SHARES = (4 / 3, 1.5, 2.0, float("inf"))  # of the limits
 SEARCH_SHARE = 0.5  # of the time left, for all of these
 FIT_SHARE = 0.1  # of the time left, for fitting what was annealed again
 TRIED = 10  # orders of each, made to fit
 COMPUTED = (Sparing(), Sparing(weights_first=False))  # again, all that is let go
 COPIED = (Sparing(1.0, 0), Sparing(1.0, 1), Sparing(1.0, 2), Sparing(0.7, 1))  # as far as the link goes
-WHATEVER = (Sparing(float("inf")),)  # how long copies take
+ALL_COPIED = (Sparing(float("inf"), 0, computes=False), Sparing(float("inf"), 1, computes=False))
 ROUNDS = ((12, 0.3), (6, 0.4), (3, 0.5), (1, 1.0))  # candidates annealed, share of the time left
 MARGIN = 1e-9
 
@@ -75,7 +75,7 @@ def _fitted(
             order = base.of_actions(without_sparing(candidate.graph.actions(order)))
         copies = any(stage.offload_bytes for stage in problem.stages)
         computes = any(stage.recompute_bytes for stage in problem.stages)
-        ways = (COPIED if copies else ()) + (COMPUTED if computes else WHATEVER)
+        ways = (COPIED + ALL_COPIED if copies else ()) + (COMPUTED if computes else ())
         for way in ways:
             spared = spared_order(problem, base, order, way)
             if spared is not None:

@@ -121,11 +121,12 @@ class SparedGraph(OrderGraph):
 class Sparing:
     """link_share: of the seconds of a rank's work, how many its copies out may take; what is beyond is recomputed.
     reserve: activations that copies back have room for ahead of their backwards. weights_first: rather than let one go,
-    weight gradients that are left over run early."""
+    weight gradients that are left over run early. computes: may anything be recomputed?"""
 
     link_share: float = 0.0
     reserve: int = 0
     weights_first: bool = True
+    computes: bool = True
 
 
 def spared_order(
@@ -164,7 +165,7 @@ class _Row:
         self.again: set[Place] = set()
         self.away: set[Place] = set()
         self.pending: dict[Place, None] = {}  # weight gradients
-        self.weights_first = way.weights_first
+        self.weights_first, self.computes = way.weights_first, way.computes
         self.inserted: dict[int, list[Action]] = {}  # before which action
 
     def fitted(self) -> list[Action] | None:
@@ -200,7 +201,7 @@ class _Row:
         copied = [p for p in self.copied_at if p != now and 0.0 < stages[p[0]].offload_bytes]
         copied = [p for p in copied if stages[p[0]].offload_s <= self.link_s]
         over = [p for p in copied if self.copied_at[p] <= now_s]
-        computed = [p for p in self.copied_at if stages[p[0]].recompute_bytes]
+        computed = [p for p in self.copied_at if self.computes and stages[p[0]].recompute_bytes]
         if self.pending and (self.weights_first or not (copied or computed)):
             first = next(iter(self.pending))
             del self.pending[first]
