@@ -8,9 +8,13 @@ from unittest import mock
 import pytest
 from distributed import run_ranks
 from runtime_toy import make_batch, make_plan, make_program, make_toy
+from sparing_orders import letting_go
 from test_check_matrix import _compare, _once
 
 from shardwright import api, cli, tasks
+from shardwright.costmodel.actions import Action
+from shardwright.costmodel.activation_memory import peak_host_memory
+from shardwright.costmodel.stage_times import StageTimes
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.planner.order import num_let_go, pipeline_schedule
 from shardwright.planner.plan import Plan
@@ -62,6 +66,18 @@ def test_the_document_keeps_the_order_and_its_timeline(short: Plan) -> None:
     events = predicted_trace(short).events
     assert sum(event.kind == "R" for event in events) == num_let_go(short)[0]
     assert max(event.end_s for event in events) == pytest.approx(short.predicted.step_s, rel=0.02)
+
+
+def test_copies_that_were_never_timed_take_no_time_in_the_timeline(short: Plan) -> None:
+    edited = letting_go(planned(64 << 20, schedule="zb_h1"))
+    kinds = [event.kind for event in predicted_trace(edited).events]
+    assert kinds.count("O") == kinds.count("L") == num_let_go(edited)[1] > 0
+
+
+def test_host_memory_holds_what_is_offloaded_from_its_forward_to_its_backward() -> None:
+    stages = [StageTimes(1.0, 1.0, 1.0, activation_bytes=10, offload_bytes=8)]
+    actions = [Action(text[0], 0, int(text[1])) for text in "F0 F1 O0 F2 O1 L0 I0 W0 L1 I1 W1 I2 W2".split()]
+    assert peak_host_memory([actions], stages) == [2 * 8]
 
 
 def test_the_program_computes_what_the_model_computes(short: Plan, tmp_path: Path) -> None:
