@@ -62,7 +62,7 @@ def random_problem(p: int, m: int, v: int, seed: int) -> PipelineProblem:
     return PipelineProblem(m, place, stages, (Hop.latency(rng.choice([0.0, 0.1])),) * (p * v - 1), limits)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 3), st.integers(0, 10**6))
 def test_any_pipeline_gets_a_complete_order_within_memory_that_the_simulator_confirms(p, m, v, seed):
     problem = random_problem(p, m, v, seed)
@@ -90,7 +90,7 @@ def test_the_outside_judge_agrees_on_recomputation(p, m, v, memory, more):
         assert again.ranks == found.schedule.ranks
 
 
-@pytest.mark.parametrize("place", [loop_placement(8, 1), loop_placement(8, 2), v_placement(8)])
+@pytest.mark.parametrize("place", [loop_placement(8, 1), v_placement(8)])
 def test_letting_go_beats_waiting_for_memory(place):
     """At a quarter of 1F1B's memory."""
     plain = problem_of_shares(16, place, 8, (1.0, 1.0, 1.0), memory_limit=2)
@@ -171,7 +171,7 @@ def test_the_shortest_of_every_order_is_found(problem):
             continue
         best = min(best, timeline.makespan_s)
     assert lower_bound(problem) <= best + 1e-9
-    found = synthesize([problem], time_limit_s=1.5)
+    found = synthesize([problem], time_limit_s=0.8)
     assert_valid(problem, found)
     assert found.makespan_s == pytest.approx(best, abs=1e-9)
     assert lets_go(found.schedule)

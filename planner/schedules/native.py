@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-SOURCES = ("annealing.c", "justify.c", "listing.c", "pipeline.h")
+SOURCES = ("annealing.c", "justify.c", "listing.c", "ends.h", "pipeline.h")
 # without fused multiply-adds times add up as they do in Python
 FLAGS = ("-O2", "-std=c99", "-shared", "-fPIC", "-ffp-contract=off")
 COMPILE_TIMEOUT_S = 60
