@@ -125,16 +125,18 @@ def _headline(plan: Plan) -> RenderableType:
     )
     if seq_len := plan.workload.get("seq_len"):
         batch += f", {seq_len:,} tokens each"
+    again, away = num_let_go(plan)
+    single = f"of {num_activations(plan)} activations, each of one stage and microbatch"
     rows: list[tuple[str, RenderableType]] = [
         ("predicted step", step),
         ("lost to", lost),
         ("schedule", schedule_text(plan)),
         ("global batch", batch),
         ("ZeRO", _zero(plan)),
-        ("recompute", _recompute(plan)),
+        ("recompute", ", ".join([*_recomputed(plan), *([f"{again} {single}"] if again else [])]) or "nothing"),
     ]
-    if away := num_let_go(plan)[1]:
-        rows.append(("offload", f"{away} of {num_activations(plan)} activations, each of one stage and microbatch"))
+    if away:
+        rows.append(("offload", f"{away} {single}"))
     if plan.fusions:
         rows.append(("fused kernels", ", ".join(plan.fusions)))
     if plan.forced:
@@ -159,13 +161,11 @@ def schedule_text(plan: Plan) -> str:
     return text
 
 
-def _recompute(plan: Plan) -> str:
+def _recomputed(plan: Plan) -> list[str]:
+    """Segments, in every backward."""
     policy = plan.memory_policy.recompute
     recomputed = [name for name, choice in policy.items() if choice != "none"]
-    parts = ["every segment"] if len(recomputed) == len(policy) else recomputed
-    if again := num_let_go(plan)[0]:
-        parts = [*parts, f"{again} of {num_activations(plan)} activations, each of one stage and microbatch"]
-    return ", ".join(parts) or "nothing"
+    return ["every segment"] if recomputed and len(recomputed) == len(policy) else recomputed
 
 
 def mesh_text(mesh: Mesh) -> str:

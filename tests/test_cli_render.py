@@ -53,3 +53,9 @@ def test_many_stages_are_elided(hand_made_plan):
     stages = [Stage(segments=[i], ranks=[i]) for i in range(64)]
     text = rendered(hand_made_plan.model_copy(update={"stages": stages, "segments": []}), 100)
     assert len(text.splitlines()) < 80 and "..." in text
+
+
+def test_a_plan_without_a_memory_policy_recomputes_nothing(hand_made_plan):
+    policy = hand_made_plan.memory_policy.model_copy(update={"recompute": {}})
+    lines = rendered(hand_made_plan.model_copy(update={"memory_policy": policy}), 100).splitlines()
+    assert [line.split()[1:] for line in lines if line.split()[:1] == ["recompute"]] == [["nothing"]]
