@@ -201,7 +201,7 @@ def simulate(
             i += 1
             if collectives and kind not in "OL":
                 following = i
-                while following < n and actions[following].kind in "OL":
+                while overlap_collectives and following < n and actions[following].kind in "OL":
                     following += 1
                 if overlap_collectives and following < n:  # the next action's gather goes out as this one starts
                     gathered[rank] = max(collective_free[rank], start)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..costmodel.memory import Extents
 from ..errors import ExitCode, ShardwrightError
+from ..profiler.cluster import Cluster
 from ..profiler.near import near_matches
 from .schedules.library import SCHEDULES, SEARCHED, canonical_name
 
@@ -190,11 +191,40 @@ def _contradiction(what: str, means: str, change: str, works: str) -> Shardwrigh
     return ShardwrightError(what, means=means, change=change, works=works, exit_code=ExitCode.CONTRADICTION)
 
 
-def check_forced(forced: Forced, num_devices: int, global_batch: int, num_instances: int) -> None:
+def check_forced(forced: Forced, cluster: Cluster, global_batch: int, num_instances: int) -> None:
     """Raises ShardwrightError (exit 4) where forced values exclude each other, the devices, the batch or the model."""
+    num_devices = cluster.num_devices
     _check_axes(forced, num_devices)
     _check_batch(forced, num_devices, global_batch)
     _check_stages(forced, num_devices, num_instances)
+    if forced.offload:
+        _check_offload(forced, cluster)
+
+
+def _check_offload(forced: Forced, cluster: Cluster) -> None:
+    """Is there anything that offloading could be part of?"""
+    device = cluster.worst_device()
+    if device.kind == "cpu":
+        raise _contradiction(
+            f"--force offload=auto: {device.name} has no other memory than its host's",
+            "nothing would be saved",
+            "--force offload",
+            "--force offload=none",
+        )
+    if forced.schedule is not None:
+        raise _contradiction(
+            f"--force offload=auto: schedule {forced.schedule} is run as it was published",
+            "it keeps all activations",
+            "--force schedule",
+            "--force schedule=auto",
+        )
+    if forced.pp == 1:
+        raise _contradiction(
+            "--force offload=auto: pp=1 has no pipeline",
+            "activations are offloaded as actions of a pipeline's order",
+            "--force pp",
+            "--force pp=2",
+        )
 
 
 def _check_axes(forced: Forced, num_devices: int) -> None:

@@ -141,9 +141,6 @@ class _Search:
     def _problems(self, bounds: tuple[int, ...]) -> list[PipelineProblem]:
         return [_problem(self.setting, candidate, self.way, bounds) for candidate in self.placed]
 
-    def _bound_s(self, bounds: tuple[int, ...]) -> float:
-        return min(map(lower_bound, self._problems(bounds)))
-
     def _first_cuts(self, stop_at: float) -> tuple[int, ...]:
         """Single cuts moved while the least time of any order falls, where they were made for other memory."""
         bounds = self.base.bounds
@@ -151,7 +148,9 @@ class _Search:
             return bounds
 
         def bound_s(trial: tuple[int, ...]) -> float:
-            return float("inf") if trial != bounds and time.monotonic() > stop_at else self._bound_s(trial)
+            if trial != bounds and time.monotonic() > stop_at:
+                return float("inf")
+            return min(map(lower_bound, self._problems(trial)))
 
         return improve_cuts(bounds, bound_s)
 
@@ -159,10 +158,10 @@ class _Search:
         """None also where no order takes less than limit_s. at_least: LEAST_SECONDS, whatever stop_at and limit_s."""
         now = time.monotonic()
         bounds = self._first_cuts(now + FIRST_CUTS_SHARE * (stop_at - now))
-        if self._bound_s(bounds) > limit_s and not at_least:
+        problems = self._problems(bounds)
+        if min(map(lower_bound, problems)) > limit_s and not at_least:
             return None
         found: OwnOrder | None = None
-        problems = self._problems(bounds)
         for turn, share in enumerate(SHARES):
             left_s = share * (stop_at - time.monotonic())
             if at_least and found is None:
@@ -174,7 +173,7 @@ class _Search:
             candidate = next(one for one in self.placed if placement_of(one) == schedule.stage_rank)
             bounds = self._cuts_under(candidate, bounds, schedule, stop_at)
             stages = _stages(self.setting, candidate, self.way, bounds)
-            timeline = self._timeline(candidate, bounds, schedule)
+            timeline = self._timeline(candidate, bounds, schedule, stages)
             if not self._host_holds(candidate, schedule, stages):
                 continue
             if found is None or timeline.makespan_s < found.timeline.makespan_s:
@@ -193,8 +192,9 @@ class _Search:
         peaks = zip(peak_host_memory(schedule.ranks, stages), hosts, strict=True)
         return all(not host or PINNED_FACTOR * away <= host for away, host in peaks)
 
-    def _timeline(self, candidate: Candidate, bounds: tuple[int, ...], schedule: PipelineSchedule) -> Timeline:
-        stages = _stages(self.setting, candidate, self.way, bounds)
+    def _timeline(
+        self, candidate: Candidate, bounds: tuple[int, ...], schedule: PipelineSchedule, stages: list[StageTimes]
+    ) -> Timeline:
         return run_timeline(
             self.setting, candidate, self.way.chain, bounds, schedule=schedule, stages=stages, with_memory=True
         )
@@ -209,7 +209,8 @@ class _Search:
         def seconds(trial: tuple[int, ...]) -> float:
             if trial != bounds and time.monotonic() > stop_at:
                 return float("inf")
-            timeline = self._timeline(candidate, trial, schedule)
+            stages = _stages(self.setting, candidate, self.way, trial)
+            timeline = self._timeline(candidate, trial, schedule, stages)
             rooms = _rooms(self.setting, candidate, self.way, trial)
             fit = all(peak <= room for peak, room in zip(timeline.peak_bytes, rooms, strict=True))
             return timeline.makespan_s if fit else float("inf")

@@ -94,7 +94,8 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     order: PipelineSchedule | None = None
     if own is not None:
         best = own.base
-        solution = best.solution or solution
+        assert best.solution is not None
+        solution = best.solution
         order, timeline, bounds, candidate = own.schedule, own.timeline, own.bounds, own.candidate
         chain, best.recompute = own.way.chain, own.way.recompute
         held = timeline.peak_bytes

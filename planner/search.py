@@ -368,27 +368,6 @@ class _TimeUp(Exception):
     pass
 
 
-def _check_offload(forced: Forced, cluster: Cluster) -> None:
-    """Raises ShardwrightError (exit 4) where there is nothing that offloading could be part of."""
-    if not forced.offload:
-        return
-    device, change, works = cluster.worst_device(), "--force offload", "--force offload=none"
-    if device.kind == "cpu":
-        what = f"{device.name} has no other memory than its host's"
-        means = "nothing would be saved"
-    elif forced.schedule is not None:
-        what, means = f"schedule {forced.schedule} is run as it was published", "it keeps all activations"
-        change, works = "--force schedule", "--force schedule=auto"
-    elif forced.pp == 1:
-        what, means = "pp=1 has no pipeline", "activations are offloaded as actions of a pipeline's order"
-        change, works = "--force pp", "--force pp=2"
-    else:
-        return
-    raise ShardwrightError(
-        f"--force offload=auto: {what}", means=means, change=change, works=works, exit_code=ExitCode.CONTRADICTION
-    )
-
-
 def search(
     graph: ModelGraph,
     cluster: Cluster,
@@ -410,8 +389,7 @@ def search(
     setting = Setting(graph, cluster, cost_model, workload, memory_limit_bytes)
     forced = parse_forced(force)
     num_instances = len(setting.shape.instances)
-    check_forced(forced, cluster.num_devices, workload.global_batch, num_instances)
-    _check_offload(forced, cluster)
+    check_forced(forced, cluster, workload.global_batch, num_instances)
     space = (forced, cluster.num_devices, workload.global_batch, num_instances, _widest_tp(cluster), _domain(cluster))
     candidates = list(enumerate_candidates(*space))
     if not candidates:

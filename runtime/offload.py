@@ -31,11 +31,11 @@ class HostCopy:
                 layout = (tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
                 self._layouts[place] = key, layout
         self._sizes = {key: storage.nbytes() for key, storage in storages.items()}
-        self._here = {key: _as_bytes(storage) for key, storage in storages.items()}
+        self._here: dict[int, torch.Tensor] = {}  # loaded
         self._there = host.take(sum(map(_aligned, self._sizes.values())))
         with host.beside(OUT):
             for key, part in self._parts():
-                part.copy_(self._here[key], non_blocking=True)
+                part.copy_(_as_bytes(storages[key]), non_blocking=True)
         self._copied = host.mark(OUT)
 
     def _parts(self) -> Iterable[tuple[int, torch.Tensor]]:
@@ -54,7 +54,6 @@ class HostCopy:
         self.wait()
         for place in self._layouts:
             self._tensors[place] = None
-        self._here = {}
 
     def load(self) -> None:
         device = self.host.device
@@ -74,7 +73,7 @@ class HostCopy:
         self._here = {}
         return self._tensors
 
-    def device_bytes(self) -> int:
+    def loaded_bytes(self) -> int:
         return sum(flat.numel() for flat in self._here.values())
 
 

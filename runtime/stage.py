@@ -302,10 +302,7 @@ class StageRunner:
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
-        for microbatch, copy in self._away.items():
-            if not any(item.saved for item in self._kept[microbatch]):
-                storages[-1 - microbatch] = copy.device_bytes()
-        return sum(storages.values())
+        return sum(storages.values()) + sum(copy.loaded_bytes() for copy in self._away.values())
 
     def clear(self) -> None:
         for copy in self._away.values():  # after a step that did not come to its end

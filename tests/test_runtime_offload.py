@@ -21,9 +21,9 @@ def test_tensors_come_back_with_their_layout_and_what_they_share(device: str) ->
         copy = host.copy(given, [outside])
         given.clear()
         copy.let_go()
-        assert copy.device_bytes() == 0
+        assert copy.loaded_bytes() == 0
         copy.load()
-        assert copy.device_bytes() == 24 * 4 + 5 * 2
+        assert copy.loaded_bytes() == 24 * 4 + 5 * 2
         given = copy.tensors()
         for found, wanted in zip(given, expected, strict=True):
             if isinstance(wanted, torch.Tensor):

@@ -18,13 +18,13 @@ from .starts import ListSearch, library_orders
 
 PATIENCE = 0.35  # lists end after this share of their time without gain
 KEPT = 8  # starts of a placement and kind
+LONG_ACTIONS = 1_500
 # from how many actions on: candidates annealed, share of the time left; long orders take all of it to cool down once
 ROUNDS = {
     0: ((10, 0.25), (4, 0.35), (2, 0.4), (1, 0.5), (1, 1.0)),
-    1_500: ((16, 0.6), (4, 0.6), (1, 1.0)),
+    LONG_ACTIONS: ((16, 0.6), (4, 0.6), (1, 1.0)),
     12_000: ((4, 0.4), (1, 1.0)),
 }
-LONG_ACTIONS = 1_500
 TEMPERATURES = (0.1, 0.2, 0.4, 0.8)  # of a mean action
 KIND_MARGIN = 1.1  # the best of a kind is left alone beyond this times the best of all
 OTHERS_MARGIN = 1.3  # and any other beyond this

@@ -28,7 +28,7 @@ from .exact import solve
 from .order_graph import OrderGraph
 from .problem import PipelineProblem
 from .repeats import fewer_microbatches, offer_repeats
-from .spared_search import search_sparing
+from .spared_search import Bounded, search_sparing
 
 SHORT_ACTIONS = 30_000
 DEFAULT_TIME_LIMITS_S = (7.0, 20.0)  # of short pipelines, of long ones
@@ -39,7 +39,6 @@ REPEATED_START_SHARE = 0.05  # of the time left, for starts other than those
 EXACT_ACTIONS = 400  # up to which an exact solver gets a share of the time
 EXACT_SHARE = 0.5
 EXACT_LEAST_S = 0.6  # twice what it takes to begin
-Bounded = list[tuple[PipelineProblem, float]]  # with their bounds
 
 
 @dataclass(frozen=True)

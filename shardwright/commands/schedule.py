@@ -72,8 +72,8 @@ def execute(args: argparse.Namespace) -> int:
             "makespan": found.makespan_s,
             "bubble_fraction": timeline.bubble_fraction,
             "peak_memory": held,
-            "recomputed": _count(found.schedule, "R"),
-            "offloaded": _count(found.schedule, "O"),
+            "recomputed": len(found.schedule.places("R")),
+            "offloaded": len(found.schedule.places("O")),
             "lower_bound": found.bound_s,
             "gap_fraction": found.gap_fraction,
             "name": found.name,
@@ -272,13 +272,9 @@ def _published(problems: list[PipelineProblem], args: argparse.Namespace) -> Syn
     return Synthesis(schedule, problem, makespan_s, bound_s, gap_fraction, name, time.monotonic() - began)
 
 
-def _count(schedule: PipelineSchedule, kind: str) -> int:
-    return sum(action.kind == kind for actions in schedule.ranks for action in actions)
-
-
 def _let_go(schedule: PipelineSchedule) -> str:
     """A line on what is not kept, or nothing."""
-    counts = {"recomputed": _count(schedule, "R"), "offloaded": _count(schedule, "O")}
+    counts = {"recomputed": len(schedule.places("R")), "offloaded": len(schedule.places("O"))}
     found = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     return f"of {schedule.num_stages * schedule.num_microbatches} activations {found}\n" if found else ""
 
