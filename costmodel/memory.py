@@ -20,8 +20,8 @@ rank and one microbatch keep gradients in c. Under ZeRO-2 and 3 two reductions a
 is packed.
 
 The peak is the greater of two moments: inside the pipeline, with activations and workspace, and in the optimizer step,
-with gradients in the master type (of a shard under ZeRO-1 to 3), the optimizer's temporaries, and what a roll-back of
-the step would need.
+with gradients in the master type (of a shard under ZeRO-1 to 3), the optimizer's temporaries (none of torch's fused
+updates), and what a roll-back of the step would need.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ ITEMS = (
 @dataclass(frozen=True)
 class StateBytes:
     """Bytes of one element of each kind of training state. state_tensors, kept_tensors (in the optimizer step, for a
-    roll-back): of a parameter's size, in the master type."""
+    roll-back), step_tensors (of the update itself, in the optimizer step): of a parameter's size, in the master type.
+    """
 
     compute: int
     master: int
@@ -71,15 +72,16 @@ class StateBytes:
     single_copy: bool  # master and compute type are the same
     reduces_in_master: bool = True
     kept_tensors: int = 0
+    step_tensors: int = 1
 
     @classmethod
-    def of(cls, precision: object, state_tensors: int, kept_tensors: int = 0) -> StateBytes:
+    def of(cls, precision: object, state_tensors: int, kept_tensors: int = 0, step_tensors: int = 1) -> StateBytes:
         """precision: profiler.workload.Precision (or anything with its three dtypes)."""
         compute, master, reduce = (getattr(precision, name) for name in ("compute", "master", "grad_reduce"))
         wide = max(compute, reduce, key=lambda dtype: dtype.itemsize)
         single_copy, in_master = compute == master, wide == master
         sizes = compute.itemsize, master.itemsize, wide.itemsize
-        return cls(*sizes, state_tensors, single_copy, in_master, kept_tensors)
+        return cls(*sizes, state_tensors, single_copy, in_master, kept_tensors, step_tensors)
 
 
 class Extents(NamedTuple):
@@ -147,7 +149,7 @@ def state_memory(
         gradients=(_share(trainable, extents.gradients) + (shard if zero == 1 else 0)) * each,
         fresh_each=largest * ((kinds.compute if accumulates else 0) + (REDUCED_UNITS * each if zero >= 2 else 0)),
         step_gradients=shard * (each + (0 if in_master else kinds.master)),
-        step_temporaries=(stepped + shard * kinds.kept_tensors) * kinds.master,
+        step_temporaries=(stepped * kinds.step_tensors + shard * kinds.kept_tensors) * kinds.master,
     )
 
 

@@ -41,7 +41,7 @@ class Setting:
     def __post_init__(self) -> None:
         self.shape = model_shape(self.graph)
         spec = self.workload.optimizer
-        self.kinds = StateBytes.of(self.workload.precision, spec.state_tensors, spec.kept_tensors)
+        self.kinds = StateBytes.of(self.workload.precision, spec.state_tensors, spec.kept_tensors, spec.step_tensors)
 
     def mesh(self, candidate: Candidate) -> MeshCosts:
         key = (candidate.pp, candidate.dp, candidate.tp)

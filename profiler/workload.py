@@ -11,6 +11,9 @@ from torch import nn
 
 Batch = Mapping[str, torch.Tensor]
 
+_FUSED = frozenset({torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD})  # one kernel for all
+_WAYS = ("foreach", "fused", "capturable", "differentiable")  # options that say how the update is computed
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -35,6 +38,18 @@ class OptimizerSpec:
     @property
     def waits_for_norm(self) -> bool:
         return self.needs_norm and not self.post_validation
+
+    @property
+    def is_fused(self) -> bool:
+        """Torch's fused update is taken where nothing else is asked: it writes in place, parameters and state alike."""
+        named = [way for way in _WAYS if way in self.options]
+        return bool(self.options.get("fused")) if named else self.factory in _FUSED
+
+    @property
+    def step_tensors(self) -> int:
+        """Of a parameter's size, that the update holds beside its state: torch's foreach updates keep one, as the
+        denominator of Adam."""
+        return 0 if self.is_fused else 1
 
     @property
     def kept_tensors(self) -> int:

@@ -17,8 +17,6 @@ ELEMENTWISE = frozenset({
     optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD, optim.NAdam, optim.RAdam,
     optim.RMSprop, optim.Rprop, optim.SGD,
 })  # fmt: skip
-_FUSED = frozenset({optim.Adagrad, optim.Adam, optim.AdamW, optim.SGD})  # have one kernel for all
-_WAYS = ("foreach", "fused", "capturable", "differentiable")  # options that say how the update is computed
 
 
 def build_optimizer(spec: OptimizerSpec, store: ParameterStore) -> torch.optim.Optimizer | None:
@@ -29,7 +27,7 @@ def build_optimizer(spec: OptimizerSpec, store: ParameterStore) -> torch.optim.O
     if not trainable:
         return None
     options: dict[str, Any] = dict(spec.options)
-    if spec.factory in _FUSED and not any(way in options for way in _WAYS) and _can_fuse(trainable):
+    if spec.is_fused and _can_fuse(trainable):
         options["fused"] = True
     return spec.factory(trainable, **options)
 

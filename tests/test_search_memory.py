@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 from planner_fakes import Case, Sizes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shardwright.costmodel import memory
 from shardwright.costmodel.activation_memory import peak_memory
 from shardwright.costmodel.memory import StageState, StateBytes
+from shardwright.errors import ShardwrightError
 from shardwright.planner.candidates import Candidate
 from shardwright.planner.evaluate import find_cuts, stage_times
 from shardwright.planner.footprint import cached_schedule, in_flight_profiles, quick_peaks, rank_breakdown
 from shardwright.planner.setting import Setting
-from shardwright.profiler.workload import Precision
+from shardwright.profiler.workload import OptimizerSpec, Precision
 
 MIXED = StateBytes(compute=2, master=4, reduce=4, state_tensors=2, single_copy=False)
 SINGLE = StateBytes(compute=4, master=4, reduce=4, state_tensors=2, single_copy=True)
@@ -165,3 +168,48 @@ def test_state_bytes_follow_the_precision():
     kinds = StateBytes.of(Precision(torch.float64, torch.float64, torch.float64), 1)
     assert kinds == StateBytes(8, 8, 8, 1, True, True)
     assert not StateBytes.of(Precision(grad_reduce=torch.bfloat16), 2).reduces_in_master
+
+
+class _Made(TorchDispatchMode):
+    """Counts the tensors of one size that ops make anew."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not any(arg.alias_info and arg.alias_info.is_write for arg in func._schema.arguments):
+            self.count += sum(t.numel() == self.numel for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.Adam, {}),
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+    ],
+)
+def test_what_a_step_allocates_is_what_is_counted(factory, options):
+    """A fused update makes nothing of a parameter's size; a foreach update of Adam one tensor for each parameter."""
+    spec = OptimizerSpec("", factory, options)
+    parameters = [torch.nn.Parameter(torch.randn(37)) for _ in range(3)]
+    optimizer = factory(parameters, lr=0.1, **({**options, "fused": True} if spec.is_fused else options))
+    for _ in range(2):  # the first step makes the state
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        with _Made(37) as made:
+            optimizer.step()
+    assert made.count == spec.step_tensors * len(parameters)
+
+
+def test_a_fused_step_fits_where_a_foreach_step_does_not():
+    """8 B parameters take 2 + 2 + 12 bytes each, and 4 in the gradient that the step reads: 149.6 GiB of 155."""
+    sizes = Sizes(32, 4096, 14336, 1024, 128256, 512)
+    found = Case(sizes, "1xB200", 1).search()
+    assert max(found.predicted.peak_bytes) > 140 * 2**30
+    with pytest.raises(ShardwrightError, match="nothing fits"):
+        Case(sizes, "1xB200", 1, optimizer=OptimizerSpec(options={"foreach": True})).search()
