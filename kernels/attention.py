@@ -35,14 +35,26 @@ _OPTIONS = (
 Shape = Sequence[int] | None
 
 
-def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The fused kernels read a head's elements one after another."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """As Tensor.contiguous(), which fake tensors of a device that this PyTorch is not built for refuse."""
+    return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The fused kernels read a head's elements one after another; those of CUDA 16 bytes at once, so that rows begin at
+    multiples of that."""
+    if tensor.stride(-1) != 1:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    if tensor.device.type == "cuda":
+        places = [stride for stride, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
+        if any(place * tensor.element_size() % 16 for place in (tensor.storage_offset(), *places)):
+            return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def _sequence_major(tensor: torch.Tensor) -> torch.Tensor:
     """The layout that the fake kernel promises; a copy only where a lowering gave another."""
-    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return _contiguous(tensor.transpose(1, 2)).transpose(1, 2)
 
 
 def _forward(
@@ -61,7 +73,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     spec = Spec(scale, causal, window, dropout_p, rng_index, rng_shape, rng_offset)
     _check(query, key, value, rng_key, dropout_p)
-    query, key, value = _unit_stride(query), _unit_stride(key), _unit_stride(value)
+    query, key, value = _readable(query), _readable(key), _readable(value)
     match fused.lowering(query, key, value, mask, spec):
         case "cpu":
             out, lse = fused.cpu_forward(query, key, value, mask, spec)
@@ -71,7 +83,7 @@ def _forward(
             out, lse = fused.efficient_forward(query, key, value, mask, spec)
         case _:
             out, lse = attention_math(query, key, value, mask, rng_key, spec)
-    return _sequence_major(out), lse.contiguous()
+    return _sequence_major(out), _contiguous(lse)
 
 
 def _backward(
@@ -93,7 +105,8 @@ def _backward(
     mask_needs_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     spec = Spec(scale, causal, window, dropout_p, rng_index, rng_shape, rng_offset)
-    grad_out, query, key, value = (_unit_stride(tensor) for tensor in (grad_out, query, key, value))
+    grad_out, query, key, value = (_readable(tensor) for tensor in (grad_out, query, key, value))
+    lse = _contiguous(lse)
     grad_mask = None
     grads: Sequence[torch.Tensor]
     match "math" if mask_needs_grad else fused.lowering(query, key, value, mask, spec):

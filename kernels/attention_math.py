@@ -54,7 +54,7 @@ def visible(rows: slice, keys: slice, spec: Spec, device: torch.device | None) -
     """
     if not spec.causal and spec.window <= 0:
         return None
-    distance = torch.arange(rows.start, rows.stop, device=device)[:, None] - torch.arange(
+    distance = torch.arange(rows.start, rows.stop, device=device).unsqueeze(1) - torch.arange(
         keys.start, keys.stop, device=device
     )
     seen = None
