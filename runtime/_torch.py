@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import _metadata_fn, _StorageInfo
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.pipelining.schedules import (
     _Action,
     _ComputationType,
@@ -13,11 +15,17 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.distributed.tensor import DTensor
+from torch.serialization import _get_layout
 
 TorchAction = _Action
 ComputationType = _ComputationType
 ScheduleRuntime = _PipelineScheduleRuntime
 StageBase = _PipelineStageBase
+# what DCP's index of a checkpoint is made of
+DCP_INDEX_NAME = _metadata_fn
+StorageInfo = _StorageInfo
+MemoryFormatName = _MEM_FORMAT_ENCODING
+layout_of_name = _get_layout
 
 
 def local_part(tensor: DTensor) -> torch.Tensor:

@@ -6,8 +6,9 @@ Keys of the flat state:
     buffer.NAME             a buffer
     optimizer.NAME.STATE    one entry of the optimizer's state for that parameter
 
-Beside DCP's files stands program.json: {"format", "step", "groups": hyperparameters of each parameter group}. It is
-written last, so that a folder without it is an unfinished checkpoint.
+Beside DCP's files stands program.json: {"format", "step", "groups": hyperparameters of each parameter group, "files":
+SHA-256 of each, "sha256": of the document itself}. It is written last, so that a folder without it is an unfinished
+checkpoint. A load that fails leaves the program as it was.
 """
 
 from __future__ import annotations
@@ -16,26 +17,29 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from ..errors import ExitCode, ShardwrightError
+from .checkpoint_files import SafeReader, damaged, digests, document_digest, first_difference
 from .parameters import local_tensor
 
 if TYPE_CHECKING:
     from .program import Program
 
-FORMAT = "shardwright.checkpoint/1"
+FORMAT = "shardwright.checkpoint/2"
 _DOCUMENT = "program.json"
+_T = TypeVar("_T")
 
 
 def state_dict(program: Program) -> dict[str, torch.Tensor]:
@@ -63,19 +67,32 @@ def _as_parameter(program: Program, name: str, value: torch.Tensor) -> torch.Ten
 def load_state_dict(program: Program, state: Mapping[str, torch.Tensor]) -> None:
     """Copy values in. Each may be laid out as here, or be a whole tensor, of which each rank takes its shard."""
     program.settle()
-    if any(key.startswith("optimizer.") for key in state):
-        make_optimizer_state(program)
-    for key, target in state_dict(program).items():
-        if key not in state:
-            continue
-        name = key.split(".", 1)[1]
-        if key.startswith("optimizer."):
-            name = name.rsplit(".", 1)[0]
-        source, here = local_tensor(state[key]), local_tensor(target)
-        if source.shape != here.shape and name in program.store.specs:
-            source = source[program.store.local_index(name)]
-        here.copy_(source)
+    with put_back_on_failure(program):
+        if any(key.startswith("optimizer.") for key in state):
+            make_optimizer_state(program)
+        for key, target in state_dict(program).items():
+            if key in state:
+                _copy_part(program, key, state[key], local_tensor(target))
     program.store.refresh()
+
+
+def _copy_part(program: Program, key: str, given: torch.Tensor, here: torch.Tensor) -> None:
+    """Copy a tensor laid out as here, or this rank's shard of a whole one. No other shape: copy_ would repeat it."""
+    name = key.split(".", 1)[1]
+    if key.startswith("optimizer."):
+        name = name.rsplit(".", 1)[0]
+    source = local_tensor(given)
+    spec = program.store.specs.get(name)
+    if source.shape != here.shape and spec is not None and tuple(source.shape) == tuple(spec.shape):
+        source = source[program.store.local_index(name)]
+    if source.shape != here.shape:
+        raise ShardwrightError(
+            f"{key} has shape {tuple(source.shape)}; this rank holds {tuple(here.shape)}",
+            means="it is neither the whole tensor nor this rank's part of it; nothing was loaded",
+            change="the state dictionary",
+            works="program.state_dict() of a program with the same plan, or whole tensors",
+        )
+    here.copy_(source)
 
 
 @torch.no_grad()
@@ -108,10 +125,13 @@ def save(program: Program, path: str | Path) -> None:
     _on_first_rank(program, lambda: _clear(partial, path))
     with _quiet():
         dcp.save(state_dict(program), storage_writer=FileSystemWriter(partial))
+    shares = _of_all_ranks(digests(partial, program.grid.rank, _num_ranks()))
     if first:
         optimizer = program.optimizer
         groups = [_plain_options(group) for group in optimizer.param_groups] if optimizer is not None else []
-        document = {"format": FORMAT, "step": program.step_index, "groups": groups}
+        files = {name: digest for share in shares for name, digest in share.items()}
+        document = {"format": FORMAT, "step": program.step_index, "groups": groups, "files": files}
+        document["sha256"] = document_digest(document)
         (partial / _DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
         old = path.with_name(path.name + ".old")
         if path.exists():
@@ -153,27 +173,93 @@ def load(program: Program, path: str | Path) -> None:
     """Every rank calls it. The checkpoint may come from any layout of the same model; each rank reads its own shards.
 
     Optimizer state is loaded where the checkpoint has it. Raises ShardwrightError where the folder is no finished
-    checkpoint, lacks a tensor, or has one of another shape.
+    checkpoint, is damaged, lacks a tensor, or has one of another shape; the program is then as it was before.
     """
     path = Path(path)
-    document = _read_document(path)
-    reader = FileSystemReader(path)
+    program.settle()
+    document, reader = _on_every_rank(lambda: _verified(path, program.grid.rank))
     found = reader.read_metadata().state_dict_metadata
     with_optimizer = any(key.startswith("optimizer.") for key in found)
     own = state_dict(program)
     _check_shapes(path, found, {k: tensor for k, tensor in own.items() if not k.startswith("optimizer.")})
-    if with_optimizer:
-        make_optimizer_state(program)
-        own = state_dict(program)
-        _check_shapes(path, found, own)
-    state = {k: tensor for k, tensor in own.items() if with_optimizer or not k.startswith("optimizer.")}
-    with _quiet():
-        dcp.load(state, storage_reader=reader)
-    program.step_index = int(document["step"])
-    if program.optimizer is not None and with_optimizer:
-        for group, options in zip(program.optimizer.param_groups, document["groups"], strict=False):
-            group.update(options)
+    with put_back_on_failure(program):
+        if with_optimizer:
+            make_optimizer_state(program)
+            own = state_dict(program)
+            _check_shapes(path, found, own)
+        state = {k: tensor for k, tensor in own.items() if with_optimizer or not k.startswith("optimizer.")}
+        try:
+            with _quiet():
+                dcp.load(state, storage_reader=reader)
+        except CheckpointException as error:  # of any rank; raised on all of them
+            causes = " ".join(str(cause) for cause, _ in error.failures.values())
+            raise damaged(path, causes.split("\n")[0][:200]) from None
+        program.step_index = document["step"]
+        if program.optimizer is not None and with_optimizer:
+            for group, options in zip(program.optimizer.param_groups, document["groups"], strict=False):
+                group.update(options)
     program.store.refresh()
+
+
+def _verified(path: Path, rank: int) -> tuple[dict[str, Any], SafeReader]:
+    """The document and a reader, once all files are known to be as they were written; ranks share the reading."""
+    document = _read_document(path)
+    if problem := first_difference(path, document["files"], rank, _num_ranks()):
+        raise damaged(path, problem)
+    reader = SafeReader(path)
+    reader.read_metadata()
+    return document, reader
+
+
+@contextmanager
+def put_back_on_failure(program: Program) -> Iterator[None]:
+    """Holds a copy of this rank's state in host memory while the block overwrites it."""
+    optimizer = program.optimizer
+    had_state = optimizer is not None and bool(optimizer.state)
+    # off the CPU, .cpu() copies already
+    before = {key: local_tensor(tensor).cpu().clone() for key, tensor in state_dict(program).items()}
+    groups = [dict(group) for group in optimizer.param_groups] if optimizer is not None else []
+    step_index = program.step_index
+    try:
+        yield
+    except BaseException:
+        program.step_index = step_index
+        if optimizer is not None:
+            for group, options in zip(optimizer.param_groups, groups, strict=True):
+                group.update(options)
+            if not had_state:
+                optimizer.state.clear()
+        with torch.no_grad():
+            for key, tensor in state_dict(program).items():
+                local_tensor(tensor).copy_(before[key])
+        program.store.refresh()
+        raise
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _of_all_ranks(own: Any) -> list[Any]:
+    if not dist.is_initialized():
+        return [own]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def _on_every_rank(action: Callable[[], _T]) -> _T:
+    """The action's result, where it succeeds on all ranks; else all raise the first one's error."""
+    result, parts = None, None
+    try:
+        result = action()
+    except ShardwrightError as error:
+        parts = {name: getattr(error, name) for name in ("what", "means", "change", "works", "exit_code")}
+    failed = [other for other in _of_all_ranks(parts) if other is not None]
+    if failed:
+        raise ShardwrightError(failed[0].pop("what"), **failed[0])
+    assert result is not None
+    return result
 
 
 def _check_shapes(path: Path, found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> None:
@@ -200,21 +286,31 @@ def _quiet() -> Iterator[None]:
 
 def _read_document(path: Path) -> dict[str, Any]:
     try:
-        document: dict[str, Any] = json.loads((path / _DOCUMENT).read_text())
-    except (OSError, ValueError) as error:
+        document = json.loads((path / _DOCUMENT).read_text())
+    except OSError as error:
         raise ShardwrightError(
             f"{path} is not a finished checkpoint: {error}",
             means=f"{_DOCUMENT} is written last",
             change="the path",
             works="a folder that program.save wrote",
         ) from None
-    if document.get("format") != FORMAT:
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"{_DOCUMENT}: {error}") from None
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != FORMAT:
         raise ShardwrightError(
-            f"{path} has format {document.get('format')!r}; this version reads {FORMAT!r}",
+            f"{path} has format {found!r}; this version reads {FORMAT!r}",
+            means="it was written by another version, or is damaged; nothing was loaded",
             change="the path",
             works="a checkpoint of this version",
             exit_code=ExitCode.PLAN_MISMATCH,
         )
+    if document.get("sha256") != document_digest(document):
+        raise damaged(path, f"{_DOCUMENT} is not as it was written")
+    step, groups, files = (document.get(key) for key in ("step", "groups", "files"))
+    sound = type(step) is int and step >= 0 and isinstance(groups, list) and isinstance(files, dict)
+    if not sound or not all(isinstance(group, dict) for group in groups):
+        raise damaged(path, f"{_DOCUMENT} lacks the step, the parameter groups or the checksums")
     return document
 
 

@@ -170,12 +170,17 @@ class Program:
         wanted = {*self.store.parameters, *self._buffer_names} - set(self.graph.constants)
         buffers = wanted - set(self.store.parameters)
         found = set()
-        for name, value in read_safetensors(path, wanted, self.graph.tied, optional=buffers):
-            found.add(name)
-            self._fill(name, value)
-        for name, tensor in initial_tensors(self.workload.model, buffers - found, seed=self.workload.seed):
-            self._fill(name, tensor)
+        shapes = {name: self._shape_of(name) for name in wanted}
+        with checkpoint.put_back_on_failure(self):
+            for name, value in read_safetensors(path, shapes, self.graph.tied, optional=buffers):
+                found.add(name)
+                self._fill(name, value)
+            for name, tensor in initial_tensors(self.workload.model, buffers - found, seed=self.workload.seed):
+                self._fill(name, tensor)
         self.store.refresh()
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        return self.store.specs[name].shape if name in self.store.specs else self.graph.buffers[name][0]
 
     def save(self, path: str | Path) -> None:
         """A checkpoint folder, by torch.distributed.checkpoint. Every rank calls it."""

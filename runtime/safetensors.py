@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,17 @@ class LazyTensor:
 
 def read_safetensors(
     path: str | Path,
-    names: Collection[str],
+    shapes: Mapping[str, Sequence[int]],
     tied: Mapping[str, str] | None = None,
     optional: Collection[str] = (),
 ) -> Iterator[tuple[str, LazyTensor]]:
-    """Yield (name, lazy tensor) for each of `names` found in a file, or in all *.safetensors of a folder.
+    """Yield (name, lazy tensor) for each name of `shapes` found in a file, or in all *.safetensors of a folder.
 
     tied: other names that tensors may go by. A file may carry or lack the name of the model's outer module ("model."),
-    as transformers' files do. Raises ShardwrightError, before reading, where something not optional is missing.
+    as transformers' files do. Raises ShardwrightError, before the first is given, where a file is damaged, a tensor has
+    another shape, or one that is not optional is missing.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -54,9 +55,17 @@ def read_safetensors(
     with ExitStack() as stack:
         where: dict[str, Any] = {}
         for file in files:
-            opened = stack.enter_context(safe_open(str(file), framework="pt"))
+            try:
+                opened = stack.enter_context(safe_open(str(file), framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ShardwrightError(
+                    f"cannot read {file}: {error}",
+                    means="it is damaged, cut short, or no safetensors file; nothing was loaded",
+                    change="the path",
+                    works="the file as its author published it",
+                ) from None
             where.update(dict.fromkeys(opened.keys(), opened))
-        found = {name: _key_of([name, *aliases.get(name, [])], where) for name in names}
+        found = {name: _key_of([name, *aliases.get(name, [])], where) for name in shapes}
         missing = sorted(name for name, key in found.items() if key is None and name not in optional)
         if missing:
             raise ShardwrightError(
@@ -65,9 +74,16 @@ def read_safetensors(
                 change="the path",
                 works="the file that the model's own library saves",
             )
-        for name, key in found.items():
-            if key is not None:
-                yield name, LazyTensor(where[key], key)
+        tensors = {name: LazyTensor(where[key], key) for name, key in found.items() if key is not None}
+        for name, tensor in tensors.items():
+            if tensor.shape != tuple(shapes[name]):
+                raise ShardwrightError(
+                    f"{name} has shape {tensor.shape} in {path}; this model has {tuple(shapes[name])}",
+                    means="the file is of a model of another size; nothing was loaded",
+                    change="the path",
+                    works="the file of a model with this configuration",
+                )
+        yield from tensors.items()
 
 
 def _key_of(names: list[str], keys: Mapping[str, Any]) -> str | None:

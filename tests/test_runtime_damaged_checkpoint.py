@@ -1,0 +1,188 @@
+"""A damaged or hostile checkpoint is refused whole: nothing runs, nothing is loaded, the program stays as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from runtime_toy import make_batch, make_plan, make_program, make_toy
+from safetensors.torch import save_file
+
+from shardwright.errors import ExitCode, ShardwrightError
+from shardwright.profiler.workload import OptimizerSpec
+from shardwright.runtime.checkpoint_files import digests, document_digest
+from shardwright.runtime.program import Program
+
+ADAM = OptimizerSpec("AdamW", torch.optim.AdamW, {"lr": 1e-2}, 2)
+
+
+def _program() -> Program:
+    toy = make_toy()
+    return make_program(toy, make_plan(toy), optimizer=ADAM)
+
+
+def _state(program: Program) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in program.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "checkpoint"
+    program = _program()
+    program.step(make_batch(8))
+    program.save(folder)
+    return folder
+
+
+def _refused(program: Program, folder: Path, match: str | None = None) -> None:
+    before, step = _state(program), program.step_index
+    with pytest.raises(ShardwrightError, match=match) as caught:
+        program.load(folder)
+    assert caught.value.exit_code in (ExitCode.USAGE, ExitCode.PLAN_MISMATCH)
+    after = _state(program)
+    assert after.keys() == before.keys() and program.step_index == step
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def damage(folder: Path, generator: random.Random) -> str:
+    """One fault of the kinds that disks, copies and people make. Returns what was done."""
+    path = generator.choice(sorted(folder.iterdir()))
+    data = bytearray(path.read_bytes())
+    kind = generator.choice(["flip", "cut", "grow", "remove", "zero", "swap"])
+    at = generator.randrange(max(1, len(data)))
+    if kind == "flip":
+        data[at] ^= 1 << generator.randrange(8)
+    elif kind == "cut":
+        del data[at:]
+    elif kind == "grow":
+        data += b"\0"
+    elif kind == "zero":
+        data[at : at + 64] = bytes(len(data[at : at + 64]))
+        data[at] ^= 0xFF
+    if kind == "remove":
+        path.unlink()
+    elif kind == "swap":
+        path.write_bytes(generator.choice(sorted(p for p in folder.iterdir() if p != path)).read_bytes())
+    else:
+        path.write_bytes(data)
+    return f"{kind} {path.name} at {at}"
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SHARDWRIGHT_FUZZ_CHECKPOINTS", "12"))))
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(seed: int, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    done = damage(folder, random.Random(seed))
+    program = _program()
+    if seed % 2:  # one that has optimizer state to lose
+        program.step(make_batch(8, seed=5))
+    print(done)
+    _refused(program, folder)
+
+
+def _sealed_again(folder: Path) -> None:
+    """What somebody would do who wants the change to pass."""
+    document = json.loads((folder / "program.json").read_text())
+    document["files"] = digests(folder, 0, 1)
+    document["sha256"] = document_digest(document)
+    (folder / "program.json").write_text(json.dumps(document))
+
+
+class _Payload:
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@pytest.mark.parametrize("function", [os.system, exec, getattr, torch.load, __import__], ids=lambda f: f.__name__)
+def test_an_index_that_would_run_code_is_refused_before_it_does(function, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    flag = tmp_path / "ran"
+    with (folder / ".metadata").open("wb") as file:
+        pickle.dump(_Payload(function, f"touch {flag}" if function is os.system else f"open({str(flag)!r}, 'w')"), file)
+    _sealed_again(folder)
+    _refused(_program(), folder, "which no index of a checkpoint has")
+    assert not flag.exists()
+
+
+def test_an_index_that_points_outside_of_its_folder_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    shutil.copy(folder / "__0_0.distcp", tmp_path / "other.distcp")
+    for info in index.storage_data.values():
+        info.relative_path = "../other.distcp"
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    _sealed_again(folder)
+    _refused(_program(), folder, "outside the folder")
+
+
+def test_a_failure_in_the_middle_of_reading_puts_everything_back(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    data = bytearray((folder / "__0_0.distcp").read_bytes())
+    data[-200:] = os.urandom(200)  # the end of the last tensor's archive
+    (folder / "__0_0.distcp").write_bytes(data)
+    _sealed_again(folder)
+    program = _program()
+    _refused(program, folder, "damaged")
+    assert not program.optimizer.state
+    program.load(saved)
+    assert program.step_index == 1
+
+
+def _load_damaged(rank: int, folder: str) -> str:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, dp=2, zero=3), optimizer=ADAM)
+    try:
+        program.load(folder)
+    except ShardwrightError as error:
+        return error.what
+    return ""
+
+
+def test_what_one_rank_finds_is_raised_on_all(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    data = bytearray((folder / "__0_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 4
+    (folder / "__0_0.distcp").write_bytes(data)
+    found = run_ranks(2, _load_damaged, str(folder))
+    assert "__0_0.distcp is not as it was written" in found[0] and found[0] == found[1]
+
+
+def test_safetensors_of_another_shape_change_nothing(tmp_path: Path) -> None:
+    program = _program()
+    tensors = {name: torch.ones(p.shape, dtype=p.dtype) for name, p in program.workload.model.named_parameters()}
+    last = list(tensors)[-1]
+    tensors[last] = torch.ones(1)  # which copying would repeat
+    save_file(tensors, tmp_path / "model.safetensors")
+    _refused(program, tmp_path / "model.safetensors", "another size|has shape")
+
+
+def test_a_safetensors_file_cut_short_is_refused(tmp_path: Path) -> None:
+    program = _program()
+    save_file({n: p.detach().clone() for n, p in program.workload.model.named_parameters()}, tmp_path / "a.safetensors")
+    data = (tmp_path / "a.safetensors").read_bytes()
+    for length in (0, 4, 40, len(data) - 8):
+        (tmp_path / "a.safetensors").write_bytes(data[:length])
+        _refused(program, tmp_path / "a.safetensors", "cannot read")
+
+
+def test_a_state_of_another_shape_is_not_repeated_into_place() -> None:
+    program = _program()
+    before = _state(program)
+    wrong = {**before, next(iter(before)): torch.zeros(1, dtype=torch.float64)}
+    with pytest.raises(ShardwrightError, match="neither the whole tensor nor this rank's part"):
+        program.load_state_dict(wrong)
+    assert all(torch.equal(value, before[key]) for key, value in program.state_dict().items())
