@@ -13,12 +13,13 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 BoxedFunction = Callable[[list[Any]], Sequence[Any]]
 
-__all__ = ["default_partition", "make_boxed_func"]
+__all__ = ["default_partition", "make_boxed_func", "suggest_memory_format"]
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

@@ -1,8 +1,9 @@
 """Write results over operands that nothing reads any more: fewer buffers to allocate, fewer bytes to move.
 
-An elementwise op may write over an operand of its result's shape and type, a product that adds to a matrix over that
-matrix, an all-reduce over its input. The operand's memory must have been made by the graph itself (never a parameter,
-an input or a kept tensor of someone else's), and no value that may share it (values.memory_roots) may be read later.
+An elementwise op may write over an operand of its result's shape, type and strides, a product that adds to a matrix
+over that matrix, an all-reduce over its input. The operand's memory must have been made by the graph itself (never a
+parameter, an input or a kept tensor of someone else's), and no value that may share it (values.memory_roots) may be
+read later.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .formats import same_strides
 from .loss import cross_entropy_backward
 from .values import c10d, memory_roots
 
@@ -95,9 +97,8 @@ def _may_write(
     if last[root] != place[node] or any(root in roots[other] for other in others) or _repeats(node, operand):
         return False
     before, after = operand.meta["val"], node.meta["val"]
-    if before.shape != after.shape or before.dtype != after.dtype:
-        return False
-    return _has_own_elements(before)
+    # as the result would lie, so that readers find it in the format that they would have had
+    return before.dtype == after.dtype and same_strides(before, after) and _has_own_elements(before)
 
 
 def _has_own_elements(tensor: torch.Tensor) -> bool:

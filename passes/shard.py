@@ -20,6 +20,7 @@ from ..planner.sharding.placement import R, route, shard_size, shard_start
 from ..planner.sharding.solution import AxisSolution
 from ..planner.sharding.strategy import is_op, origin, replicated, view_of
 from ..profiler.graph import Segment
+from .formats import arranged
 from .lowerings import LOWERINGS, nll
 from .redistribute import Emitter, MeshAxis, redistribute
 
@@ -183,6 +184,7 @@ class _Sharding:
             result = self._lower(node, args, lowered)
         else:
             self._localize(node, args, strategies)
+            args, kwargs = arranged(node, args, kwargs, self.emit.call)
             result = self.emit.call(self._target(node), *args, **kwargs)
             for key in ("stack_trace", "nn_module_stack"):
                 if key in node.meta:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .formats import in_format, in_order
 from .gradients import product_into, rows_into
 from .loss import cross_entropy_backward
 
@@ -19,6 +20,8 @@ _TRUSTED = ("aten", "prims", "shardwright", "_c10d_functional")
 # functions of the passes -> positions of the arguments in whose memory their result lies
 _OWN_FUNCTIONS: dict[Any, tuple[int, ...]] = {
     operator.getitem: (0,),
+    in_format: (0,),
+    in_order: (0,),
     cross_entropy_backward: (),
     product_into: (0,),
     rows_into: (0,),

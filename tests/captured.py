@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import fx
 
 from shardwright.kernels.ops import make_key
+from shardwright.passes.formats import arranged
+from shardwright.planner.sharding.strategy import is_op
 from shardwright.profiler.capture import capture
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance
 from shardwright.profiler.initial_values import materialize
@@ -64,12 +67,34 @@ def record(workload: Workload, graph: ModelGraph, batch: int) -> tuple[Recorded,
         tensors[name] = (tensor.detach() + noise.abs()).to(tensor.dtype) if tensor.is_floating_point() else tensor
     values = {f"input:{name}": tensor for name, tensor in make_batch(workload, batch, seed=3).items()}
     found: dict[str, Recorded] = {}
+
+    def random_tangent(val: torch.Tensor) -> torch.Tensor:
+        return torch.randn(val.shape, dtype=val.dtype, generator=generator)
+
     for instance in graph.instances:
         segment = graph.segments[instance.segment]
-        ran = _run(segment, instance, tensors, values, generator)
+        ran = _run(segment, instance, tensors, values, random_tangent)
         values |= dict(zip(instance.outputs, ran.results, strict=False))
         found.setdefault(segment.name, ran)
     return tuple(found.values())
+
+
+def record_instance(
+    segment: Segment,
+    instance: SegmentInstance,
+    tensors: dict[str, torch.Tensor],
+    values: dict[str, torch.Tensor],
+    tangents: dict[str, torch.Tensor],
+) -> Recorded:
+    """An instance run with these tangents by name of the value; those not given are zero."""
+    names = iter(name for name, info in zip(instance.outputs, segment.outputs, strict=True) if info.requires_grad)
+    return _run(
+        segment,
+        instance,
+        tensors,
+        values,
+        lambda val: tangents.get(next(names), torch.zeros(val.shape, dtype=val.dtype)),
+    )
 
 
 def _run(
@@ -77,19 +102,27 @@ def _run(
     instance: SegmentInstance,
     tensors: dict[str, torch.Tensor],
     values: dict[str, torch.Tensor],
-    generator: torch.Generator,
+    tangent: Callable[[torch.Tensor], torch.Tensor],
 ) -> Recorded:
     given = [tensors[n] for n in (*instance.params, *instance.buffers)] + [values[n] for n in instance.inputs]
     arguments = iter([*given, make_key(3, 1, 1, instance.random_base)])
     env: dict[fx.Node, Any] = {}
     for node in segment.joint.graph.nodes:
         if node.op == "placeholder" and node.name.startswith("tangent_"):
-            val = node.meta["val"]
-            env[node] = torch.randn(val.shape, dtype=val.dtype, generator=generator)
+            env[node] = tangent(node.meta["val"])
         elif node.op == "placeholder":
             env[node] = next(arguments)
             assert tuple(env[node].shape) == tuple(node.meta["val"].shape), node.name
         elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+            args, kwargs = fx.node.map_arg(_arranged(node, env), lambda n: env[n])
             env[node] = args[0][args[1]] if node.target is operator.getitem else node.target(*args, **kwargs)
     return Recorded(segment, env)
+
+
+def _arranged(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+    """Arguments of a node, those whose format its kernel assumes as tensors, others as nodes."""
+
+    def call(op: Any, *args: Any) -> Any:
+        return op(*(env[a] if isinstance(a, fx.Node) else a for a in args))
+
+    return arranged(node, list(node.args), dict(node.kwargs), call) if is_op(node) else (node.args, node.kwargs)
