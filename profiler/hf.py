@@ -19,18 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ExitCode, ShardwrightError
+from ..errors import ShardwrightError
+from .hf_overrides import apply_overrides
+from .model_kinds import choose_kind, class_name, classes_of
 from .near import near_matches
+from .recorded import Recorder, remember
 
-KINDS = ("causal-lm", "masked-lm", "seq2seq", "image-classification")
-_AUTO_CLASS = {
-    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    "masked-lm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
-    "seq2seq": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
-    "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
-}
-# Heads that a checkpoint of a base model carries; they say nothing of how it is to be trained.
-_BASE_SUFFIXES = ("Model", "ForPreTraining", "PreTrainedModel", "LMHeadModel", "EncoderModel")
 _NEVER_EXECUTED = ("auto_map", "custom_pipelines", "trust_remote_code", "code_revision")
 _DROPPED = (
     *_NEVER_EXECUTED,
@@ -39,20 +33,6 @@ _DROPPED = (
     *("quantization_config", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "kernel_config"),
     *("torch_dtype", "dtype"),
 )
-# One name for each setting that --set and small versions use, whatever the family calls it.
-_SETTING_NAMES = {
-    "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
-    "num_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"),
-    "num_kv_heads": ("num_key_value_heads",),
-    "intermediate_size": ("intermediate_size", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim"),
-}
-_DECODER_TWIN = {
-    "num_layers": "num_decoder_layers",
-    "encoder_layers": "decoder_layers",
-    "encoder_attention_heads": "decoder_attention_heads",
-    "encoder_ffn_dim": "decoder_ffn_dim",
-}
 
 
 def require_transformers() -> Any:
@@ -200,7 +180,7 @@ def config_object(config: Mapping[str, Any], overrides: Mapping[str, Any] | None
         with offline(), own_folders_hidden(), _quiet(transformers):
             result = config_class.from_dict(cleaned)
             if overrides:
-                changed = _apply_overrides(config_class, cleaned, result, overrides)
+                changed = apply_overrides(config_class, cleaned, result, overrides)
                 result = config_class.from_dict(changed)
     except ShardwrightError:
         raise
@@ -222,39 +202,15 @@ def config_object(config: Mapping[str, Any], overrides: Mapping[str, Any] | None
     return result
 
 
-def _apply_overrides(
-    config_class: Any, cleaned: dict[str, Any], parsed: Any, overrides: Mapping[str, Any]
-) -> dict[str, Any]:
-    known = {**parsed.to_dict(), **getattr(config_class, "attribute_map", {})}
-    changed = dict(cleaned)
-    for name, value in overrides.items():
-        names = [key for key in _SETTING_NAMES.get(name, ()) if key in parsed.to_dict()] or [name]
-        key = names[0]
-        if key not in known:
-            raise ShardwrightError(
-                f"{parsed.model_type} has no setting {name!r}",
-                means="near matches: " + (", ".join(near_matches(name, [*known, *_SETTING_NAMES])) or "none"),
-                change=f"the override {name}={value}",
-                works=f"num_layers={value}" if isinstance(value, int) else "a key of the configuration",
-            )
-        key = getattr(config_class, "attribute_map", {}).get(key, key)
-        changed[key] = value
-        twin = _DECODER_TWIN.get(key)
-        if twin is not None and twin in known and twin not in overrides:
-            changed[twin] = value
-        if name == "hidden_size":
-            changed.pop("head_dim", None)
-    without_pattern = config_class.from_dict({k: v for k, v in changed.items() if k != "layer_types"})
-    count = getattr(without_pattern, "num_hidden_layers", None)
-    if isinstance(changed.get("layer_types"), list) and count is not None and count != len(changed["layer_types"]):
-        pattern = changed["layer_types"]
-        changed["layer_types"] = [pattern[index % len(pattern)] for index in range(count)]
-    return changed
+def text_config(config: Any) -> Any:
+    """The part that describes the text: of a pair of towers text_config, of an encoder and a decoder the decoder's."""
+    part = getattr(config, "text_config", None)
+    return part if part is not None and hasattr(part, "vocab_size") else config.get_text_config()
 
 
 def own_seq_len(config: Any) -> int | None:
     """The longest sequence that the configuration names, in tokens; None where it names none."""
-    text = config.get_text_config()
+    text = text_config(config)
     for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "max_sequence_length"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
@@ -269,7 +225,8 @@ def check_seq_len(model: nn.Module, config: Any, seq_len: int) -> None:
     tables = [
         module.num_embeddings
         for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and ("position" in path or path.endswith("wpe")) and "relative" not in path
+        if isinstance(module, nn.Embedding) and ("position" in path or path.endswith("wpe"))
+        if not any(part in path for part in ("relative", "vision", "image"))
     ]
     longest = min([*tables, limit]) if tables and limit else None
     if seq_len < 1 or (longest is not None and seq_len > longest):
@@ -281,58 +238,28 @@ def check_seq_len(model: nn.Module, config: Any, seq_len: int) -> None:
         )
 
 
-def resolve_kind(config: Any) -> str:
-    """Which of KINDS a configuration object describes, by its architectures, else by its model_type."""
+def resolve_kind(config: Any, asked: str | None = None) -> str:
+    """Which of KINDS a configuration object describes: the one asked for, or by its architectures and model_type."""
+    return choose_kind(config, _classes(config), asked)
+
+
+def _classes(config: Any) -> dict[str, tuple[str, ...]]:
     require_transformers()
     with offline(), own_folders_hidden():
         from transformers.models.auto import modeling_auto
-
-    model_type = config.model_type
-    names = {}  # kind -> classes of this model_type for it
-    for kind, (_, mapping) in _AUTO_CLASS.items():
-        classes = getattr(modeling_auto, mapping).get(model_type)
-        if classes:
-            names[kind] = (classes,) if isinstance(classes, str) else tuple(classes)
-    architectures = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
-    for architecture in architectures:
-        for kind, classes in names.items():
-            if architecture in classes:
-                return kind
-    foreign = [name for name in architectures if not name.endswith(_BASE_SUFFIXES)]
-    candidates = list(names)
-    # a class that this version of transformers lacks or renamed still tells its kind by its ending
-    for architecture in foreign:
-        for kind, ending in (
-            ("causal-lm", "ForCausalLM"),
-            ("masked-lm", "ForMaskedLM"),
-            ("seq2seq", "ForConditionalGeneration"),
-            ("image-classification", "ForImageClassification"),
-        ):
-            if architecture.endswith(ending) and kind in candidates:
-                return kind
-    if not candidates or foreign:
-        raise ShardwrightError(
-            f"{model_type} ({', '.join(architectures) or 'no architectures named'}) is none of: {', '.join(KINDS)}",
-            means="there is no training loss that could be chosen for it",
-            change="MODEL, or 'architectures' in the configuration",
-            works=f"architectures: [{names[candidates[0]][0]!r}]" if candidates else "package.module:factory",
-            exit_code=ExitCode.USAGE,
-        )
-    if "seq2seq" in candidates and (getattr(config, "is_encoder_decoder", False) or "causal-lm" not in candidates):
-        return "seq2seq"
-    if "masked-lm" in candidates and not getattr(config, "is_decoder", False):
-        return "masked-lm"
-    return candidates[0]
+    return classes_of(config.model_type, modeling_auto)
 
 
 def build_model(config: Any, kind: str, dtype: torch.dtype) -> nn.Module:
     """The model on the meta device, in training mode. Takes no memory for weights, whatever its size."""
     transformers = require_transformers()
-    auto_class = getattr(transformers, _AUTO_CLASS[kind][0])
+    name = class_name(config, _classes(config), kind)
     config.architectures = config.architectures or []  # transformers walks it where a type has several classes
+    prepare_config(config, kind)
     try:
-        with offline(), own_folders_hidden(), _quiet(transformers), torch.device("meta"):
-            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
+        with offline(), own_folders_hidden(), _quiet(transformers), torch.device("meta"), Recorder() as recorder:
+            model_class = getattr(transformers, name)
+            model = model_class._from_config(_own_config(config, model_class), dtype=dtype)
             model.tie_weights()  # early 5.x versions leave it to the loading of weights
     except Exception as error:  # layers check their settings with many kinds of exceptions
         raise ShardwrightError(
@@ -343,7 +270,22 @@ def build_model(config: Any, kind: str, dtype: torch.dtype) -> nn.Module:
         ) from error
     if kind == "causal-lm" and getattr(model, "loss_type", "") is None:
         model.loss_type = "ForCausalLM"  # the default where a class name says nothing; set, it gives no warning
+    remember(model, recorder)
     return model.train()
+
+
+def prepare_config(config: Any, kind: str) -> None:
+    """What transformers leaves to the user before a head can be trained."""
+    if kind == "text-classification" and getattr(config.get_text_config(), "pad_token_id", None) is None:
+        # models that read left to right classify at the last token that is no padding
+        config.get_text_config().pad_token_id = config.pad_token_id = 0
+
+
+def _own_config(config: Any, model_class: Any) -> Any:
+    """The part of a composite configuration that the class takes: a text model of a vision-language family its text."""
+    wanted = getattr(model_class, "config_class", None)
+    text = config.get_text_config()
+    return text if wanted is not None and not isinstance(config, wanted) and isinstance(text, wanted) else config
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ExitCode, ShardwrightError
 from .inputs import make_batch
+from .recorded import first_values
 from .workload import Workload
 
 _UNSET_INTEGER = -(2**40) - 1  # marks integer tensors that no initializer wrote
@@ -30,7 +31,8 @@ def initial_tensors(
     """Yield (fully qualified name, value on CPU) of each parameter and buffer, tied ones once, under their first name.
 
     names: only these (blocks that hold none of them are not made). A model with real values gives its own. A model on
-    meta is initialized as its library does: transformers' _init_weights, else reset_parameters() of each module.
+    meta is initialized as its library does: transformers' _init_weights, else reset_parameters() of each module, else
+    what the constructor wrote, where the model was built under recorded.Recorder.
     Raises ShardwrightError naming a tensor that neither writes.
     """
     wanted = None if names is None else set(names)
@@ -114,9 +116,19 @@ def _block_values(
     shell = _shell(block, set(needed))
     names = {t.data_ptr(): f"{path}.{name}" if path else name for name, t in _named_tensors(shell) if not t.is_meta}
     with torch.random.fork_rng(devices=[]), torch.no_grad(), _SeedByName(names, seed):
-        _initialize(shell, getattr(model, "_init_weights", None), real=set(needed))
+        _initialize(shell, _initializer(model, path), real=set(needed))
     values = dict(_named_tensors(shell))
-    unset = [f"{path}.{name}" if path else name for name in needed if _is_unset(values[name])]
+    recorded = first_values(model)
+    unset = []
+    for name in needed:
+        full_name = f"{path}.{name}" if path else name
+        if not _is_unset(values[name]):
+            continue
+        written = recorded.value(full_name, seed) if recorded is not None else None
+        if written is None:
+            unset.append(full_name)
+        else:
+            values[name] = written.detach().to(values[name].dtype)
     if unset:
         raise ShardwrightError(
             f"{len(unset)} tensors of this model on meta have no first value: {', '.join(sorted(unset)[:4])}",
@@ -126,6 +138,19 @@ def _block_values(
             exit_code=ExitCode.UNSUPPORTED_MODEL,
         )
     return {name: values[name].detach() for name in needed}
+
+
+def _initializer(model: nn.Module, path: str) -> object:
+    """That of the innermost model around the module at `path`: a backbone inside a detector brings its own."""
+    found, module = getattr(model, "_init_weights", None), model
+    for part in path.split(".") if path else []:
+        module = getattr(module, part)
+        found = getattr(module, "_init_weights", None) or found
+    return found
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "little")
 
 
 class _SeedByName(TorchFunctionMode):
@@ -141,8 +166,7 @@ class _SeedByName(TorchFunctionMode):
         if isinstance(target, torch.Tensor) and getattr(func, "__name__", "").endswith("_") and not target.is_meta:
             name = self.names.get(target.data_ptr())
             if name is not None:
-                digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-                torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
+                torch.default_generator.manual_seed(_seed_of(self.seed, name))
         return func(*args, **kwargs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,28 +13,41 @@ from ..errors import ShardwrightError
 from .workload import Workload
 
 IGNORED_LABEL = -100  # what torch's cross-entropy, and transformers' losses, leave out
-Draw = Literal["tokens", "same", "masked", "padding", "normal", "classes"]
+Draw = Literal["tokens", "same", "masked", "padding", "normal", "classes", "uniform", "chosen", "constant"]
 
 
 @dataclass(frozen=True)
 class BatchField:
     """One entry of a batch. shape is that of one sample, without the batch dimension.
 
-    draw: tokens   integers in [0, high), the pad token where the batch's padding mask is 0
-          same     a tensor of its own with the values of the field named in `of`
-          masked   labels of masked language modelling: `of` at about 15 % of the places that are not padding, else -100
-          padding  1 for real tokens, 0 for padding at the end; the first row is full
-          normal   standard normal numbers
-          classes  integers in [0, high)
+    draw: tokens    integers in [0, high), the pad token where the batch's padding mask is 0
+          same      a tensor of its own with the values of the field named in `of`, -100 for the tokens in `avoid`
+          masked    labels of masked language modelling: `of` at about 15 % of the places that are no padding, else -100
+          padding   1 for real tokens, 0 for padding at the end; the first row is full
+          normal    standard normal numbers
+          classes   integers in [0, high)
+          uniform   numbers in [low, high)
+          chosen    1 at about half of the places, else 0; each sample has at least one of each
+          constant  the numbers in `values`, the same for every sample
+    avoid: integers that tokens and classes never are. head: the first tokens of every sample (an image's placeholders).
+    shared: one tensor for all samples, without a batch dimension (positions, for one).
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     draw: Draw
-    high: int = 0
+    high: float = 0
     of: str = ""
     pad: int = 0
+    low: float = 0
+    avoid: tuple[int, ...] = ()
+    head: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+    shared: bool = False
+
+    def tensor_shape(self, batch_size: int) -> tuple[int, ...]:
+        return self.shape if self.shared else (batch_size, *self.shape)
 
 
 def target_length(seq_len: int) -> int:
@@ -42,37 +55,12 @@ def target_length(seq_len: int) -> int:
     return max(4, seq_len // 4)
 
 
-def fields_for(kind: str, config: Any, seq_len: int | None, dtype: torch.dtype) -> tuple[BatchField, ...]:
-    """The batch of a transformers model of this kind. seq_len in tokens; dtype is that of real-valued entries."""
-    if kind == "image-classification":
-        size = getattr(config, "image_size", None) or 224
-        height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-        channels = getattr(config, "num_channels", 3)
-        return (
-            BatchField("pixel_values", (channels, height, width), dtype, "normal"),
-            BatchField("labels", (), torch.int64, "classes", high=config.num_labels),
-        )
-    assert seq_len is not None
-    text_config = config.get_text_config()
-    vocab = text_config.vocab_size
-    pad = getattr(text_config, "pad_token_id", None)
-    pad = pad if isinstance(pad, int) and 0 <= pad < vocab else 0
-    tokens = BatchField("input_ids", (seq_len,), torch.int64, "tokens", high=vocab, pad=pad)
-    mask = BatchField("attention_mask", (seq_len,), torch.int64, "padding")
-    if kind == "causal-lm":
-        return (tokens, BatchField("labels", (seq_len,), torch.int64, "same", of="input_ids"))
-    if kind == "masked-lm":
-        return (tokens, mask, BatchField("labels", (seq_len,), torch.int64, "masked", of="input_ids"))
-    labels = BatchField("labels", (target_length(seq_len),), torch.int64, "classes", high=vocab)
-    return (tokens, mask, labels)
-
-
 def draw_batch(
     fields: Sequence[BatchField], batch_size: int, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """A batch of these fields. On the meta device only shapes. Drawn on the CPU, so equal on every device."""
     if torch.device(device).type == "meta":
-        return {f.name: torch.empty(batch_size, *f.shape, dtype=f.dtype, device="meta") for f in fields}
+        return {f.name: torch.empty(f.tensor_shape(batch_size), dtype=f.dtype, device="meta") for f in fields}
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, torch.Tensor] = {}
     mask = None
@@ -90,7 +78,16 @@ def _draw(
     mask: torch.Tensor | None,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    shape = (batch_size, *field.shape)
+    shape = field.tensor_shape(batch_size)
+    if field.draw == "constant":
+        return torch.tensor(field.values, dtype=field.dtype).reshape(field.shape).expand(shape).clone()
+    if field.draw == "uniform":
+        draws = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return (field.low + (field.high - field.low) * draws).to(field.dtype)
+    if field.draw == "chosen":
+        chosen = torch.rand(shape, generator=generator) < 0.5
+        chosen[..., 0], chosen[..., -1] = True, False
+        return chosen.to(field.dtype)
     if field.draw == "normal":
         # drawn in float64, so that every precision sees the same numbers, rounded
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(field.dtype)
@@ -100,16 +97,25 @@ def _draw(
         lengths[0] = length
         return (torch.arange(length)[None, :] < lengths[:, None]).to(field.dtype)
     if field.draw == "same":
-        return drawn[field.of].clone()
+        source = drawn[field.of]
+        ignored = torch.isin(source, torch.tensor(field.avoid, dtype=source.dtype))
+        return torch.where(ignored, IGNORED_LABEL, source)
     if field.draw == "masked":
         chosen = torch.rand(shape, generator=generator) < 0.15
         chosen[:, 0] = True  # every sample has a label, so that no loss is a mean of nothing
         if mask is not None:
             chosen &= mask.bool()
         return torch.where(chosen, drawn[field.of], IGNORED_LABEL)
-    values = torch.randint(0, field.high, shape, generator=generator, dtype=field.dtype)
-    if field.draw == "tokens" and mask is not None:
+    avoided = sorted({number for number in field.avoid if field.low <= number < field.high})
+    values = torch.randint(
+        int(field.low), int(field.high) - len(avoided), shape, generator=generator, dtype=field.dtype
+    )
+    for number in avoided:  # in ascending order, each shifts what is left above it
+        values += values >= number
+    if field.draw == "tokens" and mask is not None and mask.shape == values.shape:
         values = torch.where(mask.bool(), values, field.pad)
+    if field.head:
+        values[..., : len(field.head)] = torch.tensor(field.head, dtype=field.dtype)
     return values
 
 

@@ -14,9 +14,12 @@ import torch
 from torch import nn
 
 from ..errors import ExitCode, ShardwrightError
-from . import hf
+from . import diffusion, hf
+from .hf_batches import default_seq_len, fields_for
 from .initial_values import materialize
-from .inputs import BatchField, draw_batch, fields_for
+from .inputs import BatchField, draw_batch
+from .losses import denoising, loss_of
+from .model_kinds import KINDS
 from .near import near_matches
 from .small_models import SMALL_MODELS
 from .user_model import call_factory
@@ -73,17 +76,19 @@ def load_workload(
     optimizer: str | OptimizerSpec = "adamw",
     device: torch.device | str = "meta",
     seed: int = 0,
+    kind: str | None = None,
 ) -> Workload:
     """The training job that `spec` names.
 
-    spec: "hf:PATH" a transformers configuration file or its folder; "preset:NAME"; "package.module:factory" or
-    "path/to/file.py:factory", a function without required arguments that returns a Workload, or (module, batch) with
-    the batch a dictionary of tensors by the names of forward's arguments.
+    spec: "hf:PATH" a transformers configuration file or its folder; "diffusers:PATH" that of a diffusers model;
+    "preset:NAME"; "package.module:factory" or "path/to/file.py:factory", a function without required arguments that
+    returns a Workload, or (module, batch) with the batch a dictionary of tensors by the names of forward's arguments.
     global_batch: samples in a step; default batch_size. seq_len: tokens in a sample, default that of the preset or the
     model's own, at most 4096; models without a sequence take no notice of it. batch_size: samples in the example
     batch. precision: a dtype (or its name) for everything, except that bf16 and fp16 keep a float32 master copy;
     default bf16.
     overrides: settings of the configuration by name, for smaller versions (num_layers, hidden_size, num_heads, ...).
+    kind: how an hf: model is trained, where its configuration leaves that open or names another head (KINDS).
     device: "meta" (no memory, any size), or where real values are wanted. A user's model keeps the device it came with,
     unless device is given as other than meta.
     Raises ShardwrightError for what the user can mend.
@@ -96,10 +101,12 @@ def load_workload(
             works="--global-batch 8",
         )
     chosen = _precision(precision)
-    options = _Options(global_batch or batch_size, seq_len, batch_size, chosen, dict(overrides or {}), seed)
+    options = _Options(global_batch or batch_size, seq_len, batch_size, chosen, dict(overrides or {}), seed, kind)
     scheme, _, rest = spec.partition(":")
     if scheme == "hf":
         workload = _from_config(spec, hf.read_config(rest), None, Path(rest).stem, options)
+    elif scheme == "diffusers":
+        workload = _from_diffusers(spec, diffusion.read_config(rest), options)
     elif scheme == "preset":
         workload = _from_preset(spec, rest, options)
     elif rest:
@@ -119,6 +126,8 @@ def reload_workload(spec: Mapping[str, Any], **changes: Any) -> Workload:
     """The Workload that a Workload.spec describes, with some of load_workload's arguments changed."""
     names = ("global_batch", "seq_len", "batch_size", "overrides", "optimizer", "seed")
     arguments: dict[str, Any] = {name: spec[name] for name in names if name in spec}
+    if spec.get("kind") in KINDS and str(spec["model"]).startswith("hf:"):
+        arguments["kind"] = spec["kind"]
     if "precision" in spec:
         arguments["precision"] = Precision(**{key: _dtype(value) for key, value in spec["precision"].items()})
     return load_workload(spec["model"], **{**arguments, **changes})
@@ -153,8 +162,11 @@ def batch_fields(workload: Workload) -> tuple[BatchField, ...] | None:
     """What a batch of this workload holds; None for a user's own model."""
     spec, dtype = workload.spec, workload.precision.compute
     kind = spec.get("kind")
-    if kind in hf.KINDS:
-        return fields_for(kind, workload.model.config, spec.get("seq_len"), dtype)
+    if kind in KINDS:
+        return fields_for(kind, workload.model, spec.get("seq_len"), dtype)
+    if kind == diffusion.KIND:
+        name, config = spec["class_name"], workload.model.config
+        return diffusion.fields_for(name, config, spec.get("seq_len"), dtype, spec.get("overrides", {}))
     if kind == "small":
         small = SMALL_MODELS[spec["builder"]]
         return small.fields({**small.options, **spec.get("overrides", {})}, dtype)
@@ -169,6 +181,7 @@ class _Options:
     precision: Precision
     overrides: dict[str, Any]
     seed: int
+    kind: str | None = None
 
     def spec(self, model: str, kind: str, seq_len: int | None) -> dict[str, Any]:
         return {
@@ -217,18 +230,31 @@ def _from_config(
     spec: str, config_json: dict[str, Any], preset: dict[str, Any] | None, name: str, options: _Options
 ) -> Workload:
     config = hf.config_object(config_json, options.overrides)
-    kind = preset["kind"] if preset else hf.resolve_kind(config)
-    seq_len: int | None = None
-    if kind != "image-classification":
-        seq_len = options.seq_len or (preset or {}).get("seq_len") or min(hf.own_seq_len(config) or 2048, 4096)
+    kind = hf.resolve_kind(config, preset["kind"] if preset else options.kind)
+    asked = options.seq_len or (preset or {}).get("seq_len")
+    own = hf.own_seq_len(config) if KINDS[kind].sequence == "tokens" else None
+    seq_len = (asked or default_seq_len(kind, config, own)) if KINDS[kind].sequence != "none" else None
     model = hf.build_model(config, kind, options.precision.compute)
-    if seq_len is not None:
+    if seq_len is not None and KINDS[kind].sequence == "tokens":
         hf.check_seq_len(model, config, seq_len)
-    batch = draw_batch(fields_for(kind, config, seq_len, options.precision.compute), options.batch_size, "meta")
+    batch = draw_batch(fields_for(kind, model, seq_len, options.precision.compute), options.batch_size, "meta")
     return Workload(
         model=model, example_batch=batch, global_batch=options.global_batch, precision=options.precision,
-        batch_size=options.batch_size, tokens_per_sample=seq_len or 1, name=name if preset else config.model_type,
-        spec=options.spec(spec, kind, seq_len), seed=options.seed,
+        loss=loss_of(kind, config.model_type), batch_size=options.batch_size, tokens_per_sample=seq_len or 1,
+        name=name if preset else config.model_type, spec=options.spec(spec, kind, seq_len), seed=options.seed,
+    )  # fmt: skip
+
+
+def _from_diffusers(spec: str, config: dict[str, Any], options: _Options) -> Workload:
+    name, dtype = config["_class_name"], options.precision.compute
+    model = diffusion.build_model(config, options.overrides, dtype)
+    default = diffusion.default_seq_len(config)
+    seq_len = (options.seq_len or default) if default else None
+    fields = diffusion.fields_for(name, model.config, seq_len, dtype, options.overrides)
+    return Workload(
+        model=model, example_batch=draw_batch(fields, options.batch_size, "meta"), global_batch=options.global_batch,
+        loss=denoising, precision=options.precision, batch_size=options.batch_size, tokens_per_sample=seq_len or 1,
+        name=name, spec={**options.spec(spec, diffusion.KIND, seq_len), "class_name": name}, seed=options.seed,
     )  # fmt: skip
 
 
@@ -268,7 +294,8 @@ def _unknown_model(spec: str) -> ShardwrightError:
         means="near matches: "
         + (", ".join(f"preset:{n}" for n in near) if near else "none; shardwright models lists them"),
         change="MODEL",
-        works=f"preset:{near[0] if near else 'llama-3-8b'}, hf:path/to/config.json, or package.module:factory",
+        works=f"preset:{near[0] if near else 'llama-3-8b'}, hf:path/to/config.json, diffusers:path/to/config.json, "
+        "or package.module:factory",
         exit_code=ExitCode.USAGE,
     )
 

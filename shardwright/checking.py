@@ -16,12 +16,16 @@ from . import api
 from .errors import ShardwrightError
 from .launch import Event, launch
 from .planner.plan import MESH_AXES, Plan
+from .profiler import diffusion
+from .profiler.hf import text_config
+from .profiler.hf_overrides import knows, parts_of
 from .profiler.models import reload_workload
 from .tasks import check_workload
 
 TOLERANCE = 1e-9  # relative, as promised for float64
 SMALL_PARAMS = 2_000_000  # models up to this size are checked as they are
 SMALL_SEQ_LEN = 16
+SMALL_IMAGE_TOKENS = 32  # a small image's placeholders, beside the text
 DEFAULT_PROCESSES = 4
 # What a big transformers model is shrunk to. Keys that a family lacks are left out.
 SMALL_SETTINGS: dict[str, Any] = {
@@ -127,22 +131,45 @@ def shrink(spec: Mapping[str, Any]) -> dict[str, Any]:
     config = getattr(workload.model, "config", None)
     if config is None:
         return spec
-    known = {*config.to_dict(), *getattr(config, "attribute_map", {})}
+    settings = diffusion.small_settings(config) if spec.get("kind") == diffusion.KIND else _small_settings(config)
+    small = {**spec, "overrides": {**settings, **spec.get("overrides", {})}}
+    if spec.get("seq_len"):
+        holds_an_image = spec.get("kind") == "image-text-to-text"
+        small["seq_len"] = min(spec["seq_len"], SMALL_SEQ_LEN + (SMALL_IMAGE_TOKENS if holds_an_image else 0))
+    return small
+
+
+def _small_settings(config: Any) -> dict[str, Any]:
+    """What of SMALL_SETTINGS a transformers configuration, or a part of it, has."""
+    text = text_config(config)
     general = {"num_layers", "hidden_size", "num_heads", "intermediate_size"}
     settings = {
         name: value
         for name, value in SMALL_SETTINGS.items()
-        if name in general or (name in known and getattr(config, name, None) is not None)
+        if knows(config, name) and (name in general or _is_set(config, name))
     }
-    heads, kv_heads = getattr(config, "num_attention_heads", 1), getattr(config, "num_key_value_heads", None)
+    heads, kv_heads = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None)
     if kv_heads is not None:
         settings["num_kv_heads"] = 4 if kv_heads == heads else 2
-    if not any(name in known for name in ("intermediate_size", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim")):
-        del settings["intermediate_size"]
-    small = {**spec, "overrides": {**settings, **spec.get("overrides", {})}}
-    if spec.get("seq_len"):
-        small["seq_len"] = min(spec["seq_len"], SMALL_SEQ_LEN)
-    return small
+    if "vocab_size" in settings:
+        settings |= _placeholders(config, settings["vocab_size"])
+    return settings
+
+
+def _placeholders(config: Any, vocab_size: int) -> dict[str, int]:
+    """Tokens that stand for an image or a sound, moved into a small vocabulary."""
+    beyond = [
+        name
+        for name, value in config.to_dict().items()
+        if name.endswith(("_token_id", "_token_index")) and name.startswith(("image", "video", "vision", "audio"))
+        if isinstance(value, int) and value >= vocab_size
+    ]
+    return {name: vocab_size - 1 - index for index, name in enumerate(beyond)}
+
+
+def _is_set(config: Any, name: str) -> bool:
+    """A setting that is None has its value follow from others; it stays so."""
+    return any(getattr(part, name, None) is not None for part in (config, *parts_of(config).values()))
 
 
 def scale_down(plan: Plan, num_processes: int = DEFAULT_PROCESSES) -> dict[str, str]:

@@ -65,8 +65,8 @@ def test_an_encoder_decoder_without_architectures_is_sequence_to_sequence(tmp_pa
 
 
 def test_a_head_without_a_known_loss_is_refused(tmp_path: Path) -> None:
-    file = write_config(tmp_path, model_type="bert", architectures=["BertForQuestionAnswering"], **TINY)
-    with pytest.raises(ShardwrightError, match="BertForQuestionAnswering"):
+    file = write_config(tmp_path, model_type="bert", architectures=["BertForNextSentencePrediction"], **TINY)
+    with pytest.raises(ShardwrightError, match="BertForNextSentencePrediction"):
         load_workload(f"hf:{file}")
 
 

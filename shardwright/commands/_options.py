@@ -33,6 +33,9 @@ def add_workload_options(parser: argparse.ArgumentParser, *, batch_required: boo
         "--optimizer", default=None, metavar="NAME", help="a torch.optim class, such as AdamW (default) or SGD"
     )
     group.add_argument(
+        "--kind", metavar="KIND", help="how an hf: model is trained, where its configuration leaves it open"
+    )
+    group.add_argument(
         "--layers", type=positive, metavar="N", help="build the model with N layers instead of its own number"
     )
     group.add_argument(
@@ -98,6 +101,8 @@ def workload_from_args(args: argparse.Namespace) -> Workload:
     options: dict[str, Any] = {"global_batch": args.global_batch, "seq_len": args.seq_len, "overrides": overrides}
     if args.dtype is not None:
         options["precision"] = args.dtype
+    if args.kind is not None:
+        options["kind"] = args.kind
     if args.optimizer is not None:
         options["optimizer"] = args.optimizer
     return load_workload(args.model, **options)

@@ -1,8 +1,8 @@
 """Decide how to split, order and place a training job over a cluster.
 
-MODEL is preset:NAME (see `shardwright models`), hf:PATH of a transformers configuration, package.module:factory, or the
-path of a plan.json, which is shown again. --hardware is a name (see `shardwright hardware`), such as 2x8xH100-80GB,
-4xCPU or local, or the path of a TOML file.
+MODEL is preset:NAME (see `shardwright models`), hf:PATH of a transformers configuration, diffusers:PATH of a diffusers
+model's, package.module:factory, or the path of a plan.json, which is shown again. --hardware is a name (see
+`shardwright hardware`), such as 2x8xH100-80GB, 4xCPU or local, or the path of a TOML file.
 """
 
 from __future__ import annotations
