@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ExitCode, ShardwrightError
+from .plan_checks import problem_of, seal
 
 SCHEMA_VERSION = "shardwright.plan/1"
 MESH_AXES = ("pp", "dp", "cp", "ep", "tp")  # outermost (slowest links) first
@@ -24,10 +25,13 @@ class _Document(BaseModel):
 
 
 class Hashes(_Document):
+    """document: the seal, a digest of all the rest, written with the file; a plan that was edited is refused by it."""
+
     model: str
     shapes: str
     hardware: str
     version: str
+    document: str = ""
 
 
 class Mesh(_Document):
@@ -178,7 +182,14 @@ class Plan(_Document):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(by_alias=True), indent=1)
+        document = self.model_dump(by_alias=True, mode="json")
+        document["hashes"]["document"] = self.seal
+        return json.dumps(document, indent=1)
+
+    @property
+    def seal(self) -> str:
+        """What stands in hashes.document of the plan's file."""
+        return seal(self.model_dump(by_alias=True, mode="json"))
 
     def save(self, path: str | Path) -> None:
         """Write to a temporary name in the same folder, then rename: an old plan is never lost."""
@@ -207,42 +218,45 @@ class Plan(_Document):
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
+        """Raises ShardwrightError, exit code 7, for a file that is no plan, or not the whole of one as it was made."""
         try:
             text = Path(path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, ValueError) as error:
             raise ShardwrightError(
                 f"cannot read plan {path}: {error}", change="the plan's path", works="plan.json"
             ) from None
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ShardwrightError(
-                f"{path} is not JSON: {error}",
-                means="it is not a plan",
-                change="the plan's path",
-                works="plan.json",
-                exit_code=ExitCode.PLAN_MISMATCH,
-            ) from None
+        except (ValueError, RecursionError) as error:
+            raise _refused(f"{path} is not JSON: {error}", "it is not a plan") from None
         found = document.get("schema") if isinstance(document, dict) else None
         if found != SCHEMA_VERSION:
-            raise ShardwrightError(
+            raise _refused(
                 f"{path} has schema {found!r}; this version reads {SCHEMA_VERSION!r}",
-                means="it was made by another version, or is not a plan",
-                change="make the plan again",
-                works="shardwright plan MODEL --hardware NAME -o plan.json",
-                exit_code=ExitCode.PLAN_MISMATCH,
+                "it was made by another version, or is not a plan",
             )
         try:
-            return cls.model_validate(document)
+            plan = cls.model_validate(document)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ShardwrightError(
-                f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']} ({error.error_count()} problems)",
-                means="the document was edited or cut short",
-                change="make the plan again",
-                works="shardwright plan MODEL --hardware NAME -o plan.json",
-                exit_code=ExitCode.PLAN_MISMATCH,
+            raise _refused(
+                f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']} ({error.error_count()} problems)"
             ) from None
+        if problem := problem_of(plan.model_dump(by_alias=True, mode="json")):
+            raise _refused(f"{path}: field {problem}")
+        if document["hashes"].get("document") != seal(document):
+            raise _refused(f"{path} is not as it was made: its digest is not that of its contents")
+        return plan
+
+
+def _refused(what: str, means: str = "the document was edited, cut short or damaged") -> ShardwrightError:
+    return ShardwrightError(
+        what,
+        means=means,
+        change="make the plan again; what you want in it can be forced",
+        works="shardwright plan MODEL --hardware NAME --force pp=2 -o plan.json",
+        exit_code=ExitCode.PLAN_MISMATCH,
+    )
 
 
 def plan_json_schema() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import hashes
+from . import hashes, trust
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
 from .passes.build import build_segment_programs
@@ -149,7 +149,7 @@ def _make_plan(
             works="leave it out: the plan then lists them with their cost",
             exit_code=ExitCode.UNSUPPORTED_MODEL,
         )
-    return Plan(
+    made = Plan(
         hashes=hashes.make_hashes(graph, workload, cluster),
         workload=_describe(workload),
         hardware=cluster.to_dict(),
@@ -171,6 +171,8 @@ def _make_plan(
         considered=found.considered,
         conservative_ops=conservative,
     )
+    trust.remember(made)
+    return made
 
 
 def _proof_of(solution: ShardingSolution) -> ShardingProof:

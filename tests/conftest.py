@@ -36,7 +36,7 @@ def hand_made_plan() -> Plan:
         stages=[Stage(segments=[0, 1, 2], ranks=[0, 1]), Stage(segments=[3, 4, 5], ranks=[2, 3])],
         segments=["embed", "block", "block", "block", "block", "head"],
         placement_axes=["tp"],
-        placements={"block": {"matmul": ["S(1)"]}},
+        placements={"embed": {"lookup": ["R"]}, "block": {"matmul": ["S(1)"]}, "head": {"matmul": ["S(1)"]}},
         zero=1,
         memory_policy=MemoryPolicy(recompute={"embed": "none", "block": "all", "head": "none"}),
         forced={"pp": "2"},

@@ -142,3 +142,57 @@ def test_answers_without_importing_torch(arguments):
     subprocess.run(
         [sys.executable, "-c", code, *may_import], check=True, timeout=60, env=environment, capture_output=True
     )
+
+
+def test_diff_and_show_refuse_an_edited_plan(capsys, tmp_path, hand_made_plan):
+    path = tmp_path / "plan.json"
+    hand_made_plan.save(path)
+    edited = tmp_path / "edited.json"
+    edited.write_text(path.read_text().replace('"step_s": 1.25', '"step_s": 0.25'))
+    for arguments in (("plan", str(edited)), ("diff", str(path), str(edited)), ("run", str(edited))):
+        code, out, err = run_main(capsys, *arguments)
+        assert code == ExitCode.PLAN_MISMATCH and not out and "not as it was made" in err
+    assert run_main(capsys, "diff", str(path), str(path))[0] == 0
+
+
+FACTORY = """
+import pathlib
+
+import torch
+from torch import nn
+
+pathlib.Path({flag!r}).touch()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x).square().mean()
+
+
+def make():
+    return Net(), {{"x": torch.ones(4, 4)}}
+"""
+
+
+def test_a_plan_runs_code_that_its_user_chose_alone(capsys, tmp_path, monkeypatch):
+    flag, source, path = tmp_path / "imported", tmp_path / "mine.py", tmp_path / "plan.json"
+    source.write_text(FACTORY.format(flag=str(flag)))
+    monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path / "mine"))
+    code, _, err = run_main(
+        capsys, "plan", f"{source}:make", "--hardware", "1xCPU", "--global-batch", "4", "-o", str(path)
+    )
+    assert code == 0, err
+    code, _, err = run_main(capsys, "explain", str(path))
+    assert code == 0 and f"importing {source}:make" in err
+    monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path / "of another user"))
+    flag.unlink()
+    for command in ("explain", "run", "check"):
+        code, out, err = run_main(capsys, command, str(path))
+        assert code == ExitCode.PLAN_MISMATCH and not out and f"import and call {source}:make" in err, err
+    assert not flag.exists()
+    code, _, err = run_main(capsys, "explain", str(path), "--trust-model")
+    assert code == 0 and flag.exists(), err

@@ -16,6 +16,7 @@ from ..units import parse_bytes
 
 if TYPE_CHECKING:
     from ..api import Progress
+    from ..planner.plan import Plan
     from ..profiler.workload import Workload
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -64,6 +65,26 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--time-limit", type=positive_seconds, metavar="SECONDS", help="stop searching after this long")
     group.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 600MiB")
     group.add_argument("--strict", action="store_true", help="exit 5 where an op could only be planned conservatively")
+
+
+def add_trust_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--trust-model",
+        action="store_true",
+        help="import the Python that the plan names, though this user did not make the plan here",
+    )
+
+
+def load_plan(args: argparse.Namespace, path: str) -> Plan:
+    """A plan whose model is about to be built. Says what of the user's own Python that imports, or refuses it."""
+    from .. import trust
+    from ..planner.plan import Plan
+
+    plan = Plan.load(path)
+    trust.require(plan, args.trust_model)
+    if named := trust.imports(plan):
+        print(f"importing {named}, which the plan names", file=sys.stderr)
+    return plan
 
 
 def parse_assignments(pairs: Sequence[str], option: str) -> dict[str, str]:

@@ -23,13 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _options.add_workload_options(parser, batch_required=False)
     _options.add_force_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    _options.add_trust_option(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
     import time
 
     from .. import checking
-    from ..planner.plan import Plan
 
     force = _options.parse_assignments(args.force, "--force")
     started = time.perf_counter()
@@ -37,7 +37,7 @@ def execute(args: argparse.Namespace) -> int:
         if args.model.endswith(".json") and ":" not in args.model:
             if force:
                 raise ShardwrightError("--force goes with a model; a plan has its choices", change="--force", works="")
-            result = checking.check_plan(Plan.load(args.model), progress=progress, debug=args.debug)
+            result = checking.check_plan(_options.load_plan(args, args.model), progress=progress, debug=args.debug)
         else:
             args.global_batch = args.global_batch or DEFAULT_BATCH
             hardware = args.hardware or f"{checking.DEFAULT_PROCESSES}xCPU"

@@ -33,12 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time-limit", type=_options.positive_seconds, metavar="SECONDS", help="of planning again")
     parser.add_argument("--hardware", metavar="NAME", help="the plan's hardware, where it came from a TOML file")
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
+    _options.add_trust_option(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
-    from ..planner.plan import Plan
-
-    plan = Plan.load(args.plan)
+    plan = _options.load_plan(args, args.plan)
     choices = _options.parse_assignments(args.why_not, "--why-not")
     return _why_not(plan, choices, args) if choices else _explain(plan, args)
 

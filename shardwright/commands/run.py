@@ -28,15 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace", metavar="PATH", help="write the last step here, predicted beside measured, for Perfetto or Chrome"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each step, and nothing else")
+    _options.add_trust_option(parser)
 
 
 def execute(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from .. import launch
-    from ..planner.plan import Plan
 
-    plan = Plan.load(args.plan)
+    plan = _options.load_plan(args, args.plan)
     if "model" not in plan.workload or not plan.workload.get("kind"):
         raise ShardwrightError(
             f"the plan's model, {plan.workload.get('model')!r}, was made in Python; the command line cannot build it",
