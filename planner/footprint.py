@@ -191,14 +191,15 @@ def least_in_flight(name: str, num_ranks: int, num_microbatches: int, num_chunks
     return min(int(rows.min(axis=1).max()) for rows in profiles)
 
 
-def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> float:
+def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: int | None = None) -> float:
     """What the mean rank needs at least, whatever the cuts: lasting state, and activations that all chunks hold at
-    once.
+    once. in_flight: microbatches of those, in place of what the candidate's schedule holds.
     """
     n, kind = chain.num_instances, setting.mesh(candidate).devices[0].kind
     whole = StageState(chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n], 0)
     held = _state(setting, candidate, whole, kind)
-    in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
+    if in_flight is None:
+        in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
     moments = (
         in_flight * float(chain.activation_bytes.sum()) + held.gradients,
         held.step_gradients + held.step_temporaries,

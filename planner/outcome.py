@@ -16,7 +16,8 @@ MAX_MISFITS = 4
 
 @dataclass
 class Outcome:
-    """bound_s: proven for every sharding; search_bound_s: under the sharding found. fits: None where not looked at."""
+    """bound_s: proven for every sharding, infinite where nothing fits; search_bound_s: under the sharding found.
+    fits: None where not looked at."""
 
     candidate: Candidate
     bound_s: float = 0.0
@@ -32,16 +33,9 @@ class Outcome:
     worst_rank: int = 0
     fits: bool | None = None
     unsharded: bool = False
-    first_option: int = 0  # recomputation with less than this cannot fit
     too_slow: bool = False  # with the least recomputation that might fit
+    tight: bool = False  # memory keeps it from its fastest cuts and placements
     note: str = ""
-
-    @property
-    def open(self) -> bool:
-        """May hold a plan, as far as is proven: what does not fit with even chunks might with others."""
-        if self.unsharded:
-            return False
-        return self.fits is not False
 
     @property
     def recompute_label(self) -> str:

@@ -13,13 +13,14 @@ from ..profiler.cluster import Cluster
 from ..profiler.workload import Workload
 from . import plan as plan_document
 from .candidates import Candidate
+from .certificate import certified_bound
 from .chain import Chain
 from .evaluate import hops, run_timeline, stage_times, tails
 from .footprint import placements_of, rank_breakdown
 from .interfaces import ShardingSolution
 from .outcome import Outcome, considered_rows
 from .own_order import own_order
-from .schedule_choice import best_order, free_bound
+from .schedule_choice import best_order
 from .schedules import PipelineSchedule
 from .setting import Setting
 
@@ -106,11 +107,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     breakdowns = [rank_breakdown(setting, candidate, counted, bounds, r, held[r]) for r in range(candidate.pp)]
     peaks = [sum(items.values()) for items in breakdowns]
     worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
-    bounds_s = [state.outcomes[c].bound_s if c in state.outcomes else state.ideal_seconds(c) for c in state.candidates
-                if c not in state.outcomes or state.outcomes[c].open]  # fmt: skip
-    if candidate.pp > 1 and state.forced.schedule is None:
-        bounds_s.append(free_bound(state, candidate))
-    bound_s = min([step_s, *bounds_s])
+    bound_s = certified_bound(state, step_s, tighten=not interrupted)
     gap = (step_s - bound_s) / step_s if step_s else 0.0
     workload = setting.workload
     tokens = workload.global_batch * max(1, _tokens_per_sample(workload))

@@ -3,20 +3,21 @@
 Candidates are taken in groups that share a sharding solution: equal tensor axis and equal sequences on a rank. A
 group is solved only while the bound of its best candidate is below the incumbent. That bound needs no solution of its
 own: an op never takes less than its share of the same op on the whole batch on one device, which is costed once.
-Inside a group candidates go by their own bound (evaluate.lower_bound). For each the fastest of the memory options that
-fits (memory_options.py) is found by bisection, then the best cuts, then the simulated step. The sharding frontier is
-asked for where the fastest placements leave too little memory.
+Inside a group candidates go by their own bound (evaluate.lower_bound). Each is priced under all memory options that
+could be its best (scoring.py): cuts, then the simulated step. The sharding frontier is asked for where the fastest
+placements leave too little memory for their best cuts.
 
 Two prunings are not proofs, and leave the certificate alone: a candidate that does not fit rules out those that
 differ in a larger microbatch only, and interleaving is looked at only where an optimistic estimate of its bubble
 beats the incumbent.
 
-The certificate is the least bound over all candidates that are not known not to fit, scaled by what the sharding solver
-left open. Ctrl-C and the time limit end the search with the incumbent and its gap.
+The certificate (certificate.py) is the least bound over all candidates that are not known not to fit, scaled by what
+the sharding solver left open. Ctrl-C and the time limit end the search with the incumbent and its gap.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,28 +30,21 @@ from ..profiler.workload import Workload
 from ..units import format_seconds
 from .advice import does_not_fit
 from .candidates import Candidate, Forced, check_forced, divisors, enumerate_candidates, nothing_divides, parse_forced
+from .certificate import any_order_bound, base_of, ideal_seconds, own_order_bound
 from .chain import Chain, build_chain
-from .evaluate import (
-    estimate,
-    find_cuts,
-    level_ranks,
-    lower_bound,
-    order_bound,
-    path_seconds,
-    step_seconds,
-    unevenness,
-)
-from .footprint import fits, mean_bytes, quick_peaks
+from .evaluate import estimate, lower_bound, unevenness
 from .interfaces import Sharder, ShardingSolution
 from .memory_options import MemoryOption, memory_options
 from .outcome import Outcome
 from .result import SearchResult, build_result
+from .scoring import first_options, mean_fits, score
 from .setting import Setting
 
 Progress = Callable[[str], None]
 
 BETTER = 1 - 1e-6  # a new incumbent is better by more than this
 MAX_CHUNK_CHOICES = 4
+LEAST_GAIN = 1.01  # of a step over its bound for which other placements are asked for
 
 
 @dataclass
@@ -70,6 +64,7 @@ class SearchState:
     whole_forward_s: float = 0.0  # of the whole batch on one device
     whole_backward_s: float = 0.0
     refusal: ShardwrightError | None = None  # the latest of the sharder's
+    any_order_s: dict[Candidate, float] = field(default_factory=dict)  # of each certificate.base_of
     tolerance: float = BETTER  # of the incumbent's step: what is slower than this share of it is not looked at
 
     def run(self) -> str:
@@ -104,68 +99,81 @@ class SearchState:
         self.whole_forward_s = float((chain.forward_s - chain.forward_comm_s).sum()) * scale
         self.whole_backward_s = float((chain.backward_s - chain.backward_comm_s).sum()) * scale
 
-    def ideal_seconds(self, candidate: Candidate) -> float:
-        """Step of this candidate without collectives, every op as efficient as on the whole batch."""
-        parts = candidate.dp * candidate.tp * candidate.count
-        forward_s, backward_s = self.whole_forward_s / parts, self.whole_backward_s / parts
-        return path_seconds(candidate.schedule, forward_s, backward_s, candidate.pp, candidate.count)
-
     def _run_group(self, members: list[Candidate]) -> None:
         self.setting.forget()
         open_members = []
         for candidate in members:
-            outcome = self.outcomes[candidate] = Outcome(candidate, bound_s=self.ideal_seconds(candidate))
+            outcome = self.outcomes[candidate] = Outcome(
+                candidate, bound_s=ideal_seconds(self, candidate, candidate.schedule)
+            )
             smaller = self._smaller_that_does_not_fit(candidate)
             if smaller is not None:
-                outcome.fits, outcome.peak_bytes, outcome.limit_bytes = False, smaller.peak_bytes, smaller.limit_bytes
-                outcome.missing_bytes, outcome.worst_rank = smaller.missing_bytes, smaller.worst_rank
-                outcome.recompute, outcome.recompute_all = smaller.recompute, smaller.recompute_all
-            elif self._may_win(outcome.bound_s):
+                self._take_for_too_large(outcome, smaller)
+            elif self.may_win(outcome.bound_s):
                 open_members.append(candidate)
         if not open_members:
             return
         self._check_time()
-        first = min(open_members, key=self.ideal_seconds)
+        first = min(open_members, key=lambda candidate: self.outcomes[candidate].bound_s)
         solution = self.solve(first)
         if solution is None:
             for candidate in members:
                 self.outcomes[candidate].unsharded = True
+                self.outcomes[candidate].bound_s = self.any_order_s[base_of(candidate)] = math.inf
             return
-        options = self._options([solution])
-        if any(self._first_option(candidate, options) > 0 for candidate in open_members):
-            options = self._options(self.frontier(first))
-        chain = self.setting.chain(options[0].solution, options[0].recompute)
-        ratio = solution.proven_share
-        order = {}
-        for candidate in open_members:
-            outcome = self.outcomes[candidate]
-            outcome.first_option = self._first_option(candidate, options)
-            start = options[outcome.first_option]
-            least = self.setting.chain(start.solution, start.recompute)
-            outcome.search_bound_s = lower_bound(self.setting, candidate, least)
-            outcome.bound_s = max(outcome.bound_s, outcome.search_bound_s * ratio)
-            order[candidate] = estimate(self.setting, candidate, least)
+        pool = self.pool(first, solution)
+        if not all(mean_fits(self, candidate, pool.options[0]) for candidate in open_members):
+            self.widen(pool)
+        chain = self.setting.chain(pool.options[0].solution, pool.options[0].recompute)
+        order = {candidate: self._learn_bounds(candidate, pool) for candidate in open_members}
+        for base in {base_of(candidate) for candidate in open_members}:
+            self.learn_any_order(base, pool)
         uneven = self._uneven_interleavings(open_members, chain)
         for candidate in sorted(open_members, key=lambda c: (_rounded(order[c]), *c.simplicity)):
             if candidate in uneven:
                 self.outcomes[candidate].note = "chunks less even than with other virtual stages"
-            elif self._may_win(order[candidate]):
+            elif self.may_win(order[candidate]):
                 self._check_time()
-                self._evaluate(candidate, options)
-            elif self._may_win(self.outcomes[candidate].search_bound_s):
+                self._evaluate(candidate, pool)
+            elif self.may_win(self.outcomes[candidate].search_bound_s):
                 self.outcomes[candidate].note = f"estimated at {format_seconds(order[candidate])} with its bubble"
+
+    def _learn_bounds(self, candidate: Candidate, pool: MemoryPool) -> float:
+        """Bounds of a candidate of a solved group; returns what it is estimated at."""
+        outcome = self.outcomes[candidate]
+        starts = first_options(self, candidate, pool.options) or pool.options[-1:]
+        chains = [self.setting.chain(option.solution, option.recompute) for option in starts]
+        outcome.search_bound_s = min(lower_bound(self.setting, candidate, chain) for chain in chains)
+        outcome.bound_s = max(outcome.bound_s, own_order_bound(self, candidate, pool.options))
+        return min(estimate(self.setting, candidate, chain) for chain in chains)
+
+    def _take_for_too_large(self, outcome: Outcome, smaller: Outcome) -> None:
+        outcome.fits, outcome.peak_bytes, outcome.limit_bytes = False, smaller.peak_bytes, smaller.limit_bytes
+        outcome.missing_bytes, outcome.worst_rank = smaller.missing_bytes, smaller.worst_rank
+        outcome.recompute, outcome.recompute_all = smaller.recompute, smaller.recompute_all
+        if smaller.bound_s == math.inf:
+            outcome.bound_s = math.inf
+        if self.any_order_s.get(base_of(smaller.candidate)) == math.inf:
+            self.any_order_s[base_of(outcome.candidate)] = math.inf
+
+    def learn_any_order(self, base: Candidate, pool: MemoryPool) -> None:
+        bound_s = any_order_bound(self, base, pool.options)
+        self.any_order_s[base] = max(ideal_seconds(self, base, ""), bound_s)
+
+    def pool(self, candidate: Candidate, solution: ShardingSolution) -> MemoryPool:
+        return MemoryPool(candidate, self._options([solution]))
 
     def _options(self, solutions: Sequence[ShardingSolution]) -> list[MemoryOption]:
         return memory_options(self.setting.shape, solutions, self.forced.recompute)
 
-    def _first_option(self, candidate: Candidate, options: Sequence[MemoryOption]) -> int:
-        """The fastest option under which the mean rank may fit; the leanest where it fits under none."""
-        limit = self.setting.limits(candidate).max()
-        for index, option in enumerate(options):
-            chain = self.setting.chain(option.solution, option.recompute)
-            if mean_bytes(self.setting, candidate, chain) <= limit:
-                return index
-        return len(options) - 1
+    def widen(self, pool: MemoryPool) -> bool:
+        """Ask for placements that keep less; was that of any use?"""
+        if pool.widened:
+            return False
+        pool.widened = True
+        solutions = self.frontier(pool.solved_for)
+        pool.options = self._options(solutions)
+        return len(solutions) > 1
 
     def _uneven_interleavings(self, members: list[Candidate], chain: Chain) -> set[Candidate]:
         """Interleaved candidates beyond the MAX_CHUNK_CHOICES numbers of virtual stages that promise most for their
@@ -189,13 +197,14 @@ class SearchState:
         return left_out
 
     def _smaller_that_does_not_fit(self, candidate: Candidate) -> Outcome | None:
-        """The same with a smaller microbatch, known not to fit: activations only grow with the microbatch."""
+        """The same with a smaller microbatch, known not to fit: activations only grow with the microbatch. One
+        microbatch alone accumulates no gradients, and may fit where two do not."""
         for microbatch in divisors(candidate.microbatch)[:-1]:
             if microbatch % candidate.dp:
                 continue
             count = candidate.count * candidate.microbatch // microbatch
             found = self.outcomes.get(replace(candidate, microbatch=microbatch, count=count))
-            if found is not None and found.fits is False:
+            if found is not None and found.fits is False and (candidate.count > 1 or count == 1):
                 return found
         return None
 
@@ -226,137 +235,64 @@ class SearchState:
         own = self.solve(candidate)
         return own is solution or any(found is solution for found in self.frontier(candidate))
 
-    def _evaluate(self, candidate: Candidate, options: Sequence[MemoryOption]) -> None:
-        outcome = self.score(candidate, options)
+    def _evaluate(self, candidate: Candidate, pool: MemoryPool) -> None:
+        outcome = self._score(candidate, pool)
         if self._is_better(outcome):
-            exact = self._exact_options(candidate, options)
-            if exact is not options:
-                outcome = self.score(candidate, exact)
+            exact = self._exact_pool(candidate, pool)
+            if exact is not pool:
+                outcome = self._score(candidate, exact)
             if self._is_better(outcome):
                 self.incumbent = outcome
                 self.progress(f"best so far {outcome.step_s:.3f} s: {candidate}")
         self.outcomes[candidate] = outcome
+        if candidate.pp == 1:  # there is no other order
+            self.any_order_s[base_of(candidate)] = outcome.bound_s
 
     def score_alone(self, candidate: Candidate) -> Outcome:
         """A candidate of its own, outside its group."""
         solution = self.solve(candidate)
         if solution is None:
             return self.outcomes[candidate]
-        options = self._options([solution])
-        if self._first_option(candidate, options) > 0:
-            options = self._options(self.frontier(candidate))
-        self.outcomes[candidate].first_option = self._first_option(candidate, options)
-        return self.score(candidate, options)
+        return self._score(candidate, self.pool(candidate, solution))
 
-    def _exact_options(self, candidate: Candidate, options: Sequence[MemoryOption]) -> Sequence[MemoryOption]:
+    def _score(self, candidate: Candidate, pool: MemoryPool) -> Outcome:
+        """Placements that keep less are asked for where the fastest cannot have their best cuts."""
+        outcome = score(self, candidate, pool.options)
+        if not outcome.tight or pool.widened:
+            return outcome
+        fastest = self.setting.chain(pool.options[0].solution, pool.options[0].recompute)
+        worth_s = LEAST_GAIN * lower_bound(self.setting, candidate, fastest)
+        if (outcome.step_s is None or outcome.step_s > worth_s) and self.may_win(worth_s) and self.widen(pool):
+            return score(self, candidate, pool.options)
+        return outcome
+
+    def _exact_pool(self, candidate: Candidate, pool: MemoryPool) -> MemoryPool:
         """The same for the candidate's own data-parallel degree, where the group was solved for another."""
         exact = self.solve(candidate)
-        if exact is None or exact is options[0].solution:
-            return options
-        several = any(option.solution is not options[0].solution for option in options)
-        return self._options(self.frontier(candidate) if several else [exact])
+        if exact is None or exact is pool.options[0].solution:
+            return pool
+        own = self.pool(candidate, exact)
+        if pool.widened:
+            self.widen(own)
+        return own
 
-    def _may_win(self, at_least_s: float) -> bool:
+    def may_win(self, at_least_s: float) -> bool:
         return self.incumbent is None or at_least_s < (self.incumbent.step_s or 0.0) * self.tolerance
 
     def _is_better(self, outcome: Outcome) -> bool:
         if outcome.step_s is None:
             return False
-        return self._may_win(outcome.step_s)
+        return self.may_win(outcome.step_s)
 
-    def score(self, candidate: Candidate, options: Sequence[MemoryOption]) -> Outcome:
-        """Fastest option that fits; its cuts; its simulated step. Looks no further where that cannot win."""
-        setting = self.setting
-        outcome = self.outcomes[candidate]
-        fitting: tuple[int, tuple[int, ...], float] | None = None
-        low, high = min(outcome.first_option, len(options) - 1), len(options) - 1
-        trial, slow_s = low, 0.0
-        while low <= high:
-            chain = setting.chain(options[trial].solution, options[trial].recompute)
-            if not self._may_win(estimate(setting, candidate, chain)):
-                # later options only take longer: what is left to try are earlier ones
-                outcome.too_slow, high = True, trial - 1
-                slow_s = lower_bound(setting, candidate, chain)
-            else:
-                cuts = self._cuts(candidate, chain)
-                if cuts is not None:
-                    fitting, high = (trial, *cuts), trial - 1
-                else:
-                    low = trial + 1
-            # first none, then one step at a time where there are few, else halves
-            trial = low if len(options) <= 4 else (low + high + 1) // 2
-        if fitting is None and outcome.too_slow:
-            outcome.search_bound_s = max(outcome.search_bound_s, slow_s)
-            outcome.bound_s = max(outcome.bound_s, slow_s * options[0].solution.proven_share)
-            return outcome
-        if fitting is None:
-            need = self._least_need(candidate, options[-1])
-            outcome.missing_bytes, outcome.peak_bytes, outcome.worst_rank = need
-            outcome.limit_bytes = setting.limit(candidate, outcome.worst_rank)
-            outcome.fits, outcome.recompute = False, options[-1].recompute
-            outcome.recompute_all = options[-1].recompute_all
-            return outcome
-        index, bounds, bottleneck = fitting
-        chosen = options[index]
-        chain = setting.chain(chosen.solution, chosen.recompute)
-        if self.forced.cuts is None:
-            bounds = level_ranks(setting, candidate, chain, bounds)
-        outcome.fits = True
-        outcome.peak_bytes = int(quick_peaks(setting, candidate, chain, bounds).max())
-        at_least = order_bound(setting, candidate, chain, bounds)
-        if not self._may_win(at_least):
-            outcome.search_bound_s = max(outcome.search_bound_s, at_least)
-            return outcome
-        return Outcome(
-            candidate,
-            bound_s=max(outcome.bound_s, bottleneck * chosen.solution.proven_share),
-            search_bound_s=outcome.search_bound_s,
-            step_s=step_seconds(setting, candidate, chain, bounds),
-            bounds=bounds,
-            recompute=chosen.recompute,
-            solution=chosen.solution,
-            peak_bytes=outcome.peak_bytes,
-            fits=True,
-            recompute_all=chosen.recompute_all,
-        )
 
-    def _cuts(self, candidate: Candidate, chain: Chain) -> tuple[tuple[int, ...], float] | None:
-        """(bounds, lower bound from the cuts or 0) where they fit."""
-        setting = self.setting
-        if self.forced.cuts is not None:
-            place = {index: position for position, index in enumerate(setting.shape.instances)}
-            missing = [cut for cut in self.forced.cuts if place.get(cut, 0) == 0]
-            if missing:
-                body = setting.shape.instances
-                raise ShardwrightError(
-                    f"--force cuts: no stage can begin at segment instance {missing[0]}",
-                    means=f"stages begin at one of the instances {body[1]} to {body[-1]}",
-                    change="--force cuts",
-                    works=f"--force cuts={body[len(body) // 2]}",
-                    exit_code=ExitCode.CONTRADICTION,
-                )
-            bounds = (0, *(place[cut] for cut in self.forced.cuts), chain.num_instances)
-            bottleneck = 0.0
-        else:
-            cuts = find_cuts(setting, candidate, chain)
-            if cuts is None:
-                return None
-            bounds = cuts.bounds
-            bottleneck = cuts.bottleneck if candidate.schedule in ("gpipe", "1f1b") else 0.0
-        if not fits(setting, candidate, chain, bounds):
-            return None
-        return bounds, bottleneck
+@dataclass
+class MemoryPool:
+    """The memory options of a group. solved_for: the candidate whose sharding they have. widened: the frontier was
+    asked for."""
 
-    def _least_need(self, candidate: Candidate, leanest: MemoryOption) -> tuple[int, int, int]:
-        """(missing bytes, peak of the worst rank, that rank) with the leanest option and even cuts."""
-        chain = self.setting.chain(leanest.solution, leanest.recompute)
-        cuts = find_cuts(self.setting, candidate, chain, ignore_memory=True)
-        if cuts is None:
-            return 0, 0, 0
-        peaks = quick_peaks(self.setting, candidate, chain, cuts.bounds)
-        lacking = peaks - self.setting.limits(candidate)
-        worst = int(lacking.argmax())
-        return max(int(lacking[worst]), 0), int(peaks[worst]), worst
+    solved_for: Candidate
+    options: list[MemoryOption]
+    widened: bool = False
 
 
 def _rounded(seconds: float) -> float:
