@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import inspect
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
 
 from ..errors import ExitCode, ShardwrightError
 from ..kernels import ops  # noqa: F401  registers the ops that normalization puts in
@@ -25,10 +25,12 @@ from . import fold, joint
 from ._torch import DATA_DEPENDENT, lazy_recompile
 from .attention_interface import shardwright_attention
 from .autograd_functions import recorded_functions
+from .calling import PLAIN_CALL, Call
 from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
+from .inputs import batch_dims_of, example_batch_size
 from .nodes import value
 from .normalize import normalize
-from .workload import Workload
+from .workload import Loss, Workload
 
 ROOT = "model"
 _OURS = Path(__file__).parents[1]  # this package (or checkout)
@@ -38,17 +40,17 @@ _TESTED = ("tests", "examples", "benchmarks")  # beside it in a checkout, and th
 class TrainingStep(nn.Module):
     """model and loss as one module over a dictionary of tensors: what is exported."""
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], torch.Tensor] | None) -> None:
+    def __init__(self, model: nn.Module, loss: Loss | None, call: Call = PLAIN_CALL) -> None:
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.call = model, loss, call
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return compute_loss(self.model, self.loss, batch)
+        return compute_loss(self.model, self.loss, batch, self.call)
 
 
-def compute_loss(model: nn.Module, loss: Callable[[Any, Any], torch.Tensor] | None, batch: Any) -> torch.Tensor:
-    """Call the model with the entries that its forward names, then the loss. Also what the reference runs."""
-    output = model(**model_arguments(model, batch))
+def compute_loss(model: nn.Module, loss: Loss | None, tensors: Any, call: Call = PLAIN_CALL) -> torch.Tensor:
+    """Call the model as its user does, then the loss. tensors: by name. Also what the reference runs."""
+    output, batch = call.output(model, tensors, with_loss=loss is not None)
     if loss is not None:
         return loss(output, batch)
     if isinstance(output, torch.Tensor) and output.dim() == 0:
@@ -73,16 +75,9 @@ def compute_loss(model: nn.Module, loss: Callable[[Any, Any], torch.Tensor] | No
     return found
 
 
-def model_arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
-    parameters = inspect.signature(model.forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not any(name in batch for name in parameters):
-        return dict(batch)
-    return {name: tensor for name, tensor in batch.items() if name in parameters}
-
-
 def capture(workload: Workload) -> ModelGraph:
     """Trace the workload's training step at the shapes of its example batch."""
-    exported, batch = _export(workload)
+    exported, batch = export_step(workload), workload.example_batch
     signature = exported.graph_signature
     graph_module, graph = exported.graph_module, exported.graph_module.graph
     placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
@@ -114,13 +109,15 @@ def _strip(fqn: str) -> str:
     return fqn.removeprefix(ROOT + ".")
 
 
-def _export(workload: Workload) -> tuple[Any, dict[str, torch.Tensor]]:
+def export_step(workload: Workload, symbolic: Mapping[str, Sequence[int]] | None = None) -> Any:
+    """The exported training step. symbolic: dimensions of entries that are traced with a symbol each, not a number."""
     # torch.export takes two arguments that are the same tensor for one: give it distinct ones
     batch = {
         name: t.clone() if t.device.type != "meta" else torch.empty_like(t)
         for name, t in workload.example_batch.items()
     }
-    step = TrainingStep(workload.model, workload.loss)
+    step = TrainingStep(workload.model, workload.loss, workload.call)
+    shapes = None if symbolic is None else {n: dict.fromkeys(symbolic.get(n, ()), Dim.AUTO) for n in batch}
     try:
         with (
             warnings.catch_warnings(),
@@ -130,7 +127,7 @@ def _export(workload: Workload) -> tuple[Any, dict[str, torch.Tensor]]:
             recorded_functions(),
         ):
             warnings.simplefilter("ignore")
-            return torch.export.export(step, (batch,), strict=False), batch
+            return torch.export.export(step, (batch,), dynamic_shapes=shapes and (shapes,), strict=False)
     except ShardwrightError:
         raise
     except Exception as error:
@@ -242,8 +239,8 @@ def _assemble(
             )
         )
     result.loss = value_name[loss_node]
-    batch_tensors = list(workload.example_batch.values())
-    result.batch_size = workload.batch_size or (batch_tensors[0].shape[0] if batch_tensors else 1)
+    result.batch_size = example_batch_size(workload)
+    result.batch_dims = batch_dims_of(workload)
     result.structure_hash = _model_hash(result)
     result.constants = {f"constant:{k}": v for k, v in exported.constants.items() if isinstance(v, torch.Tensor)}
     return result

@@ -91,6 +91,7 @@ class ModelGraph:
     loss: str = ""  # value name of the scalar loss
     outputs: tuple[str, ...] = ()  # value names of the model's outputs kept for evaluation
     batch_size: int = 0  # sequences (or samples) in the captured microbatch
+    batch_dims: dict[str, int] = field(default_factory=dict)  # entry of the batch -> its dimension that counts samples
     structure_hash: str = ""
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # "constant:NAME", tensors written into the code
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,11 +121,31 @@ def _draw(
 
 
 def example_batch_size(workload: Workload) -> int:
-    """Samples in the workload's example batch."""
+    """Samples in the workload's example batch: as declared, else the length in front of most of its tensors."""
     if workload.batch_size:
         return workload.batch_size
-    first = next(iter(workload.example_batch.values()))
-    return first.shape[0] if first.dim() else 1
+    return common_size(workload.example_batch, workload.batch_dims or {})
+
+
+def common_size(batch: Mapping[str, torch.Tensor], declared: Mapping[str, int | None]) -> int:
+    """The length that most tensors have in front, or where it is declared (the first of equals); 1 where none has a
+    dimension."""
+    dims = {name: declared.get(name, 0) for name in batch}
+    sizes = Counter(t.shape[dim] for n, t in batch.items() if (dim := dims[n]) is not None and dim < t.dim())
+    return max(sizes, key=sizes.__getitem__, default=1)
+
+
+def batch_dims_of(workload: Workload) -> dict[str, int]:
+    """Entry -> its dimension that counts samples, of those that have one; where nothing is declared, the first of each
+    tensor that is as long as the batch."""
+    from .models import batch_fields  # models builds on this module
+
+    size, declared = example_batch_size(workload), dict(workload.batch_dims or {})
+    declared |= {field.name: None if field.shared else 0 for field in batch_fields(workload) or ()}
+    dims = {
+        n: declared.get(n, 0 if t.dim() and t.shape[0] == size else None) for n, t in workload.example_batch.items()
+    }
+    return {name: dim for name, dim in dims.items() if dim is not None}
 
 
 def make_batch(
@@ -142,13 +163,13 @@ def make_batch(
     fields = batch_fields(workload)
     if fields is not None:
         return draw_batch(fields, count, device, seed)
-    current = example_batch_size(workload)
+    current, dims = example_batch_size(workload), batch_dims_of(workload)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, current, (count,), generator=generator)
     batch = {}
     for name, tensor in workload.example_batch.items():
-        has_batch = tensor.dim() > 0 and tensor.shape[0] == current
-        shape = (count, *tensor.shape[1:]) if has_batch else tuple(tensor.shape)
+        dim = dims.get(name)
+        shape = tuple(count if d == dim else s for d, s in enumerate(tensor.shape))
         if torch.device(device).type == "meta":
             batch[name] = torch.empty(shape, dtype=tensor.dtype, device="meta")
         elif tensor.is_meta:
@@ -156,7 +177,8 @@ def make_batch(
             values = torch.randn(shape, generator=generator, dtype=torch.float64) if real else torch.zeros(shape)
             batch[name] = values.to(device=device, dtype=tensor.dtype)
         else:
-            batch[name] = (tensor[rows.to(tensor.device)] if has_batch else tensor.clone()).to(device)
+            chosen = tensor.clone() if dim is None else tensor.index_select(dim, rows.to(tensor.device))
+            batch[name] = chosen.to(device)
     return batch
 
 
@@ -169,4 +191,11 @@ def resize_batch(workload: Workload, batch_size: int) -> Workload:
     device = next(iter(workload.example_batch.values())).device
     batch = make_batch(workload, batch_size, device=device, seed=workload.seed)
     spec = {**workload.spec, "batch_size": batch_size} if workload.spec else workload.spec
-    return dataclasses.replace(workload, example_batch=batch, batch_size=batch_size, spec=spec)
+    dims = workload.batch_dims if workload.batch_dims is not None else resized_dims(workload)
+    return dataclasses.replace(workload, example_batch=batch, batch_size=batch_size, spec=spec, batch_dims=dims)
+
+
+def resized_dims(workload: Workload) -> dict[str, int | None]:
+    """batch_dims before the size changes: at another size, other dimensions may be as long."""
+    dims = batch_dims_of(workload)
+    return {name: dims.get(name) for name in workload.example_batch}

@@ -15,9 +15,10 @@ from torch import nn
 
 from ..errors import ExitCode, ShardwrightError
 from . import diffusion, hf
+from .calling import named_entries, take_apart
 from .hf_batches import default_seq_len, fields_for
 from .initial_values import materialize
-from .inputs import BatchField, draw_batch
+from .inputs import BatchField, common_size, draw_batch
 from .losses import denoising, loss_of
 from .model_kinds import KINDS
 from .near import near_matches
@@ -130,7 +131,11 @@ def reload_workload(spec: Mapping[str, Any], **changes: Any) -> Workload:
         arguments["kind"] = spec["kind"]
     if "precision" in spec:
         arguments["precision"] = Precision(**{key: _dtype(value) for key, value in spec["precision"].items()})
-    return load_workload(spec["model"], **{**arguments, **changes})
+    workload = load_workload(spec["model"], **{**arguments, **changes})
+    dims = spec.get("batch_dims")
+    if dims is None or set(dims) != set(workload.example_batch):
+        return workload
+    return dataclasses.replace(workload, batch_dims=dims)
 
 
 def with_precision(workload: Workload, precision: Precision | torch.dtype | str) -> Workload:
@@ -238,10 +243,11 @@ def _from_config(
     if seq_len is not None and KINDS[kind].sequence == "tokens":
         hf.check_seq_len(model, config, seq_len)
     batch = draw_batch(fields_for(kind, model, seq_len, options.precision.compute), options.batch_size, "meta")
+    loss = loss_of(kind, config.model_type)
     return Workload(
         model=model, example_batch=batch, global_batch=options.global_batch, precision=options.precision,
-        loss=loss_of(kind, config.model_type), batch_size=options.batch_size, tokens_per_sample=seq_len or 1,
-        name=name if preset else config.model_type, spec=options.spec(spec, kind, seq_len), seed=options.seed,
+        loss=loss, model_inputs=named_entries(model, batch) if loss else None, batch_size=options.batch_size,
+        tokens_per_sample=seq_len or 1, name=name if preset else config.model_type, spec=options.spec(spec, kind, seq_len), seed=options.seed,
     )  # fmt: skip
 
 
@@ -251,10 +257,11 @@ def _from_diffusers(spec: str, config: dict[str, Any], options: _Options) -> Wor
     default = diffusion.default_seq_len(config)
     seq_len = (options.seq_len or default) if default else None
     fields = diffusion.fields_for(name, model.config, seq_len, dtype, options.overrides)
+    batch = draw_batch(fields, options.batch_size, "meta")
     return Workload(
-        model=model, example_batch=draw_batch(fields, options.batch_size, "meta"), global_batch=options.global_batch,
-        loss=denoising, precision=options.precision, batch_size=options.batch_size, tokens_per_sample=seq_len or 1,
-        name=name, spec={**options.spec(spec, diffusion.KIND, seq_len), "class_name": name}, seed=options.seed,
+        model=model, example_batch=batch, global_batch=options.global_batch, loss=denoising,
+        model_inputs=named_entries(model, batch), precision=options.precision, batch_size=options.batch_size,
+        tokens_per_sample=seq_len or 1, name=name, spec={**options.spec(spec, diffusion.KIND, seq_len), "class_name": name}, seed=options.seed,
     )  # fmt: skip
 
 
@@ -266,8 +273,7 @@ def _from_factory(spec: str, options: _Options, *, given: bool, batch_given: int
             workload = dataclasses.replace(workload, global_batch=batch_given)
     else:
         module, batch = made
-        first = next(iter(batch.values()))
-        size = first.shape[0] if first.dim() else 1
+        size = common_size(take_apart(batch)[0], {})
         dtype = next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), torch.float32)
         workload = Workload(
             model=module, example_batch=batch, global_batch=batch_given or size, precision=_uniform(dtype),

@@ -8,20 +8,19 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import ExitCode, ShardwrightError
+from .calling import take_apart
 from .near import near_matches
 from .workload import Workload
 
 
-def call_factory(spec: str) -> Workload | tuple[nn.Module, dict[str, torch.Tensor]]:
+def call_factory(spec: str) -> Workload | tuple[nn.Module, Any]:
     """Import the module, call the function, and look at what comes back.
 
     Raises ShardwrightError where there is no such module or function, where it fails, and where it returns anything but
@@ -52,15 +51,13 @@ def call_factory(spec: str) -> Workload | tuple[nn.Module, dict[str, torch.Tenso
     return _checked(made, spec)
 
 
-def _checked(made: Any, spec: str) -> Workload | tuple[nn.Module, dict[str, torch.Tensor]]:
+def _checked(made: Any, spec: str) -> Workload | tuple[nn.Module, Any]:
     if isinstance(made, Workload):
         return made
-    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping):
-        batch = {str(key): value for key, value in made[1].items()}
-        wrong = [key for key, value in batch.items() if not isinstance(value, torch.Tensor)]
-        if batch and not wrong:
-            return made[0], batch
-        problem = f"entry {wrong[0]!r} of its batch is no tensor" if wrong else "its batch is empty"
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
+        if take_apart(made[1])[0]:
+            return made
+        problem = "its batch holds no tensor"
     elif isinstance(made, nn.Module):
         problem = "it returned a module without example inputs"
     else:

@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .calling import PLAIN_CALL, Call, take_apart
+
 Batch = Mapping[str, torch.Tensor]
+Loss = Callable[[Any, Any], torch.Tensor]
 
 _FUSED = frozenset({torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD})  # one kernel for all
 _WAYS = ("foreach", "fused", "capturable", "differentiable")  # options that say how the update is computed
@@ -71,23 +74,34 @@ class Precision:
 
 @dataclass(frozen=True)
 class Workload:
-    """model may live on meta. example_batch: tensors by name, dimension `batch_dim` of each is the batch where its size
-    equals batch_size; entries named after the model's forward arguments are passed to it.
+    """model may live on meta. example_batch: whatever the model is called with (profiler/calling.py); kept as its
+    tensors by name, with its form in `call`.
 
     loss(model_output, batch) -> scalar; None: the model's output is, or has, the loss (attribute or key 'loss', or a
-    scalar first element).
+    scalar first element). model_inputs: the entries that the model is given, where its forward does not say it.
+    batch_dims: the dimension of an entry that counts samples, None for what all samples share; entries left out are
+    looked into (profiler/batch_dims.py).
     """
 
     model: nn.Module
     example_batch: Batch
     global_batch: int
-    loss: Callable[[Any, Batch], torch.Tensor] | None = None
+    loss: Loss | None = None
     optimizer: OptimizerSpec = OptimizerSpec()
     precision: Precision = Precision()
-    batch_size: int = 0  # of example_batch; 0: that of its first tensor
+    batch_size: int = 0  # of example_batch; 0: the length in front of most of its tensors
     tokens_per_sample: int = 0  # sequence length; 0: dimension 1 of the first integer tensor, else 1
     name: str = "model"
     spec: Mapping[str, Any] = field(
         default_factory=dict
     )  # what rebuilds it: {"model": "preset:gpt2", "seq_len": 1024, ...}
     seed: int = 0
+    model_inputs: tuple[Any, ...] | None = None
+    batch_dims: Mapping[str, int | None] | None = None
+    call: Call = PLAIN_CALL
+
+    def __post_init__(self) -> None:
+        tensors, form = take_apart(self.example_batch)
+        if form is not None or self.model_inputs != self.call.inputs:
+            object.__setattr__(self, "example_batch", tensors)
+            object.__setattr__(self, "call", Call(form or self.call.form, self.model_inputs))

@@ -10,7 +10,7 @@ A rank's part of the batch is therefore not one contiguous slice of it. The last
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,39 +48,35 @@ def microbatch_sizes(global_size: int, microbatch_size: int, dp_size: int = 1) -
     return [microbatch_size] * full + [size for size in (rest - left, left) if size]
 
 
-def batch_entries(shapes: Mapping[str, tuple[int, ...]], batch_size: int) -> frozenset[str]:
-    """Entries whose first dimension is the batch. shapes: as captured with a microbatch of batch_size samples."""
-    return frozenset(name for name, shape in shapes.items() if shape and shape[0] == batch_size)
-
-
 def shard_batch(
-    batch: Mapping[str, torch.Tensor], entries: Collection[str], microbatch_size: int, dp_size: int, dp_rank: int
+    batch: Mapping[str, torch.Tensor], dims: Mapping[str, int], microbatch_size: int, dp_size: int, dp_rank: int
 ) -> BatchPart:
-    """The part of a global batch that a data-parallel rank passes to step(). Other entries go to every rank whole."""
-    global_size = _common_size(batch, entries)
+    """The part of a global batch that a data-parallel rank passes to step(). dims: of each entry that holds samples,
+    the dimension that counts them. Other entries go to every rank whole."""
+    global_size = _common_size(batch, dims)
     part = dict(batch)
     sizes = microbatch_sizes(global_size, microbatch_size, dp_size)
-    for name in entries:
+    for name, dim in dims.items():
         if name not in batch:
             continue
         rows, start = [], 0
         for size in sizes:
             low, high = chunk_bounds(size, dp_size, dp_rank)
-            rows.append(batch[name][start + low : start + high])
+            rows.append(batch[name].narrow(dim, start + low, high - low))
             start += size
-        part[name] = rows[0] if len(rows) == 1 else torch.cat(rows)
+        part[name] = rows[0] if len(rows) == 1 else torch.cat(rows, dim)
     return BatchPart(part, global_size)
 
 
 def split_part(
     part: Mapping[str, torch.Tensor],
-    entries: Collection[str],
+    dims: Mapping[str, int],
     microbatch_size: int,
     dp_size: int,
     dp_rank: int,
 ) -> list[MicrobatchPart]:
     """This rank's microbatches. A part that shard_batch did not cut counts as 1/dp_size of the global batch."""
-    local_size = _common_size(part, entries)
+    local_size = _common_size(part, dims)
     global_size = part.global_size if isinstance(part, BatchPart) else local_size * dp_size
     sizes = microbatch_sizes(global_size, microbatch_size, dp_size)
     bounds = [chunk_bounds(size, dp_size, dp_rank) for size in sizes]
@@ -92,35 +88,42 @@ def split_part(
             change="cut the global batch with program.shard_batch",
             works="program.step(program.shard_batch(global_batch))",
         )
-    cut = {name: torch.split(tensor, rows) for name, tensor in part.items() if name in entries}
+    cut = {name: torch.split(tensor, rows, dims[name]) for name, tensor in part.items() if name in dims}
     return [
         MicrobatchPart({name: cut[name][k] if name in cut else tensor for name, tensor in part.items()}, size)
         for k, size in enumerate(sizes)
     ]
 
 
-def _common_size(batch: Mapping[str, torch.Tensor], entries: Collection[str]) -> int:
-    sizes = {name: batch[name].shape[0] if batch[name].dim() else 0 for name in entries if name in batch}
+def _common_size(batch: Mapping[str, torch.Tensor], dims: Mapping[str, int]) -> int:
+    sizes = {n: batch[n].shape[dim] if dim < batch[n].dim() else 0 for n, dim in dims.items() if n in batch}
     if len(set(sizes.values())) != 1:
         raise ShardwrightError(
             f"the entries of this batch have different numbers of samples: {sizes}"
             if sizes
-            else f"none of {sorted(entries)} is in this batch; it has {sorted(batch)}",
-            change="the batch",
-            works="one tensor for each of the example batch's entries, samples along dimension 0",
+            else f"none of {sorted(dims)} is in this batch; it has {sorted(batch)}",
+            change="the batch, or batch_dims, which says along which dimension each entry holds samples",
+            works="; ".join(f"samples along dimension {dim} of {name}" for name, dim in dims.items()),
         )
     return next(iter(sizes.values()))
 
 
+def whole_shape(tensor: torch.Tensor, dim: int | None, size: int) -> tuple[int, ...]:
+    """Of an entry that holds `size` samples along dim; its own where it holds none."""
+    return tuple(size if d == dim else s for d, s in enumerate(tensor.shape))
+
+
 def conform(
-    name: str, tensor: torch.Tensor, expected: tuple[int, ...], microbatch_size: int, group: Any, dp_size: int
+    name: str, tensor: torch.Tensor, expected: tuple[int, ...], whole: tuple[int, ...], dim: int, over: tuple[Any, int]
 ) -> torch.Tensor:
     """A batch entry as the segments want it: this rank's samples, or all of them where they are not sharded over dp.
 
-    Whether it is gathered depends on what every rank knows, not on how many samples this one has.
+    whole: shape of the microbatch's entry. over: group and size of the data-parallel axis. Whether it is gathered
+    depends on what every rank knows, not on how many samples this one has.
     """
-    if dp_size > 1 and tuple(expected) == (microbatch_size, *tensor.shape[1:]):
-        return all_gather_dim(tensor, tuple(expected), 0, group, dp_size)
+    group, dp_size = over
+    if dp_size > 1 and tuple(expected) == whole:
+        return all_gather_dim(tensor, tuple(expected), dim, group, dp_size)
     check_shape(name, tensor, expected)
     return tensor
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ..errors import ExitCode, ShardwrightError
 from ..passes.program import SegmentProgram
+from ..profiler.calling import Form
 from ..profiler.graph import ModelGraph
-from .batch import BatchPart, MicrobatchPart, batch_entries, check_shape, conform, shard_batch, split_part
+from .batch import BatchPart, MicrobatchPart, check_shape, conform, shard_batch, split_part, whole_shape
 from .mesh import RankGrid
 from .stage import StageRunner, Variant
 from .wiring import USER_INPUT
@@ -21,8 +23,8 @@ Rebuild = Callable[[dict[str, tuple[int, ...]]], Mapping[str, SegmentProgram]]
 
 
 class Microbatches:
-    """size: samples of the planned microbatch, all data-parallel ranks together. example: shapes of another batch, and
-    its size."""
+    """size: samples of the planned microbatch, all data-parallel ranks together. form: of the user's batches, None: a
+    dictionary of tensors."""
 
     def __init__(
         self,
@@ -32,40 +34,51 @@ class Microbatches:
         grid: RankGrid,
         device: torch.device,
         rebuild: Rebuild | None,
-        example: tuple[Mapping[str, tuple[int, ...]], int],
+        form: Form | None = None,
     ) -> None:
         self.graph, self.size, self.grid, self.device, self.rebuild = graph, size, grid, device, rebuild
         self.names = [value.removeprefix(USER_INPUT) for value in graph.input_names]
         captured = {name: tuple(graph.values[USER_INPUT + name].shape) for name in self.names}
-        # two captures of different sizes tell the batch from a dimension that happens to be as long
-        self.entries = batch_entries(captured, graph.batch_size or size) & batch_entries(*example)
-        planned = {n: (size, *shape[1:]) if n in self.entries else shape for n, shape in captured.items()}
+        self.form = form
+        self.dims = graph.batch_dims
+        planned = {
+            n: tuple(size if d == self.dims.get(n) else s for d, s in enumerate(shape)) for n, shape in captured.items()
+        }
         self.planned: Shapes = tuple(sorted(planned.items()))
         self._programs: dict[Shapes, Mapping[str, SegmentProgram]] = {self.planned: dict(programs)}
         self._variants: dict[tuple[Shapes, int], list[Variant]] = {}
 
-    def shard(self, batch: Mapping[str, torch.Tensor]) -> BatchPart:
-        return shard_batch(batch, self.entries, self.size, self.grid.size("dp"), self.grid.coord("dp"))
+    def shard(self, batch: Any) -> BatchPart:
+        return shard_batch(self._tensors(batch), self.dims, self.size, self.grid.size("dp"), self.grid.coord("dp"))
 
-    def split(self, batch: Mapping[str, torch.Tensor]) -> list[MicrobatchPart]:
+    def split(self, batch: Any) -> list[MicrobatchPart]:
         """This rank's part of a batch, on the device, by microbatch."""
+        tensors = {name: t.to(self.device, non_blocking=True) for name, t in self._tensors(batch).items()}
+        if not self.dims:
+            return [MicrobatchPart(tensors, self.size)]
+        part = BatchPart(tensors, batch.global_size) if isinstance(batch, BatchPart) else tensors
+        return split_part(part, self.dims, self.size, self.grid.size("dp"), self.grid.coord("dp"))
+
+    def _tensors(self, batch: Any) -> dict[str, torch.Tensor]:
+        """By the captured names. Raises ShardwrightError where the batch has other entries."""
+        if self.form is not None and not isinstance(batch, BatchPart):
+            return self.form.tensors_of(batch)
         missing = [name for name in self.names if name not in batch]
-        if missing:
+        unknown = [name for name in batch if name not in self.names]
+        if missing or unknown:
             raise ShardwrightError(
-                f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}",
+                f"the batch lacks {', '.join(missing)}; it has {', '.join(sorted(batch))}"
+                if missing
+                else f"the batch has {', '.join(map(repr, unknown))}, which the example batch had not",
                 means="the model was captured with these entries",
                 change="the batch",
                 works=f"a mapping with {', '.join(self.names)}",
             )
-        tensors = {name: batch[name].to(self.device, non_blocking=True) for name in self.names}
-        if not self.entries:
-            return [MicrobatchPart(tensors, self.size)]
-        part = BatchPart(tensors, batch.global_size) if isinstance(batch, BatchPart) else tensors
-        return split_part(part, self.entries, self.size, self.grid.size("dp"), self.grid.coord("dp"))
+        return {name: batch[name] for name in self.names}
 
     def variants(self, part: MicrobatchPart, runners: Sequence[StageRunner]) -> list[Variant]:
         """For each stage, its steps for this microbatch's shape."""
-        found = {n: (part.size, *t.shape[1:]) if n in self.entries else tuple(t.shape) for n, t in part.tensors.items()}
+        found = {n: whole_shape(t, self.dims.get(n), part.size) for n, t in part.tensors.items()}
         shapes = tuple(sorted(found.items()))
         key = (shapes, id(runners))
         if key not in self._variants:
@@ -90,7 +103,7 @@ class Microbatches:
 
     def inputs(self, part: MicrobatchPart, variants: Sequence[Variant]) -> dict[str, torch.Tensor]:
         """The user inputs that these stages read, as their segments want them."""
-        group = self.grid.group("dp") if self.grid.size("dp") > 1 else None
+        over = (self.grid.group("dp") if self.grid.size("dp") > 1 else None, self.grid.size("dp"))
         inputs = {}
         for variant in variants:
             for name, shape in variant.input_shapes.items():
@@ -98,8 +111,9 @@ class Microbatches:
                     continue
                 entry = name.removeprefix(USER_INPUT)
                 tensor = part.tensors[entry]
-                if entry in self.entries:
-                    tensor = conform(entry, tensor, shape, part.size, group, self.grid.size("dp"))
+                if entry in self.dims:
+                    dim = self.dims[entry]
+                    tensor = conform(entry, tensor, shape, whole_shape(tensor, dim, part.size), dim, over)
                 else:
                     check_shape(entry, tensor, shape)
                 inputs[name] = tensor

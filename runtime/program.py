@@ -19,7 +19,6 @@ from ..planner.plan import Plan
 from ..planner.schedules import PipelineSchedule
 from ..profiler.graph import ModelGraph
 from ..profiler.initial_values import initial_tensors
-from ..profiler.inputs import example_batch_size
 from ..profiler.workload import Workload
 from . import checkpoint
 from .batch import BatchPart, MicrobatchPart
@@ -119,10 +118,8 @@ class Program:
         self.memory.watch(self._runners, self.store, self.buffers)
         self._engines: dict[bool, PipelineEngine] = {}
         size = plan.microbatch.size
-        example = {name: tuple(tensor.shape) for name, tensor in workload.example_batch.items()}
-        self.microbatches = Microbatches(
-            graph, segment_programs, size, self.grid, self.device, rebuild, (example, example_batch_size(workload))
-        )
+        form = workload.call.form
+        self.microbatches = Microbatches(graph, segment_programs, size, self.grid, self.device, rebuild, form)
         self._optimizer: torch.optim.Optimizer | None = None
         self._has_optimizer = False
 
@@ -208,13 +205,13 @@ class Program:
     def microbatch_size(self) -> int:
         return self.plan.microbatch.size
 
-    def shard_batch(self, batch: Mapping[str, torch.Tensor]) -> BatchPart:
+    def shard_batch(self, batch: Any) -> BatchPart:
         """This data-parallel rank's part of a global batch: what step() takes. See runtime/batch.py for the cut."""
         return self.microbatches.shard(batch)
 
     # steps
 
-    def step(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def step(self, batch: Any) -> torch.Tensor:
         """One training step on this rank's part of the batch.
 
         Returns the loss: the mean over the microbatches (weighted by their samples, where the last is shorter), the
@@ -224,12 +221,12 @@ class Program:
         self.optimizer_step()
         return loss.wait()
 
-    def forward_backward(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def forward_backward(self, batch: Any) -> torch.Tensor:
         """Loss and gradients; the gradients are in .grad of the parameters."""
         return self._forward_backward(batch).wait()
 
     @torch.no_grad()
-    def _forward_backward(self, batch: Mapping[str, torch.Tensor]) -> Summing:
+    def _forward_backward(self, batch: Any) -> Summing:
         self.settle()
         self.recorder.begin()
         self.memory.begin(self._optimizer)
@@ -272,7 +269,7 @@ class Program:
         return self._stepper.grad_norm
 
     @torch.no_grad()
-    def evaluate(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def evaluate(self, batch: Any) -> torch.Tensor:
         """The loss of a batch, the same on every rank. Nothing is updated, buffers included. The captured graph is the
         training one: dropout, where the model has it, stays on."""
         self.settle()

@@ -24,11 +24,12 @@ from .planner.search import search
 from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.placement import from_text
 from .planner.sharding.sharder import PLACEMENT_AXES, Sharder
+from .profiler.batch_dims import with_batch_dims
 from .profiler.capture import capture, no_collection
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
 from .profiler.hardware import parse_hardware
-from .profiler.inputs import resize_batch
+from .profiler.inputs import batch_dims_of, resize_batch
 from .profiler.models import load_workload
 from .profiler.workload import Workload
 from .runtime.mesh import RankGrid, build_mesh
@@ -116,6 +117,7 @@ def _make_plan(
         cluster = parse_hardware(hardware, memory_limit_bytes=memory_limit_bytes)
     say(f"capturing {workload.name}")
     capture_started = time.perf_counter()
+    workload = with_batch_dims(workload)
     graph = capture_for_planning(workload)
     cost_model = CostModel(cluster)
     graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
@@ -225,7 +227,8 @@ def capture_of(plan: Plan, workload: Workload) -> ModelGraph:
 
 def capture_for_planning(workload: Workload) -> ModelGraph:
     """The model's graph with a batch whose size no other dimension is a multiple of."""
-    sizes = {size for tensor in workload.example_batch.values() for size in tensor.shape[1:]}
+    dims = batch_dims_of(workload)
+    sizes = {s for n, t in workload.example_batch.items() for d, s in enumerate(t.shape) if d != dims.get(n)}
     sizes |= {size for tensor in workload.model.state_dict().values() for size in tensor.shape}
     batch = next((b for b in PLANNING_BATCHES if not any(size % b == 0 for size in sizes if size)), PLANNING_BATCHES[0])
     return capture(resize_batch(workload, batch))
@@ -235,7 +238,8 @@ def _describe(workload: Workload) -> dict[str, Any]:
     """What rebuilds the workload from the command line, or what names it where only its maker can."""
     tokens = workload.tokens_per_sample
     described = {"model": workload.name, "global_batch": workload.global_batch, "seq_len": tokens or None}
-    return {**described, **workload.spec, "global_batch": workload.global_batch}
+    dims = {"batch_dims": dict(workload.batch_dims)} if workload.batch_dims is not None else {}
+    return {**described, **workload.spec, "global_batch": workload.global_batch, **dims}
 
 
 def build(plan: Plan, workload: Workload, *, device: torch.device | str | None = None, adopt: bool = False) -> Program:
@@ -250,6 +254,7 @@ def build(plan: Plan, workload: Workload, *, device: torch.device | str | None =
     device = torch.device(device) if device is not None else _default_device()
     distributed = dist.is_available() and dist.is_initialized()
     hashes.verify_version(plan)
+    workload = hashes.with_plans_dims(plan, workload)
     hashes.verify_shapes(plan, workload)
     hashes.verify_hardware(plan, device, dist.get_world_size() if distributed else 1)
     if distributed:
@@ -305,5 +310,6 @@ def _reshaped(workload: Workload, shapes: Mapping[str, tuple[int, ...]]) -> Work
         name: torch.zeros(shapes.get(name, tuple(tensor.shape)), dtype=tensor.dtype, device=tensor.device)
         for name, tensor in workload.example_batch.items()
     }
-    size = next((shape[0] for shape in shapes.values() if shape), workload.batch_size)
+    dims = batch_dims_of(workload)
+    size = next((shapes[name][dim] for name, dim in dims.items() if name in shapes), workload.batch_size)
     return dataclasses.replace(workload, example_batch=batch, batch_size=size)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,16 @@ from torch import nn
 from . import api
 from .errors import ShardwrightError
 from .planner.plan import Plan
+from .profiler.calling import take_apart
 from .profiler.cluster import Cluster
+from .profiler.inputs import common_size
 from .profiler.models import with_precision
-from .profiler.workload import OptimizerSpec, Precision, Workload
+from .profiler.workload import Loss, OptimizerSpec, Precision, Workload
 from .runtime.batch import BatchPart
 from .runtime.program import Program
 from .units import parse_bytes
 
-Loss = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
-Batch = Mapping[str, torch.Tensor]
+Batch = Any  # what the model is called with; see profiler/calling.py
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Settings:
 
     hardware: Cluster | str
     loss: Loss | None
+    inputs: tuple[Any, ...] | None
+    batch_dims: Mapping[str, int | None] | None
     optimizer: OptimizerSpec
     precision: Precision | torch.dtype | str | None
     force: Mapping[str, Any]
@@ -57,6 +60,8 @@ def parallelize(
     *,
     hardware: Cluster | str = "local",
     loss: Loss | None = None,
+    inputs: Sequence[Any] | None = None,
+    batch_dims: Mapping[str, int | None] | None = None,
     optimizer: str | OptimizerSpec | Callable[..., torch.optim.Optimizer] = "AdamW",
     optimizer_options: Mapping[str, Any] | None = None,
     max_grad_norm: float | None = None,
@@ -70,15 +75,20 @@ def parallelize(
     """Decorate a model class or factory: what it then returns is a Parallel.
 
     hardware: what to plan for; "local" is this machine, or this torchrun job. loss(model_output, batch) -> scalar; None
-    where the model's output is, or holds, the loss. optimizer: a name in torch.optim, an OptimizerSpec, or a function
-    from parameters to an optimizer. precision: a dtype, or a Precision; by default that of the model's parameters.
-    force: choices of the plan to keep, such as {"tp": 2}. memory_limit: per device, "600MiB" or bytes. seed: of dropout
-    and other randomness in the model. meta: build the model without allocating it, and draw its first values shard by
-    shard; for models too big for one process, whose modules can reset_parameters().
+    where the model's output is, or holds, the loss. inputs: the entries of the batch (names; positions in a tuple) that
+    the model is given, where its forward does not say it; the loss gets all. batch_dims: the dimension of an entry that
+    counts samples, None for an entry that all samples share; by default that is found out. optimizer: a name in
+    torch.optim, an OptimizerSpec, or a function from parameters to an optimizer. precision: a dtype, or a Precision; by
+    default that of the model's parameters. force: choices of the plan to keep, such as {"tp": 2}. memory_limit: per
+    device, "600MiB" or bytes. seed: of dropout and other randomness in the model. meta: build the model without
+    allocating it, and draw its first values shard by shard; for models too big for one process, whose modules can
+    reset_parameters().
     """
     settings = Settings(
         hardware=hardware,
         loss=loss,
+        inputs=None if inputs is None else tuple(inputs),
+        batch_dims=batch_dims,
         optimizer=_optimizer(optimizer, dict(optimizer_options or {}), max_grad_norm),
         precision=precision,
         force=dict(force or {}),
@@ -116,8 +126,8 @@ class Parallel:
     def step(self, batch: Batch) -> torch.Tensor:
         """Forward, backward and optimizer step. Returns the loss, the same on every rank.
 
-        batch: tensors by name: what forward takes, and what the loss needs. The global batch, the same on every rank;
-        or this rank's part of it, as shard_batch() cuts it.
+        batch: what the model is called with, and what the loss needs: a dictionary, a tuple, whatever forward takes.
+        The global batch, the same on every rank; or this rank's part of it, as shard_batch() cuts it.
         """
         return self.prepare(batch).step(self._part(batch))
 
@@ -166,20 +176,23 @@ class Parallel:
         return self._program
 
     def _workload(self, batch: Batch) -> Workload:
-        sizes = [tensor.shape[0] for tensor in batch.values() if tensor.dim()]
-        if not sizes:
+        tensors, _ = take_apart(batch)
+        if not any(tensor.dim() for tensor in tensors.values()):
             raise ShardwrightError("the batch holds no tensor with a dimension", change="the batch", works="{'x': x}")
+        size = common_size(tensors, self.settings.batch_dims or {})
         dtype = next((p.dtype for p in self.module.parameters() if p.dtype.is_floating_point), torch.float32)
         low = dtype in (torch.bfloat16, torch.float16)
         wide = torch.float32 if low else dtype
         workload = Workload(
             model=self.module,
-            example_batch=dict(batch),
-            global_batch=sizes[0],
+            example_batch=dict(batch) if isinstance(batch, Mapping) else batch,
+            global_batch=size,
             loss=self.settings.loss,
             optimizer=self.settings.optimizer,
             precision=Precision(compute=dtype, master=wide, grad_reduce=wide),
-            batch_size=sizes[0],
+            batch_size=size,
+            model_inputs=self.settings.inputs,
+            batch_dims=self.settings.batch_dims,
             name=type(self.module).__name__,
             seed=self.settings.seed,
         )

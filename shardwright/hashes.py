@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -13,6 +14,7 @@ from .errors import ExitCode, ShardwrightError
 from .planner.plan import Hashes, Plan
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
+from .profiler.inputs import batch_dims_of
 from .profiler.workload import Workload
 
 DIGEST_LENGTH = 16
@@ -35,10 +37,30 @@ def model_hash(graph: ModelGraph) -> str:
 
 def shapes_hash(workload: Workload) -> str:
     """Global batch, shapes of a sample and dtypes."""
-    samples = {name: [list(t.shape[1:]), str(t.dtype)] for name, t in workload.example_batch.items()}
+    dims = batch_dims_of(workload)
+    samples = {name: [_sample(t, dims.get(name)), str(t.dtype)] for name, t in workload.example_batch.items()}
     precision = workload.precision
     dtypes = [str(precision.compute), str(precision.master), str(precision.grad_reduce)]
     return digest([workload.global_batch, samples, dtypes])
+
+
+def _sample(tensor: torch.Tensor, dim: int | None) -> list[int]:
+    return [size for d, size in enumerate(tensor.shape) if d != dim]
+
+
+def with_plans_dims(plan: Plan, workload: Workload) -> Workload:
+    """The workload whose entries hold their samples as the plan says. Raises ShardwrightError where it says
+    otherwise."""
+    planned = plan.workload.get("batch_dims")
+    if planned is None or set(planned) != set(workload.example_batch):  # other entries: verify_shapes names them
+        return workload
+    for name, dim in (workload.batch_dims or {}).items():
+        if planned[name] != dim:
+            raise _mismatch(
+                f"the plan cuts {name!r} along dimension {planned[name]}; this workload's batch_dims says {dim}",
+                "an entry that is cut where another is shared gives each microbatch something else",
+            )
+    return dataclasses.replace(workload, batch_dims=planned)
 
 
 def version_text() -> str:
@@ -64,7 +86,8 @@ def verify_shapes(plan: Plan, workload: Workload) -> None:
         made_for = ", ".join(
             f"{key} {plan.workload[key]}" for key in ("global_batch", "seq_len") if key in plan.workload
         )
-        shapes = {name: list(tensor.shape[1:]) for name, tensor in workload.example_batch.items()}
+        dims = batch_dims_of(workload)
+        shapes = {name: _sample(tensor, dims.get(name)) for name, tensor in workload.example_batch.items()}
         raise _mismatch(
             f"the plan is for other shapes ({made_for}); this workload has global batch {workload.global_batch}, "
             f"samples {shapes}, {workload.precision.compute}",

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from .kernels.ops import make_key
 from .profiler.attention_interface import shardwright_attention
 from .profiler.capture import compute_loss
+from .profiler.inputs import batch_dims_of
 from .profiler.marker_ops import sdpa_masked, sdpa_window
 from .profiler.workload import Workload
 
@@ -121,16 +122,13 @@ class CounterBasedRandom(TorchFunctionMode):
 
 
 def split_batch(
-    batch: Mapping[str, torch.Tensor], microbatch_size: int, batch_size: int
+    batch: Mapping[str, torch.Tensor], dims: Mapping[str, int], microbatch_size: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Contiguous microbatches; entries without a batch dimension go to each whole. The last may be shorter."""
-    return [
-        {
-            name: t[start : start + microbatch_size] if t.dim() and t.shape[0] == batch_size else t
-            for name, t in batch.items()
-        }
-        for start in range(0, batch_size, microbatch_size)
-    ]
+    """Contiguous microbatches; entries without a dimension that counts samples go to each whole. The last may be
+    shorter."""
+    cut = {name: torch.split(batch[name], microbatch_size, dim) for name, dim in dims.items()}
+    count = max(map(len, cut.values()), default=1)
+    return [{name: cut[name][k] if name in cut else t for name, t in batch.items()} for k in range(count)]
 
 
 def forward_backward(
@@ -140,11 +138,11 @@ def forward_backward(
     size = workload.global_batch
     total = torch.zeros((), dtype=torch.float64)
     workload.model.zero_grad()
-    for index, microbatch in enumerate(split_batch(batch, microbatch_size, size)):
+    for index, microbatch in enumerate(split_batch(batch, batch_dims_of(workload), microbatch_size)):
         weight = min(microbatch_size, size - index * microbatch_size) / size
         random = CounterBasedRandom(workload.seed, step, index)
         with shardwright_attention(workload.model), random:
-            loss = compute_loss(workload.model, workload.loss, microbatch)
+            loss = compute_loss(workload.model, workload.loss, microbatch, workload.call)
         (loss * weight).backward()
         total += loss.detach().double().cpu() * weight
     return total

@@ -96,6 +96,7 @@ def transformer_graph(sizes: Sizes) -> ModelGraph:
         tied=tied,
         loss=loss,
         batch_size=1,
+        batch_dims={"input_ids": 0, "labels": 0},
         structure_hash="fake",
     )
 

@@ -324,6 +324,7 @@ def _graph(model: nn.Module, instances: list[SegmentInstance], batch_size: int, 
         loss="loss.0/loss",
         outputs=("head.0/logits",),
         batch_size=batch_size,
+        batch_dims={"ids": 0, "ones": 0, "labels": 0},
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runtime_toy import make_plan, make_toy, segment_programs
 
 from shardwright.errors import ShardwrightError
-from shardwright.runtime.batch import BatchPart, batch_entries, microbatch_sizes, shard_batch, split_part
+from shardwright.runtime.batch import BatchPart, microbatch_sizes, shard_batch, split_part
 from shardwright.runtime.mesh import RankGrid
 from shardwright.runtime.shards import ShardLayout, chunk_bounds, shard_index
 from shardwright.runtime.stage import grad_metas, value_metas
@@ -64,11 +64,15 @@ def test_pack_then_unpack_gives_every_tensor_back(shapes: list[list[int]], num_r
 @given(st.integers(1, 40), st.integers(1, 4), st.integers(1, 4))
 def test_each_sample_is_in_one_microbatch_of_one_rank(global_size: int, per_rank: int, dp: int) -> None:
     microbatch = per_rank * dp
-    batch = {"x": torch.arange(global_size), "shared": torch.arange(3)}
+    rows_last = torch.arange(2)[:, None] + torch.arange(global_size) * 2
+    batch = {"x": torch.arange(global_size), "y": rows_last, "shared": torch.arange(global_size)}
+    dims = {"x": 0, "y": 1}
     split = []
     for rank in range(dp):
-        part = shard_batch(batch, {"x"}, microbatch, dp, rank)
-        split.append(split_part(part, {"x"}, microbatch, dp, rank) if len(part["x"]) else None)
+        part = shard_batch(batch, dims, microbatch, dp, rank)
+        split.append(split_part(part, dims, microbatch, dp, rank) if len(part["x"]) else None)
+    assert all(torch.equal(p.tensors["y"][0], 2 * p.tensors["x"]) for rows in split if rows for p in rows)
+    assert all(torch.equal(p.tensors["shared"], batch["shared"]) for rows in split if rows for p in rows)
     order: list[int] = []
     counts = microbatch_sizes(global_size, microbatch, dp)
     assert sum(counts) == global_size and all(size % dp == 0 or size < dp for size in counts)
@@ -80,11 +84,7 @@ def test_each_sample_is_in_one_microbatch_of_one_rank(global_size: int, per_rank
 
 def test_a_part_that_was_cut_otherwise_is_refused() -> None:
     with pytest.raises(ShardwrightError, match="3 samples where 4"):
-        split_part(BatchPart({"x": torch.arange(3)}, 8), {"x"}, 8, 2, 0)
-
-
-def test_only_entries_that_are_as_long_as_the_batch_are_cut() -> None:
-    assert batch_entries({"x": (4, 2), "mask": (2, 2), "scale": ()}, 4) == {"x"}
+        split_part(BatchPart({"x": torch.arange(3)}, 8), {"x": 0}, 8, 2, 0)
 
 
 def _wiring(cuts: list[int], outputs: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]

@@ -171,7 +171,8 @@ class Sharder:
 
     def _demands(self, dp: int) -> Demands:
         def inputs(name: str, sizes: Sizes) -> Places:
-            return (0 if dp > 1 and sizes.batched[:1] == (True,) else R, R)
+            dim = self.graph.batch_dims.get(name.removeprefix("input:"), R)
+            return (dim if dp > 1 and dim != R and sizes.batched[dim] else R, R)
 
         return Demands(inputs, self.wishes, self._pinned)
 

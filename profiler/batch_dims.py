@@ -1,0 +1,125 @@
+"""Which dimension of each entry of a batch counts its samples.
+
+An entry that merely is as long as the batch (class weights, an attention bias, a table) is no sample. So the training
+step is traced once with a symbol for each dimension of that length: those that the model ties to each other come out as
+one symbol, those that it ties to its own sizes as numbers. The samples are counted by the symbol that most entries have
+in front; everything else is shared, each microbatch gets it whole.
+
+What the user declares (Workload.batch_dims) holds without a look. A model of ours, or of transformers with arguments
+whose meaning its documentation fixes, needs none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import ShardwrightError
+from .capture import export_step
+from .inputs import example_batch_size, resized_dims
+from .workload import Workload
+
+# what transformers calls tensors of one row a sample
+_TRANSFORMERS_SAMPLES = {
+    "input_ids", "attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask",
+    "pixel_values", "inputs_embeds", "input_values", "input_features", "start_positions", "end_positions",
+}  # fmt: skip
+
+
+def with_batch_dims(workload: Workload) -> Workload:
+    """The workload with batch_dims for every entry. Raises ShardwrightError where a declaration cannot be."""
+    from .models import batch_fields  # models builds on this module
+
+    tensors = workload.example_batch
+    if batch_fields(workload) is not None:
+        return dataclasses.replace(workload, batch_dims=resized_dims(workload))
+    declared = dict(workload.batch_dims or {})
+    _check(declared, tensors, example_batch_size(workload))
+    if set(tensors) <= set(declared):
+        return workload
+    size = example_batch_size(workload)
+    open_entries = [name for name, t in tensors.items() if name not in declared and size in t.shape]
+    found: dict[str, int | None] = dict.fromkeys((name for name in tensors if name not in declared), None)
+    found |= {name: 0 for name in open_entries if tensors[name].shape[0] == size}
+    if not _is_plain(workload, open_entries, size):
+        found |= _traced(workload, open_entries, declared, size)
+    return dataclasses.replace(workload, batch_dims={name: {**found, **declared}[name] for name in tensors})
+
+
+def _is_plain(workload: Workload, entries: list[str], size: int) -> bool:
+    """Where samples stand in front without doubt, or a size of 1 could not tell."""
+    if size < 2 or len(workload.example_batch) == 1:
+        return True
+    documented = type(workload.model).__module__.startswith("transformers.") and not workload.loss
+    return documented and set(entries) <= _TRANSFORMERS_SAMPLES
+
+
+def _traced(
+    workload: Workload, entries: list[str], declared: Mapping[str, int | None], size: int
+) -> dict[str, int | None]:
+    marked = {name: [d for d, s in enumerate(workload.example_batch[name].shape) if s == size] for name in entries}
+    marked |= {name: [dim] for name, dim in declared.items() if dim is not None}
+    try:
+        symbols = _symbols(workload, marked)
+    except ShardwrightError:  # a step that cannot be traced with symbols: the first dimensions count
+        return {}
+    dims = _counting(symbols, declared)
+    if dims is None:  # every size was fixed by the model: it may not be cut at all, which capture finds out
+        return {}
+    return {name: dims.get(name) for name in entries if name in symbols}
+
+
+def _symbols(workload: Workload, marked: Mapping[str, list[int]]) -> dict[str, list[str]]:
+    """Entry -> what each of its dimensions came out as: a symbol, or "" where it is a number. Entries that nothing
+    reads are left out."""
+    exported = export_step(workload, marked)
+    placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    found = {}
+    for name, given in zip(workload.example_batch, exported.graph_signature.user_inputs, strict=True):
+        node = placeholders[given]
+        if node.users:
+            sizes: Any = node.meta["val"].shape
+            found[name] = [str(s.node.expr) if isinstance(s, torch.SymInt) and _free(s) else "" for s in sizes]
+    return found
+
+
+def _free(size: torch.SymInt) -> bool:
+    return bool(size.node.expr.free_symbols)
+
+
+def _counting(symbols: Mapping[str, list[str]], declared: Mapping[str, int | None]) -> dict[str, int] | None:
+    """Entry -> dimension with a symbol that counts samples: those declared, and the one in front of most other entries,
+    the first of equals. One that an entry has twice counts none."""
+    twice = {s for row in symbols.values() for s, count in Counter(row).items() if s and count > 1}
+    counts = {symbols[n][d] for n, d in declared.items() if d is not None and n in symbols} - {""}
+    front = Counter(r[0] for n, r in symbols.items() if n not in declared and r and r[0] and r[0] not in twice)
+    if front and not counts & front.keys():
+        counts.add(max(front, key=front.__getitem__))
+    if not counts:
+        return None
+    return {
+        name: dim for name, row in symbols.items() for dim, symbol in list(enumerate(row))[::-1] if symbol in counts
+    }
+
+
+def _check(declared: Mapping[str, int | None], tensors: Mapping[str, torch.Tensor], size: int) -> None:
+    for name, dim in declared.items():
+        if name not in tensors:
+            raise ShardwrightError(
+                f"batch_dims names {name!r}; the batch has {', '.join(tensors)}",
+                change=f"batch_dims[{name!r}]",
+                works="the name of an entry",
+            )
+        shape = tuple(tensors[name].shape)
+        if dim is not None and not (0 <= dim < len(shape) and shape[dim] == size):
+            raise ShardwrightError(
+                f"batch_dims says that dimension {dim} of {name!r} counts samples; its shape is {shape} and the batch "
+                f"has {size} samples",
+                means="every entry that holds samples has one for each of the batch",
+                change=f"batch_dims[{name!r}]",
+                works=f"{{{name!r}: {shape.index(size) if size in shape else None}}}",
+            )
