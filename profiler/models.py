@@ -247,7 +247,8 @@ def _from_config(
     return Workload(
         model=model, example_batch=batch, global_batch=options.global_batch, precision=options.precision,
         loss=loss, model_inputs=named_entries(model, batch) if loss else None, batch_size=options.batch_size,
-        tokens_per_sample=seq_len or 1, name=name if preset else config.model_type, spec=options.spec(spec, kind, seq_len), seed=options.seed,
+        tokens_per_sample=seq_len or 1, name=name if preset else config.model_type,
+        spec=options.spec(spec, kind, seq_len), seed=options.seed,
     )  # fmt: skip
 
 
@@ -261,7 +262,8 @@ def _from_diffusers(spec: str, config: dict[str, Any], options: _Options) -> Wor
     return Workload(
         model=model, example_batch=batch, global_batch=options.global_batch, loss=denoising,
         model_inputs=named_entries(model, batch), precision=options.precision, batch_size=options.batch_size,
-        tokens_per_sample=seq_len or 1, name=name, spec={**options.spec(spec, diffusion.KIND, seq_len), "class_name": name}, seed=options.seed,
+        tokens_per_sample=seq_len or 1, name=name,
+        spec={**options.spec(spec, diffusion.KIND, seq_len), "class_name": name}, seed=options.seed,
     )  # fmt: skip
 
 
