@@ -11,8 +11,6 @@ import argparse
 import os
 from pathlib import Path
 
-import torch.distributed as dist
-
 import shardwright
 from shardwright.data import batch_source
 
@@ -24,24 +22,25 @@ def main() -> None:
     parser.add_argument("--model", default="preset:demo-llama")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--global-batch", type=int, default=16)
+    parser.add_argument("--hardware", default=f"{os.environ.get('WORLD_SIZE', '1')}xCPU", help="such as 8xH100-80GB")
     parser.add_argument("--save-plan", metavar="PATH")
     args = parser.parse_args()
 
-    dist.init_process_group("gloo")
+    shardwright.join_torchrun(args.hardware)  # gloo for CPUs, NCCL for GPUs
     workload = shardwright.load_workload(args.model, global_batch=args.global_batch, precision="float32")
-    plan = shardwright.plan(workload, f"{os.environ['WORLD_SIZE']}xCPU")
+    plan = shardwright.plan(workload, args.hardware)
     program = shardwright.build(plan, workload)
 
+    rank = int(os.environ.get("RANK", "0"))
     batches = batch_source(workload, TEXT)
     for step in range(args.steps):
         part = program.shard_batch(batches(step))
         loss = program.step(part)  # forward, backward, optimizer; the same loss on every rank
-        if dist.get_rank() == 0:
+        if rank == 0:
             print(f"step {step:>3}  loss {loss.item():.4f}", flush=True)
 
-    if args.save_plan and dist.get_rank() == 0:
+    if args.save_plan and rank == 0:
         plan.save(args.save_plan)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -231,10 +231,15 @@ def _measure_gloo() -> tuple[float, float]:
     return seconds["latency"], large.numel() * 4 / max(seconds["rate"] - seconds["latency"], 1e-9)
 
 
-def discover_local() -> Cluster:
-    """This machine's accelerators, else its CPU; under torchrun, the job's hosts (assumed alike)."""
+def discover_local(num_processes: int | None = None) -> Cluster:
+    """This machine's accelerators, else its CPU; under torchrun, the job's hosts (assumed alike).
+
+    num_processes: how many devices to take of it where torchrun's environment does not say; None: all accelerators.
+    """
     world = int(os.environ.get("WORLD_SIZE", "0"))
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if not world and num_processes is not None:
+        world = per_host = num_processes
     device_name, num_visible, memory_bytes = _visible_accelerator()
     if num_visible:
         num_devices = per_host or num_visible
@@ -253,6 +258,13 @@ def discover_local() -> Cluster:
     num_hosts = max(1, world // num_processes) if world else 1
     group = host_group(find_accelerator("CPU"), num_hosts, num_processes)
     return Cluster("local", (group,), notes=(f"no accelerator found; {machine_name()}",))
+
+
+def num_accelerators() -> int:
+    """How many PyTorch sees. Nothing on them is initialized."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _visible_accelerator() -> tuple[str, int, int]:

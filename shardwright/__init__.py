@@ -31,6 +31,7 @@ _EXPORTS = {
     "check_sharding": ".planner.sharding.register",
     "compare": ".planner.diff",
     "explain": ".reasons",
+    "join_torchrun": ".devices",
     "load_workload": ".api",
     "parallelize": ".doors",
     "plan": ".api",
@@ -53,6 +54,7 @@ __all__ = [
     "check_sharding",
     "compare",
     "explain",
+    "join_torchrun",
     "load_workload",
     "parallelize",
     "plan",
@@ -63,6 +65,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .api import build, load_workload, plan
     from .checking import check
+    from .devices import join_torchrun
     from .doors import Parallel, parallelize
     from .errors import ExitCode, ShardwrightError
     from .planner.diff import compare

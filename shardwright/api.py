@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import hashes, trust
+from . import devices, hashes, trust
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
 from .passes.build import build_segment_programs
@@ -28,7 +28,6 @@ from .profiler.batch_dims import with_batch_dims
 from .profiler.capture import capture, no_collection
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
-from .profiler.hardware import parse_hardware
 from .profiler.inputs import batch_dims_of, resize_batch
 from .profiler.models import load_workload
 from .profiler.workload import Workload
@@ -57,7 +56,8 @@ def plan(
     """The fastest plan found for a training job on a cluster.
 
     workload: a Workload, or what load_workload takes, its options as further keywords (global_batch, seq_len, ...).
-    hardware: a Cluster or a name such as "2x8xH100-80GB". force: choices to keep, such as {"pp": 2, "zero": 3}.
+    hardware: a Cluster or a name such as "2x8xH100-80GB"; "local" is one device for each process of this job.
+    force: choices to keep, such as {"pp": 2, "zero": 3}.
     memory_limit_bytes: per device. time_limit_s: of the search. strict: refuse ops without a sharding rule.
     progress: called with what is being done now.
 
@@ -111,10 +111,9 @@ def _make_plan(
     choices = choices_of(force)
     parse_forced(choices)  # a mistyped key is found before the model is traced
     pins = Pins.parse({key: value for key, value in force.items() if is_pin(key, value)}, PLACEMENT_AXES)
-    if isinstance(hardware, Cluster):
-        cluster = hardware if memory_limit_bytes is None else hardware.with_memory_limit(memory_limit_bytes)
-    else:
-        cluster = parse_hardware(hardware, memory_limit_bytes=memory_limit_bytes)
+    cluster = devices.cluster_for_this_job(hardware)
+    if memory_limit_bytes is not None:
+        cluster = cluster.with_memory_limit(memory_limit_bytes)
     say(f"capturing {workload.name}")
     capture_started = time.perf_counter()
     workload = with_batch_dims(workload)
@@ -246,18 +245,19 @@ def build(plan: Plan, workload: Workload, *, device: torch.device | str | None =
     """This rank's Program: its stages rewritten as the plan says, its shards of the parameters initialized.
 
     Under torchrun, torch.distributed must be initialized and every rank must call this with the same plan. device: by
-    default this rank's GPU, or the CPU where the process group is gloo. adopt: where the model has real values on that
+    default the plan's, the CPU or this rank's GPU. adopt: where the model has real values on that
     device and nothing is sharded, use its own tensors as storage.
 
     Raises ShardwrightError, exit code 7, where the plan was made for another model, shape, hardware or version.
     """
-    device = torch.device(device) if device is not None else _default_device()
+    device = torch.device(device) if device is not None else devices.device_of(plan)
     distributed = dist.is_available() and dist.is_initialized()
     hashes.verify_version(plan)
     workload = hashes.with_plans_dims(plan, workload)
     hashes.verify_shapes(plan, workload)
     hashes.verify_hardware(plan, device, dist.get_world_size() if distributed else 1)
     if distributed:
+        devices.check_group(device)
         _verify_same_plan(plan)
     graph = _capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
     hashes.verify_model(plan, graph)
@@ -270,12 +270,6 @@ def build(plan: Plan, workload: Workload, *, device: torch.device | str | None =
 
     programs = build_segment_programs(graph, plan, axes, device)
     return Program(plan, graph, programs, workload, device=device, mesh=mesh, rebuild=rebuild, adopt=adopt)
-
-
-def _default_device() -> torch.device:
-    if not torch.cuda.is_available() or (dist.is_initialized() and dist.get_backend() == "gloo"):
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _verify_same_plan(plan: Plan) -> None:

@@ -97,7 +97,7 @@ def shardwright(
     }
     static_slots = _torch.static_input_slots(graph_module.graph)
     run = _torch.aot_compile(
-        _fuse(graph_module, settings),
+        _fuse(graph_module, example_inputs, settings),
         example_inputs,
         forward_compiler=partial(_compile, settings=settings),
         backward_compiler=partial(_compile_backward, settings=settings, parameters=parameters, ranks=ranks),
@@ -109,9 +109,9 @@ def shardwright(
     return _broadcast_first(run, static_slots)
 
 
-def _fuse(graph_module: fx.GraphModule, settings: BackendOptions) -> fx.GraphModule:
+def _fuse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings: BackendOptions) -> fx.GraphModule:
     """RMSNorm, with the residual addition before it, as one operator; the graph itself where that wins nothing."""
-    wins = _fusing_wins(settings.fuse)
+    wins = _fusing_wins(settings.fuse, any(_on_gpu(tensor) for tensor in example_inputs))
     if wins is None:
         return graph_module
     traced = _torch.trace_to_aten(graph_module)
@@ -122,10 +122,15 @@ def _fuse(graph_module: fx.GraphModule, settings: BackendOptions) -> fx.GraphMod
     return fused if changed else graph_module
 
 
-def _fusing_wins(choice: bool | str) -> Wins | None:
+def _on_gpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type == "cuda"
+
+
+def _fusing_wins(choice: bool | str, on_gpu: bool) -> Wins | None:
+    """on_gpu: the graph computes on one, whatever else this machine has."""
     if isinstance(choice, bool):
         return (lambda flops, bytes_saved: True) if choice else None
-    if not torch.cuda.is_available():
+    if not on_gpu:
         return None
     try:
         cost_model = CostModel(parse_hardware("local"))

@@ -17,6 +17,7 @@ from .errors import ShardwrightError
 from .launch import Event, launch
 from .planner.plan import MESH_AXES, Plan
 from .profiler import diffusion
+from .profiler.hardware import parse_hardware
 from .profiler.hf import text_config
 from .profiler.hf_overrides import knows, parts_of
 from .profiler.models import reload_workload
@@ -92,7 +93,9 @@ def check(
     """spec: as in Workload.spec: {"model": "preset:gpt2", "global_batch": 8, ...}; shrunk where the model is big."""
     say = progress or (lambda message: None)
     workload = check_workload(shrink(spec))
-    plan = api.plan(workload, hardware, force=_fill_pipeline(force or {}, workload.global_batch), progress=progress)
+    plan = api.plan(
+        workload, parse_hardware(hardware), force=_fill_pipeline(force or {}, workload.global_batch), progress=progress
+    )
     say(f"running on {plan.mesh.num_devices} processes")
     return run_check(plan, debug=debug)
 

@@ -12,9 +12,7 @@ Alone it runs in one process. Under torchrun each process builds its part of the
 
 from __future__ import annotations
 
-import atexit
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import api
+from .devices import join_torchrun
 from .errors import ShardwrightError
 from .planner.plan import Plan
 from .profiler.calling import take_apart
@@ -74,15 +73,15 @@ def parallelize(
 ) -> Any:
     """Decorate a model class or factory: what it then returns is a Parallel.
 
-    hardware: what to plan for; "local" is this machine, or this torchrun job. loss(model_output, batch) -> scalar; None
-    where the model's output is, or holds, the loss. inputs: the entries of the batch (names; positions in a tuple) that
-    the model is given, where its forward does not say it; the loss gets all. batch_dims: the dimension of an entry that
-    counts samples, None for an entry that all samples share; by default that is found out. optimizer: a name in
-    torch.optim, an OptimizerSpec, or a function from parameters to an optimizer. precision: a dtype, or a Precision; by
-    default that of the model's parameters. force: choices of the plan to keep, such as {"tp": 2}. memory_limit: per
-    device, "600MiB" or bytes. seed: of dropout and other randomness in the model. meta: build the model without
-    allocating it, and draw its first values shard by shard; for models too big for one process, whose modules can
-    reset_parameters().
+    hardware: what to plan for; "local" is one device of this machine, or this torchrun job. loss(model_output, batch)
+    -> scalar; None where the model's output is, or holds, the loss. inputs: the entries of the batch (names; positions
+    in a tuple) that the model is given, where its forward does not say it; the loss gets all. batch_dims: the dimension
+    of an entry that counts samples, None for an entry that all samples share; by default that is found out. optimizer:
+    a name in torch.optim, an OptimizerSpec, or a function from parameters to an optimizer. precision: a dtype, or a
+    Precision; by default that of the model's parameters. force: choices of the plan to keep, such as {"tp": 2}.
+    memory_limit: per device, "600MiB" or bytes. seed: of dropout and other randomness in the model. meta: build the
+    model without allocating it, and draw its first values shard by shard; for models too big for one process, whose
+    modules can reset_parameters().
     """
     settings = Settings(
         hardware=hardware,
@@ -101,7 +100,7 @@ def parallelize(
     def decorate(made_by: Callable[..., nn.Module]) -> Callable[..., Parallel]:
         @functools.wraps(made_by, updated=())
         def make(*arguments: Any, **keywords: Any) -> Parallel:
-            join_torchrun()
+            join_torchrun(settings.hardware)
             return Parallel(_construct(made_by, arguments, keywords, settings.meta), settings)
 
         return make
@@ -231,21 +230,6 @@ class Parallel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.program.named_parameters()
-
-
-def join_torchrun() -> None:
-    """Under torchrun, make the process group if the user's script has not."""
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    atexit.register(_leave)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _construct(make: Callable[..., nn.Module], arguments: Any, keywords: Any, meta: bool) -> nn.Module:

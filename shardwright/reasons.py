@@ -14,6 +14,7 @@ from .planner.explain import explain as explain_graph
 from .planner.plan import Plan
 from .planner.sharding.sharder import Sharder
 from .profiler.cluster import Cluster
+from .profiler.discovery import discover_local
 from .profiler.hardware import parse_hardware
 from .profiler.models import reload_workload
 
@@ -77,7 +78,12 @@ def cluster_of(plan: Plan, hardware: Cluster | str | None = None) -> Cluster:
     limit = plan.hardware.get("memory_limit_bytes")
     name = str(plan.hardware.get("name", ""))
     try:
-        cluster = hardware if isinstance(hardware, Cluster) else parse_hardware(hardware or name)
+        if isinstance(hardware, Cluster):
+            cluster = hardware
+        elif (hardware or name) == "local":  # a script's own devices, or a whole machine's
+            cluster = discover_local(plan.mesh.num_devices)
+        else:
+            cluster = parse_hardware(hardware or name)
     except ShardwrightError:
         if hardware is not None:
             raise

@@ -57,18 +57,14 @@ def _run(task: dict[str, Any], folder: Path, rank: int) -> None:
     import torch
     import torch.distributed as dist
 
+    from .devices import join_torchrun
+    from .planner.plan import Plan
     from .tasks import TASKS
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    use_cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if use_cuda else "gloo",
+    device = join_torchrun(
+        Plan.load(task["plan"]),
         init_method=f"file://{folder / 'ranks'}",  # a file, so that nothing listens beyond the loopback interface
-        rank=rank,
-        world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )
     try:

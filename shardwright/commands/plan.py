@@ -10,9 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ExitCode, ShardwrightError
 from . import _options
+
+if TYPE_CHECKING:
+    from ..profiler.cluster import Cluster
 
 NAME = "plan"
 HELP = "make a plan for a model and a cluster"
@@ -37,7 +41,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.hardware is None:
         raise ShardwrightError("no hardware is named", change="--hardware", works="--hardware 4xCPU")
     force = _options.parse_assignments(args.force, "--force")
-    _check_names(args, force)
+    cluster = _check_names(args, force)
     if args.output is not None:
         _options.refuse_unwritable(Path(args.output), "-o PATH", "-o plan.json", "nothing was planned")
     from .. import api
@@ -46,7 +50,7 @@ def execute(args: argparse.Namespace) -> int:
         workload = _options.workload_from_args(args)
         made = api.plan(
             workload,
-            args.hardware,
+            cluster,
             force=force,
             memory_limit_bytes=args.memory_limit,
             time_limit_s=args.time_limit,
@@ -61,18 +65,19 @@ def execute(args: argparse.Namespace) -> int:
     return code
 
 
-def _check_names(args: argparse.Namespace, force: dict[str, str]) -> None:
-    """What is mistyped is said before what is missing, and before the model is traced."""
+def _check_names(args: argparse.Namespace, force: dict[str, str]) -> Cluster:
+    """The cluster. What is mistyped is said before what is missing, and before the model is traced."""
     from ..planner.candidates import parse_forced
     from ..planner.sharding.pins import choices_of
     from ..profiler.hardware import parse_hardware
 
     parse_forced(choices_of(force))
-    parse_hardware(args.hardware)
+    cluster = parse_hardware(args.hardware)
     if args.global_batch is None:
         args.global_batch = 1
         _options.workload_from_args(args)
         raise ShardwrightError("no global batch is given", change="--global-batch", works="--global-batch 8")
+    return cluster
 
 
 def _show(plan, args: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]
