@@ -8,7 +8,7 @@ package `kernels`, and prefers a package proper that stands later on its path to
 
 from .attention import attention, attention_backward
 from .generator import make_key
-from .random import bernoulli, dropout, rand_normal, rand_uniform
+from .random import bernoulli, dropout, rand_keep, rand_normal, rand_uniform
 from .rms_norm import add_rms_norm, add_rms_norm_backward, rms_norm
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "bernoulli",
     "dropout",
     "make_key",
+    "rand_keep",
     "rand_normal",
     "rand_uniform",
     "rms_norm",

@@ -1,4 +1,4 @@
-"""Random operators: rand_uniform, rand_normal, bernoulli and dropout, each a pure function of its key.
+"""Random operators: rand_uniform, rand_normal, rand_keep, bernoulli and dropout, each a pure function of its key.
 
 All take key, an int64 tensor [seed, step, microbatch, random_base] (make_key), and rng_index, the number of the
 operator within its segment. global_shape and offset say which box of the whole tensor the result is: the whole shape
@@ -82,7 +82,35 @@ def keep_mask(
     return make(key, local_shape, global_shape, offset, rng_index, p, device)
 
 
+def _rand_keep(
+    key: torch.Tensor,
+    local_shape: Shape,
+    global_shape: Shape,
+    offset: Shape,
+    rng_index: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    p: float,
+) -> torch.Tensor:
+    """1 where dropout with probability p keeps the element, else 0."""
+    return keep_mask(key, local_shape, global_shape, offset, rng_index, p, device).to(dtype)
+
+
+def _keep_fake(
+    key: torch.Tensor,
+    local_shape: Shape,
+    global_shape: Shape,
+    offset: Shape,
+    rng_index: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    p: float,
+) -> torch.Tensor:
+    return torch.empty(tuple(local_shape), dtype=dtype, device=device)
+
+
 rand_uniform = define(f"rand_uniform({_NEW}) -> Tensor", _rand_uniform, _new_fake)
+rand_keep = define(f"rand_keep({_NEW}, float p) -> Tensor", _rand_keep, _keep_fake)
 rand_normal = define(f"rand_normal({_NEW}) -> Tensor", _rand_normal, _new_fake)
 
 

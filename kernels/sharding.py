@@ -9,8 +9,8 @@ A row whose `even` is True holds only where the sizes divide by the axis.
 
 What a row cannot say, and the rewriting pass must do: random operators draw by place in the whole tensor, so a pass
 that splits one must set global_shape (rng_shape) to the whole tensor's shape and offset (rng_offset) to where this
-rank's shard begins, and for rand_uniform and rand_normal also local_shape to the shard's. The random key is always
-replicated.
+rank's shard begins, and for rand_uniform, rand_normal and rand_keep also local_shape to the shard's. The random key is
+always replicated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from .attention import attention, attention_backward
-from .random import bernoulli, dropout, rand_normal, rand_uniform
+from .random import bernoulli, dropout, rand_keep, rand_normal, rand_uniform
 from .rms_norm import add_rms_norm, add_rms_norm_backward, rms_norm
 
 WHOLE, SUM = Replicate(), Partial()
@@ -113,7 +113,7 @@ def _attention_backward(args: Sequence[Any], kwargs: Mapping[str, Any], outputs:
 
 
 def _new_random(args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Sequence[Any]) -> list[Row]:
-    shape = _bind(rand_uniform, args, kwargs)["local_shape"]
+    shape = args[1]  # local_shape
     return [Row.of([place], [WHOLE]) for place in (WHOLE, *map(Shard, _splittable(shape)))]
 
 
@@ -158,6 +158,7 @@ SHARDING_RULES: dict[torch._ops.OpOverload, Rule] = {
     attention_backward: _attention_backward,
     rand_uniform: _new_random,
     rand_normal: _new_random,
+    rand_keep: _new_random,
     bernoulli: _bernoulli,
     dropout: _dropout,
     add_rms_norm: _add_rms_norm,

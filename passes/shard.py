@@ -39,6 +39,7 @@ _RANDOM_ARGS = {
     "dropout": (None, 5),
     "rand_uniform": (1, 3),
     "rand_normal": (1, 3),
+    "rand_keep": (1, 3),
     "attention": (None, 11),
     "attention_backward": (None, 14),
 }

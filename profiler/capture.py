@@ -30,6 +30,7 @@ from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from .inputs import batch_dims_of, example_batch_size
 from .nodes import value
 from .normalize import normalize
+from .outside_random import refused_outside_random
 from .workload import Loss, Workload
 
 ROOT = "model"
@@ -125,6 +126,7 @@ def export_step(workload: Workload, symbolic: Mapping[str, Sequence[int]] | None
             lazy_recompile(),
             no_collection(),
             recorded_functions(),
+            refused_outside_random(),
         ):
             warnings.simplefilter("ignore")
             return torch.export.export(step, (batch,), dynamic_shapes=shapes and (shapes,), strict=False)

@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from .nodes import value
+from .random_ops import NUMBER
 
 # position of the random op's number among its arguments
-RANDOM_INDEX_ARG = {"dropout": 3, "attention": 9, "rand_uniform": 4, "rand_normal": 4}
+RANDOM_INDEX_ARG = {"dropout": 3, "attention": 9, "rand_uniform": 4, "rand_normal": 4, "rand_keep": 4}
 
 
 @dataclass
@@ -37,6 +38,10 @@ class Piece:
     @property
     def num_random(self) -> int:
         return sum(1 for n in self.nodes if n.meta.get("random"))
+
+    def random_index(self, node: fx.Node) -> int | None:
+        """The number of a node that draws, counted from the piece's first; draws that nothing reads leave gaps."""
+        return node.meta[NUMBER] - self.random_base if node.meta.get("random") else None
 
 
 def module_path(node: fx.Node, root: str) -> str:
@@ -79,10 +84,8 @@ def cut(
     hoisted = _hoistable(graph, params | written, blocks)
     pieces = _prologues(graph, hoisted) + _runs(graph, blocks, hoisted)
     _wire(graph, pieces, params, buffers, kept)
-    base = 0
     for piece in pieces:
-        piece.random_base = base
-        base += piece.num_random
+        piece.random_base = min((n.meta[NUMBER] for n in piece.nodes if n.meta.get("random")), default=0)
     return pieces
 
 
@@ -212,7 +215,7 @@ def structure_hash(piece: Piece, facts: Callable[[fx.Node], str], extra: str = "
     for i, node in enumerate(piece.nodes):
         number[node] = f"n{i}"
         args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(number.get(n, n.name)))
-        lines.append(f"n{i}={node.target}{args!r}{_kind(node)}")
+        lines.append(f"n{i}={node.target}{args!r}{_kind(node)}{piece.random_index(node)}")
     lines.append(",".join(number[n] for n in piece.outputs))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 

@@ -22,6 +22,7 @@ from . import _torch
 from .fold import RANDOM_INDEX_ARG, Piece
 from .graph import Segment
 from .nodes import value
+from .random_ops import refuse_random
 from .work import is_view
 
 aten = torch.ops.aten
@@ -40,7 +41,6 @@ def forward_module(
         for i, node in enumerate(nodes):
             env[node] = graph.placeholder(f"{prefix}_{i}" if prefix != "key" else "key")
             env[node].meta["val"] = value(node)
-    num_random = 0
     for node in piece.nodes:
         new = graph.node_copy(node, lambda n: env[n])
         if "device" in new.kwargs:
@@ -48,8 +48,7 @@ def forward_module(
         new.args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in new.args)
         if node.meta.get("random"):
             position = RANDOM_INDEX_ARG[node.target._schema.name.split("::")[1]]  # type: ignore[union-attr]
-            new.args = (*new.args[:position], num_random, *new.args[position + 1 :])
-            num_random += 1
+            new.args = (*new.args[:position], piece.random_index(node), *new.args[position + 1 :])
         env[node] = new
     graph.output(tuple(env[n] for n in [*piece.outputs, *mutated]))
     return fx.GraphModule(torch.nn.Module(), graph), piece.outputs, list(mutated)
@@ -120,6 +119,7 @@ def trace_joint(
             forward = _functional(forward, [*params, *buffers, *inputs, key])
         traced = make_fx(joint, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*flat_args)
     _refuse_lost_writes(traced)
+    refuse_random(traced.graph)
     _name_placeholders(traced, num_params, num_buffers, num_inputs, boundary[0])
     _clean(traced)
     _view_again(traced)

@@ -2,15 +2,16 @@
 
 Every pass takes an fx.Graph and changes it in place; they run in the order of `normalize`. What each leaves behind:
     inline_scopes         no higher-order set_grad_enabled/autocast wrappers
+    number_draws          a number on each random op, in program order
     drop_bookkeeping      no asserts, no casts to the same dtype, no aliases
     pin_dtypes            no tensor whose type is that of torch's default when the graph runs
     drop_unread_writes    no writes into memory that nothing reads, as modules built in a forward initialize
     refuse_param_writes   no writes to parameters: what multiplies or divides one by 1 goes, any other is refused
+    replace_random        every random op as ones of ours, counter-based (random_ops.py)
     replace_inplace       no in-place op on a tensor that has no other view; buffers written are listed
     replace_global_pool   a pool to one value as the mean that it is: torch's own kernel restrides its result in place
     replace_batch_norm    training batch norm as sums, so that its statistics can be taken over a sharded batch
-    replace_random        every random op as one of ours, counter-based, numbered in program order
-    replace_attention     scaled_dot_product_attention as one op of ours
+    replace_attention     scaled_dot_product_attention as one op of ours (attention_ops.py)
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import torch
 from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
+from .attention_ops import replace_attention
 from .nodes import source_of, value
+from .random_ops import number_draws, replace_random
 from .writes import drop_unread_writes, is_inplace, refuse_param_writes, replace_inplace
 
 aten = torch.ops.aten
@@ -42,7 +45,6 @@ _CASTS = {
     aten.contiguous.default, aten.expand.default, aten.view.default, aten.reshape.default,
 }  # fmt: skip
 _POOLED = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}
-_DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
 
 def normalize(
@@ -51,16 +53,17 @@ def normalize(
     """Run all passes. Returns the written buffers (placeholder name -> node of the new value) and the random key."""
     graph = graph_module.graph
     inline_scopes(graph_module)
+    number_draws(graph)
     drop_bookkeeping(graph)
     pin_dtypes(graph)
     drop_unread_writes(graph)
     refuse_param_writes(graph, param_placeholders)
+    key = add_key(graph)
+    replace_random(graph, key)
     mutated = replace_inplace(graph, buffer_placeholders)
     replace_global_pool(graph)
     replace_batch_norm(graph, mutated)
-    key = add_key(graph)
     replace_attention(graph, key)
-    replace_random(graph, key)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     output.args = ((*output.args[0], *mutated.values()),)  # so that what buffers become is not dead code
     graph.eliminate_dead_code()
@@ -254,7 +257,7 @@ def replace_batch_norm(graph: fx.Graph, mutated: dict[str, fx.Node]) -> None:
         graph.erase_node(node)
 
 
-# --------------------------------------------------------------------------- randomness and attention
+# --------------------------------------------------------------------------- the random key
 
 
 def add_key(graph: fx.Graph) -> fx.Node:
@@ -275,123 +278,3 @@ class _null:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None: ...
-
-
-_RANDOM_NAMES = {"rand", "rand_like", "randn", "randn_like", "bernoulli", "randint", "randint_like", "randperm",
-                 "multinomial", "normal", "uniform", "normal_functional", "rrelu", "poisson", "native_dropout",
-                 "bernoulli_", "uniform_", "normal_", "random_", "exponential_", "exponential",
-                 "geometric_"}  # fmt: skip
-
-
-def replace_random(graph: fx.Graph, key: fx.Node) -> None:
-    """dropout, rand, randn and bernoulli become counter-based ops; node.meta['random'] marks each of ours."""
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        name = node.target._schema.name
-        if node.target in _DROPOUTS:
-            _replace_dropout(graph, node, key)
-        elif name.split("::")[0] == "aten" and name.split("::")[1] in _RANDOM_NAMES:
-            _replace_draw(graph, node, key, name.split("::")[1])
-
-
-def _replace_dropout(graph: fx.Graph, node: fx.Node, key: fx.Node) -> None:
-    x, probability, training = node.all_input_nodes[0], node.args[1], node.args[2]
-    if not training or probability == 0:
-        node.replace_all_uses_with(x)
-        graph.erase_node(node)
-        return
-    with graph.inserting_before(node):
-        if node.target is aten.feature_dropout.default:
-            shape = list(value(x).shape)
-            mask_shape = shape[:2] + [1] * (len(shape) - 2)
-            ones = graph.call_function(aten.new_ones.default, (x, mask_shape))
-            ones.meta = {**node.meta, "val": value(x).new_ones(mask_shape)}
-            mask = graph.call_function(ours.dropout.default, (ones, key, probability, 0, mask_shape, [0] * len(shape)))
-            mask.meta = {**ones.meta, "random": True}
-            new = graph.call_function(aten.mul.Tensor, (x, mask))
-        elif node.target is aten.alpha_dropout.default:
-            raise _unsupported_random(node)
-        else:
-            shape = list(value(x).shape)
-            new = graph.call_function(ours.dropout.default, (x, key, probability, 0, shape, [0] * len(shape)))
-            new.meta["random"] = True
-    new.meta = {**node.meta, **new.meta}
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-
-
-def _replace_draw(graph: fx.Graph, node: fx.Node, key: fx.Node, name: str) -> None:
-    out = value(node)
-    shape = list(out.shape)
-    where = [0] * len(shape)
-    with graph.inserting_before(node):
-        if name in ("rand", "rand_like"):
-            op: Any = ours.rand_uniform.default
-        elif name in ("randn", "randn_like"):
-            op = ours.rand_normal.default
-        elif name == "bernoulli" and len(node.args) == 1:
-            draw = graph.call_function(ours.rand_uniform.default, (key, shape, shape, where, 0, out.dtype, out.device))
-            draw.meta = {**node.meta, "random": True}
-            less = graph.call_function(aten.lt.Tensor, (draw, node.args[0]))
-            less.meta = {**node.meta, "val": out.to(torch.bool)}
-            new = graph.call_function(aten._to_copy.default, (less,), {"dtype": out.dtype})
-            new.meta = dict(node.meta)
-            node.replace_all_uses_with(new)
-            graph.erase_node(node)
-            return
-        else:
-            raise _unsupported_random(node)
-        new = graph.call_function(op, (key, shape, shape, where, 0, out.dtype, out.device))
-    new.meta = {**node.meta, "random": True}
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-
-
-def _unsupported_random(node: fx.Node) -> ShardwrightError:
-    return ShardwrightError(
-        f"random op {node.target} at {source_of(node) or 'an unknown line'} has no counter-based form",
-        means="its numbers would differ between plans and between forward and recomputation",
-        change="draw with torch.rand, torch.randn, torch.bernoulli or dropout",
-        works="torch.rand_like(x)",
-        exit_code=ExitCode.UNSUPPORTED_MODEL,
-    )
-
-
-def replace_attention(graph: fx.Graph, key: fx.Node) -> None:
-    """scaled_dot_product_attention becomes shardwright::attention (two results; the second is the log-sum-exp)."""
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is aten.scaled_dot_product_attention.default:
-            q, k, v, mask, dropout_p, causal = (list(node.args) + [None, 0.0, False][len(node.args) - 3 :])[:6]
-            mask = node.kwargs.get("attn_mask", mask)
-            dropout_p = node.kwargs.get("dropout_p", dropout_p)
-            causal = node.kwargs.get("is_causal", causal)
-            scale = node.kwargs.get("scale")
-            window = 0
-        elif (
-            getattr(node.target, "_schema", None) is not None and node.target._schema.name == "shardwright::sdpa_window"
-        ):
-            q, k, v, dropout_p, scale, window = node.args[:6]
-            mask, causal = None, True
-        elif (
-            getattr(node.target, "_schema", None) is not None and node.target._schema.name == "shardwright::sdpa_masked"
-        ):
-            q, k, v, mask, dropout_p, scale, causal, window = node.args[:8]
-        else:
-            continue
-        if value(q).dim() != 4:
-            continue  # rare 3-D use: left to its decomposition
-        scale = float(scale) if scale is not None else value(q).shape[-1] ** -0.5
-        shape = [*value(q).shape[:3], value(k).shape[2]]
-        with graph.inserting_before(node):
-            args = (q, k, v, mask, key if dropout_p > 0 else None, scale, bool(causal), window, float(dropout_p), 0)
-            both = graph.call_function(ours.attention.default, (*args, shape, [0] * 4))
-            both.meta = {**node.meta, "val": (value(node), value(q).new_empty(shape[:3]))}
-            if dropout_p > 0:
-                both.meta["random"] = True
-            out = graph.call_function(operator.getitem, (both, 0))
-            out.meta = dict(node.meta)
-        node.replace_all_uses_with(out)
-        graph.erase_node(node)
