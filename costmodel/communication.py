@@ -26,7 +26,15 @@ from ..profiler.device import Device, GroupLink, Link
 from .constants import Constants
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+# Of the gradients that one collective sums: small ones cost latency, a single one cannot run beside the backward.
+LEAST_BUCKET_BYTES, MOST_BUCKET_BYTES = 1 << 20, 16 << 20
+NUM_BUCKETS = 4  # where the limits above allow
 MULTICAST_MIN_SIZE = 5  # NCCL's all-reduce of up to four devices measures the same with and without NVLink SHARP
+
+
+def bucket_bytes(total_bytes: float) -> int:
+    """Of one collective, where gradients of so many bytes are summed."""
+    return min(MOST_BUCKET_BYTES, max(LEAST_BUCKET_BYTES, int(total_bytes) // NUM_BUCKETS))
 
 
 def link_rate(constants: Constants, link: Link, bytes_per_s: float) -> float:

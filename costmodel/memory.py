@@ -83,6 +83,16 @@ class StateBytes:
         sizes = compute.itemsize, master.itemsize, wide.itemsize
         return cls(*sizes, state_tensors, single_copy, in_master, kept_tensors, step_tensors)
 
+    @property
+    def of_trained(self) -> int:
+        """Of an element that is trained, where nothing is split: parameter, gradient, master copy and state."""
+        return self.compute + self.reduce + self.of_master
+
+    @property
+    def of_master(self) -> int:
+        """Of an element that the optimizer steps over: its own copy and its state."""
+        return (self.state_tensors + (0 if self.single_copy else 1)) * self.master
+
 
 class Extents(NamedTuple):
     """Data-parallel ranks, next to each other, that share one copy of each kind of state; 1: every rank has it all."""
@@ -143,7 +153,7 @@ def state_memory(
     stepped = _smaller(shard, largest) if device_kind == "cpu" else shard  # on CPU torch steps one parameter at a time
     return StateMemory(
         parameters=_share(params, extents.parameters) * kinds.compute,
-        optimizer=shard * (kinds.state_tensors + (0 if kinds.single_copy else 1)) * kinds.master,
+        optimizer=shard * kinds.of_master,
         buffers=state.buffer_bytes,
         gathered_each=largest * (GATHERED_UNITS * kinds.compute if zero == 3 else 0),
         gradients=(_share(trainable, extents.gradients) + (shard if zero == 1 else 0)) * each,

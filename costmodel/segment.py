@@ -27,6 +27,7 @@ class SegmentCost:
     output_bytes: int  # boundary values that go out
     workspace_bytes: int  # most that is alive inside one forward or backward beyond saved
     model_flops: float  # floating-point operations of forward + backward, no recomputation, this rank's share
+    summed_elements: int = 0  # of the trainable: gradients that are partial sums over the tensor axis, once a step
 
     @property
     def backward_s(self) -> float:

@@ -5,8 +5,8 @@ its bound is that of any order (evaluate.lower_bound), under the least recomputa
 fits on the mean rank: an order of the plan's own may let go of single activations. Where the schedule is forced, the
 bounds are those that the search found.
 
-Placements that split more of the parameters than the fastest ones do step less of them: optimizer and ZeRO traffic are
-counted as if the tensor axis split all.
+Placements that split more of the parameters than the fastest ones do step less of them, and sum less over the tensor
+axis: optimizer and ZeRO traffic are counted as if the tensor axis split all.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from .candidates import Candidate
 from .chain import Chain
@@ -67,9 +69,10 @@ def _split_all(state: SearchState, candidate: Candidate, chain: Chain) -> Chain:
         ]
         setting.cache[key] = (
             chain
-            if min(shares) > WHOLE
+            if min(shares) > WHOLE and not chain.summed_elements.any()
             else replace(
                 chain,
+                summed_elements=np.zeros_like(chain.summed_elements),
                 param_elements=chain.param_elements * shares[0],
                 trainable_elements=chain.trainable_elements * shares[1],
                 repeats=(),

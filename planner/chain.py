@@ -133,6 +133,7 @@ class Chain:
     backward_workspace_bytes: np.ndarray
     param_elements: np.ndarray
     trainable_elements: np.ndarray
+    summed_elements: np.ndarray  # of those: gradients are partial sums over the tensor axis
     buffer_bytes: np.ndarray
     cut_forward_bytes: np.ndarray  # sent over cut k, between positions k-1 and k
     cut_backward_bytes: np.ndarray
@@ -251,6 +252,7 @@ def build_chain(
         backward_workspace_bytes=column("workspace_bytes") + np.where(again, np.maximum(saved - inputs, 0.0), 0.0),
         param_elements=column("param_elements"),
         trainable_elements=column("trainable_elements"),
+        summed_elements=column("summed_elements"),
         buffer_bytes=column("buffer_bytes"),
         cut_forward_bytes=np.cumsum(cuts[True])[: n + 1],
         cut_backward_bytes=np.cumsum(cuts[False])[: n + 1],

@@ -113,6 +113,7 @@ def _described(plan: Plan) -> dict[str, str]:
         "hardware": str(plan.hardware.get("name", "")),
         **{axis: str(sizes[axis]) for axis in MESH_AXES},
         "microbatch": f"{plan.microbatch.count} of {plan.microbatch.size}",
+        **{f"split on {axis}": _shares(shares) for axis, shares in plan.predicted.split.items() if sizes[axis] > 1},
         "schedule": plan.schedule.name if plan.mesh.pp > 1 else "",
         "virtual stages": str(plan.schedule.virtual_stages),
         "stage cuts": " ".join(str(len(stage.segments)) for stage in plan.stages),
@@ -123,6 +124,10 @@ def _described(plan: Plan) -> dict[str, str]:
         "fused kernels": " ".join(plan.fusions),
         "forced": " ".join(f"{key}={value}" for key, value in plan.forced.items()),
     }
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{share:.0%} of {kind}" for kind, share in shares.items())
 
 
 def _placements(before: Plan, after: Plan) -> Iterator[PlacementChange]:

@@ -7,7 +7,7 @@ whose result it moves. Backward ops bear no name of their own: they stand with t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,12 +18,13 @@ from torch import fx
 from ..profiler.graph import ModelGraph, Segment
 from ..profiler.nodes import source_of
 from .plan import Plan
-from .sharding.evaluate import Move, Placed, moves, op_load
+from .sharding.evaluate import Move, Placed, is_summed, moves, op_load
 from .sharding.mesh import Mesh
 from .sharding.pins import module_paths
 from .sharding.sharder import Sharder
 from .sharding.solution import read_placements
 from .sharding.strategy import storage_root
+from .sharding.training import Sums
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Collective:
 class Row:
     """An op, or a tensor that comes from outside (a parameter, a buffer, an input: `op` then says which).
 
-    placements: by mesh axis; of an op "operands -> results". local_bytes: of the results on one rank.
+    placements: by mesh axis; of an op "operands -> results". local_bytes: of the results on one rank. sums: of a
+    parameter, the collectives that its gradient takes once a step, outside `seconds`; they pass beside the last
+    backward where there is room.
     """
 
     segment: str
@@ -53,6 +56,7 @@ class Row:
     compute_s: float
     local_bytes: float
     collectives: tuple[Collective, ...]
+    sums: tuple[Collective, ...] = ()
 
     @property
     def comm_s(self) -> float:
@@ -96,6 +100,15 @@ class Explanation:
                 sums[f"{collective.axis} {collective.kind}"] += count * collective.seconds
         return {name: dict(sums) for name, sums in found.items()}
 
+    def sums(self) -> dict[str, dict[str, float]]:
+        """The same of the collectives that gradients of parameters take once a step."""
+        found: dict[str, dict[str, float]] = {}
+        for row in self.rows:
+            for collective in row.sums:
+                totals = found.setdefault(row.segment, defaultdict(float))
+                totals[f"{collective.axis} {collective.kind}"] += len(self.instances[row.segment]) * collective.seconds
+        return {name: dict(totals) for name, totals in found.items()}
+
     def heaviest(self, rows: Iterable[Row]) -> list[Row]:
         """Those that take any time, the longest first, all instances of their segment counted."""
         total = {row: row.seconds * len(self.instances[row.segment]) for row in rows}
@@ -105,6 +118,7 @@ class Explanation:
         return {
             "instances": {name: list(paths) for name, paths in self.instances.items()},
             "totals_s": self.totals(),
+            "sums_s": self.sums(),
             "ops": [{**asdict(row), "comm_s": row.comm_s} for row in rows],
         }
 
@@ -136,11 +150,11 @@ def explain(plan: Plan, graph: ModelGraph, sharder: Sharder) -> Explanation:
         names.setdefault(instance.segment, slots)
     rows: list[Row] = []
     for name, segment in graph.segments.items():
-        rows += _segment_rows(Placed(segment, mesh, solutions), plan, names[name])
+        rows += _segment_rows(Placed(segment, mesh, solutions), plan, names[name], sharder.sums(dp, tp))
     return Explanation(tuple(rows), {name: tuple(paths) for name, paths in instances.items()})
 
 
-def _segment_rows(placed: Placed, plan: Plan, names: dict[str, str]) -> list[Row]:
+def _segment_rows(placed: Placed, plan: Plan, names: dict[str, str], sums: Sums) -> list[Row]:
     segment, mesh = placed.segment, placed.mesh
     moved: dict[str, list[Collective]] = defaultdict(list)
     for move in moves(placed):
@@ -167,9 +181,30 @@ def _segment_rows(placed: Placed, plan: Plan, names: dict[str, str]) -> list[Row
                 compute_s=0.0 if outside else mesh.op_s(node, *op_load(placed, node)),
                 local_bytes=_local_bytes(placed, node),
                 collectives=tuple(moved.get(node.name, ())),
+                sums=tuple(_sums(placed, plan, node, sums)) if outside and node.name.startswith("param_") else (),
             )
         )
     return rows
+
+
+def _sums(placed: Placed, plan: Plan, param: fx.Node, sums: Sums) -> Iterator[Collective]:
+    """What the gradient of a parameter takes once a step: over the data axis, and over the tensor axis where the
+    parameter is whole and its gradient a partial sum."""
+    slot = int(param.name.removeprefix("param_"))
+    if not placed.segment.param_requires_grad[slot]:
+        return
+    elements = placed.local_bytes(param, 0) / param.meta["val"].element_size()
+    data, tensor = plan.mesh.dp > 1, is_summed(placed, slot)
+    num_bytes = elements * sums.element_bytes
+    if plan.zero == 0 or not data:
+        axes = " x ".join(name for name, wide in (("dp", data), ("tp", tensor)) if wide)
+        if axes:
+            yield Collective(axes, "all_reduce", num_bytes, sums.seconds((data, tensor), elements))
+        return
+    yield Collective("dp", "reduce_scatter", num_bytes, sums.seconds((True, False), elements) / 2)
+    if tensor:
+        parts = plan.zero_extents.get("optimizer", plan.mesh.dp)
+        yield Collective("tp", "all_reduce", num_bytes / parts, sums.seconds((False, True), elements / parts))
 
 
 def _owner(placeholder: str, names: dict[str, str]) -> str:

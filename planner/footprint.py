@@ -208,6 +208,15 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: 
     return float(shared * memory.slack_factor(kind) / candidate.pp + memory.reserve_bytes(kind, num_groups(candidate)))
 
 
+def state_share(setting: Setting, candidate: Candidate) -> float:
+    """What a byte of training state, before ZeRO, weighs beside one that a microbatch keeps for the backward."""
+    unit = 1 << 20
+    held = _state(setting, candidate, StageState(unit, unit, 0, 0), setting.mesh(candidate).devices[0].kind)
+    each = (held.parameters + held.optimizer + held.gradients) / unit / setting.kinds.of_trained
+    in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
+    return float(f"{each / in_flight:.1g}")
+
+
 def fits(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> bool:
     return bool((quick_peaks(setting, candidate, chain, bounds) <= setting.limits(candidate)).all())
 

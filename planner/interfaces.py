@@ -25,6 +25,9 @@ class ShardingSolution:
     status: str  # optimal | feasible
     conservative: list[Any] = field(default_factory=list)  # ops planned without a rule, each with its cost
     saved_bytes: int = 0  # kept from forward to backward, of all instances, per microbatch
+    state_bytes: float = 0.0  # of training state, of all instances, before ZeRO
+    exposed_s: float = 0.0  # of the sums of gradients, once a step: what the last backward does not hide
+    split_shares: dict[str, dict[str, float]] = field(default_factory=dict)  # axis -> "parameters", "activations"
 
     @property
     def proven_share(self) -> float:
@@ -32,6 +35,10 @@ class ShardingSolution:
         if self.objective_s <= 0:
             return 1.0
         return min(1.0, max(0.0, self.lower_bound_s / self.objective_s))
+
+    def weighed_bytes(self, state_share: float) -> float:
+        """A byte of state counts as state_share of one that is kept for the backward."""
+        return self.saved_bytes + state_share * self.state_bytes
 
 
 class Sharder(Protocol):
@@ -45,5 +52,10 @@ class Sharder(Protocol):
         ...
 
     def frontier(self, *, dp: int, tp: int, local_batch: int) -> list[ShardingSolution]:
-        """That solution and others that are slower and keep fewer bytes, fastest first."""
+        """That solution and others that are slower and keep fewer bytes, or less training state, fastest first."""
+        ...
+
+    def leanest(self, *, dp: int, tp: int, local_batch: int, state_share: float) -> ShardingSolution | None:
+        """Of least bytes, where a byte of training state counts as state_share of one that is kept for the
+        backward."""
         ...

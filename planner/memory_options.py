@@ -1,8 +1,8 @@
 """What trades time for memory inside a candidate: placements off the sharding frontier, and recomputation.
 
 An option is a point of the frontier together with the distinct segments whose forward runs again in the backward.
-Segments are taken in the order of bytes freed per second spent; of all options those stay that no other beats in both
-seconds and bytes, fastest first.
+Segments are taken in the order of bytes freed per second spent; of all options those stay that no other beats in
+seconds, bytes kept for the backward and bytes of training state, fastest first.
 
 Besides, an order of its own may be offered to let go of single activations: of one stage and one microbatch.
 """
@@ -64,14 +64,12 @@ def memory_options(shape: Shape, solutions: Sequence[ShardingSolution], forced: 
     listed = [option for solution in solutions for option in _of_solution(counts, solution, forced)]
     if len(solutions) == 1:
         return listed
-    weighed = sorted(((*_weigh(counts, option), at) for at, option in enumerate(listed)), key=lambda row: row[:2])
-    found: list[MemoryOption] = []
-    least = float("inf")
-    for _, num_bytes, at in weighed:
-        if num_bytes < least:
-            found.append(listed[at])
-            least = num_bytes
-    return found
+    weighed = sorted((*_weigh(counts, option), option.solution.state_bytes, at) for at, option in enumerate(listed))
+    found: list[tuple[float, float, int]] = []
+    for _, kept, state, at in weighed:
+        if not any(less <= kept and least <= state for less, least, _ in found):
+            found.append((kept, state, at))
+    return [listed[at] for _, _, at in found]
 
 
 def _of_solution(counts: Counter[str], solution: ShardingSolution, forced: str) -> list[MemoryOption]:

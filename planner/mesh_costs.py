@@ -12,6 +12,11 @@ from ..profiler.cluster import Cluster
 SAMPLE_BYTES = 1 << 30
 
 
+def sum_shape(pp: int, dp: int, tp: int, with_data: bool) -> dict[str, int]:
+    """The mesh, with the ranks that sum whole gradients as axis "sum"."""
+    return {"pp": pp, "sum": dp * tp} if with_data else {"pp": pp, "dp": dp, "sum": tp}
+
+
 class MeshCosts:
     """Of one (pp, dp, tp). Ranks are row-major indices, tp innermost; pipeline rank r holds ranks r*dp*tp and on."""
 
@@ -19,6 +24,7 @@ class MeshCosts:
         self.cluster, self.cost_model = cluster, cost_model
         self.pp, self.dp, self.tp, self.compute_dtype = pp, dp, tp, compute_dtype
         self.dp_seconds = lru_cache(maxsize=4096)(self._dp_seconds)
+        self.sum_seconds = lru_cache(maxsize=4096)(self._sum_seconds)
         self._lines: dict[tuple[int, int], tuple[float, float]] = {}
 
     @property
@@ -44,6 +50,14 @@ class MeshCosts:
         if size == 1 or num_bytes <= 0:
             return 0.0
         return self.cost_model.collective_seconds(kind, num_bytes, self._links(extent, across))
+
+    def _sum_seconds(self, num_bytes: float, with_data: bool) -> float:
+        """An all-reduce over the tensor axis, or over it and the data axis as one."""
+        size = self.tp * self.dp if with_data else self.tp
+        if size == 1 or num_bytes <= 0:
+            return 0.0
+        links = self.cluster.axis_links(sum_shape(self.pp, self.dp, self.tp, with_data), "sum")
+        return self.cost_model.collective_seconds("all_reduce", num_bytes, links)
 
     def _line(self, source: int, target: int) -> tuple[float, float]:
         """(latency in s, s per byte) between two pipeline ranks: the worst of their first and last pairs."""

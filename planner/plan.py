@@ -106,6 +106,8 @@ class Predicted(_Document):
     memory_limit_bytes: int = 0
     stage_s: list[StageSeconds] = Field(default_factory=list)
     tail_s: list[float] = Field(default_factory=list)  # of each pipeline rank: optimizer step and gathers after it
+    # mesh axis -> the shares of "parameters", and of the bytes of "activations" kept for the backward, that it splits
+    split: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
 class ShardingProof(_Document):

@@ -168,9 +168,13 @@ class _Scoring:
             )
         return [place[cut] for cut in cuts]
 
+    def _mean_bytes(self, option: MemoryOption) -> float:
+        return mean_bytes(self.setting, self.candidate, self.setting.chain(option.solution, option.recompute))
+
     def _describe_misfit(self) -> None:
         """Missing bytes, peak of the worst rank, and which that is, with the leanest option and even cuts."""
-        outcome, leanest = self.outcome, self.options[-1]
+        outcome = self.outcome
+        leanest = min(self.options, key=self._mean_bytes)
         outcome.fits, outcome.recompute, outcome.recompute_all = False, leanest.recompute, leanest.recompute_all
         chain = self.setting.chain(leanest.solution, leanest.recompute)
         cuts = find_cuts(self.setting, self.candidate, chain, ignore_memory=True)

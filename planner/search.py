@@ -33,6 +33,7 @@ from .candidates import Candidate, Forced, check_forced, divisors, enumerate_can
 from .certificate import any_order_bound, base_of, ideal_seconds, own_order_bound
 from .chain import Chain, build_chain
 from .evaluate import estimate, lower_bound, unevenness
+from .footprint import state_share
 from .interfaces import Sharder, ShardingSolution
 from .memory_options import MemoryOption, memory_options
 from .outcome import Outcome
@@ -257,6 +258,10 @@ class SearchState:
 
     def _score(self, candidate: Candidate, pool: MemoryPool) -> Outcome:
         """Placements that keep less are asked for where the fastest cannot have their best cuts."""
+        outcome = self._score_pool(candidate, pool)
+        return self._score_leanest(candidate, pool) if outcome.fits is False else outcome
+
+    def _score_pool(self, candidate: Candidate, pool: MemoryPool) -> Outcome:
         outcome = score(self, candidate, pool.options)
         if not outcome.tight or pool.widened:
             return outcome
@@ -265,6 +270,19 @@ class SearchState:
         if (outcome.step_s is None or outcome.step_s > worth_s) and self.may_win(worth_s) and self.widen(pool):
             return score(self, candidate, pool.options)
         return outcome
+
+    def _score_leanest(self, candidate: Candidate, pool: MemoryPool) -> Outcome:
+        """Before a candidate is said not to fit: placements of least bytes in its own proportion of state."""
+        if candidate.tp > 1 and pool.widened:
+            own, share = pool.solved_for, state_share(self.setting, candidate)
+            found = self.sharder.leanest(dp=own.dp, tp=own.tp, local_batch=own.local_batch, state_share=share)
+            solutions = {id(option.solution): option.solution for option in pool.options}
+            if found is not None and id(found) not in solutions:
+                options = self._options([*solutions.values(), found])
+                if any(option.solution is found for option in options):
+                    pool.options = options
+                    return score(self, candidate, options)
+        return self.outcomes[candidate]
 
     def _exact_pool(self, candidate: Candidate, pool: MemoryPool) -> MemoryPool:
         """The same for the candidate's own data-parallel degree, where the group was solved for another."""

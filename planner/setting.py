@@ -23,6 +23,12 @@ from .mesh_costs import MeshCosts
 MEMORY_SHARE = 0.93
 
 
+def state_kinds(workload: Workload) -> StateBytes:
+    """Bytes of an element of each kind of training state."""
+    spec = workload.optimizer
+    return StateBytes.of(workload.precision, spec.state_tensors, spec.kept_tensors, spec.step_tensors)
+
+
 @dataclass
 class Setting:
     """What stays the same through a search, with the caches that it needs."""
@@ -40,8 +46,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         self.shape = model_shape(self.graph)
-        spec = self.workload.optimizer
-        self.kinds = StateBytes.of(self.workload.precision, spec.state_tensors, spec.kept_tensors, spec.step_tensors)
+        self.kinds = state_kinds(self.workload)
 
     def mesh(self, candidate: Candidate) -> MeshCosts:
         key = (candidate.pp, candidate.dp, candidate.tp)

@@ -8,6 +8,11 @@ the forward and backward of instance k, g_k its gather, r_k its reduction, a sta
     ZeRO-2     backward   max(B, r - F), sums over the stage: reductions pass beside all of its work
     hybrid     the sums across the groups that share a copy come once a step, like the reductions of ZeRO-0
     ZeRO-0, 1  after the stage's last backward, what is left of a queue of r_k that each joined when B_k ended
+    tensor     gradients that are partial sums over the tensor axis, because the parameter is whole on it, join the same
+               queue: under ZeRO-0 one all-reduce over data and tensor ranks, else one over tensor ranks of what ZeRO
+               leaves of them. A parameter that is whole on the tensor axis costs what it costs on the data axis
+
+Under ZeRO-0 to 2 the gradients of small instances travel together (costmodel/communication.py: bucket_bytes).
 
 A stage split in two never takes less, so the table's entry of the whole chain bounds the sum over any cut. Each
 backward also adds gradients to those accumulated (or packs them): memory traffic, in the weight part. On a CPU nothing
@@ -21,6 +26,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..costmodel.communication import bucket_bytes
 from ..costmodel.memory import Extents
 from .candidates import Candidate
 from .chain import Chain, interval_sums
@@ -82,21 +88,33 @@ def _build(
 
     each = kinds.compute + 2 * kinds.reduce
     nothing = np.zeros(n)
-    accumulate = per_position(chain.trainable_elements, lambda e: moving(e * each)) if accumulates else nothing
+    accumulated = chain.trainable_elements if accumulates else chain.summed_elements
+    accumulate = per_position(accumulated, lambda e: moving(e * each))
     inside, use = extents.optimizer, extents.parameters
 
     def over(kind: str, element_bytes: int, extent: int, across: bool = False) -> Callable[[float], float]:
         return lambda e: mesh.dp_seconds(kind, e * element_bytes, extent, across)
 
-    scatters = per_position(
-        chain.trainable_elements,
-        over("reduce_scatter" if zero else "all_reduce", kinds.reduce, inside if zero else mesh.dp),
-    )
-    sums = (
-        per_position(chain.trainable_elements / inside, over("all_reduce", kinds.reduce, inside, True))
-        if zero
-        else nothing
-    )
+    def in_buckets(elements: np.ndarray, seconds: Callable[[float], float]) -> np.ndarray:
+        """seconds: of a collective, by bytes."""
+        total = float(elements.sum()) * kinds.reduce
+        bucket = min(total, bucket_bytes(total / mesh.pp)) if zero < 3 else 0.0
+
+        def share(held: float) -> float:
+            together = max(held * kinds.reduce, bucket)
+            return seconds(together) * held * kinds.reduce / together
+
+        return per_position(elements, share)
+
+    summed, alone = chain.summed_elements, chain.trainable_elements - chain.summed_elements
+    if zero:
+        scatters = in_buckets(chain.trainable_elements, lambda b: mesh.dp_seconds("reduce_scatter", b, inside))
+        sums = per_position(chain.trainable_elements / inside, over("all_reduce", kinds.reduce, inside, True))
+        sums = sums + in_buckets(summed / inside, lambda b: mesh.sum_seconds(b, False))
+    else:
+        scatters = in_buckets(alone, lambda b: mesh.dp_seconds("all_reduce", b))
+        scatters = scatters + in_buckets(summed, lambda b: mesh.sum_seconds(b, True))
+        sums = nothing
     gathers = per_position(chain.param_elements, over("all_gather", kinds.compute, use)) if zero == 3 else nothing
     refreshed = (
         per_position(chain.param_elements / use, _refresh(mesh, kinds.compute, use, inside)) if zero else nothing

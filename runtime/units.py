@@ -12,12 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..costmodel.communication import bucket_bytes
 from ..passes.gradients import Into
 from . import collectives
-
-# Of the gradients that one collective sums: small ones cost latency, a single one cannot run beside the backward.
-BUCKET_BYTES = 1 << 20, 16 << 20
-NUM_BUCKETS = 4  # where the limits above allow
 
 
 class Unit:
@@ -224,14 +221,13 @@ def merge_units(
 
     The backward goes through the instances in reverse, so a group is complete after the first instance that uses it.
     """
-    least, most = BUCKET_BYTES
-    bucket_bytes = min(most, max(least, sum(sizes.values()) // NUM_BUCKETS))
+    most = bucket_bytes(sum(sizes.values()))
     merged: list[list[str]] = []
     last: dict[Any, list[str]] = {}  # of each kind, the group that is being filled
     for group in sorted(groups, key=lambda group: min(users.get(group[0], ()), default=0), reverse=True):
         kind = kinds[group[0]]
         open_group = last.get(kind)
-        if open_group is None or sum(sizes[name] for name in (*open_group, *group)) > bucket_bytes:
+        if open_group is None or sum(sizes[name] for name in (*open_group, *group)) > most:
             last[kind] = list(group)
             merged.append(last[kind])
         else:

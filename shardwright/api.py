@@ -21,9 +21,11 @@ from .planner.candidates import parse_forced
 from .planner.interfaces import ShardingSolution
 from .planner.plan import Plan, PlanningTime, ShardingProof
 from .planner.search import search
+from .planner.setting import state_kinds
 from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.placement import from_text
 from .planner.sharding.sharder import PLACEMENT_AXES, Sharder
+from .planner.sharding.training import Job
 from .profiler.batch_dims import with_batch_dims
 from .profiler.capture import capture, no_collection
 from .profiler.cluster import Cluster
@@ -109,7 +111,9 @@ def _make_plan(
     started = time.perf_counter()
     say = progress or (lambda message: None)
     choices = choices_of(force)
-    parse_forced(choices)  # a mistyped key is found before the model is traced
+    forced = parse_forced(choices)  # a mistyped key is found before the model is traced
+    zero = 3 if forced.zero is None else forced.zero
+    job = Job(state_kinds(workload), workload.global_batch, zero)
     pins = Pins.parse({key: value for key, value in force.items() if is_pin(key, value)}, PLACEMENT_AXES)
     cluster = devices.cluster_for_this_job(hardware)
     if memory_limit_bytes is not None:
@@ -127,7 +131,7 @@ def _make_plan(
         cluster,
         cost_model,
         workload,
-        Sharder(graph, cost_model, pins=pins, time_limit_s=time_limit_s),
+        Sharder(graph, cost_model, pins=pins, time_limit_s=time_limit_s, job=job),
         force=choices,
         time_limit_s=time_limit_s,
         memory_limit_bytes=memory_limit_bytes,
@@ -137,7 +141,9 @@ def _make_plan(
     if found.microbatch.size == 1:  # a batch of one broadcasts, so its graph has other ops: place those
         wishes = _tensor_places(graph, solution.placements)  # the memory that the search counted on
         graph = _capture_for_running(resize_batch(workload, 1), fusions)
-        placed = Sharder(graph, cost_model, wishes, pins, time_limit_s).solve(dp=1, tp=found.mesh.tp, local_batch=1)
+        placed = Sharder(graph, cost_model, wishes, pins, time_limit_s, job).solve(
+            dp=1, tp=found.mesh.tp, local_batch=1
+        )
         assert placed is not None
         solution = placed
     conservative = list(solution.conservative)
@@ -166,7 +172,7 @@ def _make_plan(
         memory_policy=found.memory_policy,
         fusions=fusions,
         forced=dict(force),
-        predicted=found.predicted,
+        predicted=found.predicted.model_copy(update={"split": solution.split_shares}),
         certificate=found.certificate.model_copy(update={"sharding": _proof_of(solution)}),
         planning_s=PlanningTime(capture=capture_s, solve=found.seconds, total=time.perf_counter() - started),
         considered=found.considered,

@@ -12,7 +12,9 @@ from .planner.diff import Difference, compare
 from .planner.explain import Explanation
 from .planner.explain import explain as explain_graph
 from .planner.plan import Plan
+from .planner.setting import state_kinds
 from .planner.sharding.sharder import Sharder
+from .planner.sharding.training import Job
 from .profiler.cluster import Cluster
 from .profiler.discovery import discover_local
 from .profiler.hardware import parse_hardware
@@ -41,7 +43,8 @@ def explain(plan: Plan, *, hardware: Cluster | str | None = None) -> Explanation
     hashes.verify_version(plan)
     graph = api.capture_of(plan, workload)
     hashes.verify_model(plan, graph)
-    return explain_graph(plan, graph, Sharder(graph, CostModel(cluster)))
+    job = Job(state_kinds(workload), workload.global_batch)
+    return explain_graph(plan, graph, Sharder(graph, CostModel(cluster), job=job))
 
 
 def why_not(

@@ -23,7 +23,7 @@ AXIS_MEANING = {
     "dp": "data: the batch split, parameters as ZeRO says",
     "cp": "context: each sequence split",
     "ep": "expert: experts split",
-    "tp": "tensor: each layer split",
+    "tp": "tensor: layers split",
 }
 ZERO_MEANING = {
     0: "parameters, gradients and optimizer state whole on each data rank",
@@ -183,8 +183,25 @@ def _mesh(plan: Plan) -> RenderableType:
     )
     for axis in MESH_AXES:
         if sizes[axis] > 1:
-            table.add_row(f"  {axis} = {sizes[axis]}", Text(AXIS_MEANING[axis], "dim"))
+            table.add_row(f"  {axis} = {sizes[axis]}", Text(_axis_meaning(plan, axis), "dim"))
     return table
+
+
+def _axis_meaning(plan: Plan, axis: str) -> str:
+    """What an axis splits, with its share where the plan says so."""
+    shares = plan.predicted.split.get(axis)
+    if not shares:
+        return AXIS_MEANING[axis]
+    split = " and ".join(f"{_percent(share)} of {kind}" for kind, share in shares.items())
+    return f"{AXIS_MEANING[axis].partition(':')[0]}: {split} split"
+
+
+def _percent(share: float) -> str:
+    """All and nothing are said of all and nothing alone."""
+    rounded = round(100 * share)
+    if rounded == 100 and share < 1:
+        return f"{share:.2%}" if share < 0.99995 else ">99.99%"
+    return "<1%" if rounded == 0 and share > 0 else f"{rounded}%"
 
 
 def _stages(plan: Plan) -> RenderableType:

@@ -36,6 +36,8 @@ def _totals(explained: Explanation) -> Table:
     table = make_table("segment", "stands for", "compute", "collectives", right=("compute",), whole=("segment",))
     for name, sums in explained.totals().items():
         moves = [f"{kind} {format_seconds(seconds)}" for kind, seconds in sums.items() if kind != "compute"]
+        once = explained.sums().get(name, {})
+        moves += [f"{kind} {format_seconds(seconds)}, once a step" for kind, seconds in once.items()]
         instances = _instances(explained.instances[name])
         table.add_row(name, instances, format_seconds(sums.get("compute", 0.0)), "\n".join(moves))
     return table
@@ -69,6 +71,9 @@ def _row(plan: Plan, row: Row, count: int) -> RenderableType:
     for collective in row.collectives:
         text = f"{collective.axis} {collective.kind} of {format_bytes(collective.full_bytes)}"
         table.add_row("", "moves", f"{text}, {format_seconds(collective.seconds)}")
+    for collective in row.sums:
+        text = f"{collective.axis} {collective.kind} of {format_bytes(collective.full_bytes)}"
+        table.add_row("", "sums", f"{text}, {format_seconds(collective.seconds)}, once a step")
     if row.collectives and row.compute_s:
         table.add_row("", "computes", format_seconds(row.compute_s))
     return Group(head, table)

@@ -117,6 +117,9 @@ class FakeSharder:
         found = self.solve(dp=dp, tp=tp, local_batch=local_batch)
         return [] if found is None else [found]
 
+    def leanest(self, *, dp: int, tp: int, local_batch: int, state_share: float) -> ShardingSolution | None:
+        return self.solve(dp=dp, tp=tp, local_batch=local_batch)
+
     def solve(self, *, dp: int, tp: int, local_batch: int) -> ShardingSolution | None:
         self.calls.append((dp, tp, local_batch))
         if tp > self.widest_tp:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planner_fakes import LLAMA_8B, Case, Sizes
@@ -75,6 +77,44 @@ def test_parameters_tied_over_stages_are_summed_between_them():
     plain, tied = (tables_of(0, sizes=Sizes(layers=6, tied=t)) for t in (False, True))
     ends = [tails(s, c, chain, (0, 3, chain.num_instances)) for s, c, chain, _ in (plain, tied)]
     assert all(with_sum.gather_s > without.gather_s for without, with_sum in zip(*ends, strict=True))
+
+
+def _replicated(hardware: str, zero: int, *, dp: int, tp: int, count: int = 2):
+    """Every rank of four with all parameters and its own samples, over the data axis, the tensor axis or both."""
+    case = Case(Sizes(layers=6, hidden=512, ffn=2048), hardware, 8)
+    setting = Setting(case.graph, case.cluster, case.cost_model, case.workload)
+    solution = case.sharder.solve(dp=4, tp=1, local_batch=2)
+    if tp > 1:
+        costs = {name: replace(cost, summed_elements=cost.trainable_elements) for name, cost in solution.costs.items()}
+        solution = replace(solution, costs=costs)
+    chain = setting.chain(solution, ())
+    candidate = Candidate(2, dp, tp, 2 * dp, count, "1f1b", 1, zero if dp > 1 else 0)
+    setting.memory_of = (case, solution)  # keep them alive
+    return setting, candidate, chain
+
+
+@pytest.mark.parametrize("hardware", ["8xCPU", "2x4xA100-80GB", "4x2xA100-80GB"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_parameters_whole_on_the_tensor_axis_cost_what_they_cost_on_the_data_axis(hardware, count):
+    """Sums of their gradients come once a step, in one collective with those over data."""
+    bounds = (0, 4, 8)
+    seconds = {
+        (dp, tp): step_seconds(*_replicated(hardware, 0, dp=dp, tp=tp, count=count), bounds)
+        for dp, tp in ((4, 1), (1, 4), (2, 2))
+    }
+    unsummed = step_seconds(*_replicated(hardware, 0, dp=1, tp=1, count=count), bounds)
+    assert seconds[(1, 4)] == pytest.approx(seconds[(4, 1)], rel=1e-9)
+    assert seconds[(2, 2)] == pytest.approx(seconds[(4, 1)], rel=1e-9)
+    assert seconds[(4, 1)] > unsummed
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_under_zero_the_tensor_axis_sums_what_a_rank_keeps(zero):
+    mixed, plain = (_replicated("8xCPU", zero, dp=2, tp=tp) for tp in (2, 1))
+    (setting, candidate, chain), (_, _, whole) = mixed, plain
+    sums = stage_tables(setting, candidate, chain).reduce_s - stage_tables(setting, candidate, whole).reduce_s
+    everything = chain.trainable_elements.sum() / 2 * setting.kinds.reduce
+    assert sums.sum() == pytest.approx(setting.mesh(candidate).sum_seconds(everything, False), rel=0.5)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])

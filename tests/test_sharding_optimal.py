@@ -17,7 +17,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from shardwright.planner.sharding.catalog import strategies
-from shardwright.planner.sharding.mesh import Axis, Mesh, Prices, Sizes, compatible
+from shardwright.planner.sharding.mesh import Axis, Mesh, Sizes, compatible
 from shardwright.planner.sharding.pbqp import solve
 from shardwright.planner.sharding.placement import P, Places, R, can_shard, route, transition
 from shardwright.planner.sharding.problem import Demands, build
@@ -48,7 +48,7 @@ def op_s(node: fx.Node, share: float, moved: float) -> float:
 def mesh_of(sizes: tuple[int, ...]) -> Mesh:
     axes = tuple(Axis(f"a{k}", n, collective_s(n, 1.0 + 2.0 * (len(sizes) - 1 - k))) for k, n in enumerate(sizes))
     # outer axes are the slower ones, as in a cluster
-    return Mesh(axes, 1, 1, op_s, nothing_s, Prices(0.0, 0.0))
+    return Mesh(axes, 1, 1, op_s, nothing_s, tie_break=0.0)
 
 
 OPS = (

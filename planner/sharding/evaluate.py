@@ -15,7 +15,7 @@ from ...profiler.joint import flatten_outputs, is_getitem
 from ...profiler.nodes import needed_for
 from ...profiler.work import is_view, op_work
 from .mesh import Mesh
-from .placement import Places, R, route, shares, transition
+from .placement import P, Places, R, route, shares, transition
 from .solution import AxisSolution
 from .strategy import Strategy, is_op, origin, storage_root, view_of
 
@@ -179,6 +179,7 @@ def evaluate(placed: Placed) -> SegmentCost:
     placeholders = {n.name: n for n in segment.joint.graph.nodes if n.op == "placeholder"}
     params = [placeholders[f"param_{i}"] for i in range(len(segment.param_shapes))]
     elements = [local(n) / n.meta["val"].element_size() for n in params]
+    trained = [e if t else 0.0 for e, t in zip(elements, segment.param_requires_grad, strict=True)]
     inputs = [placeholders[f"input_{i}"] for i in range(len(segment.inputs))]
     saved = saved_tensors(segment)
     outputs = [origin(n) for n in flatten_outputs(segment.joint.graph)[: len(segment.outputs)]]
@@ -189,7 +190,7 @@ def evaluate(placed: Placed) -> SegmentCost:
         forward_comm_s=comm["forward"],
         backward_comm_s=comm["backward"],
         param_elements=int(sum(elements)),
-        trainable_elements=int(sum(e for e, t in zip(elements, segment.param_requires_grad, strict=True) if t)),
+        trainable_elements=int(sum(trained)),
         buffer_bytes=int(sum(local(n) for name, n in placeholders.items() if name.startswith("buffer_"))),
         saved_bytes=int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in saved)),
         recompute_saved_bytes=int(sum(local(n) for n in inputs if n.meta["val"].is_floating_point())),
@@ -197,7 +198,15 @@ def evaluate(placed: Placed) -> SegmentCost:
         output_bytes=int(sum(local(*o) for o in outputs)),
         workspace_bytes=int(_workspace(segment, local, {s for s in saved})),
         model_flops=flops,
+        summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
     )
+
+
+def is_summed(placed: Placed, slot: int) -> bool:
+    """Does the gradient of a parameter leave the segment as a partial sum over an axis other than data?"""
+    places = placed.at(f"param_grad_{slot}")
+    wide = [axis.size > 1 and not axis.data for axis in placed.mesh.axes]
+    return places is not None and any(p == P and w for p, w in zip(places, wide, strict=True))
 
 
 def op_load(placed: Placed, node: fx.Node) -> tuple[float, float]:

@@ -33,14 +33,6 @@ class Axis:
     data: bool = False
 
 
-@dataclass(frozen=True)
-class Prices:
-    """Seconds that a byte on a rank is worth: what trades time for memory."""
-
-    param: float = TIE_BREAK_S_PER_BYTE
-    result: float = TIE_BREAK_S_PER_BYTE  # of any op
-
-
 class Sizes(NamedTuple):
     """Of a whole tensor in the run. batched: which dimensions carry the batch."""
 
@@ -53,7 +45,9 @@ class Sizes(NamedTuple):
 @dataclass
 class Mesh:
     """batch: captured. run_batch: of one microbatch, over all data ranks. op_s: node, share of the captured op's
-    flops, bytes moved -> seconds. memory_s: bytes -> seconds of a local copy.
+    flops, bytes moved -> seconds. memory_s: bytes -> seconds of a local copy. state_of: elements, their bytes, whether
+    they are trained -> bytes of training state. sum_all_s: axes (one bool each), elements -> seconds of the step's sum
+    of their gradients; None: not counted. tie_break: seconds that a byte of an op's results is worth.
     """
 
     axes: tuple[Axis, ...]
@@ -61,7 +55,9 @@ class Mesh:
     run_batch: int
     op_s: Callable[[fx.Node, float, float], float]
     memory_s: Callable[[float], float]
-    prices: Prices = field(default_factory=Prices)
+    state_of: Callable[[float, float, bool], float] = lambda elements, num_bytes, is_trained: num_bytes
+    sum_all_s: Callable[[tuple[bool, ...], float], float] | None = None
+    tie_break: float = TIE_BREAK_S_PER_BYTE
     _sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict)
     _transfers: dict[tuple[tuple[int, ...], float, Places, Places], float] = field(default_factory=dict)
 
@@ -136,7 +132,19 @@ class Mesh:
                 share /= axis.size
         return share
 
+    def state_bytes(self, sizes: Sizes, is_trained: bool) -> float:
+        """Of training state that a whole parameter of these sizes stands for."""
+        return self.state_of(math.prod(sizes.shape), sizes.num_bytes, is_trained)
+
     # ------------------------------------------------------------------ seconds
+
+    def sum_s(self, sizes: Sizes, places: Places) -> float:
+        """Once a step, of a parameter's gradient that leaves the graph so: data axes always sum."""
+        if self.sum_all_s is None:
+            return 0.0
+        summed = tuple(axis.size > 1 and (axis.data or p == P) for axis, p in zip(self.axes, places, strict=True))
+        elements = math.prod(sizes.shape) / shares(places, self.counts)
+        return self.sum_all_s(summed, elements) if any(summed) else 0.0
 
     def transfer_s(self, sizes: Sizes, before: Places, after: Places) -> float:
         """Of the cheapest sequence of collectives between two placements; infinite where there is none."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,11 +24,13 @@ import numpy as np
 from ..solver import Solution
 from .core import Core, solve_by_tables, solve_core
 
+Price = float | Sequence[float]  # of one unit of weight, or of each of several
+
 
 @dataclass
 class Problem:
     """costs: one vector for each variable. edges: matrices, rows by the smaller variable's options. weights: of some
-    variables' options, in a second unit that a price may turn into costs (priced).
+    variables' options, in one or several other units (a column each) that prices may turn into costs (priced).
     """
 
     costs: list[np.ndarray] = field(default_factory=list)
@@ -54,10 +56,15 @@ class Problem:
     def add_weight(self, u: int, weight: np.ndarray) -> None:
         self.weights[u] = self.weights[u] + weight if u in self.weights else weight
 
-    def objective(self, choice: list[int], price: float = 0.0) -> float:
+    def objective(self, choice: list[int], price: Price = 0.0) -> float:
         total = sum(float(c[i]) for c, i in zip(self.costs, choice, strict=True))
         total += sum(float(m[choice[u], choice[v]]) for (u, v), m in self.edges.items())
-        return total + price * sum(float(weight[choice[u]]) for u, weight in self.weights.items())
+        return total + sum(float(_at(w[choice[u]][None], price)[0]) for u, w in self.weights.items())
+
+
+def _at(weights: np.ndarray, price: Price) -> np.ndarray:
+    """Costs of options with these weights. One price is that of every unit."""
+    return np.dot(weights, np.broadcast_to(price, weights.shape[1:]))
 
 
 def prepare(problem: Problem) -> Elimination:
@@ -68,9 +75,9 @@ def prepare(problem: Problem) -> Elimination:
 
 
 def solve(
-    problem: Problem, time_limit_s: float | None = None, *, price: float = 0.0, prepared: Elimination | None = None
+    problem: Problem, time_limit_s: float | None = None, *, price: Price = 0.0, prepared: Elimination | None = None
 ) -> tuple[list[int], Solution]:
-    """The best option for each variable with every weight at this price added to the costs, and what is proven of it.
+    """The best option for each variable with the weights at this price added to the costs, and what is proven of it.
 
     prepared: of the same problem. Where there is no answer (status infeasible, or unknown at the time limit) the
     objective is infinite and the options mean nothing.
@@ -116,10 +123,10 @@ class Elimination:
         self.constant = 0.0
         self.stack: list[tuple[int, list[int], np.ndarray, list[np.ndarray]]] = []
 
-    def priced(self, price: float) -> Elimination:
+    def priced(self, price: Price) -> Elimination:
         """A copy with the weights at this price in the costs. Arrays are shared, since none is ever written to."""
         other = copy.copy(self)
-        other.costs = [c + price * self.weights[u] if u in self.weights else c for u, c in enumerate(self.costs)]
+        other.costs = [c + _at(self.weights[u], price) if u in self.weights else c for u, c in enumerate(self.costs)]
         other.weights = {}
         other.options, other.stack, other.alive = list(self.options), list(self.stack), set(self.alive)
         other.neighbours = [dict(row) for row in self.neighbours]
@@ -185,7 +192,8 @@ class Elimination:
             worst = worst + difference.max(axis=2)
         beaten = worst <= 0
         if weights is not None:
-            beaten &= weights[:, None] <= weights[None, :]
+            no_more = weights[:, None] <= weights[None, :]
+            beaten &= no_more if weights.ndim == 1 else no_more.all(axis=2)
         np.fill_diagonal(beaten, False)
         # of options that beat each other, the first stays
         beaten &= ~(beaten.T & (np.arange(len(costs))[:, None] > np.arange(len(costs))[None, :]))

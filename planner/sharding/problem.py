@@ -9,18 +9,24 @@ Every option is joint: one placement, or one strategy, for each axis of the mesh
     copy       the form in which one result reaches several readers of a phase                     (_add_copy)
     kept       the form in which a result is kept for the backward: the producer's own, or that
                of the copy which the forward's readers share                                       (_add_kept)
+    sum        the form in which the gradient of a parameter leaves the graph: on an axis on which
+               the parameter is whole it may be a partial sum, which the runtime adds up           (_add_param_gradient)
 
 Costs, in seconds per microbatch, times the number of instances of the segment:
-    op         compute time of the local share, and the price of the bytes of its results          (_op_costs)
-    param      the price of the bytes of parameters on a rank                                      (_add_params)
+    op         compute time of the local share                                                     (_op_costs)
+    param      the price of the bytes of training state on a rank                                  (_add_params)
     edge       producer -> copy -> reader, reader -> boundary: the cheapest sequence of collectives
                between the two placements (mesh.Mesh.transfer_s)                                   (_join)
     kept       the price of the bytes kept from forward to backward                                (_weigh)
-    gradient of a parameter -> parameter: on each axis nothing when a partial sum stays one (it is
-               summed once a step); otherwise the collective between them                          (_add_param_gradient)
+    gradient of a parameter -> sum: nothing when a partial sum stays one, otherwise the collective
+               between them; sum -> parameter: nothing                                             (_add_param_gradient)
+    sum        its part of the step's collective over the axes on which it is partial, and over
+               the data axes, at the price of a second of the step's end                           (_add_param_gradient)
 
-The price of a byte kept turns this into a frontier of (seconds, bytes): each price gives one point of its lower convex
-hull. Bounds on memory are the outer search's, which sees stages and microbatches in flight.
+Three weights have prices that each solve names (SAVED, STATE, SUMS): bytes kept from forward to backward, bytes of
+training state, seconds of the sums of gradients, which come once a step. Each choice of prices gives one point of the
+lower convex hull of seconds against bytes. Bounds on memory are the outer search's, which sees stages and microbatches
+in flight.
 
 An edge whose producer is a forward op and whose reader is a backward op redistributes in the backward.
 """
@@ -48,6 +54,7 @@ from .strategy import OpView, Strategy, is_op, origin, storage_root, view_of
 
 Strategies = tuple[Strategy, ...]  # of one op, one per axis
 OWN, COPY = "own", "copy"
+SAVED, STATE, SUMS = range(3)  # columns of the weights
 
 
 @dataclass
@@ -178,8 +185,8 @@ def _boundary_node(graph: ModelGraph, key: tuple[str, str, int]) -> fx.Node:
     return flatten_outputs(segment.joint.graph)[key[2]]
 
 
-def _place_variable(made: Build, options: list[Places], label: Any, costs: np.ndarray | None = None) -> int:
-    index = made.problem.add_variable(np.zeros(len(options)) if costs is None else costs, label)
+def _place_variable(made: Build, options: list[Places], label: Any) -> int:
+    index = made.problem.add_variable(np.zeros(len(options)), label)
     made.place_options[index] = options
     return index
 
@@ -189,6 +196,13 @@ def slot_key(segment: Segment, kind: str, slot: int) -> str:
     if kind == "tan":
         return f"tangent_{tangent_slots(segment).index(slot)}"
     return {"in": "input_{}", "out": "output_{}", "gin": "input_grad_{}", "param": "param_{}"}[kind].format(slot)
+
+
+def _add_weight(made: Build, variable: int, column: int, values: Sequence[float]) -> None:
+    if any(values):
+        weights = np.zeros((len(values), 3))
+        weights[:, column] = values
+        made.problem.add_weight(variable, weights)
 
 
 def _add_params(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) -> None:
@@ -211,9 +225,9 @@ def _add_params(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) ->
             sizes = mesh.sizes(_placeholder(graph.segments[key[0]], f"param_{key[2]}"))
             options = mesh.domain(sizes, partial=False, whole_on_data=True)
             options = _demanded(options, names[root], demands)
-            price = mesh.prices.param * counts[root]
-            costs = np.array([price * sizes.num_bytes / shares(p, mesh.counts) for p in options])
-            classes[root] = _place_variable(made, options, ("param", key), costs)
+            classes[root] = _place_variable(made, options, ("param", key))
+            held = counts[root] * mesh.state_bytes(sizes, graph.segments[key[0]].param_requires_grad[key[2]])
+            _add_weight(made, classes[root], STATE, [held / shares(p, mesh.counts) for p in options])
         made.slot_vars[key] = classes[root]
 
 
@@ -311,7 +325,7 @@ class _SegmentBuilder:
             key = (mesh.share(option, batched), read + kept)
             if key not in known:
                 known[key] = mesh.op_s(node, *key)
-            costs[i] = known[key] + mesh.prices.result * kept
+            costs[i] = known[key] + mesh.tie_break * kept
             if any(s.lowering for s in option):
                 costs[i] += mesh.lowering_s(option, operands[0])
         return costs
@@ -407,8 +421,8 @@ class _SegmentBuilder:
 
     def _weigh(self, variable: int, kept: list[Places], sizes: Sizes) -> None:
         """Bytes from forward to backward under each option of a variable."""
-        num_bytes = [sizes.num_bytes / shares(places, self.mesh.counts) for places in kept]
-        self.problem.add_weight(variable, np.array(num_bytes) * self.count)
+        num_bytes = [self.count * sizes.num_bytes / shares(places, self.mesh.counts) for places in kept]
+        _add_weight(self.made, variable, SAVED, num_bytes)
 
     def _add_results(self) -> None:
         """Outputs to their boundary, new buffer values whole, gradients to parameters and boundaries."""
@@ -441,18 +455,29 @@ class _SegmentBuilder:
         producer = self._variable_of(source)
         if producer == param:
             return
-        sizes, after = self.mesh.sizes(source, output), self.made.place_options[param]
-        before = self._places(producer, output)
-        reached = [[_unsummed(b, a) for a in after] for b in before]
+        mesh, sizes = self.mesh, self.mesh.sizes(source, output)
+        before, after = self._places(producer, output), self.made.place_options[param]
+        reached = list(dict.fromkeys(_unsummed(b, a) for b in before for a in after))
+        index = _place_variable(self.made, reached, ("sum", self.segment.name, source.name, output))
+        stays = [[_stays(b, r) for r in reached] for b in before]
         matrix = [
-            [self.mesh.transfer_s(sizes, b, r) for r in row] for b, row in zip(before, reached, strict=True)
-        ]  # fmt: skip
-        self.problem.add_edge(producer, param, np.array(matrix) * self.count)
+            [mesh.transfer_s(sizes, b, r) if ok else np.inf for r, ok in zip(reached, row, strict=True)]
+            for b, row in zip(before, stays, strict=True)
+        ]
+        self.problem.add_edge(producer, index, np.array(matrix) * self.count)
+        ends = [[0.0 if _unsummed(r, a) == r else np.inf for a in after] for r in reached]
+        self.problem.add_edge(index, param, np.array(ends))
+        _add_weight(self.made, index, SUMS, [self.count * mesh.sum_s(sizes, places) for places in reached])
 
 
 def _unsummed(found: Places, param: Places) -> Places:
     """Where a parameter's gradient ends inside the graph: partial sums over axes on which it is whole stay so."""
     return tuple(P if f == P and p == R else p for f, p in zip(found, param, strict=True))
+
+
+def _stays(found: Places, reached: Places) -> bool:
+    """A partial sum is never made whole inside the graph, and a whole gradient never a partial sum."""
+    return all((f == P) == (r == P) or (f == P and r >= 0) for f, r in zip(found, reached, strict=True))
 
 
 def _is_saved(source: fx.Node) -> bool:

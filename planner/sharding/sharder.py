@@ -1,8 +1,9 @@
 """The Sharder: solves the placements of a captured model for a (data, tensor) mesh, both axes at once.
 
-Each (dp, tp, local batch) and each price of a byte is one problem (problem.py), solved exactly with a proven bound
-(pbqp.py). A price of zero asks for the fastest placements; higher ones walk down the lower convex hull of (seconds,
-bytes), one solve a point.
+Each (dp, tp, local batch) and each choice of prices is one problem (problem.py), solved exactly with a proven bound
+(pbqp.py). The fastest placements are those of no price on bytes, and of a price on the sums of gradients where the
+step's last backward does not hide them. Prices on bytes walk down the lower convex hull of (seconds, bytes), one solve
+a point: bytes kept for the backward, and of training state what ZeRO leaves of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -24,23 +25,40 @@ from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..plan import ConservativeOp
 from ..solver import Solution
-from .evaluate import Move, Placed, evaluate, matrix_flops, moves, op_load
-from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Prices, Sizes, is_split
+from .evaluate import Move, Placed, evaluate, matrix_flops, moves, op_load, saved_tensors
+from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
 from .pbqp import solve
 from .pins import Pins, cannot_meet
 from .placement import Places, R, shares
-from .problem import Build, Catalog, Demands, build
+from .problem import STATE, Build, Catalog, Demands, build
 from .solution import AxisSolution, read_choice, write_placements
 from .strategy import is_op, view_of
+from .training import Job, Sums
 
 PLACEMENT_AXES = ["dp", "tp"]
 # A tensor axis that splits less of the parameters, and less of the matrix products, is of no use as it is.
 MIN_SPLIT_PARAMS, MIN_SPLIT_FLOPS = 0.1, 0.5
-MAX_FRONTIER = 3
+MAX_FRONTIER = 3  # points between which the hull is looked for, the ends among them
 MAX_SOLVE_S = 120.0  # one integer program; elimination alone, which nearly every model takes, needs no limit
-HIGHEST_PRICE = 1e-3  # of a byte kept, in seconds: above what any collective costs
+HIGHEST_PRICE = 1e-3  # of a byte, in seconds: above what any collective costs
+LEAST_PRICE = 1e-6  # of a byte of the kind that weighs less, where all are at their highest price
 HULL_TOLERANCE = 1e-2  # a point counts that lies below the line by this share of its height
-MEMORY_FIRST = Prices(param=1e-3, result=1e-6)  # of parameters, far above what any collective costs
+NEAR_LEAST = 1.02  # of the least bytes that are possible: nothing leaner is looked for
+
+Key = tuple[int, int, int]  # dp, tp, local batch
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds that a byte kept for the backward, a byte of training state and a second of the sums are worth."""
+
+    saved: float = TIE_BREAK_S_PER_BYTE
+    state: float = TIE_BREAK_S_PER_BYTE
+    sums: float = 0.0
+
+    @property
+    def columns(self) -> tuple[float, float, float]:
+        return self.saved, self.state, self.sums
 
 
 @dataclass
@@ -61,10 +79,13 @@ class Sharder:
         wishes: Mapping[str, int] | None = None,
         pins: Pins | None = None,
         time_limit_s: float | None = None,
+        job: Job = Job(),  # noqa: B008
     ) -> None:
         """wishes: name of a parameter -> how it lies over the tensor axis where sizes allow it. pins: what must be.
-        time_limit_s: of each integer program; it then gives its best answer and the gap that it proved.
+        time_limit_s: of each integer program; it then gives its best answer and the gap that it proved. job: what
+        weighs on placements besides the model.
         """
+        self.job = job
         self.time_limit_s = min(time_limit_s or MAX_SOLVE_S, MAX_SOLVE_S)
         self.graph, self.cost_model = graph, cost_model
         self.wishes = {name: (R, place) for name, place in (wishes or {}).items()}
@@ -77,10 +98,12 @@ class Sharder:
         self._work: dict[int, OpWork] = {}
         self._dtypes: dict[int, torch.dtype] = {}
         self._catalog = Catalog()
-        self._solutions: dict[tuple[int, int, int], ShardingSolution] = {}
-        self._problems: dict[tuple[int, int, int], tuple[Mesh, Build]] = {}  # the latest
-        self._frontiers: dict[tuple[int, int, int], list[ShardingSolution]] = {}
-        self.moves: dict[tuple[int, int, int], dict[str, list[Move]]] = {}
+        self._solutions: dict[Key, ShardingSolution] = {}
+        self._problems: dict[Key, tuple[Mesh, Build]] = {}  # the latest
+        self._frontiers: dict[Key, list[ShardingSolution]] = {}
+        self._leanest: dict[tuple[Key, float], ShardingSolution] = {}
+        self._sums: dict[tuple[int, int], Sums] = {}
+        self.moves: dict[Key, dict[str, list[Move]]] = {}
 
     # ------------------------------------------------------------------ public
 
@@ -88,44 +111,77 @@ class Sharder:
         """Raises ShardwrightError, exit code 4, where a pin cannot be met on this mesh."""
         key = (dp, tp, local_batch)
         if key not in self._solutions:
-            self._solutions[key] = self._solve(dp, tp, local_batch)
+            self._solutions[key] = self._solve(key)
         return self._solutions[key]
 
     def frontier(self, *, dp: int, tp: int, local_batch: int) -> list[ShardingSolution]:
-        """Points of the lower convex hull of (seconds, bytes kept for the backward), fastest first. Each is the optimum
-        at some price of a byte; between two of them the price that makes both equal finds the next, if there is one.
-        """
+        """Points of the lower convex hull of (seconds, bytes), fastest first. Each is the optimum at some price of a
+        byte; between two of them the price that makes both equal finds the next, if there is one. Where the leanest of
+        them still repeats training state, another point is that of least state."""
         key = (dp, tp, local_batch)
         if key not in self._frontiers:
-            fastest = self.solve(dp=dp, tp=tp, local_batch=local_batch)
-            smallest = self._at_price(key, HIGHEST_PRICE)
-            points = [fastest, smallest]
+            share = self.job.state_left(dp)
+            points = [self.solve(dp=dp, tp=tp, local_batch=local_batch), self._at_price(key, self._dear(share))]
             for _ in range(MAX_FRONTIER - 2):
-                found = self._between(key, points)
+                found = self._between(key, points, share)
                 if found is None:
                     break
                 points = sorted([*points, found], key=lambda point: point.objective_s)
-            self._frontiers[key] = [
-                p for i, p in enumerate(points) if i == 0 or p.saved_bytes < points[i - 1].saved_bytes
-            ]
+            least_state = self._least_state(key)
+            if min(point.state_bytes for point in points) > NEAR_LEAST * least_state:
+                points.append(self._at_price(key, Prices(LEAST_PRICE, HIGHEST_PRICE)))
+            points.sort(key=lambda point: point.objective_s)
+            self._frontiers[key] = [p for i, p in enumerate(points) if not any(_beats(q, p) for q in points[:i])]
         return self._frontiers[key]
 
-    def _between(self, key: tuple[int, int, int], points: Sequence[ShardingSolution]) -> ShardingSolution | None:
+    def leanest(self, *, dp: int, tp: int, local_batch: int, state_share: float) -> ShardingSolution:
+        """Of least bytes, where a byte of training state counts as state_share of one that is kept for the backward.
+        One of the frontier where that is as lean, to NEAR_LEAST."""
+        key = (dp, tp, local_batch)
+        points = self.frontier(dp=dp, tp=tp, local_batch=local_batch)
+        best = min(points, key=lambda point: point.weighed_bytes(state_share))
+        known = self.job.state_left(dp)
+        if state_share >= known:  # what the hull's own weights leave, and of state at least the least
+            least = min(point.weighed_bytes(known) for point in points)
+            least += (state_share - known) * self._least_state(key)
+            if best.weighed_bytes(state_share) <= NEAR_LEAST * least:
+                return best
+        if (key, state_share) not in self._leanest:
+            self._leanest[key, state_share] = self._at_price(key, self._dear(state_share))
+        found = self._leanest[key, state_share]
+        return min(best, found, key=lambda point: point.weighed_bytes(state_share))
+
+    def _dear(self, state_share: float) -> Prices:
+        """The highest prices on bytes, in this proportion."""
+        return Prices(HIGHEST_PRICE / max(1.0, state_share), HIGHEST_PRICE * min(1.0, state_share))
+
+    def _least_state(self, key: Key) -> float:
+        """Bytes of training state that every placement leaves on a rank, before ZeRO."""
+        weights = self._problem(key)[1].problem.weights
+        return sum(float(rows[:, STATE].min()) for rows in weights.values())
+
+    def _between(self, key: Key, points: Sequence[ShardingSolution], share: float) -> ShardingSolution | None:
         """A new point below the line between two neighbours, the pair that is furthest apart in bytes first."""
-        pairs = sorted(itertools.pairwise(points), key=lambda pair: pair[1].saved_bytes - pair[0].saved_bytes)
+
+        def bytes_of(point: ShardingSolution) -> float:
+            return point.weighed_bytes(share)
+
+        pairs = sorted(itertools.pairwise(points), key=lambda pair: bytes_of(pair[1]) - bytes_of(pair[0]))
         for fast, small in pairs:
-            slower_s, fewer = small.objective_s - fast.objective_s, fast.saved_bytes - small.saved_bytes
+            slower_s, fewer = small.objective_s - fast.objective_s, bytes_of(fast) - bytes_of(small)
             if slower_s <= 0 or fewer <= 0:
                 continue
-            found = self._at_price(key, slower_s / fewer)
-            saves_s = (fast.saved_bytes - found.saved_bytes) * slower_s / fewer
+            price = slower_s / fewer
+            found = self._at_price(key, Prices(price, price * share))
+            saves_s = (bytes_of(fast) - bytes_of(found)) * price
             if found.objective_s - fast.objective_s < saves_s - HULL_TOLERANCE * slower_s:
                 return found
         return None
 
-    def _at_price(self, key: tuple[int, int, int], price: float) -> ShardingSolution:
+    def _at_price(self, key: Key, prices: Prices) -> ShardingSolution:
         started = time.perf_counter()
-        return self._figures(self._solved(*self._problem(key), price), started)
+        prices = replace(prices, sums=1.0 / self.job.num_microbatches(key[0], key[2]))
+        return self._figures(key, self._solved(*self._problem(key), prices), started)
 
     # ------------------------------------------------------------------ costs
 
@@ -143,14 +199,20 @@ class Sharder:
             return 0.0
         return self.cost_model.op_seconds("aten.clone.default", 0.0, 2.0 * num_bytes, torch.float32)
 
-    def mesh(self, dp: int, tp: int, local_batch: int, prices: Prices | None = None) -> Mesh:
+    def sums(self, dp: int, tp: int) -> Sums:
+        if (dp, tp) not in self._sums:
+            self._sums[dp, tp] = Sums(self.graph, self.cost_model, self.job.kinds, dp, tp)
+        return self._sums[dp, tp]
+
+    def mesh(self, dp: int, tp: int, local_batch: int) -> Mesh:
         return Mesh(
             axes=(self._axis("dp", dp, dp, tp), self._axis("tp", tp, dp, tp)),
             batch=self.batch,
             run_batch=local_batch * dp,
             op_s=self.op_seconds,
             memory_s=self._memory_s,
-            prices=prices or Prices(),
+            state_of=self.job.state_of,
+            sum_all_s=self.sums(dp, tp).seconds if tp > 1 else None,
         )
 
     def _axis(self, name: str, size: int, dp: int, tp: int) -> Axis:
@@ -176,7 +238,7 @@ class Sharder:
 
         return Demands(inputs, self.wishes, self._pinned)
 
-    def _problem(self, key: tuple[int, int, int]) -> tuple[Mesh, Build]:
+    def _problem(self, key: Key) -> tuple[Mesh, Build]:
         if key not in self._problems:
             narrow = {name for name, size in zip(PLACEMENT_AXES, key, strict=False) if size == 1}
             if narrow & self.pins.split_axes:
@@ -186,8 +248,8 @@ class Sharder:
             self._problems = {key: (mesh, build(self.graph, mesh, self._demands(key[0]), self._catalog))}
         return self._problems[key]
 
-    def _solved(self, mesh: Mesh, made: Build, price: float) -> _Solved:
-        choice, proof = solve(made.problem, self.time_limit_s, price=price, prepared=made.prepared)
+    def _solved(self, mesh: Mesh, made: Build, prices: Prices) -> _Solved:
+        choice, proof = solve(made.problem, self.time_limit_s, price=prices.columns, prepared=made.prepared)
         if proof.status == "unknown":
             raise ShardwrightError(
                 f"no placements of {self.graph.name} were found in {self.time_limit_s:g} s, for {len(choice)} choices",
@@ -199,29 +261,41 @@ class Sharder:
         assert proof.status in ("optimal", "feasible"), proof.status  # all whole is always possible
         return _Solved(mesh, tuple(read_choice(self.graph, made, choice, [a.data for a in mesh.axes])), made, proof)
 
-    def _solve(self, dp: int, tp: int, local_batch: int) -> ShardingSolution:
-        """Fastest; where that splits hardly anything, as on models too small to be worth the traffic, smallest."""
+    def _solve(self, key: Key) -> ShardingSolution:
+        """Fastest; where that splits hardly anything, as on models too small to be worth the traffic, or where it is
+        asked for, smallest."""
         started = time.perf_counter()
-        solved = self._solved(*self._problem((dp, tp, local_batch)), TIE_BREAK_S_PER_BYTE)
-        if tp > 1 and not self._is_of_use(solved):
-            mesh = self.mesh(dp, tp, local_batch, MEMORY_FIRST)
-            made = build(self.graph, mesh, self._demands(dp), self._catalog)
-            solved = self._solved(mesh, made, TIE_BREAK_S_PER_BYTE)
-        found = self._figures(solved, started)
-        self.moves[(dp, tp, local_batch)] = {
+        mesh, made = self._problem(key)
+        dp, tp, local_batch = key
+        solved = self._solved(mesh, made, Prices())
+        found = self._figures(key, solved, started)
+        least_s = found.lower_bound_s
+        again = 1.0 / self.job.num_microbatches(dp, local_batch)
+        if tp > 1 and found.exposed_s > 0:  # sums count where they show
+            other = self._solved(mesh, made, Prices(sums=again))
+            figures = self._figures(key, other, started)
+            if figures.objective_s + again * figures.exposed_s < found.objective_s + again * found.exposed_s:
+                solved, found = other, figures
+        if tp > 1 and (self.job.memory_first or not self._is_of_use(solved, found)):
+            solved = self._solved(mesh, made, replace(self._dear(1.0), sums=again))
+            found = self._figures(key, solved, started)
+        self.moves[key] = {
             name: moves(Placed(segment, solved.mesh, solved.solutions)) for name, segment in self.graph.segments.items()
         }
-        return found
+        return replace(found, lower_bound_s=min(least_s, found.objective_s))
 
-    def _figures(self, solved: _Solved, started: float) -> ShardingSolution:
+    def _figures(self, key: Key, solved: _Solved, started: float) -> ShardingSolution:
         costs = {
             name: evaluate(Placed(segment, solved.mesh, solved.solutions))
             for name, segment in self.graph.segments.items()
         }
-        objective = sum(
-            self.counts[n] * (c.forward_s + c.backward_s + c.forward_comm_s + c.backward_comm_s)
-            for n, c in costs.items()
-        )
+
+        def total(name: str) -> float:
+            return sum(self.counts[n] * getattr(c, name) for n, c in costs.items())
+
+        backward_s = total("backward_s") + total("backward_comm_s")
+        objective = total("forward_s") + total("forward_comm_s") + backward_s
+        trained, frozen = total("trainable_elements"), total("param_elements") - total("trainable_elements")
         return ShardingSolution(
             costs=costs,
             placements=write_placements(self.graph, solved.solutions),
@@ -233,23 +307,39 @@ class Sharder:
             status=solved.proof.status,
             conservative=self._conservative(solved),
             saved_bytes=sum(self.counts[n] * c.saved_bytes for n, c in costs.items()),
+            state_bytes=trained * self.job.kinds.of_trained + frozen * self.job.kinds.compute,
+            exposed_s=self.sums(*key[:2]).exposed_s(trained, total("summed_elements"), backward_s),
+            split_shares=self._split_shares(solved),
         )
 
-    def _is_of_use(self, solved: _Solved) -> bool:
+    def _split_shares(self, solved: _Solved) -> dict[str, dict[str, float]]:
+        """Of each axis other than data: the shares of parameters and of bytes kept for the backward that it splits."""
+        found: dict[str, dict[str, float]] = {}
+        for axis, solution in zip(solved.mesh.axes, solved.solutions, strict=True):
+            if axis.data:
+                continue
+            sums = {"parameters": [0.0, 0.0], "activations": [0.0, 0.0]}
+            for name, segment in self.graph.segments.items():
+                for slot, shape in enumerate(segment.param_shapes):
+                    is_here = solution.places.get((name, f"param_{slot}"), R) >= 0
+                    _add(sums["parameters"], self.counts[name] * torch.Size(shape).numel(), is_here)
+                for source, output in saved_tensors(segment):
+                    num_bytes = self.counts[name] * solved.mesh.sizes(source, output).num_bytes
+                    is_here = solution.read_from(name, source, output, "backward") >= 0
+                    _add(sums["activations"], num_bytes, is_here)
+            found[axis.name] = {kind: split / whole if whole else 0.0 for kind, (split, whole) in sums.items()}
+        return found
+
+    def _is_of_use(self, solved: _Solved, found: ShardingSolution) -> bool:
         """Does the tensor axis split parameters, or work?"""
-        solution, split, total = solved.solutions[1], 0, 0
         whole = done = 0.0
         for name, segment in self.graph.segments.items():
-            for slot, shape in enumerate(segment.param_shapes):
-                elements = torch.Size(shape).numel() * self.counts[name]
-                total += elements
-                split += elements if solution.places.get((name, f"param_{slot}"), R) >= 0 else 0
             placed = Placed(segment, solved.mesh, solved.solutions)
             for node in segment.joint.graph.nodes:
                 if is_op(node) and (flops := matrix_flops(node)):
                     whole += flops * self.counts[name]
                     done += flops * self.counts[name] * is_split(placed.strategies(node)[1])
-        return split >= MIN_SPLIT_PARAMS * total or done >= MIN_SPLIT_FLOPS * whole > 0
+        return found.split_shares["tp"]["parameters"] >= MIN_SPLIT_PARAMS or done >= MIN_SPLIT_FLOPS * whole > 0
 
     # ------------------------------------------------------------------ figures
 
@@ -284,3 +374,13 @@ def _dtype(node: fx.Node) -> torch.dtype:
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.float32
+
+
+def _add(sums: list[float], amount: float, is_split_here: bool) -> None:
+    sums[0] += amount * is_split_here
+    sums[1] += amount
+
+
+def _beats(faster: ShardingSolution, other: ShardingSolution) -> bool:
+    """A faster point that is no larger in either kind of bytes."""
+    return faster.saved_bytes <= other.saved_bytes and faster.state_bytes <= other.state_bytes

@@ -1,0 +1,76 @@
+"""What of the training job, and of its step, weighs on placements: bytes of state, and gradients summed once a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ...costmodel.communication import MOST_BUCKET_BYTES, bucket_bytes
+from ...costmodel.memory import StateBytes
+from ...costmodel.model import CostModel
+from ...profiler.graph import ModelGraph
+from ..mesh_costs import sum_shape
+
+MOST_BYTES = 4 * MOST_BUCKET_BYTES  # of one collective; larger ones are no faster for a byte
+
+
+@dataclass(frozen=True)
+class Job:
+    """global_batch: sequences of a step; 0: one microbatch. zero: the highest ZeRO stage that may split state.
+    memory_first: placements of least bytes, whatever they take."""
+
+    kinds: StateBytes = field(default_factory=lambda: StateBytes(2, 4, 4, 2, False))
+    global_batch: int = 0
+    zero: int = 3
+    memory_first: bool = False
+
+    def num_microbatches(self, dp: int, local_batch: int) -> int:
+        return max(1, self.global_batch // (dp * local_batch))
+
+    def state_of(self, elements: float, num_bytes: float, is_trained: bool) -> float:
+        return elements * self.kinds.of_trained if is_trained else num_bytes
+
+    def state_left(self, dp: int) -> float:
+        """Share of kinds.of_trained that a rank keeps under `zero`."""
+        kinds = self.kinds
+        split = [0, kinds.of_master, kinds.reduce, kinds.compute][: self.zero + 1]
+        return 1.0 - sum(split) / kinds.of_trained * (1.0 - 1.0 / dp)
+
+
+class Sums:
+    """Seconds of the all-reduce of gradients over data and tensor ranks, once a step, as parts of large collectives."""
+
+    def __init__(self, graph: ModelGraph, cost_model: CostModel, kinds: StateBytes, dp: int, tp: int) -> None:
+        cluster = cost_model.cluster
+        if dp * tp > cluster.num_devices:  # asked for more than there is: as if on all there is
+            dp, tp = (1, cluster.num_devices) if dp == 1 else (cluster.num_devices, 1)
+        self.element_bytes = kinds.reduce
+        self.hides = cluster.worst_device().kind != "cpu"
+        pp = cluster.num_devices // (dp * tp)
+        held = [sum(math.prod(shape) for shape in segment.param_shapes) for segment in graph.segments.values()]
+        total = sum(math.prod(graph.params[name][0]) for name in graph.params)
+        together = max(bucket_bytes(total * kinds.reduce / pp), min(max(held, default=0) * kinds.reduce, MOST_BYTES))
+
+        def per_element(size: int, shape: dict[str, int], axis: str) -> float:
+            if size == 1:
+                return 0.0
+            seconds = cost_model.collective_seconds("all_reduce", together, cluster.axis_links(shape, axis))
+            return seconds / together * kinds.reduce
+
+        self.over_data_s = per_element(dp, {"pp": pp, "dp": dp, "tp": tp}, "dp")
+        self.over_tensor_s = per_element(tp, sum_shape(pp, dp, tp, False), "sum")
+        self.over_both_s = per_element(dp * tp, sum_shape(pp, dp, tp, True), "sum")
+
+    def seconds(self, over: tuple[bool, ...], elements: float) -> float:
+        """over: whether the data and the tensor axis sum."""
+        data, tensor = over
+        rate = self.over_both_s if data and tensor else self.over_tensor_s if tensor else self.over_data_s
+        return rate * elements
+
+    def of(self, trained: float, summed: float) -> float:
+        """Of a rank's trained elements, `summed` of them partial over the tensor axis."""
+        return self.over_data_s * (trained - summed) + self.over_both_s * summed
+
+    def exposed_s(self, trained: float, summed: float, backward_s: float) -> float:
+        """What of it the step's last backward cannot hide."""
+        return max(0.0, self.of(trained, summed) - (backward_s if self.hides else 0.0))
