@@ -6,7 +6,11 @@ bound (PuLP's `status` says "Optimal" for an incumbent at the time limit; `sol_s
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pulp
@@ -26,12 +30,41 @@ class Solution:
     seconds: float
 
 
+@contextlib.contextmanager
+def no_native_output() -> Iterator[None]:
+    """What a library's C code writes to this process's stdout is lost, and so is what Python writes meanwhile."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing can be written
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush  # C keeps what it wrote in a buffer of its own
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    flush(None)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
+class _Highs(pulp.HiGHS):  # type: ignore[misc]
+    """Without the banner that its constructor prints, before any option can forbid it."""
+
+    def createAndConfigureSolver(self, lp: pulp.LpProblem) -> None:
+        with no_native_output():
+            super().createAndConfigureSolver(lp)
+
+
 def solve_model(
     model: pulp.LpProblem, *, time_limit_s: float | None = None, gap: float = 1e-9, threads: int = 1
 ) -> Solution:
     """Solve a minimization in place (variables get their values)."""
     started = time.perf_counter()
-    solver = pulp.HiGHS(msg=False, timeLimit=time_limit_s, gapRel=gap, threads=threads)
+    solver = _Highs(msg=False, timeLimit=time_limit_s, gapRel=gap, threads=threads)
     model.solve(solver)
     seconds = time.perf_counter() - started
     found = model.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)

@@ -9,6 +9,7 @@ PATH.toml                           hosts and links from a file (docs/hardware.m
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,8 @@ from ..units import GB, GIB, format_bytes
 from .accelerators import Accelerator, accelerators, find_link, read_toml
 from .cluster import Cluster, Device, Figure, HostGroup, HostPairLink, Link
 
+MAX_DEVICES = 1 << 18
+MAX_DIGITS = 9
 GRAMMAR = "[NODESx]GPUSxNAME[-FORM][-MEMORY], parts joined by +; or local; or a path to a .toml file"
 FORMS = {"SXM": "SXM", "SXM2": "SXM", "SXM4": "SXM", "SXM5": "SXM", "SXM6": "SXM", "HGX": "SXM", "DGX": "SXM",
          "PCIE": "PCIE", "NVL": "NVL", "NVL72": "NVL72", "OAM": "OAM"}  # fmt: skip
@@ -37,10 +40,10 @@ def parse_hardware(spec: str, *, memory_limit_bytes: int | None = None) -> Clust
         from .discovery import discover_local
 
         cluster = discover_local()
-    elif text.lower().endswith(".toml") or "/" in text or Path(text).is_file():
+    elif text.lower().endswith(".toml") or "/" in text or os.path.isfile(text):
         cluster = load_cluster(Path(text))
     else:
-        groups = tuple(_parse_term(term, text) for term in text.split("+"))
+        groups = _checked(tuple(_parse_term(term, text) for term in text.split("+")))
         cluster = Cluster(name=text, groups=groups, notes=_notes(groups))
     return cluster if memory_limit_bytes is None else cluster.with_memory_limit(memory_limit_bytes)
 
@@ -60,10 +63,34 @@ def _parse_term(term: str, spec: str) -> HostGroup:
     match = _TERM.fullmatch(term.strip())
     if not match:
         raise _bad_spec(term.strip(), spec)
-    num_hosts, num_devices = int(match[1] or 1), int(match[2])
+    num_hosts, num_devices = _count(match[1] or "1"), _count(match[2])
     if num_hosts < 1 or num_devices < 1:
         raise ShardwrightError(f"{term.strip()!r} names no device", change="--hardware", works=f"1x{match[3]}")
+    if num_hosts * num_devices > MAX_DEVICES:
+        raise _too_many(f"{num_hosts * num_devices:,}")
     return host_group(find_accelerator(match[3]), num_hosts, num_devices)
+
+
+def _count(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise _too_many(digits if len(digits) < 30 else f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _too_many(number: str) -> ShardwrightError:
+    return ShardwrightError(
+        f"the hardware has {number} devices",
+        means=f"clusters of up to {MAX_DEVICES:,} devices are planned for",
+        change="--hardware",
+        works="2048x8xH100-SXM-80GB",
+    )
+
+
+def _checked(groups: tuple[HostGroup, ...]) -> tuple[HostGroup, ...]:
+    number = sum(group.num_devices for group in groups)
+    if number > MAX_DEVICES:
+        raise _too_many(f"{number:,}")
+    return groups
 
 
 def _bad_spec(term: str, spec: str) -> ShardwrightError:
@@ -207,7 +234,7 @@ def load_cluster(path: Path) -> Cluster:
     hosts = document.get("hosts")
     if not isinstance(hosts, list) or not hosts:
         raise ShardwrightError(f"{path} describes no host", change="the file", works='[[hosts]]\ndevices = "8xH100"')
-    groups = tuple(_file_group(path, index, entry) for index, entry in enumerate(hosts))
+    groups = _checked(tuple(_file_group(path, index, entry) for index, entry in enumerate(hosts)))
     num_hosts = sum(group.count for group in groups)
     pairs = tuple(_file_pair(path, entry, num_hosts) for entry in document.get("links", []))
     return Cluster(name=str(document.get("name", path.stem)), groups=groups, host_pairs=pairs, notes=_notes(groups))

@@ -6,6 +6,7 @@ Imports nothing heavy: `shardwright --help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 from . import __version__
 from .commands import COMMANDS
+from .commands._stdout import json_only
 from .errors import ExitCode, ShardwrightError, near_matches
 
 INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
@@ -82,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         args = make_parser().parse_args(arguments)
-        code = int(args.execute(args))
+        with json_only() if getattr(args, "json", False) else contextlib.nullcontext():
+            code = int(args.execute(args))
         sys.stdout.flush()
         return code
     except ShardwrightError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -31,6 +32,34 @@ def test_json_is_all_there_is_on_stdout(capsys, arguments):
     code, out, _ = run_main(capsys, *arguments, "--json")
     assert code == 0
     assert json.loads(out)
+
+
+def test_what_libraries_print_does_not_reach_stdout_under_json(capfd, monkeypatch):
+    from shardwright.commands import _options, models
+
+    def noisy(args):
+        print("from Python")
+        ctypes.CDLL(None).puts(b"from C")
+        os.write(1, b"from the operating system")
+        _options.print_json({"noise": 0})
+        return 0
+
+    monkeypatch.setattr(models, "execute", noisy)
+    assert cli.main(["models", "--json"]) == 0
+    print("after")
+    out, err = capfd.readouterr()
+    assert out.splitlines() == ["{", ' "noise": 0', "}", "after"]
+    assert all(part in err for part in ("from Python", "from C", "from the operating system"))
+
+
+def test_the_integer_solver_prints_no_banner():
+    code = (
+        "import pulp; from shardwright.planner.solver import solve_model as solve;"
+        "model = pulp.LpProblem('m', pulp.LpMinimize); model += -pulp.LpVariable('x', 0, 3, cat='Integer');"
+        "print(solve(model).objective)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("-3.0\n", "")
 
 
 TINY = ("plan", "preset:tiny-gpt2", "--hardware", "4xCPU", "--global-batch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.accelerators import accelerators, links
-from shardwright.profiler.cluster import dtype_key
+from shardwright.profiler.cluster import _row_keys, dtype_key
 from shardwright.profiler.hardware import describe, find_accelerator, known_hardware, parse_hardware
 from shardwright.units import GIB
 
@@ -130,6 +131,22 @@ def test_a_type_that_a_part_lacks_runs_at_the_next_wider_rate() -> None:
     v100, a100 = find_accelerator("V100").device, find_accelerator("A100").device
     assert v100.peak_flops_per_s("bf16") == v100.peak_flops_per_s("fp32") == 15.7e12
     assert a100.peak_flops_per_s("fp8") == a100.peak_flops_per_s("bf16") == 312e12
+
+
+@pytest.mark.parametrize(
+    "name", ["99999999999999999999xCPU", "9" * 6000 + "xCPU", "262144x8xH100", "8xH100+262144xH100"]
+)
+def test_more_devices_than_are_planned_for_are_refused_at_once(name: str) -> None:
+    with pytest.raises(ShardwrightError, match="devices") as caught:
+        parse_hardware(name)
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert parse_hardware(caught.value.works).num_devices == 16384
+
+
+def test_groups_that_lie_alike_have_one_key() -> None:
+    rows = np.array([[0, 1, 2], [0, 2, 1], [0, 1, 2], [0, 1, 3]])
+    keys = _row_keys(rows)
+    assert keys[0] == keys[2] and len(set(keys.tolist())) == 3
 
 
 def test_naming_hardware_imports_no_torch_and_looks_at_no_device() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ShardwrightError
 from ..units import parse_bytes
+from ._stdout import write_json
 
 if TYPE_CHECKING:
     from ..api import Progress
@@ -149,8 +150,9 @@ def refuse_unwritable(path: Path, option: str, works: str, means: str) -> None:
         raise ShardwrightError(f"cannot write {path}: {reason}", means=means, change=option, works=works)
 
 
-def print_json(document: Any) -> None:
-    print(document if isinstance(document, str) else json.dumps(document, indent=1))
+def print_json(document: Any, indent: int | None = 1) -> None:
+    """indent: None for one line."""
+    write_json(document if isinstance(document, str) else json.dumps(document, indent=indent))
 
 
 def _json_or_text(value: str) -> Any:

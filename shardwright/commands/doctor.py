@@ -108,10 +108,12 @@ def _version(package: str) -> str:
 def _solver() -> str:
     import pulp
 
-    problem = pulp.LpProblem("doctor", pulp.LpMaximize)
+    from ..planner.solver import solve_model
+
+    problem = pulp.LpProblem("doctor", pulp.LpMinimize)
     x = pulp.LpVariable("x", 0, 3, cat="Integer")
-    problem += 2 * x
-    problem.solve(pulp.HiGHS(msg=False))
+    problem += -2 * x
+    solve_model(problem)
     if pulp.value(x) != 3:
         raise RuntimeError(f"max 2x, x <= 3 gave x = {pulp.value(x)}")
     return f"highspy {importlib.metadata.version('highspy')}, pulp {importlib.metadata.version('pulp')}"

@@ -7,7 +7,6 @@ the data are random, or the bytes of --text.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 
 from ..errors import ExitCode, ShardwrightError
@@ -109,7 +108,7 @@ class StepPrinter:
         tokens = self.plan.workload["global_batch"] * (self.plan.workload.get("seq_len") or 1)
         if self.as_json:
             predicted = {"predicted_step_s": self.plan.predicted.step_s, "tokens_per_s": tokens / event["step_s"]}
-            print(json.dumps({**event, **predicted}), flush=True)
+            _options.print_json({**event, **predicted}, indent=None)
             return
         print(
             f"step {event['step']:>4}  loss {event['loss']:.6f}  {tokens / event['step_s']:>10,.0f} tokens/s  "

@@ -7,7 +7,6 @@ whose activations a rank's share holds.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from typing import TYPE_CHECKING
@@ -79,7 +78,7 @@ def execute(args: argparse.Namespace) -> int:
             "name": found.name,
             "seconds": found.seconds,
         }
-        print(json.dumps(found.schedule.to_judge() | figures))
+        _options.print_json(found.schedule.to_judge() | figures, indent=None)
         return ExitCode.DONE
     from ..render import make_console
 
