@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,57 @@ from torch.utils import _pytree as pytree
 BoxedFunction = Callable[[list[Any]], Sequence[Any]]
 
 __all__ = ["default_partition", "make_boxed_func", "suggest_memory_format"]
+
+
+def has_kernel(op: torch._ops.OpOverload, device_type: str, *, of_this_build: bool) -> bool:
+    """Is there a kernel of op for "cpu" or "cuda": its own, or one composed of other ops?
+
+    of_this_build: says the dispatcher of this process. Otherwise, for ops of aten, the list of PyTorch's kernels says,
+    which tells of CUDA in a build without it too; other ops count as having one.
+    """
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    built = key != "CUDA" or torch.backends.cuda.is_built()
+    if op.namespace == "aten" and not (of_this_build and built):
+        return key in _listed_kernels().get(op.name(), {key})
+    if not of_this_build:
+        return True
+    return torch._C._dispatch_has_computed_kernel_for_dispatch_key(op.name(), key)
+
+
+@functools.cache
+def _listed_kernels() -> dict[str, frozenset[str]]:
+    """ "aten::NAME.OVERLOAD" -> dispatch keys of its kernels, both where it is composite. By torchgen's list of them,
+    which is installed with torch; empty without it. An op that the list gives no keys has a kernel for all.
+    """
+    spec = importlib.util.find_spec("torchgen")
+    path = Path(spec.origin or "").parent / "packaged/ATen/native/native_functions.yaml" if spec is not None else None
+    if path is None or not path.is_file():
+        return {}
+    keys: dict[str, set[str]] = {}
+    delegates: dict[str, str] = {}
+    name, in_dispatch = "", False
+    for line in path.read_text().splitlines():
+        if line.startswith("- func: "):
+            name, in_dispatch = "aten::" + line.removeprefix("- func: ").partition("(")[0], False
+        elif line.startswith("  structured_delegate: "):
+            delegates[name] = "aten::" + line.split(":", 1)[1].strip()
+        elif line.startswith("  ufunc_inner_loop:"):  # generated for both
+            delegates[name] = ""
+        elif line.startswith("  dispatch:"):
+            in_dispatch = True
+            keys[name] = set()
+        elif in_dispatch and line.startswith("    ") and ":" in line:
+            keys[name].update(part.strip() for part in line.partition(":")[0].split(","))
+        elif in_dispatch and line.strip() and not line.lstrip().startswith("#"):
+            in_dispatch = False
+    everywhere = frozenset(("CPU", "CUDA"))
+    found = {
+        name: everywhere if any(key.startswith("Composite") for key in listed) else frozenset(listed)
+        for name, listed in keys.items()
+    }
+    for name, target in sorted(delegates.items(), key=lambda item: item[1]):  # those without a target come first
+        found[name] = found.get(name, frozenset()) | (found.get(target, everywhere) if target else everywhere)
+    return found
 
 
 def output_node(graph: fx.Graph) -> fx.Node:

@@ -14,6 +14,7 @@ from . import devices, hashes, trust
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
 from .passes.build import build_segment_programs
+from .passes.device_kernels import refuse_missing_kernels
 from .passes.fuse import fuse_model
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
@@ -124,6 +125,7 @@ def _make_plan(
     graph = capture_for_planning(workload)
     cost_model = CostModel(cluster)
     graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
+    refuse_missing_kernels(graph, devices.device_type_of(cluster), of_this_build=False)
     capture_s = time.perf_counter() - capture_started
     say("searching")
     found = search(
@@ -267,6 +269,7 @@ def build(plan: Plan, workload: Workload, *, device: torch.device | str | None =
         _verify_same_plan(plan)
     graph = _capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
     hashes.verify_model(plan, graph)
+    refuse_missing_kernels(graph, device.type, of_this_build=True)
     mesh = build_mesh(plan.mesh, device.type)
     axes = _mesh_axes(RankGrid.of(mesh), plan.placement_axes)
 
