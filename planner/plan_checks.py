@@ -22,6 +22,9 @@ Document = Mapping[str, Any]
 MAX_DEVICES = 1 << 24
 _PLACE = r"(?:R|P|S\(\d{1,3}\))"
 _PLACEMENT = re.compile(rf"{_PLACE}|(?:{_PLACE}(?:,{_PLACE})*)?->(?:{_PLACE}(?:,{_PLACE})*)?(?:@\w+)?")
+_COUNTS = {"global_batch": 1, "seq_len": 1, "batch_size": 0, "seed": 0}  # of the workload, with the least of each
+_TEXTS = ("model", "kind", "optimizer")
+_TABLES = ("overrides", "precision")
 _STATE_KINDS = ("parameters", "gradients", "optimizer")
 
 
@@ -57,16 +60,28 @@ def _check_sizes(document: Document) -> str:
             return f"microbatch.{key}: {number}"
     if document["schedule"]["virtual_stages"] < 1:
         return f"schedule.virtual_stages: {document['schedule']['virtual_stages']}"
-    batch = document["workload"].get("global_batch")
-    if type(batch) is not int or batch < 1:
-        return f"workload.global_batch: {batch!r}"
-    if not isinstance(document["workload"].get("model", ""), str):
-        return "workload.model: not a name"
+    return ""
+
+
+def _check_names(document: Document) -> str:
+    workload = document["workload"]
+    if type(workload.get("global_batch")) is not int:
+        return f"workload.global_batch: {workload.get('global_batch')!r}"
+    for key, value in workload.items():
+        if key in _COUNTS and value is not None and (type(value) is not int or value < _COUNTS[key]):
+            return f"workload.{key}: {value!r}"
+        if key in _TEXTS and not (value is None or isinstance(value, str)):
+            return f"workload.{key}: {value!r} is no text"
+        if key in _TABLES and not isinstance(value, dict):
+            return f"workload.{key}: {value!r} is no table"
     if not isinstance(document["hardware"].get("name", ""), str):
         return "hardware.name: not a name"
     hosts = document["hardware"].get("hosts", [])
     if not isinstance(hosts, list) or not all(isinstance(host, dict) for host in hosts):
         return "hardware.hosts: not a list of hosts"
+    limit = document["hardware"].get("memory_limit_bytes")
+    if limit is not None and (type(limit) is not int or not 0 < limit < 1 << 62):
+        return f"hardware.memory_limit_bytes: {limit!r}"
     return ""
 
 
@@ -172,5 +187,5 @@ def _not_a_quantity(value: Any, where: str) -> str:
 
 
 _CHECKS: tuple[Callable[[Document], str], ...] = (
-    _check_sizes, _check_stages, _check_schedule, _check_placements, _check_state, _check_predicted,
+    _check_sizes, _check_names, _check_stages, _check_schedule, _check_placements, _check_state, _check_predicted,
 )  # fmt: skip

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
             word = message.split("invalid choice: '", 1)[1].split("'", 1)[0]
             means = near_matches(word, self._known_words(message))
         elif message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            word = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
             means = near_matches(word, self._option_strings())
         raise ShardwrightError(message, means=means, change="the command line", works=f"{self.prog} --help")
 

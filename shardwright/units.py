@@ -6,6 +6,7 @@ import re
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 GB = 10**9
+MAX_BYTES = 1 << 60
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -45,7 +46,7 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _BYTE_UNITS:
         raise ValueError(f"{text!r} is not an amount of memory such as 600MiB or 80GiB")
-    num_bytes = int(float(match[1]) * _BYTE_UNITS[match[2].upper()])
-    if num_bytes <= 0:
-        raise ValueError(f"{text!r} is not a positive amount of memory")
-    return num_bytes
+    num_bytes = float(match[1]) * _BYTE_UNITS[match[2].upper()]
+    if not 1 <= num_bytes <= MAX_BYTES:
+        raise ValueError(f"{text[:40]!r} is not an amount of memory between 1 B and {MAX_BYTES >> 40} TiB")
+    return int(num_bytes)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..profiler.workload import Workload
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+MAX_COUNT = 1 << 40
+MAX_SECONDS = 10_000_000  # four months; a clock takes no infinite time
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
@@ -163,16 +165,17 @@ def _json_or_text(value: str) -> Any:
 
 
 def positive(text: str) -> int:
+    """At most MAX_COUNT: what is counted here is sequences, tokens, layers, ranks and steps."""
     value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if not 0 < value <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number from 1 to {MAX_COUNT:,}")
     return value
 
 
 def positive_seconds(text: str) -> float:
     value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    if not 0 < value <= MAX_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number of seconds from 0 to {MAX_SECONDS:,}")
     return value
 
 
