@@ -91,8 +91,7 @@ def _all_gather(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis,
     x = _pad(emit, x, len(shape), dim, chunk - shard_size(shape[dim], axis.size, axis.index))
     gathered = emit.wait(c10d.all_gather_into_tensor.default, emit.contiguous(x), axis.size, axis.group)
     if dim != 0 and any(s != 1 for s in shape[:dim]):
-        pieces = emit.call(aten.split.Tensor, gathered, shape[0], 0)
-        gathered = emit.call(aten.cat.default, [_item(emit, pieces, i) for i in range(axis.size)], dim)
+        gathered = emit.call(aten.cat.default, _pieces(emit, gathered, shape[0], 0, axis.size), dim)
     elif dim != 0:  # only ones before: the pieces already lie one after the other
         gathered = emit.call(aten.reshape.default, gathered, [*shape[:dim], chunk * axis.size, *shape[dim + 1 :]])
     if chunk * axis.size != shape[dim]:  # chunks are full but for the last ones, so padding is all at the end
@@ -100,16 +99,19 @@ def _all_gather(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis,
     return gathered
 
 
-def _item(emit: Emitter, pieces: fx.Node, index: int) -> fx.Node:
-    return emit.call(operator.getitem, pieces, index)
+def _pieces(emit: Emitter, x: fx.Node, size: int, dim: int, count: int) -> list[fx.Node]:
+    """x in so many pieces of this size along dim. Pieces without elements are all alike."""
+    if size == 0:
+        return [x] * count
+    pieces = emit.call(aten.split.Tensor, x, size, dim)
+    return [emit.call(operator.getitem, pieces, i) for i in range(count)]
 
 
 def _reduce_scatter(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, dim: int) -> fx.Node:
     chunk = -(-shape[dim] // axis.size)
     x = _pad(emit, x, len(shape), dim, chunk * axis.size - shape[dim])
     if dim != 0 and any(s != 1 for s in shape[:dim]):
-        pieces = emit.call(aten.split.Tensor, x, chunk, dim)
-        x = emit.call(aten.cat.default, [_item(emit, pieces, i) for i in range(axis.size)], 0)
+        x = emit.call(aten.cat.default, _pieces(emit, x, chunk, dim, axis.size), 0)
     elif dim != 0:
         x = emit.call(aten.reshape.default, x, [axis.size, *shape[1:dim], chunk, *shape[dim + 1 :]])
     out = emit.wait(c10d.reduce_scatter_tensor.default, emit.contiguous(x), "sum", axis.size, axis.group)
@@ -125,14 +127,12 @@ def _all_to_all(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis,
     out_chunk, in_chunk = -(-shape[after] // n), -(-shape[before] // n)
     x = _pad(emit, x, len(shape), after, out_chunk * n - shape[after])
     x = _pad(emit, x, len(shape), before, in_chunk - shard_size(shape[before], n, axis.index))
-    pieces = emit.call(aten.split.Tensor, x, out_chunk, after)
-    stacked = emit.call(aten.cat.default, [_item(emit, pieces, i) for i in range(n)], 0)
+    stacked = emit.call(aten.cat.default, _pieces(emit, x, out_chunk, after, n), 0)
     local = list(shape)
     local[before], local[after] = in_chunk, out_chunk
     sizes = [local[0]] * n
     moved = emit.wait(c10d.all_to_all_single.default, emit.contiguous(stacked), sizes, sizes, axis.group)
-    parts = emit.call(aten.split.Tensor, moved, local[0], 0)
-    joined = emit.call(aten.cat.default, [_item(emit, parts, i) for i in range(n)], before)
+    joined = emit.call(aten.cat.default, _pieces(emit, moved, local[0], 0, n), before)
     if in_chunk * n != shape[before]:
         joined = _part(emit, joined, before, 0, shape[before])
     own = shard_size(shape[after], n, axis.index)

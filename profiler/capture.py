@@ -83,7 +83,7 @@ def capture(workload: Workload) -> ModelGraph:
     graph_module, graph = exported.graph_module, exported.graph_module.graph
     placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     param_fqn = {p: _strip(fqn) for p, fqn in signature.inputs_to_parameters.items()}
-    buffer_fqn = {p: _strip(fqn) for p, fqn in signature.inputs_to_buffers.items()}
+    buffer_fqn = _one_placeholder_each(graph, workload.model, signature.inputs_to_buffers)
     buffer_fqn |= {p: f"constant:{name}" for p, name in signature.inputs_to_lifted_tensor_constants.items()}
     user_inputs = dict(zip(signature.user_inputs, [f"input:{name}" for name in batch], strict=True))
     mutated, key = normalize(graph_module, param_fqn.keys(), set(buffer_fqn))
@@ -97,13 +97,31 @@ def capture(workload: Workload) -> ModelGraph:
         ROOT,
         nodes_of(param_fqn),
         nodes_of(buffer_fqn),
-        nodes_of(mutated),
+        {placeholders[name]: new for name, new in mutated.items()},
         [loss_node, *mutated.values()],
     )
     try:
         return _assemble(workload, exported, pieces, loss_node, key, mutated, param_fqn, buffer_fqn, user_inputs)
     except DATA_DEPENDENT as error:
         raise _capture_error(error) from error
+
+
+def _one_placeholder_each(graph: fx.Graph, model: nn.Module, buffers: dict[str, str]) -> dict[str, str]:
+    """Placeholder -> name of the buffer: of modules that stand in several places, the name that named_buffers gives.
+
+    Where one buffer has several placeholders, all readers get the first.
+    """
+    canonical: dict[int, str] = {id(buffer): name for name, buffer in model.named_buffers()}
+    names = {name: canonical[id(buffer)] for name, buffer in model.named_buffers(remove_duplicate=False)}
+    nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    found: dict[str, str] = {}
+    first: dict[str, fx.Node] = {}
+    for placeholder, fqn in buffers.items():
+        found[placeholder] = name = names.get(_strip(fqn), _strip(fqn))
+        node = nodes[placeholder]
+        if first.setdefault(name, node) is not node:
+            node.replace_all_uses_with(first[name])
+    return found
 
 
 def _strip(fqn: str) -> str:
@@ -212,12 +230,17 @@ def _assemble(
     for index, piece in enumerate(pieces):
         updates = [n for n in piece.nodes if n in written]
         piece.outputs = [n for n in piece.outputs if n not in written or _read_elsewhere(n, piece)]
+        for node in updates:  # also a buffer that is overwritten unread
+            buffer = _placeholder(graph, written[node])
+            if buffer not in piece.buffers:
+                piece.buffers.append(buffer)
+        slots = tuple(piece.buffers.index(_placeholder(graph, written[n])) for n in updates)
+        positions = [(piece.nodes.index(n), slot) for n, slot in zip(updates, slots, strict=True)]
         digest = fold.structure_hash(
-            piece, lambda n: _facts(n, requires_grad), extra=str([written[n] for n in updates] and len(updates))
+            piece, lambda n: _facts(n, requires_grad), extra=str(positions) if positions else "[]"
         )
         if digest not in names:
             names[digest] = f"{'prologue' if piece.prologue else 'segment'}{len(names)}"
-            slots = tuple(piece.buffers.index(_placeholder(graph, written[n])) for n in updates)
             result.segments[names[digest]] = _segment(
                 names[digest], digest, piece, updates, slots, key, requires_grad, mode
             )

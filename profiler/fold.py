@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from .nodes import value
+from .nodes import needed_for, value
 from .random_ops import NUMBER
 
 # position of the random op's number among its arguments
@@ -74,15 +74,15 @@ def cut(
     root: str,
     params: set[fx.Node],
     buffers: set[fx.Node],
-    written: set[fx.Node],
+    written: Mapping[fx.Node, fx.Node],
     kept: list[fx.Node],
 ) -> list[Piece]:
-    """written: buffers that the forward overwrites. kept: nodes whose values must leave their segment (loss, model
-    outputs, new values of written buffers)."""
+    """written: buffers that the forward overwrites, with their new values. kept: nodes whose values must leave their
+    segment (loss, model outputs, new values of written buffers)."""
     modules = dict(model.named_modules(remove_duplicate=False))
     blocks = _block_of_each(graph, modules, root)
-    hoisted = _hoistable(graph, params | written, blocks)
-    pieces = _prologues(graph, hoisted) + _runs(graph, blocks, hoisted)
+    hoisted = _hoistable(graph, params | written.keys(), blocks)
+    pieces = _prologues(graph, hoisted) + _joined(_runs(graph, blocks, hoisted), written)
     _wire(graph, pieces, params, buffers, kept)
     for piece in pieces:
         piece.random_base = min((n.meta[NUMBER] for n in piece.nodes if n.meta.get("random")), default=0)
@@ -173,6 +173,33 @@ def _runs(graph: fx.Graph, blocks: dict[fx.Node, str | None], hoisted: set[fx.No
             current = block
         pieces[-1].nodes.append(node)
     return pieces
+
+
+def _joined(pieces: list[Piece], written: Mapping[fx.Node, fx.Node]) -> list[Piece]:
+    """All that reads a buffer before its last write, and the writes, in one piece: the next microbatch must find what
+    this one left, wherever it begins. So a norm that is called twice in a forward keeps its calls together."""
+    home = {node: i for i, piece in enumerate(pieces) for node in piece.nodes}
+    last = list(range(len(pieces)))  # of each piece, the last one that it is joined with
+    for buffer, new in written.items():
+        behind = needed_for([new])
+        between, stack = {new}, [buffer]  # versions of the buffer, and who reads the first
+        while stack:
+            node = stack.pop()
+            found = [n for n in node.users if n not in between and (node is buffer or n in behind)]
+            between.update(found)
+            stack.extend(n for n in found if n in behind)
+        places = [home[n] for n in between if n in home]
+        if places:
+            last[min(places)] = max(last[min(places)], max(places))
+    joined: list[Piece] = []
+    end = -1
+    for i, piece in enumerate(pieces):
+        if i <= end:
+            joined[-1].nodes.extend(piece.nodes)
+        else:
+            joined.append(piece)
+        end = max(end, last[i])
+    return joined
 
 
 def _wire(

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
 from .fold import RANDOM_INDEX_ARG, Piece
+from .functional import copy, without_writes, writes_or_restrides
 from .graph import Segment
 from .nodes import value
 from .random_ops import refuse_random
@@ -118,6 +119,8 @@ def trace_joint(
         if _mutates(forward):
             forward = _functional(forward, [*params, *buffers, *inputs, key])
         traced = make_fx(joint, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*flat_args)
+        if writes_or_restrides(traced.graph):
+            traced, boundary = without_writes(traced, flat_args, boundary[0])
     _refuse_lost_writes(traced)
     refuse_random(traced.graph)
     _name_placeholders(traced, num_params, num_buffers, num_inputs, boundary[0])
@@ -165,7 +168,7 @@ def _functional(forward: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
     """Writes into views (x[:, 0] = y) as scatters: one more trace, only where such writes exist."""
     run = torch.func.functionalize(fx.Interpreter(forward).run, remove="mutations")
     with torch.no_grad():
-        return make_fx(run, decomposition_table={aten.copy.default: _copy}, tracing_mode="real")(*args)
+        return make_fx(run, decomposition_table={aten.copy.default: copy}, tracing_mode="real")(*args)
 
 
 def _name_placeholders(traced: fx.GraphModule, num_params: int, num_buffers: int, num_inputs: int, last: str) -> None:
@@ -243,10 +246,6 @@ def _count(x: torch.Tensor, dims: Sequence[int] | None) -> int:
     for d in range(x.dim()) if not dims else dims:
         count *= x.shape[d]
     return count
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    return source.to(target.dtype).expand(target.shape)
 
 
 def _mean(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -8,9 +8,9 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
     drop_unread_writes    no writes into memory that nothing reads, as modules built in a forward initialize
     refuse_param_writes   no writes to parameters: what multiplies or divides one by 1 goes, any other is refused
     replace_random        every random op as ones of ours, counter-based (random_ops.py)
-    replace_inplace       no in-place op on a tensor that has no other view; buffers written are listed
+    replace_batch_norm    batch and instance norms as sums, so that statistics can be taken over a sharded batch
+    replace_inplace       no in-place ops: new values, also of views of what is written; buffers written are listed
     replace_global_pool   a pool to one value as the mean that it is: torch's own kernel restrides its result in place
-    replace_batch_norm    training batch norm as sums, so that its statistics can be taken over a sharded batch
     replace_attention     scaled_dot_product_attention as one op of ours (attention_ops.py)
 """
 
@@ -25,6 +25,7 @@ from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
 from .attention_ops import replace_attention
+from .batch_norms import replace_batch_norm
 from .nodes import source_of, value
 from .random_ops import number_draws, replace_random
 from .writes import drop_unread_writes, is_inplace, refuse_param_writes, replace_inplace
@@ -60,9 +61,9 @@ def normalize(
     refuse_param_writes(graph, param_placeholders)
     key = add_key(graph)
     replace_random(graph, key)
+    replace_batch_norm(graph)
     mutated = replace_inplace(graph, buffer_placeholders)
     replace_global_pool(graph)
-    replace_batch_norm(graph, mutated)
     replace_attention(graph, key)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     output.args = ((*output.args[0], *mutated.values()),)  # so that what buffers become is not dead code
@@ -209,55 +210,7 @@ def replace_global_pool(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def replace_batch_norm(graph: fx.Graph, mutated: dict[str, fx.Node]) -> None:
-    """Training batch norm written out as sums over batch and space.
-
-    Sums are what a sharded batch can add up; a fused kernel could only see its own shard (Ioffe and Szegedy 2015, with
-    the unbiased running variance that PyTorch keeps).
-    """
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target is not aten.batch_norm.default:
-            continue
-        x, weight, bias, mean_in, var_in, training, momentum, eps = node.args[:8]
-        if not training:
-            continue
-        shape = value(x).shape
-        dims = [d for d in range(len(shape)) if d != 1]
-        count = 1
-        for d in dims:
-            count *= shape[d]
-        stat = [1, shape[1]] + [1] * (len(shape) - 2)
-
-        def call(op: Any, *args: Any, _node: fx.Node = node, **kwargs: Any) -> fx.Node:
-            new = graph.call_function(op, args, kwargs)
-            new.meta = {k: v for k, v in _node.meta.items() if k not in ("val", "tensor_meta")}
-            operands = fx.node.map_arg((args, kwargs), lambda n: value(n))
-            with value(x).fake_mode:  # noqa: B023
-                new.meta["val"] = op(*operands[0], **operands[1])
-            return new
-
-        with graph.inserting_before(node):
-            mean = call(aten.div.Scalar, call(aten.sum.dim_IntList, x, dims, True), count)
-            centred = call(aten.sub.Tensor, x, mean)
-            var = call(
-                aten.div.Scalar, call(aten.sum.dim_IntList, call(aten.mul.Tensor, centred, centred), dims, True), count
-            )
-            out = call(aten.mul.Tensor, centred, call(aten.rsqrt.default, call(aten.add.Scalar, var, eps)))
-            if weight is not None:
-                out = call(aten.mul.Tensor, out, call(aten.view.default, weight, stat))
-            if bias is not None:
-                out = call(aten.add.Tensor, out, call(aten.view.default, bias, stat))
-            for buffer, new, scale in ((mean_in, mean, 1.0), (var_in, var, count / max(count - 1, 1))):
-                if buffer is None or momentum is None:
-                    continue
-                flat = call(aten.detach.default, call(aten.view.default, new, [shape[1]]))
-                old = call(aten.mul.Scalar, buffer, 1 - momentum)
-                mutated[buffer.name] = call(aten.add.Tensor, old, call(aten.mul.Scalar, flat, momentum * scale))
-        node.replace_all_uses_with(out)
-        graph.erase_node(node)
-
-
-# --------------------------------------------------------------------------- the random key
+# --------------------------------------------------------------------------- randomness and attention
 
 
 def add_key(graph: fx.Graph) -> fx.Node:

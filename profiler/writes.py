@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
+from .aliases import is_view, makes_many, put_back, seen_again
 from .nodes import source_of, value
 
 aten = torch.ops.aten
@@ -35,7 +36,7 @@ def refuse_param_writes(graph: fx.Graph, param_placeholders: Collection[str]) ->
         if node.op != "call_function" or not is_inplace(node.target):
             continue
         written = node.args[0]
-        while isinstance(written, fx.Node) and _is_view(written):
+        while isinstance(written, fx.Node) and is_view(written):
             written = written.args[0]
         if not isinstance(written, fx.Node) or written.op != "placeholder" or written.name not in param_placeholders:
             continue
@@ -61,52 +62,143 @@ def is_inplace(target: Any) -> bool:
 
 def _functional(target: Any) -> Any | None:
     """add_.Tensor -> add.Tensor, where it exists with the same overload name."""
-    packet = getattr(aten, target._schema.name.split("::")[1][:-1], None)
+    name = target._schema.name.split("::")[1][:-1]
+    if name == "zero":
+        return aten.zeros_like.default
+    packet = getattr(aten, name, None)
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
-def _is_view(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem
-    returns = target._schema.returns
-    return (
-        any(r.alias_info is not None and not r.alias_info.is_write for r in returns) or target is aten.reshape.default
-    )
-
-
-def _has_views(node: fx.Node) -> bool:
-    """May another node alias this one? True for views of it and where it is itself a view."""
-    return _is_view(node) or any(_is_view(user) for user in node.users)
-
-
 def replace_inplace(graph: fx.Graph, buffer_placeholders: set[str]) -> dict[str, fx.Node]:
-    """x.add_(y) becomes x1 = add(x, y), later readers of x read x1. Returns buffers written: name -> new value."""
-    mutated: dict[str, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not is_inplace(node.target):
-            continue
-        target, functional = node.args[0], _functional(node.target)
-        if functional is None or not isinstance(target, fx.Node) or _has_views(target):
-            continue  # left to functionalization inside the segment
-        origin = next((name for name, new in mutated.items() if new is target), target.name)
-        if node.target is aten.copy_.default:
-            new = _copy(graph, node, target)
-        else:
-            with graph.inserting_before(node):
-                new = graph.call_function(functional, node.args, dict(node.kwargs))
+    """x.add_(y) becomes x1 = add(x, y); later readers of x read x1, and views of the same memory are seen again.
+
+    Returns buffers written: name -> new value.
+    """
+    if not any(node.op == "call_function" and is_inplace(node.target) for node in graph.nodes):
+        return {}
+    return _Writes(graph).run(buffer_placeholders)
+
+
+class _Writes:
+    """What each value of the original program is now.
+
+    A write makes a new value of the view that it goes through, and of all that the view is a part of, up to the root
+    that owns the memory; other views of that root are taken again from its new value when they are next read.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.viewed: dict[fx.Node, fx.Node] = {}  # view, or list of views -> what it is a view of
+        self.same: dict[fx.Node, fx.Node] = {}  # in-place op -> what it wrote to and hands on
+        self.now: dict[fx.Node, fx.Node] = {}  # who holds the value of a node, as of `seen` writes to its root
+        self.seen: dict[fx.Node, int] = {}
+        self.writes: dict[fx.Node, int] = {}
+
+    def run(self, buffers: set[str]) -> dict[str, fx.Node]:
+        placeholders = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        for node in list(self.graph.nodes):
+            if node.op not in ("call_function", "output"):
+                continue
+            operands = {n: self._fresh(n, node) for n in node.all_input_nodes}
+            first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+            if first is not None and node.op == "call_function":
+                if is_inplace(node.target) and self._write(node, self._named(first), operands):
+                    continue
+                if is_view(node):
+                    many = node.target is operator.getitem
+                    self.viewed[node] = self.viewed[first] if many else self._named(first)
+                elif makes_many(node):
+                    self.viewed[node] = self._named(first)
+                if node in self.viewed:
+                    self.seen[node] = self.writes.get(self._root(node), 0)
+            node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: operands[n])  # noqa: B023
+        for node in reversed(self.same):
+            self.graph.erase_node(node)
+        return {
+            name: self.now[placeholders[name]]
+            for name in sorted(buffers & placeholders.keys())
+            if self.writes.get(placeholders[name])
+        }
+
+    def _named(self, node: fx.Node) -> fx.Node:
+        while node in self.same:
+            node = self.same[node]
+        return node
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        while node in self.viewed:
+            node = self.viewed[node]
+        return node
+
+    def _fresh(self, node: fx.Node, reader: fx.Node) -> fx.Node:
+        """Who holds the value that a reader standing here finds."""
+        node = self._named(node)
+        count = self.writes.get(self._root(node), 0)
+        if node not in self.viewed or self.seen[node] == count:
+            return self.now.get(node, node)
+        if makes_many(node):
+            return node  # its parts are seen again one by one
+        source = self._fresh(self.viewed[node], reader)
+        with self.graph.inserting_before(reader):
+            self.now[node], self.seen[node] = seen_again(self.graph, node, source), count
+        return self.now[node]
+
+    def _write(self, node: fx.Node, target: fx.Node, operands: dict[fx.Node, fx.Node]) -> bool:
+        """False where the op has no form that makes a new tensor: later passes say what they can do with it."""
+        functional = _functional(node.target)
+        if functional is None:
+            return False
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: operands[n])
+        chain = [target]
+        while chain[-1] in self.viewed:
+            chain.append(self.viewed[chain[-1]])
+        wholes = [self._fresh(n, node) for n in chain]
+        with self.graph.inserting_before(node):
+            if node.target is aten.copy_.default:
+                new = _copy(self.graph, node, args[1], target)
+            else:
+                new = _new_value(self.graph, node, functional, args, kwargs, target)
+            made = [new]
+            for view, whole in zip(chain, wholes[1:], strict=False):
+                made.append(put_back(self.graph, view, whole, made[-1]))
+        count = self.writes[chain[-1]] = self.writes.get(chain[-1], 0) + 1
+        for n, holder in zip(chain, made, strict=True):
+            self.now[n], self.seen[n] = holder, count
+        self.same[node] = target
+        return True
+
+
+def _new_value(
+    graph: fx.Graph, node: fx.Node, functional: Any, args: Any, kwargs: dict[str, Any], target: fx.Node
+) -> fx.Node:
+    """In the type of what is written to, whatever the op would promote its operands to."""
+    if functional is aten.zeros_like.default:
+        args, kwargs = args[:1], {}
+    new = graph.call_function(functional, args, kwargs)
+    new.meta = dict(node.meta)
+    dtype = value(target).dtype
+    others = [value(n).dtype for n in node.all_input_nodes if isinstance(value(n), torch.Tensor) and n is not target]
+    if any(other != dtype and other.is_floating_point for other in others):
+        new = graph.call_function(aten._to_copy.default, (new,), {"dtype": dtype})
         new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        order = {n: i for i, n in enumerate(graph.nodes)}
-        target.replace_all_uses_with(new, delete_user_cb=lambda user: order[user] > order[node])  # noqa: B023
-        graph.erase_node(node)
-        if origin in buffer_placeholders:
-            mutated[origin] = new
-    return mutated
+    return new
 
 
-def _copy(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
-    with graph.inserting_before(node):
-        source = graph.call_function(aten.expand.default, (node.args[1], list(value(target).shape)))
-        source.meta = dict(node.meta)
-        return graph.call_function(aten._to_copy.default, (source,), {"dtype": value(target).dtype})
+def _copy(graph: fx.Graph, node: fx.Node, source: Any, target: fx.Node) -> fx.Node:
+    shape, dtype = list(value(target).shape), value(target).dtype
+    if isinstance(source, fx.Node) and _is_own(source, node) and value(source).dtype == dtype:
+        if list(value(source).shape) == shape:
+            return source
+    if not isinstance(source, fx.Node):
+        new = graph.call_function(aten.full_like.default, (target, source))
+    else:
+        wide = graph.call_function(aten.expand.default, (source, shape))
+        wide.meta = {**node.meta, "val": value(source).expand(shape)}
+        new = graph.call_function(aten._to_copy.default, (wide,), {"dtype": dtype})
+    new.meta = dict(node.meta)
+    return new
+
+
+def _is_own(source: fx.Node, copy: fx.Node) -> bool:
+    """Made by an op, and read by the copy alone: it can stand for the value that is written."""
+    return source.op == "call_function" and list(source.users) == [copy] and not is_view(source)

@@ -5,7 +5,7 @@ In float64 and one process: what one op needs to be shown right, without workers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from captured import Recorded, record_instance
@@ -29,12 +29,14 @@ def workload_of(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Workload
     return Workload(model=model.double(), example_batch=dict(batch), global_batch=count, precision=F64)
 
 
-def assert_equal_when_split(model: nn.Module, **batch: torch.Tensor) -> ModelGraph:
+def assert_equal_when_split(
+    model: nn.Module, meshes: Sequence[dict[str, int]] = MESHES, **batch: torch.Tensor
+) -> ModelGraph:
     """The module returns its loss. Raises AssertionError where the loss, a gradient or any sharded result differs."""
     workload = workload_of(model, batch)
     graph = capture(workload)
     recorded = run_model(graph, model, batch)
-    for seed, sizes in enumerate(MESHES):
+    for seed, sizes in enumerate(meshes):
         for one in recorded:
             found, _ = run_program(one, random_solutions(one.segment, sizes, seed), sizes, recompute=seed == 2)
             compare(one, found)
@@ -54,15 +56,21 @@ def run_model(graph: ModelGraph, model: nn.Module, batch: Mapping[str, torch.Ten
             instance.buffers[slot]: ran.results[len(segment.outputs) + k]
             for k, slot in enumerate(segment.mutated_buffers)
         }
-    return _backward(graph, model, batch, values)
+    return _backward(graph, model, batch, values, tensors)
 
 
 def _backward(
-    graph: ModelGraph, model: nn.Module, batch: Mapping[str, torch.Tensor], values: dict[str, torch.Tensor]
+    graph: ModelGraph,
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    values: dict[str, torch.Tensor],
+    after: Mapping[str, torch.Tensor],
 ) -> list[Recorded]:
     buffers = {name: tensor.clone() for name, tensor in model.named_buffers()}
     loss = model(**batch)
     assert_same(values[graph.loss], loss.detach())
+    for name, buffer in model.named_buffers():
+        assert_same(after[name], buffer)
     loss.backward()
     tensors: dict[str, torch.Tensor] = {**graph.constants, **buffers}
     tensors |= {name: tensor.detach() for name, tensor in model.named_parameters()}
