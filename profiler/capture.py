@@ -31,6 +31,7 @@ from .inputs import batch_dims_of, example_batch_size
 from .nodes import value
 from .normalize import normalize
 from .outside_random import refused_outside_random
+from .recurrent_layers import recurrent_layers
 from .workload import Loss, Workload
 
 ROOT = "model"
@@ -145,6 +146,7 @@ def export_step(workload: Workload, symbolic: Mapping[str, Sequence[int]] | None
             no_collection(),
             recorded_functions(),
             refused_outside_random(),
+            recurrent_layers(),
         ):
             warnings.simplefilter("ignore")
             return torch.export.export(step, (batch,), dynamic_shapes=shapes and (shapes,), strict=False)
