@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.fx import _lazy_graph_module
 from torch.fx.experimental import proxy_tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils import checkpoint
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -28,3 +39,72 @@ def lazy_recompile() -> contextlib.AbstractContextManager[None]:
     torch.export changes its graph some thirty times; of 70 blocks, each printing takes half a second.
     """
     return _lazy_graph_module._use_lazy_graph_module(True)
+
+
+def outside_trace() -> contextlib.AbstractContextManager[None]:
+    """Inside, a running trace sees nothing; fake tensors stay fake."""
+    return proxy_tensor.disable_proxy_modes_tracing()
+
+
+@contextlib.contextmanager
+def fake_cpu(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Fake CPU tensors of these shapes and strides, and inside a mode that they belong to."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with unset_fake_temporarily(), mode:
+        yield [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu") for t in tensors]
+
+
+no_checkpoint_contexts = checkpoint.noop_context_fn
+
+
+def is_selection(context: object) -> bool:
+    """Is this the context by which selective checkpointing notes what is kept?"""
+    return isinstance(context, checkpoint._CachingTorchDispatchMode)
+
+
+@contextlib.contextmanager
+def checkpoint_replaced(resumed: Callable[..., Iterator[None]], reentrant: Callable[..., Any]) -> Iterator[None]:
+    """What checkpoint() does, of both kinds, is resumed(original, ...) and reentrant(original, ...)."""
+    generator, apply = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction.apply
+    checkpoint._checkpoint_without_reentrant_generator = functools.partial(resumed, generator)
+    checkpoint.CheckpointFunction.apply = functools.partial(reentrant, apply)
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_without_reentrant_generator = generator
+        del checkpoint.CheckpointFunction.apply  # the inherited one again
+
+
+def function_modes() -> list[Any]:
+    """The torch function modes that are on, outermost first."""
+    return list(_get_current_function_mode_stack())
+
+
+@contextlib.contextmanager
+def engine_replaced(engine: Callable[..., Any]) -> Iterator[None]:
+    """engine(original, ...) runs in place of autograd's engine, under backward() and grad() alike."""
+    original = torch.autograd._engine_run_backward
+    torch.autograd._engine_run_backward = functools.partial(engine, original)
+    try:
+        yield
+    finally:
+        torch.autograd._engine_run_backward = original
+
+
+ModuleBackwardHook = torch.nn.modules.module.BackwardHook
+
+
+@contextlib.contextmanager
+def backward_hook_replaced(kind: Callable[..., Any]) -> Iterator[None]:
+    """kind(module, hooks, pre_hooks) is what a module makes to run its full-backward hooks."""
+    original = torch.nn.modules.module.BackwardHook
+    torch.nn.modules.module.BackwardHook = kind
+    try:
+        yield
+    finally:
+        torch.nn.modules.module.BackwardHook = original
+
+
+def global_module_hooks() -> list[dict[int, Any]]:
+    """Tables of the forward hooks and pre-hooks that run for every module of the process."""
+    return [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]

@@ -10,8 +10,7 @@ import gc
 import hashlib
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from ..errors import ExitCode, ShardwrightError
 from ..kernels import ops  # noqa: F401  registers the ops that normalization puts in
 from . import fold, joint
 from ._torch import DATA_DEPENDENT, lazy_recompile
+from .as_written import AsWritten
 from .attention_interface import shardwright_attention
-from .autograd_functions import recorded_functions
 from .calling import PLAIN_CALL, Call
 from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from .inputs import batch_dims_of, example_batch_size
@@ -32,11 +31,10 @@ from .nodes import value
 from .normalize import normalize
 from .outside_random import refused_outside_random
 from .recurrent_layers import recurrent_layers
+from .where import users_frame
 from .workload import Loss, Workload
 
 ROOT = "model"
-_OURS = Path(__file__).parents[1]  # this package (or checkout)
-_TESTED = ("tests", "examples", "benchmarks")  # beside it in a checkout, and the user's as far as errors go
 
 
 class TrainingStep(nn.Module):
@@ -45,8 +43,10 @@ class TrainingStep(nn.Module):
     def __init__(self, model: nn.Module, loss: Loss | None, call: Call = PLAIN_CALL) -> None:
         super().__init__()
         self.model, self.loss, self.call = model, loss, call
+        self.begin: Callable[[], None] = lambda: None
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.begin()
         return compute_loss(self.model, self.loss, batch, self.call)
 
 
@@ -79,7 +79,8 @@ def compute_loss(model: nn.Module, loss: Loss | None, tensors: Any, call: Call =
 
 def capture(workload: Workload) -> ModelGraph:
     """Trace the workload's training step at the shapes of its example batch."""
-    exported, batch = export_step(workload), workload.example_batch
+    written = AsWritten(workload.model)
+    exported, batch = export_step(workload, written=written), workload.example_batch
     signature = exported.graph_signature
     graph_module, graph = exported.graph_module, exported.graph_module.graph
     placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
@@ -87,7 +88,7 @@ def capture(workload: Workload) -> ModelGraph:
     buffer_fqn = _one_placeholder_each(graph, workload.model, signature.inputs_to_buffers)
     buffer_fqn |= {p: f"constant:{name}" for p, name in signature.inputs_to_lifted_tensor_constants.items()}
     user_inputs = dict(zip(signature.user_inputs, [f"input:{name}" for name in batch], strict=True))
-    mutated, key = normalize(graph_module, param_fqn.keys(), set(buffer_fqn))
+    mutated, key = normalize(graph_module, param_fqn.keys(), set(buffer_fqn), written.hooks.place)
     nodes_of = lambda names: {placeholders[n] for n in names if n in placeholders}  # noqa: E731
     loss_node = next(n for n in reversed(graph.nodes) if n.op == "output").args[0][0]
     if not isinstance(loss_node, fx.Node):
@@ -129,8 +130,11 @@ def _strip(fqn: str) -> str:
     return fqn.removeprefix(ROOT + ".")
 
 
-def export_step(workload: Workload, symbolic: Mapping[str, Sequence[int]] | None = None) -> Any:
-    """The exported training step. symbolic: dimensions of entries that are traced with a symbol each, not a number."""
+def export_step(
+    workload: Workload, symbolic: Mapping[str, Sequence[int]] | None = None, *, written: AsWritten | None = None
+) -> Any:
+    """The exported training step. symbolic: dimensions of entries that are traced with a symbol each, not a number.
+    written: records what the trace of the forward loses; what it records is for the caller to place."""
     # torch.export takes two arguments that are the same tensor for one: give it distinct ones
     batch = {
         name: t.clone() if t.device.type != "meta" else torch.empty_like(t)
@@ -138,15 +142,18 @@ def export_step(workload: Workload, symbolic: Mapping[str, Sequence[int]] | None
     }
     step = TrainingStep(workload.model, workload.loss, workload.call)
     shapes = None if symbolic is None else {n: dict.fromkeys(symbolic.get(n, ()), Dim.AUTO) for n in batch}
+    written = written or AsWritten(workload.model)
+    step.begin = written.hooks.record_parameters
     try:
         with (
             warnings.catch_warnings(),
             shardwright_attention(workload.model),
             lazy_recompile(),
             no_collection(),
-            recorded_functions(),
             refused_outside_random(),
             recurrent_layers(),
+            torch.enable_grad(),
+            written.recorded(),
         ):
             warnings.simplefilter("ignore")
             return torch.export.export(step, (batch,), dynamic_shapes=shapes and (shapes,), strict=False)
@@ -170,10 +177,7 @@ def no_collection() -> Iterator[None]:
 
 def _capture_error(error: Exception) -> ShardwrightError:
     """Name the op and the user's own line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if "/torch/" not in f.filename and not _is_ours(Path(f.filename))]
-    own = [f for f in outside if "site-packages" not in f.filename and not f.filename.startswith("<")]
-    frame = (own or outside or frames)[-1]
+    frame = users_frame(traceback.extract_tb(error.__traceback__))
     text = f"{type(error).__name__} {error}".lower()
     on_data = any(sign in text for sign in ("datadependent", "data-dependent", "data dependent", "could not guard"))
     reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
@@ -188,10 +192,6 @@ def _capture_error(error: Exception) -> ShardwrightError:
         else "a model that torch.export.export(model, (), batch, strict=False) takes",
         exit_code=ExitCode.UNSUPPORTED_MODEL,
     )
-
-
-def _is_ours(path: Path) -> bool:
-    return path.is_relative_to(_OURS) and path.relative_to(_OURS).parts[0] not in (*_TESTED, ".venv")
 
 
 def _assemble(
@@ -231,6 +231,9 @@ def _assemble(
     written = {node: placeholder for placeholder, node in mutated.items()}
     for index, piece in enumerate(pieces):
         updates = [n for n in piece.nodes if n in written]
+        for placeholder in (_placeholder(graph, written[n]) for n in updates):
+            if placeholder not in piece.buffers:  # written for the second time: it reads what the first write left
+                piece.buffers.append(placeholder)
         piece.outputs = [n for n in piece.outputs if n not in written or _read_elsewhere(n, piece)]
         for node in updates:  # also a buffer that is overwritten unread
             buffer = _placeholder(graph, written[node])

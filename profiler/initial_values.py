@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ExitCode, ShardwrightError
+from .copies import carry_hooks, copy_model
 from .inputs import make_batch
 from .recorded import first_values
 from .workload import Workload
@@ -57,7 +58,7 @@ def materialize(workload: Workload, device: torch.device | str = "cpu") -> Workl
 
     The given one is not touched. For reference runs of models that fit one device.
     """
-    model = copy.deepcopy(workload.model)
+    model = copy_model(workload.model)
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -71,6 +72,7 @@ def materialize(workload: Workload, device: torch.device | str = "cpu") -> Workl
             new = nn.Parameter(new.detach().clone(), requires_grad=old.requires_grad)
         for module, slot in places[id(old)]:
             (module._parameters if slot in module._parameters else module._buffers)[slot] = new  # type: ignore[assignment]
+    carry_hooks(workload.model, model)
     batch = workload.example_batch
     if any(tensor.is_meta for tensor in batch.values()):
         batch = make_batch(workload, device=device, seed=workload.seed)

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
+from .autograd_functions import InterpretOpaquely, see_through
 from .fold import RANDOM_INDEX_ARG, Piece
 from .functional import copy, without_writes, writes_or_restrides
 from .graph import Segment
@@ -166,9 +167,11 @@ def _refuse_lost_writes(traced: fx.GraphModule) -> None:
 
 def _functional(forward: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
     """Writes into views (x[:, 0] = y) as scatters: one more trace, only where such writes exist."""
-    run = torch.func.functionalize(fx.Interpreter(forward).run, remove="mutations")
+    run = torch.func.functionalize(InterpretOpaquely(forward).run, remove="mutations")
     with torch.no_grad():
-        return make_fx(run, decomposition_table={aten.copy.default: copy}, tracing_mode="real")(*args)
+        found = make_fx(run, decomposition_table={aten.copy.default: copy}, tracing_mode="real")(*args)
+    see_through(found)
+    return found
 
 
 def _name_placeholders(traced: fx.GraphModule, num_params: int, num_buffers: int, num_inputs: int, last: str) -> None:

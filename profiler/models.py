@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import ExitCode, ShardwrightError
 from . import diffusion, hf
 from .calling import named_entries, take_apart
+from .copies import carry_hooks, copy_model
 from .hf_batches import default_seq_len, fields_for
 from .initial_values import materialize
 from .inputs import BatchField, common_size, draw_batch
@@ -144,12 +145,11 @@ def with_precision(workload: Workload, precision: Precision | torch.dtype | str)
     Casts the model's floating-point parameters and buffers (a copy; the given workload is untouched). Casts that the
     model's own code makes inside its forward are widened by reference_dtype.widened, which capture and reference share.
     """
-    import copy
-
     chosen = _precision(precision)
-    model = copy.deepcopy(workload.model)
+    model = copy_model(workload.model)
     old = workload.precision.compute
     _cast(model, old, chosen.compute)
+    carry_hooks(workload.model, model)
     batch = {
         name: tensor.to(chosen.compute) if tensor.dtype.is_floating_point else tensor
         for name, tensor in workload.example_batch.items()

@@ -2,6 +2,8 @@
 
 Every pass takes an fx.Graph and changes it in place; they run in the order of `normalize`. What each leaves behind:
     inline_scopes         no higher-order set_grad_enabled/autocast wrappers
+    count_users           every node among the users of what it reads
+    place_hooks           (gradient_hooks.py) each hook on a gradient right behind the tensor that it is on
     number_draws          a number on each random op, in program order
     drop_bookkeeping      no asserts, no casts to the same dtype, no aliases
     pin_dtypes            no tensor whose type is that of torch's default when the graph runs
@@ -17,7 +19,7 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -49,11 +51,16 @@ _POOLED = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.defa
 
 
 def normalize(
-    graph_module: fx.GraphModule, param_placeholders: Collection[str], buffer_placeholders: set[str]
+    graph_module: fx.GraphModule,
+    param_placeholders: Collection[str],
+    buffer_placeholders: set[str],
+    place_hooks: Callable[[fx.Graph], None] = lambda graph: None,
 ) -> tuple[dict[str, fx.Node], fx.Node]:
     """Run all passes. Returns the written buffers (placeholder name -> node of the new value) and the random key."""
     graph = graph_module.graph
     inline_scopes(graph_module)
+    count_users(graph)
+    place_hooks(graph)
     number_draws(graph)
     drop_bookkeeping(graph)
     pin_dtypes(graph)
@@ -71,6 +78,13 @@ def normalize(
     refuse_numbers_from_data(graph)
     graph.lint()
     return mutated, key
+
+
+def count_users(graph: fx.Graph) -> None:
+    """An export leaves nodes (slices of what is written in place) that are not among the users of what they read."""
+    for node in graph.nodes:
+        for read in node.all_input_nodes:
+            read.users.setdefault(node)
 
 
 def refuse_numbers_from_data(graph: fx.Graph) -> None:
@@ -181,8 +195,23 @@ def pin_dtypes(graph: fx.Graph) -> None:
         given = node.kwargs.get("dtype") is not None or (
             "dtype" in names and names.index("dtype") < len(node.args) and node.args[names.index("dtype")] is not None
         )
-        if "dtype" in names and not given and isinstance(made, torch.Tensor) and not node.all_input_nodes:
+        if "dtype" not in names:
+            _pin_promotion(graph, node, made)
+        elif not given and isinstance(made, torch.Tensor) and not node.all_input_nodes:
             node.kwargs = {**node.kwargs, "dtype": made.dtype}
+
+
+def _pin_promotion(graph: fx.Graph, node: fx.Node, made: Any) -> None:
+    """An integer tensor times 0.5 has the default dtype of when it runs: make it a number of that dtype first."""
+    read = [n for n in node.all_input_nodes if isinstance(value(n), torch.Tensor)]
+    if not isinstance(made, torch.Tensor) or made.dtype is not torch.float64 or not read:
+        return
+    real = [n for n in read if value(n).dtype.is_floating_point or value(n).dtype.is_complex]
+    if torch.Tag.pointwise in node.target.tags and not real:
+        with graph.inserting_before(node):
+            wide = graph.call_function(aten._to_copy.default, (read[0],), {"dtype": made.dtype})
+        wide.meta = {**read[0].meta, "val": value(read[0]).to(made.dtype)}
+        node.replace_input_with(read[0], wide)
 
 
 def _same(node: fx.Node) -> bool:

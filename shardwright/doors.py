@@ -27,6 +27,7 @@ from .errors import ShardwrightError
 from .planner.plan import Plan
 from .profiler.calling import take_apart
 from .profiler.cluster import Cluster
+from .profiler.copies import carry_hooks_of
 from .profiler.inputs import common_size
 from .profiler.models import with_precision
 from .profiler.workload import Loss, OptimizerSpec, Precision, Workload
@@ -260,6 +261,7 @@ def release(module: nn.Module) -> None:
                     empty = torch.empty_like(tensor, device="meta")
                     is_parameter = isinstance(tensor, nn.Parameter)
                     replaced[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                    carry_hooks_of(tensor, replaced[id(tensor)])  # another batch shape is captured from this model
                 table[name] = replaced[id(tensor)]  # type: ignore[assignment]
 
 

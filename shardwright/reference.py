@@ -16,6 +16,7 @@ from .profiler.attention_interface import shardwright_attention
 from .profiler.capture import compute_loss
 from .profiler.inputs import batch_dims_of
 from .profiler.workload import Workload
+from .reference_checkpoint import modes_kept_in_recomputation
 
 
 def split_batch(
@@ -38,7 +39,7 @@ def forward_backward(
     for index, microbatch in enumerate(split_batch(batch, batch_dims_of(workload), microbatch_size)):
         weight = min(microbatch_size, size - index * microbatch_size) / size
         random = CounterBasedRandom(workload.seed, step, index)
-        with shardwright_attention(workload.model), random:
+        with shardwright_attention(workload.model), random, modes_kept_in_recomputation():
             loss = compute_loss(workload.model, workload.loss, microbatch, workload.call)
             (loss * weight).backward()
         total += loss.detach().double().cpu() * weight

@@ -12,8 +12,9 @@ from torch import nn
 
 from shardwright import api, tasks
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.capture import compute_loss
+from shardwright.profiler.capture import capture, compute_loss
 from shardwright.profiler.inputs import make_batch
+from tests.as_written import largest_difference, workload_of
 
 
 class Rebuilds(nn.Module):
@@ -142,3 +143,29 @@ def test_a_pool_to_one_value_has_the_gradient_of_a_mean() -> None:
 def test_a_gradient_that_writes_in_place_is_right_or_refused() -> None:
     with contextlib.suppress(ShardwrightError):
         _agrees("restrided")
+
+
+class Siamese(nn.Module):
+    """A batch norm and a counter that one forward writes twice, from two segments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.norm, self.g = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        first = self.g(self.norm(self.f(a)).relu())
+        self.count += 1
+        second = self.g(self.norm(self.f(b)).relu())
+        self.count += 1
+        return (first - second.detach()).square().mean() + second.square().mean() * self.count
+
+
+def test_a_buffer_written_twice_holds_what_the_second_write_left() -> None:
+    torch.manual_seed(0)
+    batch = {"a": torch.randn(6, 5), "b": torch.randn(6, 5)}
+    workload = workload_of(Siamese(), batch)
+    graph = capture(workload)
+    assert largest_difference(workload, graph) < 1e-12
+    assert sorted(graph.buffers) == ["count", "norm.num_batches_tracked", "norm.running_mean", "norm.running_var"]
+    assert workload.model.count == 2 and workload.model.norm.num_batches_tracked == 2

@@ -1,0 +1,38 @@
+"""What a trace of the forward alone would lose of a model: recorded while it is exported, or refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from .autograd_functions import Calls, guarded_engine, recorded_functions
+from .gradient_hooks import GradientHooks, recorded_hooks, refuse_hooks
+from .own_checkpoints import captured_through
+
+
+class AsWritten:
+    """One capture's record. hooks: to be placed in the graph once it is there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        refuse_hooks(model)
+        originals = {
+            id(tensor): (module, name)
+            for module in model.modules()
+            for table in (module._parameters, module._buffers)
+            for name, tensor in table.items()
+            if tensor is not None
+        }
+        self.calls = Calls(originals)
+        self.hooks = GradientHooks(model, self.calls)
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        with (
+            captured_through(),
+            guarded_engine(self.calls),
+            recorded_functions(self.calls),
+            recorded_hooks(self.hooks),
+        ):
+            yield
