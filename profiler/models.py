@@ -25,7 +25,7 @@ from .model_kinds import KINDS
 from .near import near_matches
 from .small_models import SMALL_MODELS
 from .user_model import call_factory
-from .workload import OptimizerSpec, Precision, Workload
+from .workload import LossScaling, OptimizerSpec, Precision, Workload
 
 _PRESET_DIR = Path(__file__).parent / "presets"
 _DTYPES = {
@@ -131,7 +131,7 @@ def reload_workload(spec: Mapping[str, Any], **changes: Any) -> Workload:
     if spec.get("kind") in KINDS and str(spec["model"]).startswith("hf:"):
         arguments["kind"] = spec["kind"]
     if "precision" in spec:
-        arguments["precision"] = Precision(**{key: _dtype(value) for key, value in spec["precision"].items()})
+        arguments["precision"] = _named_precision(spec["precision"])
     workload = load_workload(spec["model"], **{**arguments, **changes})
     dims = spec.get("batch_dims")
     if dims is None or set(dims) != set(workload.example_batch):
@@ -347,11 +347,23 @@ def _dtype(value: torch.dtype | str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _precision_names(precision: Precision) -> dict[str, str]:
-    return {
-        field.name: str(getattr(precision, field.name)).removeprefix("torch.")
-        for field in dataclasses.fields(precision)
+_DTYPES_OF_PRECISION = ("compute", "master", "grad_reduce")
+
+
+def _precision_names(precision: Precision) -> dict[str, Any]:
+    names: dict[str, Any] = {
+        name: str(getattr(precision, name)).removeprefix("torch.") for name in _DTYPES_OF_PRECISION
     }
+    if precision.loss_scaling != LossScaling():
+        rule = precision.loss_scaling
+        names["loss_scaling"] = None if rule is None else dataclasses.asdict(rule)
+    return names
+
+
+def _named_precision(names: Mapping[str, Any]) -> Precision:
+    rule = names.get("loss_scaling", {})
+    scaling = None if rule is None else LossScaling(**rule)
+    return Precision(**{name: _dtype(names[name]) for name in _DTYPES_OF_PRECISION}, loss_scaling=scaling)
 
 
 def _cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,15 +61,32 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
+class LossScaling:
+    """torch.amp.GradScaler's rule and values: what the loss is multiplied by, how that grows after growth_interval
+    finite steps and shrinks after one that is not, which is left out."""
+
+    initial: float = 2.0**16
+    growth: float = 2.0
+    backoff: float = 0.5
+    growth_interval: int = 2000
+
+
+@dataclass(frozen=True)
 class Precision:
     """compute: dtype of parameters and activations inside the graph. master: dtype of the optimizer's copy and state.
 
     Where compute and master are the same, the shard that the optimizer steps over is the only copy.
+    loss_scaling: where compute is float16; None turns it off.
     """
 
     compute: torch.dtype = torch.bfloat16
     master: torch.dtype = torch.float32
     grad_reduce: torch.dtype = torch.float32
+    loss_scaling: LossScaling | None = LossScaling()
+
+    @property
+    def scales_loss(self) -> bool:
+        return self.compute == torch.float16 and self.loss_scaling is not None
 
 
 @dataclass(frozen=True)
@@ -101,6 +118,8 @@ class Workload:
     call: Call = PLAIN_CALL
 
     def __post_init__(self) -> None:
+        if self.precision.scales_loss and not self.optimizer.skip_nonfinite:  # scaling is by trial and error
+            object.__setattr__(self, "optimizer", replace(self.optimizer, skip_nonfinite=True))
         tensors, form = take_apart(self.example_batch)
         if form is not None or self.model_inputs != self.call.inputs:
             object.__setattr__(self, "example_batch", tensors)

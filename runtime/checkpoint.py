@@ -5,6 +5,7 @@ Keys of the flat state:
     model.NAME              the parameter as the optimizer steps over it (the master copy)
     buffer.NAME             a buffer
     optimizer.NAME.STATE    one entry of the optimizer's state for that parameter
+    loss_scale.state        under float16: [scale, finite steps since it changed]
 
 Beside DCP's files stands program.json: {"format", "step", "groups": hyperparameters of each parameter group, "files":
 SHA-256 of each, "sha256": of the document itself}. It is written last, so that a folder without it is an unfinished
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 FORMAT = "shardwright.checkpoint/2"
 _DOCUMENT = "program.json"
+_LOSS_SCALE = "loss_scale.state"
 _T = TypeVar("_T")
 
 
@@ -46,6 +48,8 @@ def state_dict(program: Program) -> dict[str, torch.Tensor]:
     """This rank's tensors by the keys above, without copies: DTensors, or plain tensors that one rank holds alone."""
     state: dict[str, torch.Tensor] = {f"model.{n}": p.detach() for n, p in program.named_parameters()}
     state.update({f"buffer.{name}": tensor for name, tensor in program.named_buffers()})
+    if program.scaler is not None:
+        state[_LOSS_SCALE] = program.scaler.state
     optimizer = program.optimizer
     if optimizer is not None:
         for parameter, entries in optimizer.state.items():
@@ -180,14 +184,13 @@ def load(program: Program, path: str | Path) -> None:
     document, reader = _on_every_rank(lambda: _verified(path, program.grid.rank))
     found = reader.read_metadata().state_dict_metadata
     with_optimizer = any(key.startswith("optimizer.") for key in found)
-    own = state_dict(program)
-    _check_shapes(path, found, {k: tensor for k, tensor in own.items() if not k.startswith("optimizer.")})
+    state = _loaded_state(program, found, with_optimizer=False)
+    _check_shapes(path, found, state)
     with put_back_on_failure(program):
         if with_optimizer:
             make_optimizer_state(program)
-            own = state_dict(program)
-            _check_shapes(path, found, own)
-        state = {k: tensor for k, tensor in own.items() if with_optimizer or not k.startswith("optimizer.")}
+            state = _loaded_state(program, found, with_optimizer=True)
+            _check_shapes(path, found, state)
         try:
             with _quiet():
                 dcp.load(state, storage_reader=reader)
@@ -199,6 +202,14 @@ def load(program: Program, path: str | Path) -> None:
             for group, options in zip(program.optimizer.param_groups, document["groups"], strict=False):
                 group.update(options)
     program.store.refresh()
+
+
+def _loaded_state(program: Program, found: Mapping[str, Any], *, with_optimizer: bool) -> dict[str, torch.Tensor]:
+    """What is to come from a checkpoint that has these entries. One made in another dtype has no loss scale."""
+    state = {k: tensor for k, tensor in state_dict(program).items() if with_optimizer or not k.startswith("optimizer.")}
+    if _LOSS_SCALE not in found:
+        state.pop(_LOSS_SCALE, None)
+    return state
 
 
 def _verified(path: Path, rank: int) -> tuple[dict[str, Any], SafeReader]:

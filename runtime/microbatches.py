@@ -125,16 +125,19 @@ class Keys:
 
     def __init__(self, graph: ModelGraph, seed: int, device: torch.device) -> None:
         random = [inst for inst in graph.instances if graph.segments[inst.segment].has_random]
-        self._bases = [inst.random_base for inst in random]
         self._rows = {inst.index: row for row, inst in enumerate(random)}
-        self._seed, self._device = seed, device
         self._none = torch.zeros(4, dtype=torch.int64, device=device)
+        bases = [[seed, 0, 0, inst.random_base] for inst in random]
+        self._bases = torch.tensor(bases, dtype=torch.int64, device=device).view(1, len(random), 4)
         self._table = self._none
 
     def begin(self, step: int, num_microbatches: int) -> None:
-        if self._bases:
-            table = [[[self._seed, step, k, base] for base in self._bases] for k in range(num_microbatches)]
-            self._table = torch.tensor(table, dtype=torch.int64).to(self._device, non_blocking=True)
+        """What differs from step to step is filled in on the device: a copy from the host would wait for it."""
+        if self._rows:
+            self._table = self._bases.repeat(num_microbatches, 1, 1)
+            self._table.select(2, 1).fill_(step)
+            microbatches = torch.arange(num_microbatches, device=self._table.device)
+            self._table.select(2, 2).copy_(microbatches.unsqueeze(1))
 
     def __call__(self, microbatch: int, instance: int) -> torch.Tensor:
         row = self._rows.get(instance)

@@ -25,6 +25,7 @@ from .batch import BatchPart, MicrobatchPart
 from .buffers import Buffers, SecondDirection, buffer_names, written_buffers
 from .collectives import Summing
 from .extents import DataCut
+from .loss_scaling import loss_scaler
 from .memory import MemoryMeter
 from .mesh import RankGrid
 from .microbatches import Keys, Microbatches, Rebuild
@@ -103,7 +104,8 @@ class Program:
             device=self.device,
             existing=_real_tensors(workload.model) if adopt else None,
         )
-        self._stepper = Stepper(workload.optimizer, self.store)
+        self.scaler = loss_scaler(precision)
+        self._stepper = Stepper(workload.optimizer, self.store, self.scaler)
         self.buffers = Buffers({})
         self._buffer_names = buffer_names(graph, self._eval_wiring, self.grid.coord("pp"))
         self._second = SecondDirection(self.buffers, written, self.grid) if len(placements) > 1 else None
@@ -239,14 +241,18 @@ class Program:
         dtype = self.graph.values[self.graph.loss].dtype
         late = dtype not in (torch.float32, torch.float64)
         weights = [part.size / total for part in parts]
-        tangents = {w: torch.tensor(w * count if late else w, dtype=dtype, device=self.device) for w in set(weights)}
+        factor = (count if late else 1.0) * (self.scaler.scale if self.scaler is not None else 1.0)
+        # filled on the device: a copy from the host would wait for all that the device has been given. A scale that
+        # the loss's dtype does not hold becomes infinite there, and the step is left out
+        wide = {w: torch.full((), w * factor, dtype=torch.float64, device=self.device) for w in set(weights)}
+        tangents = {w: tangent.to(dtype) for w, tangent in wide.items()}
         if self._second is not None:
             self._second.begin()
         results = self._run(parts, self._runners, lambda k: tangents[weights[k]], training=True)
         if self._second is not None:
             self._second.join(sum(self.schedule(count).direction))
         with self.recorder.action("reduce", resource=COLLECTIVE):
-            self.store.finish_gradients(1.0 / count if late else 1.0)
+            self.store.finish_gradients(1.0 / factor)
         return self._mean_loss(results, weights)
 
     @torch.no_grad()

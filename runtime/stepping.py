@@ -19,6 +19,7 @@ import torch
 
 from ..profiler.workload import OptimizerSpec
 from .collectives import Summing
+from .loss_scaling import LossScaler
 from .optimizer import clip_factor, scale_gradients, start_grad_norm
 from .parameters import ParameterStore, local_tensor
 
@@ -26,8 +27,10 @@ from .parameters import ParameterStore, local_tensor
 class Stepper:
     """One rank's optimizer steps, of which the last may still be on trial."""
 
-    def __init__(self, spec: OptimizerSpec, store: ParameterStore) -> None:
-        self.spec, self.store = spec, store
+    def __init__(self, spec: OptimizerSpec, store: ParameterStore, scaler: LossScaler | None = None) -> None:
+        """scaler: is told of each step's gradient; spec leaves out those that are not finite."""
+        self.spec, self.store, self.scaler = spec, store, scaler
+        assert scaler is None or spec.skip_nonfinite
         self._norm: torch.Tensor | None = None
         self._trial: _Trial | None = None
         self._was_clipped = False
@@ -51,6 +54,7 @@ class Stepper:
             self._norm = square.wait().sqrt()
             self._was_clipped = self.spec.post_validation and self._rejects(self._norm)
             self._redo(optimizer)
+            self._update_scale()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -66,6 +70,12 @@ class Stepper:
             self._redo(trial.optimizer)
             trial.put_options_back()
             self.store.clear_gradients()
+        self._update_scale()
+
+    def _update_scale(self) -> None:
+        if self.scaler is not None:
+            assert self._norm is not None
+            self.scaler.update(bool(self._norm.isfinite()))
 
     def kept_bytes(self) -> int:
         return 0 if self._trial is None else self._trial.num_bytes()

@@ -16,7 +16,7 @@ class Recorder:
 
     def __init__(self, rank: int, device: torch.device) -> None:
         self.rank = rank
-        self.on_stream = device.type == "cuda"
+        self.device, self.on_stream = device, device.type == "cuda"
         self.enabled = True
         self._marks: list[tuple[str, str, int, int, float, float]] = []
         self._stream_marks: list[tuple[str, str, int, int, torch.cuda.Event, torch.cuda.Event]] = []
@@ -28,16 +28,16 @@ class Recorder:
         self._stream_marks.clear()
         self._start_s = time.perf_counter()
         if self.on_stream and self.enabled:
-            self._start_event = _now()
+            self._start_event = self._now()
 
     @contextmanager
     def action(self, kind: str, stage: int = -1, microbatch: int = -1, resource: str = COMPUTE) -> Iterator[None]:
         if not self.enabled:
             yield
         elif self.on_stream:
-            start = _now()
+            start = self._now()
             yield
-            self._stream_marks.append((resource, kind, stage, microbatch, start, _now()))
+            self._stream_marks.append((resource, kind, stage, microbatch, start, self._now()))
         else:
             start_s = time.perf_counter()
             yield
@@ -50,15 +50,14 @@ class Recorder:
             for resource, kind, stage, microbatch, start, end in self._marks
         ]
         if self._stream_marks and self._start_event is not None:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
             first = self._start_event
             for resource, kind, stage, microbatch, begin, stop in self._stream_marks:
                 start_s, end_s = first.elapsed_time(begin) / 1e3, first.elapsed_time(stop) / 1e3
                 events.append(Event(self.rank, resource, kind, stage, microbatch, start_s, end_s))
         return Trace("measured", tuple(events))
 
-
-def _now() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    def _now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event

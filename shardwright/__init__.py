@@ -20,6 +20,7 @@ if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "planner" / "plan.p
 _EXPORTS = {
     "Cluster": ".profiler.hardware",
     "ExitCode": ".errors",
+    "LossScaling": ".profiler.workload",
     "OptimizerSpec": ".profiler.workload",
     "Parallel": ".doors",
     "Plan": ".planner.plan",
@@ -42,6 +43,7 @@ _EXPORTS = {
 __all__ = [
     "Cluster",
     "ExitCode",
+    "LossScaling",
     "OptimizerSpec",
     "Parallel",
     "Plan",
@@ -72,7 +74,7 @@ if TYPE_CHECKING:
     from .planner.plan import Plan
     from .planner.sharding.register import check_sharding, register_sharding
     from .profiler.hardware import Cluster
-    from .profiler.workload import OptimizerSpec, Precision, Workload
+    from .profiler.workload import LossScaling, OptimizerSpec, Precision, Workload
     from .reasons import explain, why_not
 
 

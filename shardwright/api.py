@@ -253,12 +253,15 @@ def build(plan: Plan, workload: Workload, *, device: torch.device | str | None =
     """This rank's Program: its stages rewritten as the plan says, its shards of the parameters initialized.
 
     Under torchrun, torch.distributed must be initialized and every rank must call this with the same plan. device: by
-    default the plan's, the CPU or this rank's GPU. adopt: where the model has real values on that
-    device and nothing is sharded, use its own tensors as storage.
+    default the plan's, the CPU or this rank's GPU, which becomes the current one. adopt: where the model has real
+    values on that device and nothing is sharded, use its own tensors as storage.
 
     Raises ShardwrightError, exit code 7, where the plan was made for another model, shape, hardware or version.
     """
     device = torch.device(device) if device is not None else devices.device_of(plan)
+    if device.type == "cuda":  # pinned memory and NCCL's object collectives go by the current one
+        device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        torch.cuda.set_device(device)
     distributed = dist.is_available() and dist.is_initialized()
     hashes.verify_version(plan)
     workload = hashes.with_plans_dims(plan, workload)
