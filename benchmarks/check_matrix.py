@@ -33,7 +33,9 @@ class Layout:
 
 
 def _forced(processes: int, **force: object) -> Layout:
-    return Layout(processes, {"microbatch": str(MICROBATCH), **{key: str(value) for key, value in force.items()}})
+    return Layout(
+        processes, {"global_microbatch": str(MICROBATCH), **{key: str(value) for key, value in force.items()}}
+    )
 
 
 LAYOUTS: dict[str, Layout] = {

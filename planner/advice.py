@@ -11,9 +11,10 @@ from ..profiler.accelerators import accelerators
 from ..profiler.cluster import Cluster
 from ..profiler.hardware import parse_hardware
 from ..units import GIB, format_bytes
-from .candidates import Candidate, Forced, enumerate_candidates
+from .candidates import Candidate, enumerate_candidates, value_of
 from .evaluate import find_cuts
 from .footprint import fits
+from .forcing import Forced
 from .interfaces import ShardingSolution
 from .outcome import Outcome
 from .setting import Setting
@@ -67,13 +68,24 @@ def _nearest_change(
 ) -> tuple[str, str]:
     """(setting to change, value that fits)."""
     known = {(tp, batch): found for (_, tp, batch), found in solutions.items() if found is not None}
-    for name in ("recompute", "zero", "microbatch", "schedule", "virtual_stages", "cuts", "pp", "dp", "tp"):
+    for name in (
+        "recompute",
+        "zero",
+        "microbatch",
+        "global_microbatch",
+        "schedule",
+        "virtual_stages",
+        "cuts",
+        "pp",
+        "dp",
+        "tp",
+    ):
         default: Any = "auto" if name == "recompute" else None
         if getattr(forced, name) == default:
             continue
         found = first_fit(setting, replace(forced, **{name: default}), known)
         if found is not None:
-            value = "all" if name == "recompute" else getattr(found, name, None)
+            value = "all" if name == "recompute" else value_of(name, found)
             return f"--force {name}", f"--force {name}={value}" if value is not None else f"no --force {name}"
     if setting.memory_limit_bytes is not None or setting.cluster.memory_limit_bytes is not None:
         need = nearest.peak_bytes or 0

@@ -1,27 +1,20 @@
-"""What the outer search may choose from, and what the user forces.
+"""What the outer search may choose from.
 
 A candidate is a mesh (pp x dp x tp, all devices), a microbatch, a schedule with its virtual stages and a ZeRO stage.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ..costmodel.memory import Extents
-from ..errors import ExitCode, ShardwrightError
-from ..profiler.cluster import Cluster
-from ..profiler.near import near_matches
-from .schedules.library import SCHEDULES, SEARCHED, canonical_name
+from ..errors import ShardwrightError
+from .forcing import Forced, contradiction, divisors, nearest_multiple
+from .schedules.library import SCHEDULES, SEARCHED
 
-FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "virtual_stages", "recompute", "cuts",
-              "zero_extent", "offload")  # fmt: skip
-ALIASES = {"chunks": "virtual_stages"}
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 MAX_PP = 64
-RECOMPUTE_CHOICES = ("auto", "none", "all")
-OFFLOAD_CHOICES = ("none", "auto")
 
 
 @dataclass(frozen=True)
@@ -83,253 +76,6 @@ class Candidate:
         )
 
 
-@dataclass(frozen=True)
-class Forced:
-    """What the user fixed; None: the search decides."""
-
-    pp: int | None = None
-    dp: int | None = None
-    tp: int | None = None
-    zero: int | None = None
-    schedule: str | None = None
-    synthesize: bool = False  # an order of the plan's own, however little it saves
-    microbatch: int | None = None
-    virtual_stages: int | None = None
-    recompute: str = "auto"
-    cuts: tuple[int, ...] | None = None  # segment instance at which each next stage begins
-    zero_extent: tuple[int, int] | None = None  # ranks that share parameters, ranks that share other state
-    offload: bool = False  # an order of the plan's own may send activations to host memory
-
-    @property
-    def axes(self) -> dict[str, int]:
-        return {name: size for name in ("pp", "dp", "tp") if (size := getattr(self, name)) is not None}
-
-
-def parse_forced(force: Mapping[str, str]) -> Forced:
-    """Raises ShardwrightError: unknown keys with near matches, values that are not what the key takes."""
-    values: dict[str, object] = {}
-    for key, text in force.items():
-        name, text = key.strip().lower(), str(text).strip()
-        name = ALIASES.get(name, name)
-        if name not in FORCE_KEYS:
-            near = near_matches(name, FORCE_KEYS)
-            raise ShardwrightError(
-                f"unknown force key {key!r}; known: {', '.join(FORCE_KEYS)}",
-                means=f"did you mean {' or '.join(near)}?" if near else "nothing in a plan goes by that name",
-                change="--force KEY=VALUE",
-                works=f"--force {near[0] if near else 'pp'}={_example(near[0] if near else 'pp')}",
-            )
-        if name == "schedule" and text.lower() in ("auto", "synthesized"):
-            values["synthesize"] = True
-        elif name == "schedule":
-            values[name] = canonical_name(text)
-        elif name == "recompute":
-            values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
-        elif name == "offload":
-            values[name] = _one_of(name, text.lower(), OFFLOAD_CHOICES) == "auto"
-        elif name == "cuts":
-            values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
-        elif name == "zero_extent":
-            parts = [_integer(name, part, 1) for part in text.split("/")]
-            values[name] = (parts[0], parts[-1])
-        elif name in ("cp", "ep"):
-            if _integer(name, text, 1) != 1:
-                raise ShardwrightError(
-                    f"--force {name}={text}: plans have {name}=1",
-                    means=f"the search space has no {'context' if name == 'cp' else 'expert'}-parallel axis",
-                    change=f"--force {name}",
-                    works=f"--force {name}=1",
-                )
-        elif name == "zero":
-            values[name] = int(_one_of(name, text, ("0", "1", "2", "3")))
-        else:
-            values[name] = _integer(name, text, 1)
-    return Forced(**values)  # type: ignore[arg-type]
-
-
-def _example(key: str) -> str:
-    return {
-        "schedule": "1f1b",
-        "recompute": "all",
-        "cuts": "12",
-        "zero": "1",
-        "zero_extent": "8",
-        "offload": "auto",
-    }.get(key, "2")
-
-
-def _integer(key: str, text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise ShardwrightError(
-            f"--force {key}={text}: {key} takes a whole number, {least} or more",
-            change=f"--force {key}",
-            works=f"--force {key}={_example(key)}",
-        )
-    return value
-
-
-def _one_of(key: str, text: str, choices: Sequence[str]) -> str:
-    if text not in choices:
-        raise ShardwrightError(
-            f"--force {key}={text}: {key} takes {', '.join(choices)}",
-            change=f"--force {key}",
-            works=f"--force {key}={_example(key)}",
-        )
-    return text
-
-
-def divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def _contradiction(what: str, means: str, change: str, works: str) -> ShardwrightError:
-    return ShardwrightError(what, means=means, change=change, works=works, exit_code=ExitCode.CONTRADICTION)
-
-
-def check_forced(forced: Forced, cluster: Cluster, global_batch: int, num_instances: int) -> None:
-    """Raises ShardwrightError (exit 4) where forced values exclude each other, the devices, the batch or the model."""
-    num_devices = cluster.num_devices
-    _check_axes(forced, num_devices)
-    _check_batch(forced, num_devices, global_batch)
-    _check_stages(forced, num_devices, num_instances)
-    if forced.offload:
-        _check_offload(forced, cluster)
-
-
-def _check_offload(forced: Forced, cluster: Cluster) -> None:
-    """Is there anything that offloading could be part of?"""
-    device = cluster.worst_device()
-    if device.kind == "cpu":
-        raise _contradiction(
-            f"--force offload=auto: {device.name} has no other memory than its host's",
-            "nothing would be saved",
-            "--force offload",
-            "--force offload=none",
-        )
-    if forced.schedule is not None:
-        raise _contradiction(
-            f"--force offload=auto: schedule {forced.schedule} is run as it was published",
-            "it keeps all activations",
-            "--force schedule",
-            "--force schedule=auto",
-        )
-    if forced.pp == 1:
-        raise _contradiction(
-            "--force offload=auto: pp=1 has no pipeline",
-            "activations are offloaded as actions of a pipeline's order",
-            "--force pp",
-            "--force pp=2",
-        )
-
-
-def _check_axes(forced: Forced, num_devices: int) -> None:
-    axes = forced.axes
-    product = math.prod(axes.values())
-    named = " ".join(f"{name}={size}" for name, size in axes.items())
-    if num_devices % product == 0 and (len(axes) < 3 or product == num_devices):
-        return
-    free = [name for name in ("dp", "pp", "tp") if name not in axes]
-    name = free[0] if free else max(axes, key=lambda axis: axes[axis])
-    rest = product // axes.get(name, 1)
-    if num_devices % rest == 0:
-        works = f"--force {name}={num_devices // rest}"
-    else:
-        name = max(axes, key=lambda axis: axes[axis])
-        fits = [d for d in divisors(num_devices) if num_devices % (product // axes[name] * d) == 0] or [1]
-        works = f"--force {name}={min(fits, key=lambda d: abs(d - axes[name]))}"
-    raise _contradiction(
-        f"forced {named} makes {product} ranks, and there are {num_devices} devices",
-        "pp x dp x tp must be the number of devices",
-        f"--force {name}",
-        works,
-    )
-
-
-def _check_batch(forced: Forced, num_devices: int, global_batch: int) -> None:
-    if global_batch < 1:
-        raise ShardwrightError(f"a global batch of {global_batch} is no batch", change="--global-batch", works="8")
-    if forced.microbatch is not None and global_batch % forced.microbatch:
-        near = min(divisors(global_batch), key=lambda d: abs(d - forced.microbatch))  # type: ignore[operator]
-        raise _contradiction(
-            f"a global batch of {global_batch} does not divide into microbatches of {forced.microbatch}",
-            "every microbatch has the same number of sequences",
-            "--force microbatch or --global-batch",
-            f"--force microbatch={near} or --global-batch {nearest_multiple(global_batch, forced.microbatch)}",
-        )
-    if forced.dp is None:
-        return
-    if global_batch % forced.dp:
-        raise _contradiction(
-            f"a global batch of {global_batch} does not divide over dp={forced.dp} data-parallel ranks",
-            "every data-parallel rank takes the same number of sequences",
-            "--global-batch",
-            f"--global-batch {nearest_multiple(global_batch, forced.dp)}",
-        )
-    if forced.microbatch is not None and forced.microbatch % forced.dp:
-        raise _contradiction(
-            f"microbatch={forced.microbatch} does not divide over dp={forced.dp}",
-            "a microbatch is global: all data-parallel ranks together hold it",
-            "--force microbatch",
-            f"--force microbatch={nearest_multiple(forced.microbatch, forced.dp)}",
-        )
-
-
-def nearest_multiple(number: int, of: int) -> int:
-    return max(of, round(number / of) * of)
-
-
-def _check_stages(forced: Forced, num_devices: int, num_instances: int) -> None:
-    pp, chunks, schedule = forced.pp, forced.virtual_stages, forced.schedule
-    if schedule is not None and chunks is not None and chunks not in SCHEDULES[schedule].chunks:
-        taken = SCHEDULES[schedule].chunks
-        works = taken[0]
-        raise _contradiction(
-            f"schedule={schedule} with virtual_stages={chunks}",
-            f"{schedule} takes virtual_stages={min(taken)}{' or more' if len(taken) > 1 else ''}",
-            "--force virtual_stages",
-            f"--force virtual_stages={works}",
-        )
-    interleaved = (schedule is not None and SCHEDULES[schedule].chunks[0] > 1) or (chunks or 1) > 1
-    if interleaved and (pp == 1 or num_devices == 1):
-        raise _contradiction(
-            f"{'schedule=' + schedule if schedule else f'virtual_stages={chunks}'} with pp=1",
-            "there is no pipeline to interleave on one pipeline rank",
-            "--force pp" if num_devices > 1 else "--force schedule",
-            "--force pp=2" if num_devices > 1 else "--force schedule=1f1b",
-        )
-    least = (pp or 1) * (chunks or (2 if interleaved else 1))
-    if least > num_instances:
-        raise _contradiction(
-            f"{least} stages forced (pp={pp or 1}, virtual_stages={chunks or 1}), and the model has {num_instances} "
-            "segments",
-            "a stage runs at least one segment",
-            "--force pp or virtual_stages",
-            f"--force pp={max(1, num_instances // (chunks or (2 if interleaved else 1)))}",
-        )
-    if forced.cuts is not None:
-        stages = len(forced.cuts) + 1
-        if list(forced.cuts) != sorted(set(forced.cuts)):
-            raise _contradiction(
-                f"cuts={','.join(map(str, forced.cuts))} do not rise",
-                "each cut is the segment instance at which the next stage begins",
-                "--force cuts",
-                f"--force cuts={','.join(map(str, sorted(set(forced.cuts))))}",
-            )
-        if pp is not None and stages != pp * (chunks or 1) and (chunks is not None or stages % pp):
-            raise _contradiction(
-                f"{len(forced.cuts)} cuts make {stages} stages, and pp={pp} virtual_stages={chunks or 1} need "
-                f"{pp * (chunks or 1)}",
-                "there is one cut fewer than stages",
-                "--force cuts",
-                f"--force pp={stages}",
-            )
-
-
 def enumerate_candidates(
     forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int, domain: int = 1
 ) -> Iterator[Candidate]:
@@ -347,7 +93,7 @@ def enumerate_candidates(
                 continue
             for local_batch in divisors(global_batch // dp):
                 microbatch = local_batch * dp
-                if forced.microbatch not in (None, microbatch):
+                if forced.microbatch not in (None, local_batch) or forced.global_microbatch not in (None, microbatch):
                     continue
                 count = global_batch // microbatch
                 for schedule, chunks in _schedules(forced, pp, num_instances):
@@ -399,28 +145,67 @@ def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[st
                 yield name, chunks
 
 
+# What a user may let go of, most particular first.
+LET_GO = ("cuts", "zero_extent", "virtual_stages", "schedule", "global_microbatch", "microbatch", "dp", "pp", "tp")
+MAX_BATCHES = 1024  # looked at
+
+
 def nothing_divides(
     forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int, domain: int = 1
 ) -> ShardwrightError:
-    """No candidate at all: names the nearest batch for which there is one."""
+    """No candidate at all: names the forced value without which there is one, else the nearest batch that has one."""
 
-    def divides(batch: int) -> bool:
-        return any(True for _ in enumerate_candidates(forced, num_devices, batch, num_instances, max_tp, domain))
+    def first(of: Forced, batch: int) -> Candidate | None:
+        return next(enumerate_candidates(of, num_devices, batch, num_instances, max_tp, domain), None)
 
-    named = " ".join(f"{name}={size}" for name, size in forced.axes.items())
+    values = {name: getattr(forced, name) for name in LET_GO if getattr(forced, name) is not None}
+    named = " ".join(f"{name}={_text(value)}" for name, value in values.items())
     under = f"{num_devices} devices" + (f" with {named}" if named else "")
-    near = (batch for d in range(1, num_devices + 1) for batch in (global_batch + d, global_batch - d) if batch > 0)
-    works = next((batch for batch in near if divides(batch)), None)
-    if works is None:
-        return _contradiction(
-            f"{under} cannot be divided over a model of {num_instances} segments",
-            "every stage runs at least one segment, and the tensor axis is at most as wide as the fast links",
-            "--hardware or --force",
-            f"--hardware with {min(num_instances, num_devices)} devices",
-        )
-    return _contradiction(
-        f"a global batch of {global_batch} does not divide over {under}",
-        f"data-parallel ranks take equal numbers of sequences, and {num_instances} segments make no more stages",
-        "--global-batch",
-        f"--global-batch {works}",
+    near = (
+        batch for d in range(1, min(num_devices, MAX_BATCHES) + 1) for batch in (global_batch + d, global_batch - d)
     )
+    axes_alone = Forced(**forced.axes)
+    if first(axes_alone, global_batch) is None:
+        works = next((batch for batch in near if batch > 0 and first(forced, batch) is not None), None)
+        if works is not None:
+            return contradiction(
+                f"a global batch of {global_batch} does not divide over {under}",
+                f"data-parallel ranks take equal numbers of sequences; {num_instances} segments make no more stages",
+                "--global-batch",
+                f"--global-batch {works}",
+            )
+    for name in values:
+        found = first(replace(forced, **{name: None}), global_batch)
+        if found is not None:
+            return contradiction(
+                f"{name}={_text(values[name])} goes with no mesh of {num_devices} devices and a global batch of "
+                f"{global_batch}" + (f", with {named}" if len(values) > 1 else ""),
+                _why_not(name, values[name]),
+                f"--force {name}",
+                f"--force {name}={value_of(name, found)}" if value_of(name, found) else f"no --force {name}",
+            )
+    return contradiction(
+        f"{under} cannot be divided over a model of {num_instances} segments and a global batch of {global_batch}",
+        f"every stage runs a segment, every data-parallel rank takes a sequence, and tp is at most {max_tp}",
+        "--global-batch",
+        f"--global-batch {nearest_multiple(global_batch, num_devices)}",
+    )
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _why_not(name: str, value: object) -> str:
+    if name == "microbatch":
+        return f"dp times {value} sequences must divide the global batch, for a dp that divides the devices"
+    if name == "global_microbatch":
+        return f"{value} sequences must divide over dp, for a dp that divides the devices"
+    return "no candidate has it"
+
+
+def value_of(name: str, candidate: Candidate) -> int | str | None:
+    """The candidate's own value of a forced key."""
+    if name == "microbatch":
+        return candidate.local_batch
+    return getattr(candidate, "microbatch" if name == "global_microbatch" else name, None)

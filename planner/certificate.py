@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .candidates import Candidate
+from .candidates import MAX_PP, Candidate
 from .chain import Chain
 from .evaluate import lower_bound, path_seconds
 from .memory_options import MemoryOption
@@ -114,6 +114,22 @@ def certified_bound(state: SearchState, step_s: float, *, tighten: bool) -> floa
             state.learn_any_order(lowest, pool)
         bounds[lowest] = state.any_order_s[lowest]
     return min(step_s, *bounds.values())
+
+
+def not_searched(state: SearchState) -> list[str]:
+    """In few words, what a plan could have that none of the candidates has."""
+    forced, cluster = state.forced, state.setting.cluster
+    left_out = ["context and expert axes", "other orders of the axes"]
+    widest = max(candidate.tp for candidate in state.candidates)
+    if forced.tp is None and forced.pp is None and forced.dp is None and widest < cluster.num_devices:
+        left_out.append(f"tp above {widest}")
+    if cluster.num_devices > MAX_PP and forced.pp is None:
+        left_out.append(f"pp above {MAX_PP}")
+    if any(outcome.assumed for outcome in state.outcomes.values()):
+        left_out.append("larger microbatches than one that does not fit")
+    if not forced.offload and cluster.worst_device().kind != "cpu":
+        left_out.append("offload")
+    return left_out
 
 
 def _bound(state: SearchState, candidate: Candidate) -> float:

@@ -113,6 +113,7 @@ def _described(plan: Plan) -> dict[str, str]:
         "hardware": str(plan.hardware.get("name", "")),
         **{axis: str(sizes[axis]) for axis in MESH_AXES},
         "microbatch": f"{plan.microbatch.count} of {plan.microbatch.size}",
+        "microbatch of a rank": str(plan.microbatch.size // plan.mesh.dp),
         **{f"split on {axis}": _shares(shares) for axis, shares in plan.predicted.split.items() if sizes[axis] > 1},
         "schedule": plan.schedule.name if plan.mesh.pp > 1 else "",
         "virtual stages": str(plan.schedule.virtual_stages),

@@ -12,6 +12,7 @@ from .interfaces import ShardingSolution
 
 MAX_ROWS = 24
 MAX_MISFITS = 4
+FASTER = 1 - 1e-6
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Outcome:
     unsharded: bool = False
     too_slow: bool = False  # with the least recomputation that might fit
     tight: bool = False  # memory keeps it from its fastest cuts and placements
+    assumed: bool = False  # not to fit, as a smaller microbatch does not
     note: str = ""
 
     @property
@@ -42,6 +44,13 @@ class Outcome:
         if not self.recompute:
             return "none"
         return "all" if self.recompute_all else "some"
+
+
+def is_preferable(outcome: Outcome, other: Outcome) -> bool:
+    """Is it faster than the other, and no larger?"""
+    if outcome.step_s is None or other.step_s is None or outcome.peak_bytes is None or other.peak_bytes is None:
+        return False
+    return outcome.step_s < other.step_s * FASTER and outcome.peak_bytes <= other.peak_bytes
 
 
 def _reason(outcome: Outcome, best: Outcome, interrupted: str) -> str:
@@ -66,7 +75,8 @@ def _reason(outcome: Outcome, best: Outcome, interrupted: str) -> str:
 def considered_rows(
     candidates: Iterable[Candidate], outcomes: Mapping[Candidate, Outcome], best: Outcome, interrupted: str
 ) -> list[plan_document.Considered]:
-    """The best of each mesh, the nearest that do not fit, then the best of the rest; the chosen one left out."""
+    """The best of each mesh, the nearest that do not fit, then the best of the rest; the chosen one left out.
+    Candidates that come to the same plan, as all schedules of one microbatch do, are one row."""
     known = [outcomes[c] if c in outcomes else Outcome(c) for c in candidates if c != best.candidate]
 
     def rank(outcome: Outcome) -> tuple[int, float]:
@@ -78,18 +88,33 @@ def considered_rows(
             return 3, 0.0
         return 2, max(outcome.bound_s, outcome.search_bound_s)
 
-    known.sort(key=rank)
+    known.sort(key=lambda outcome: (*rank(outcome), *outcome.candidate.simplicity))
+    alike = {_figures(best)}
+    single = [outcome for outcome in known if outcome.step_s is None or not _seen(_figures(outcome), alike)]
     first_of_mesh: dict[tuple[int, int, int], Outcome] = {}
-    for outcome in known:
+    for outcome in single:
         c = outcome.candidate
         first_of_mesh.setdefault((c.pp, c.dp, c.tp), outcome)
     chosen = sorted(first_of_mesh.values(), key=rank)[: MAX_ROWS // 2]
     taken = {outcome.candidate for outcome in chosen}
-    misfits = [outcome for outcome in known if outcome.fits is False and outcome.candidate not in taken][:MAX_MISFITS]
+    misfits = [outcome for outcome in single if outcome.fits is False and outcome.candidate not in taken][:MAX_MISFITS]
     chosen += misfits
     taken |= {outcome.candidate for outcome in misfits}
-    chosen += [outcome for outcome in known if outcome.candidate not in taken][: MAX_ROWS - len(chosen)]
+    chosen += [outcome for outcome in single if outcome.candidate not in taken][: MAX_ROWS - len(chosen)]
     return [_row(outcome, best, interrupted) for outcome in sorted(chosen, key=rank)]
+
+
+def _figures(outcome: Outcome) -> tuple[object, ...]:
+    c = outcome.candidate
+    step = float(f"{outcome.step_s or 0.0:.6g}")
+    return c.pp, c.dp, c.tp, c.microbatch, c.extents, outcome.recompute, step, outcome.peak_bytes
+
+
+def _seen(figures: tuple[object, ...], known: set[tuple[object, ...]]) -> bool:
+    """Are they among those known? They are from now on."""
+    before = figures in known
+    known.add(figures)
+    return before
 
 
 def _row(outcome: Outcome, best: Outcome, interrupted: str) -> plan_document.Considered:
@@ -100,6 +125,7 @@ def _row(outcome: Outcome, best: Outcome, interrupted: str) -> plan_document.Con
         microbatch=c.microbatch,
         schedule=c.schedule + chunks,
         zero=c.zero,
+        zero_extents=c.extents._asdict() if c.split is not None else {},
         recompute=outcome.recompute_label,
         step_s=outcome.step_s,
         peak_bytes=outcome.peak_bytes,

@@ -121,11 +121,13 @@ class ShardingProof(_Document):
 
 
 class Certificate(_Document):
-    """status: optimal (gap proven within tolerance) | feasible. lower_bound_s: of any plan in the searched space."""
+    """status: optimal (gap proven within tolerance) | feasible. lower_bound_s: of any plan in the searched space.
+    not_searched: what the bound says nothing about."""
 
     status: str
     lower_bound_s: float
     gap_fraction: float
+    not_searched: list[str] = Field(default_factory=list)
     sharding: ShardingProof | None = None
 
 
@@ -136,10 +138,13 @@ class PlanningTime(_Document):
 
 
 class Considered(_Document):
+    """microbatch: sequences of one, all data-parallel ranks together."""
+
     mesh: Mesh
     microbatch: int
     schedule: str
     zero: int
+    zero_extents: dict[str, int] = Field(default_factory=dict)  # as in Plan
     recompute: str
     step_s: float | None
     peak_bytes: int | None

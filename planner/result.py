@@ -13,12 +13,12 @@ from ..profiler.cluster import Cluster
 from ..profiler.workload import Workload
 from . import plan as plan_document
 from .candidates import Candidate
-from .certificate import certified_bound
+from .certificate import certified_bound, not_searched
 from .chain import Chain
 from .evaluate import hops, run_timeline, stage_times, tails
 from .footprint import placements_of, rank_breakdown
 from .interfaces import ShardingSolution
-from .outcome import Outcome, considered_rows
+from .outcome import Outcome, considered_rows, is_preferable
 from .own_order import own_order
 from .schedule_choice import best_order
 from .schedules import PipelineSchedule
@@ -63,7 +63,8 @@ def _one_of_each(cluster: Cluster) -> list[int]:
 
 
 def _simplest(state: SearchState) -> Outcome:
-    """Of the plans on the same mesh that are as fast as the incumbent, to ALIKE, the simplest."""
+    """Of the plans on the same mesh that are as fast as the incumbent, to ALIKE, the simplest to which no other plan is
+    preferable in both step and memory."""
     best = state.incumbent
     assert best is not None and best.step_s is not None
     own = best.candidate
@@ -78,7 +79,9 @@ def _simplest(state: SearchState) -> Outcome:
         outcome = state.outcomes[candidate]
         if outcome.step_s is None and outcome.fits is not False and outcome.bound_s <= limit_s:
             outcome = state.score_alone(candidate)
-        if outcome.step_s is not None and outcome.step_s <= limit_s and outcome.solution is not None:
+        fast = outcome.step_s is not None and outcome.step_s <= limit_s and outcome.solution is not None
+        if fast and not any(is_preferable(other, outcome) for other in state.outcomes.values()):
+            assert outcome.solution is not None
             if state.is_own(outcome.solution, candidate):
                 return outcome
     return best
@@ -143,6 +146,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
             status="optimal" if gap <= OPTIMAL_GAP and not interrupted else "feasible",
             lower_bound_s=bound_s,
             gap_fraction=gap,
+            not_searched=not_searched(state),
         ),
         considered=considered_rows(state.candidates, state.outcomes, best, interrupted),
         solution=solution,

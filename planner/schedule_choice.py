@@ -7,6 +7,7 @@ Cuts are moved one by one under each order that could win. own_order.py then loo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from ..profiler.buffer_updates import update_scales
 from .candidates import Candidate
+from .certificate import base_of
 from .evaluate import lower_bound, step_seconds
 from .footprint import fits, quick_peaks
-from .outcome import Outcome
+from .outcome import Outcome, is_preferable
 from .schedules.library import SCHEDULES, SEARCHED
 from .stages import improve_cuts
 
@@ -24,30 +26,50 @@ if TYPE_CHECKING:
     from .search import SearchState
 
 MAX_SECONDS = 3.0
+MAX_RIVALS, RIVAL_SECONDS = 4, 0.5  # other meshes, and the time for each
+RIVAL = 0.95  # of the best step: bounds above that are not looked at
 POLISH_SECONDS = 2.0
 POLISH_MARGIN = 1.1  # cuts are moved under an order that takes at most so many times the best
 
 
 def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
-    """The best outcome over all orders, its cuts polished; `best` unless another is faster by the factor least_gain."""
+    """The best outcome over all orders, its cuts polished; `best` unless another is faster by the factor least_gain, or
+    faster and no larger."""
     best = state.incumbent = _polished(state, best)  # what Ctrl-C leaves
-    if best.candidate.pp == 1 or state.forced.schedule is not None or best.solution is None:
+    if state.forced.schedule is not None or best.solution is None:
         return best
-    stop_at = min(time.monotonic() + MAX_SECONDS, state.deadline)
-    bound_s = free_bound(state, best.candidate)
     chosen, limit_s = best, (best.step_s or 0.0) / least_gain
-    for candidate in _others(state, best.candidate):
-        if bound_s >= limit_s or time.monotonic() > stop_at:
-            break
-        state.candidates.append(candidate)
-        state.outcomes[candidate] = Outcome(candidate, bound_s=bound_s, search_bound_s=bound_s)
-        outcome = state.outcomes[candidate] = state.score_alone(candidate)
-        if outcome.step_s is not None and outcome.step_s < limit_s * POLISH_MARGIN:
-            outcome = state.outcomes[candidate] = _polished(state, outcome)
-            if (outcome.step_s or 0.0) < limit_s:
-                chosen, limit_s = outcome, outcome.step_s or 0.0
-                state.incumbent = chosen
+    for base, seconds in _meshes(state, best.candidate):
+        stop_at = min(time.monotonic() + seconds, state.deadline)
+        bound_s = free_bound(state, base) if base.pp > 1 and time.monotonic() < stop_at else math.inf
+        for candidate in _others(state, base):
+            if bound_s >= limit_s or time.monotonic() > stop_at:
+                break
+            state.candidates.append(candidate)
+            state.outcomes[candidate] = Outcome(candidate, bound_s=bound_s, search_bound_s=bound_s)
+            outcome = state.outcomes[candidate] = state.score_alone(candidate)
+            if outcome.step_s is not None and outcome.step_s < limit_s * POLISH_MARGIN:
+                outcome = state.outcomes[candidate] = _polished(state, outcome)
+                if (outcome.step_s or 0.0) < limit_s or is_preferable(outcome, chosen):
+                    chosen, limit_s = outcome, min(limit_s, outcome.step_s or 0.0)
+                    state.incumbent = chosen
     return chosen
+
+
+def _meshes(state: SearchState, best: Candidate) -> Iterator[tuple[Candidate, float]]:
+    """The best plan's mesh and microbatch, then those on which another order could be faster still, those first whose
+    published plans are fastest; seconds for each."""
+    yield best, MAX_SECONDS
+    step_s = state.incumbent.step_s if state.incumbent is not None else None
+    rivals = [base for base, bound_s in state.any_order_s.items() if base.pp > 1 and bound_s < (step_s or 0.0) * RIVAL]
+    rivals = [base for base in rivals if base != base_of(best)]
+    found: dict[Candidate, float] = {}
+    for candidate, outcome in state.outcomes.items():
+        if outcome.step_s is not None:
+            base = base_of(candidate)
+            found[base] = min(found.get(base, math.inf), outcome.step_s)
+    for base in sorted(rivals, key=lambda base: (found.get(base, math.inf), state.any_order_s[base]))[:MAX_RIVALS]:
+        yield base, RIVAL_SECONDS
 
 
 def _polished(state: SearchState, outcome: Outcome) -> Outcome:

@@ -29,11 +29,12 @@ from ..profiler.graph import ModelGraph
 from ..profiler.workload import Workload
 from ..units import format_seconds
 from .advice import does_not_fit
-from .candidates import Candidate, Forced, check_forced, divisors, enumerate_candidates, nothing_divides, parse_forced
+from .candidates import Candidate, enumerate_candidates, nothing_divides
 from .certificate import any_order_bound, base_of, ideal_seconds, own_order_bound
 from .chain import Chain, build_chain
 from .evaluate import estimate, lower_bound, unevenness
 from .footprint import state_share
+from .forcing import Forced, check_forced, divisors, parse_forced
 from .interfaces import Sharder, ShardingSolution
 from .memory_options import MemoryOption, memory_options
 from .outcome import Outcome
@@ -149,6 +150,7 @@ class SearchState:
         return min(estimate(self.setting, candidate, chain) for chain in chains)
 
     def _take_for_too_large(self, outcome: Outcome, smaller: Outcome) -> None:
+        outcome.assumed = True
         outcome.fits, outcome.peak_bytes, outcome.limit_bytes = False, smaller.peak_bytes, smaller.limit_bytes
         outcome.missing_bytes, outcome.worst_rank = smaller.missing_bytes, smaller.worst_rank
         outcome.recompute, outcome.recompute_all = smaller.recompute, smaller.recompute_all

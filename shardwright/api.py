@@ -18,7 +18,7 @@ from .passes.device_kernels import refuse_missing_kernels
 from .passes.fuse import fuse_model
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
-from .planner.candidates import parse_forced
+from .planner.forcing import parse_forced
 from .planner.interfaces import ShardingSolution
 from .planner.plan import Plan, PlanningTime, ShardingProof
 from .planner.search import search

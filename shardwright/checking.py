@@ -105,9 +105,10 @@ def _fill_pipeline(force: Mapping[str, Any], global_batch: int) -> dict[str, Any
     asked = {key: int(str(force[key])) for key in ("pp", "dp") if str(force.get(key, "")).isdigit()}
     stages = asked.get("pp", 1)
     size, rest = divmod(global_batch, 2 * stages)
-    if stages == 1 or "microbatch" in force or rest or size == 0 or size % max(asked.get("dp", 1), 1):
+    given = {"microbatch", "global_microbatch"} & set(force)
+    if stages == 1 or given or rest or size == 0 or size % max(asked.get("dp", 1), 1):
         return dict(force)
-    return {**force, "microbatch": size}
+    return {**force, "global_microbatch": size}
 
 
 def run_check(plan: Plan, *, debug: bool = False) -> CheckResult:

@@ -61,6 +61,9 @@ def why_not(
     is an answer.
     """
     forced = {**plan.forced, **{key: str(value) for key, value in choices.items()}}
+    for one, other_name in (("microbatch", "global_microbatch"), ("global_microbatch", "microbatch")):
+        if one in choices and other_name not in choices:  # they say the same
+            forced.pop(other_name, None)
     try:
         other = api.plan(
             reload_workload(plan.workload),

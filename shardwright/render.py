@@ -123,6 +123,8 @@ def _headline(plan: Plan) -> RenderableType:
     batch = (
         f"{count} microbatch{'es' if count != 1 else ''} of {size} sequence{'s' if size != 1 else ''} = {size * count}"
     )
+    if plan.mesh.dp > 1:
+        batch += f", {size // plan.mesh.dp} on each data rank"
     if seq_len := plan.workload.get("seq_len"):
         batch += f", {seq_len:,} tokens each"
     again, away = num_let_go(plan)
@@ -283,9 +285,9 @@ def _runners_up(plan: Plan, top: int) -> RenderableType:
     for other in ranked[:top]:
         table.add_row(
             _mesh_text(other),
-            str(other.microbatch),
+            f"{other.microbatch // other.mesh.dp} x {other.mesh.dp}" if other.mesh.dp > 1 else str(other.microbatch),
             _short_schedule(other.schedule),
-            str(other.zero),
+            _short_zero(other),
             other.recompute,
             "" if other.step_s is None else format_seconds(other.step_s),
             "" if other.peak_bytes is None else format_bytes(other.peak_bytes),
@@ -295,6 +297,12 @@ def _runners_up(plan: Plan, top: int) -> RenderableType:
     if left <= 0:
         return table
     return Group(table, Text(f"{left} more considered (--top N shows more, --json all)", "dim"))
+
+
+def _short_zero(other: Considered) -> str:
+    """With the widths over which it is split, where those are not the whole data axis."""
+    widths = list(dict.fromkeys(other.zero_extents.values()))
+    return f"{other.zero} over {'/'.join(map(str, widths))}" if widths else str(other.zero)
 
 
 def _short_schedule(schedule: str) -> str:
@@ -322,13 +330,14 @@ def _conservative_ops(plan: Plan) -> RenderableType:
 def _trust(plan: Plan) -> RenderableType:
     certificate, planning = plan.certificate, plan.planning_s
     if certificate.status == "optimal":
-        proof = "proven optimal in the searched space, under this cost model"
+        proof = "proven optimal among what was searched, under this cost model"
     else:
         bound = format_seconds(certificate.lower_bound_s)
-        proof = f"within {certificate.gap_fraction:.1%} of the best possible (bound {bound})"
+        proof = f"within {certificate.gap_fraction:.1%} of the best among what was searched (bound {bound})"
     other_s = max(0.0, planning.total - planning.capture - planning.solve)
     rows: list[tuple[str, RenderableType]] = [
         ("certificate", f"{certificate.status}: {proof}" if certificate.status != "optimal" else proof),
+        *([("not searched", ", ".join(certificate.not_searched))] if certificate.not_searched else []),
         *([("placements", _sharding_proof(certificate.sharding))] if certificate.sharding else []),
         ("hardware figures", _sources(plan)),
         (

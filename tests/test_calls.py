@@ -55,7 +55,7 @@ def test_the_model_gets_every_entry_as_its_user_passes_them(way: str) -> None:
 
 
 def test_nested_batches_are_cut_over_data_ranks_and_microbatches() -> None:
-    force = {"dp": 2, "microbatch": 4}
+    force = {"dp": 2, "global_microbatch": 4}
     for found in run_ranks(2, _gradients, Nested, nested(1), nested(2), {"force": force}):
         assert found[0] == 2
         model = seeded(Nested)
@@ -68,7 +68,7 @@ def test_what_merely_is_as_long_as_the_batch_is_shared() -> None:
 
 
 def test_shared_entries_and_samples_along_other_dimensions_give_the_numbers_of_the_whole_batch() -> None:
-    force = {"dp": 2, "microbatch": 4}
+    force = {"dp": 2, "global_microbatch": 4}
     for found in run_ranks(2, _gradients, Shared, shared_entries(1), shared_entries(2), {"force": force}):
         assert found[0] == 2
         model = seeded(Shared)

@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 @functools.cache
 def planned(model: str, dp: int, tp: int) -> tuple[Plan, ModelGraph]:
     workload = tasks.check_workload(spec(model))
-    force = {"pp": "1", "dp": str(dp), "tp": str(tp), "microbatch": "4"}
+    force = {"pp": "1", "dp": str(dp), "tp": str(tp), "global_microbatch": "4"}
     plan = api.plan(workload, f"{dp * tp}xCPU", force=force)
     return plan, api._capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
 

@@ -12,7 +12,7 @@ from shardwright.planner.schedules import build_schedule
 from shardwright.planner.schedules.base import SYNTHESIZED
 from shardwright.planner.timeline import predicted_trace
 
-ASKED = {"pp": "4", "tp": "1", "dp": "2", "microbatch": "4"}
+ASKED = {"pp": "4", "tp": "1", "dp": "2", "global_microbatch": "4"}
 
 
 def planned(**force: str) -> Plan:

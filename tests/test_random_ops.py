@@ -96,7 +96,7 @@ def _workload(name: str) -> Workload:
 
 LAYOUTS = [
     ("dropouts", {"tp": "2", "recompute": "all"}),
-    ("distributions", {"dp": "2", "zero": "3", "microbatch": "2"}),
+    ("distributions", {"dp": "2", "zero": "3", "global_microbatch": "2"}),
     ("discrete", {"tp": "2"}),
     ("attention", {"tp": "2", "recompute": "all"}),
     ("attends", {"dp": "2", "zero": "1"}),

@@ -86,7 +86,7 @@ def test_programs_that_write_gradients_in_place_compute_what_the_model_computes(
     model: str, force: dict[str, Any], schedule: str | None, tmp_path: Path
 ) -> None:
     """Split backwards, tied weights, recomputation and several microbatches."""
-    chosen = {key: str(value) for key, value in {"microbatch": 4, **force}.items()}
+    chosen = {key: str(value) for key, value in {"global_microbatch": 4, **force}.items()}
     plan = api.plan(tasks.check_workload({"model": f"preset:{model}", "global_batch": 16}), "4xCPU", force=chosen)
     if schedule is not None:
         plan = plan.model_copy(update={"schedule": Schedule(name=schedule)})

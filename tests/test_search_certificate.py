@@ -58,9 +58,19 @@ def test_memory_options_are_compared_by_their_steps_not_taken_in_order(extra):
 def test_no_force_is_faster_than_the_stated_gap_allows(sizes, hardware, limit_bytes, options):
     case = Case(sizes, hardware, 8, memory_limit_bytes=limit_bytes, **options)
     found = case.search()
+    _check_runner_ups(found)
+    assert "context and expert axes" in found.certificate.not_searched
     case.search = _remembering(case.search, found)
     for force in FORCES:
         hold_for(case, force)
+
+
+def _check_runner_ups(found):
+    """None is faster and no larger than the plan that was chosen; none stands there twice."""
+    timed = [row for row in found.considered if row.step_s is not None]
+    step_s, peak_bytes = found.predicted.step_s, max(found.predicted.peak_bytes)
+    assert not [row for row in timed if row.step_s < step_s * (1 - 1e-6) and row.peak_bytes <= peak_bytes]
+    assert len({row.model_dump_json() for row in found.considered}) == len(found.considered)
 
 
 def _remembering(search, found):

@@ -12,9 +12,10 @@ from planner_fakes import LLAMA_8B, LLAMA_70B, Case, Sizes
 
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.planner import plan as plan_document
-from shardwright.planner.candidates import FORCE_KEYS, Forced, divisors, enumerate_candidates, parse_forced
+from shardwright.planner.candidates import enumerate_candidates
 from shardwright.planner.evaluate import lower_bound, run_timeline
 from shardwright.planner.footprint import rank_breakdown
+from shardwright.planner.forcing import FORCE_KEYS, Forced, divisors, parse_forced
 from shardwright.planner.setting import Setting
 from shardwright.profiler.workload import OptimizerSpec, Precision
 from shardwright.units import GIB, MIB
@@ -96,7 +97,7 @@ def test_what_is_chosen_always_fits_and_is_never_below_its_bound(layers, devices
 def test_every_choice_can_be_forced():
     case = Case(Sizes(layers=6), "8xCPU", 16)
     result = case.search(
-        pp=2, dp=2, tp=2, zero=3, schedule="interleaved", microbatch=2, virtual_stages=2, recompute="all"
+        pp=2, dp=2, tp=2, zero=3, schedule="interleaved", microbatch=1, virtual_stages=2, recompute="all"
     )
     assert (result.mesh.pp, result.mesh.dp, result.mesh.tp, result.zero) == (2, 2, 2, 3)
     assert (result.schedule.name, result.schedule.virtual_stages) == ("interleaved_1f1b", 2)
@@ -139,7 +140,19 @@ def test_unknown_keys_and_values_name_what_is_near(force, match, works):
         ({"pp": 1, "schedule": "interleaved_1f1b"}, "with pp=1", "--force pp=2"),
         ({"schedule": "1f1b", "virtual_stages": 2}, "virtual_stages=2", "--force virtual_stages=1"),
         ({"microbatch": 3}, "does not divide into microbatches of 3", "--force microbatch=2"),
-        ({"dp": 4, "microbatch": 2}, "microbatch=2 does not divide over dp=4", "--force microbatch=4"),
+        ({"global_microbatch": 3}, "does not divide into microbatches of 3", "--force global_microbatch=2"),
+        ({"dp": 4, "microbatch": 4}, "is 16 sequences, which a global batch of 8 does not", "--force microbatch=2"),
+        (
+            {"dp": 4, "global_microbatch": 2},
+            "global_microbatch=2 does not divide over dp=4",
+            "--force global_microbatch=4",
+        ),
+        (
+            {"dp": 2, "microbatch": 2, "global_microbatch": 2},
+            "global_microbatch=2 with dp=2",
+            "--force global_microbatch=4",
+        ),
+        ({"pp": 1, "tp": 1, "microbatch": 4}, "microbatch=4 goes with no mesh of 4 devices", "--force microbatch="),
         ({"pp": 4, "virtual_stages": 4}, "16 stages forced", "--force pp=2"),
         ({"pp": 2, "cuts": "3,2"}, "do not rise", "--force cuts=2,3"),
         ({"pp": 4, "cuts": "3"}, "1 cuts make 2 stages", "--force pp=2"),

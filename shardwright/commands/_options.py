@@ -57,8 +57,9 @@ def add_force_option(parser: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="force a choice (repeatable): pp, dp, tp, zero, zero_extent, schedule, virtual_stages, microbatch, "
-        "recompute, offload, cuts, or PATTERN=FORM: 'layers.*.mlp.up_proj=colwise'",
+        help="force a choice (repeatable): pp, dp, tp, zero, zero_extent, schedule, virtual_stages, microbatch "
+        "(sequences on each data rank), global_microbatch, recompute, offload, cuts, or PATTERN=FORM: "
+        "'layers.*.mlp.up_proj=colwise'",
     )
 
 

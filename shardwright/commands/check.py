@@ -64,7 +64,8 @@ def _show(result, seconds: float) -> None:  # type: ignore[no-untyped-def]
     worst = f"   worst: {result.worst_parameter}" if result.worst_parameter else ""
     console.print(f"  gradients  {result.max_grad_rel_err:.2e} over {len(result.gradient_errors)} parameters{worst}")
     console.print(f"  plan       {mesh_text(plan.mesh)}, {schedule_text(plan)}, ZeRO {plan.zero}, "
-                  f"{plan.microbatch.count} microbatches of {plan.microbatch.size}")  # fmt: skip
+                  f"{plan.microbatch.count} microbatches of {plan.microbatch.size} "
+                  f"({plan.microbatch.size // plan.mesh.dp} on each data rank)")  # fmt: skip
     console.print(f"  took       {format_seconds(seconds)}", style="dim")
     for name, error in sorted(result.gradient_errors.items(), key=lambda item: -item[1])[:8]:
         if error > TOLERANCE:

@@ -67,7 +67,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def _check_names(args: argparse.Namespace, force: dict[str, str]) -> Cluster:
     """The cluster. What is mistyped is said before what is missing, and before the model is traced."""
-    from ..planner.candidates import parse_forced
+    from ..planner.forcing import parse_forced
     from ..planner.sharding.pins import choices_of
     from ..profiler.hardware import parse_hardware
 
