@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import io
+import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,6 +150,7 @@ def export_step(
     try:
         with (
             warnings.catch_warnings(),
+            own_errors_alone(),
             shardwright_attention(workload.model),
             lazy_recompile(),
             no_collection(),
@@ -161,6 +165,20 @@ def export_step(
         raise
     except Exception as error:
         raise _capture_error(error) from error
+
+
+@contextlib.contextmanager
+def own_errors_alone() -> Iterator[None]:
+    """Keep back what torch.export prints and logs before it raises: the error says it in the user's terms."""
+    logger = logging.getLogger("torch")
+    level, text = logger.level, io.StringIO()
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(text):
+            yield
+        sys.stderr.write(text.getvalue())  # what the model itself had to say
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 Every pass takes an fx.Graph and changes it in place; they run in the order of `normalize`. What each leaves behind:
     inline_scopes         no higher-order set_grad_enabled/autocast wrappers
+    refuse_sizes_from_data  no tensor whose shape follows from the data in another
     count_users           every node among the users of what it reads
     place_hooks           (gradient_hooks.py) each hook on a gradient right behind the tensor that it is on
     number_draws          a number on each random op, in program order
@@ -59,6 +60,7 @@ def normalize(
     """Run all passes. Returns the written buffers (placeholder name -> node of the new value) and the random key."""
     graph = graph_module.graph
     inline_scopes(graph_module)
+    refuse_sizes_from_data(graph)
     count_users(graph)
     place_hooks(graph)
     number_draws(graph)
@@ -85,6 +87,21 @@ def count_users(graph: fx.Graph) -> None:
     for node in graph.nodes:
         for read in node.all_input_nodes:
             read.users.setdefault(node)
+
+
+def refuse_sizes_from_data(graph: fx.Graph) -> None:
+    """A tensor whose size follows from data (x[mask], nonzero, unique) stands with a symbol in its shape."""
+    for node in graph.nodes:
+        made = value(node) if node.op == "call_function" else None
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and not all(isinstance(size, int) for size in tensor.shape):
+                raise ShardwrightError(
+                    f"{source_of(node) or 'the model'} makes a tensor whose size follows from data ({node.target})",
+                    means="its shape is known only as it runs, so neither its memory nor its time can be planned",
+                    change="that line: the number of entries must follow from the configuration",
+                    works="torch.where(mask, x, 0) in place of x[mask]",
+                    exit_code=ExitCode.UNSUPPORTED_MODEL,
+                )
 
 
 def refuse_numbers_from_data(graph: fx.Graph) -> None:

@@ -225,3 +225,24 @@ def test_a_plan_runs_code_that_its_user_chose_alone(capsys, tmp_path, monkeypatc
     assert not flag.exists()
     code, _, err = run_main(capsys, "explain", str(path), "--trust-model")
     assert code == 0 and flag.exists(), err
+
+
+DATA_DEPENDENT = {
+    "branch": "if x.sum() > 0: return self.a(x).sum()",
+    "size": "return self.a(x)[:int(x.sum().item())].sum()",
+    "selection": "return self.a(x[x > 0].view(-1, 4)).sum()",
+    "nonzero": "return self.a(x)[x[:, 0].nonzero()[:, 0]].sum()",
+    "loop": "return sum(self.a(row).sum() for row in x.unique(dim=0))",
+    "failure": "raise RuntimeError('of its own')",
+}
+
+
+@pytest.mark.parametrize("line", DATA_DEPENDENT.values(), ids=DATA_DEPENDENT.keys())
+def test_what_depends_on_data_is_refused_by_line_and_nothing_else_is_printed(capfd, line, tmp_path):
+    source = tmp_path / "mine.py"
+    source.write_text(FACTORY.format(flag=str(tmp_path / "flag")).replace("return self.a(x).square().mean()", line))
+    number = next(n for n, text in enumerate(source.read_text().splitlines(), 1) if line in text)
+    code = cli.main(["plan", f"{source}:make", "--hardware", "1xCPU", "--global-batch", "4"])
+    out, err = capfd.readouterr()
+    assert code == ExitCode.UNSUPPORTED_MODEL, err
+    assert not out and err.startswith("error: ") and f"mine.py:{number}" in err, err
