@@ -88,11 +88,15 @@ def _simplest(state: SearchState) -> Outcome:
 
 
 def build_result(state: SearchState, started: float, interrupted: str) -> SearchResult:
+    if not interrupted:
+        state.progress("comparing orders and cuts for the best mesh")
     best = state.incumbent if interrupted else best_order(state, _simplest(state), ALIKE)
     assert best is not None and best.solution is not None
     setting, candidate, solution = state.setting, best.candidate, best.solution
     bounds, chain = best.bounds, setting.chain(solution, best.recompute)
     timeline = run_timeline(setting, candidate, chain, bounds)
+    if not interrupted and candidate.pp > 1 and state.forced.schedule is None:
+        state.progress("looking for an order of the plan's own")
     own = None if interrupted else own_order(state, best, timeline, ALIKE)
     held: list[int] | list[None] = [None] * candidate.pp
     order: PipelineSchedule | None = None

@@ -26,6 +26,7 @@ from ..costmodel.model import CostModel
 from ..errors import ExitCode, ShardwrightError
 from ..profiler.cluster import Cluster
 from ..profiler.graph import ModelGraph
+from ..profiler.watch import TimeUp, stop_at
 from ..profiler.workload import Workload
 from ..units import format_seconds
 from .advice import does_not_fit
@@ -75,18 +76,19 @@ class SearchState:
         for candidate in self.candidates:
             groups.setdefault((candidate.local_batch, candidate.tp), []).append(candidate)
         try:
-            self._learn_whole()
-            for _, members in sorted(groups.items()):
-                self._run_group(members)
+            with stop_at(self.deadline):
+                self._learn_whole()
+                for _, members in sorted(groups.items()):
+                    self._run_group(members)
         except KeyboardInterrupt:
             return "Ctrl-C"
-        except _TimeUp:
+        except TimeUp:
             return "time limit"
         return ""
 
     def _check_time(self) -> None:
         if time.monotonic() > self.deadline:
-            raise _TimeUp
+            raise TimeUp
 
     def _learn_whole(self) -> None:
         """Seconds of the whole batch on one device, forward and backward: what the bounds of unsolved groups share
@@ -222,6 +224,8 @@ class SearchState:
             try:
                 self.solutions[key] = self.sharder.solve(dp=dp, tp=tp, local_batch=local_batch)
             except ShardwrightError as error:
+                if error.exit_code == ExitCode.TIME_LIMIT and time.monotonic() > self.deadline:
+                    raise TimeUp from None
                 self.solutions[key], self.refusal = None, error
             self.solve_seconds += time.monotonic() - started
         return self.solutions[key]
@@ -229,7 +233,12 @@ class SearchState:
     def frontier(self, candidate: Candidate) -> list[ShardingSolution]:
         self.progress(f"frontier of dp={candidate.dp} tp={candidate.tp}, {candidate.local_batch} sequences a rank")
         started = time.monotonic()
-        found = self.sharder.frontier(dp=candidate.dp, tp=candidate.tp, local_batch=candidate.local_batch)
+        try:
+            found = self.sharder.frontier(dp=candidate.dp, tp=candidate.tp, local_batch=candidate.local_batch)
+        except ShardwrightError as error:
+            if error.exit_code == ExitCode.TIME_LIMIT and time.monotonic() > self.deadline:
+                raise TimeUp from None
+            raise
         self.solve_seconds += time.monotonic() - started
         return found
 
@@ -320,10 +329,6 @@ def _rounded(seconds: float) -> float:
     return float(f"{seconds:.9g}")
 
 
-class _TimeUp(Exception):
-    pass
-
-
 def search(
     graph: ModelGraph,
     cluster: Cluster,
@@ -372,10 +377,15 @@ def search(
         if state.refusal is not None and all(outcome.unsharded for outcome in state.outcomes.values()):
             raise state.refusal
         raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions, state.solve_for)
-    try:
+    if interrupted:
         return build_result(state, started, interrupted)
+    try:
+        with stop_at(state.deadline):
+            return build_result(state, started, "")
     except KeyboardInterrupt:  # while orders competed for the chosen mesh
         return build_result(state, started, "Ctrl-C")
+    except TimeUp:
+        return build_result(state, started, "time limit")
 
 
 def _domain(cluster: Cluster) -> int:

@@ -34,6 +34,7 @@ from .nodes import value
 from .normalize import normalize
 from .outside_random import refused_outside_random
 from .recurrent_layers import recurrent_layers
+from .watch import tell
 from .where import users_frame
 from .workload import Loss, Workload
 
@@ -82,6 +83,7 @@ def compute_loss(model: nn.Module, loss: Loss | None, tensors: Any, call: Call =
 
 def capture(workload: Workload) -> ModelGraph:
     """Trace the workload's training step at the shapes of its example batch."""
+    tell(f"capturing {workload.name}: tracing its step")
     written = AsWritten(workload.model)
     exported, batch = export_step(workload, written=written), workload.example_batch
     signature = exported.graph_signature
@@ -264,6 +266,7 @@ def _assemble(
         )
         if digest not in names:
             names[digest] = f"{'prologue' if piece.prologue else 'segment'}{len(names)}"
+            tell(f"capturing {workload.name}: the backward of {names[digest]}, at part {index + 1} of {len(pieces)}")
             result.segments[names[digest]] = _segment(
                 names[digest], digest, piece, updates, slots, key, requires_grad, mode
             )

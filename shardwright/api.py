@@ -33,6 +33,7 @@ from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
 from .profiler.inputs import batch_dims_of, resize_batch
 from .profiler.models import load_workload
+from .profiler.watch import TimeUp, stop_at, telling
 from .profiler.workload import Workload
 from .runtime.mesh import RankGrid, build_mesh
 from .runtime.program import Program
@@ -61,7 +62,8 @@ def plan(
     workload: a Workload, or what load_workload takes, its options as further keywords (global_batch, seq_len, ...).
     hardware: a Cluster or a name such as "2x8xH100-80GB"; "local" is one device for each process of this job.
     force: choices to keep, such as {"pp": 2, "zero": 3}.
-    memory_limit_bytes: per device. time_limit_s: of the search. strict: refuse ops without a sharding rule.
+    memory_limit_bytes: per device. time_limit_s: of capture and search; a plan that was found is completed. strict:
+    refuse ops without a sharding rule.
     progress: called with what is being done now.
 
     Where torch.distributed is initialized, every rank must call it: rank 0 plans, the others receive the plan.
@@ -121,10 +123,17 @@ def _make_plan(
         cluster = cluster.with_memory_limit(memory_limit_bytes)
     say(f"capturing {workload.name}")
     capture_started = time.perf_counter()
-    workload = with_batch_dims(workload)
-    graph = capture_for_planning(workload)
+    deadline = time.monotonic() + time_limit_s if time_limit_s is not None else float("inf")
     cost_model = CostModel(cluster)
-    graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
+    try:
+        with stop_at(deadline), telling(progress):
+            workload = with_batch_dims(workload)
+            graph = capture_for_planning(workload)
+            say("fusing kernels")
+            graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
+    except TimeUp:
+        raise _out_of_time(workload, time_limit_s or 0.0) from None
+    left_s = None if time_limit_s is None else max(0.0, deadline - time.monotonic())
     refuse_missing_kernels(graph, devices.device_type_of(cluster), of_this_build=False)
     capture_s = time.perf_counter() - capture_started
     say("searching")
@@ -133,14 +142,15 @@ def _make_plan(
         cluster,
         cost_model,
         workload,
-        Sharder(graph, cost_model, pins=pins, time_limit_s=time_limit_s, job=job),
+        Sharder(graph, cost_model, pins=pins, time_limit_s=left_s, job=job),
         force=choices,
-        time_limit_s=time_limit_s,
+        time_limit_s=left_s,
         memory_limit_bytes=memory_limit_bytes,
         progress=progress,
     )
     solution = found.solution
     if found.microbatch.size == 1:  # a batch of one broadcasts, so its graph has other ops: place those
+        say("placing a batch of one")
         wishes = _tensor_places(graph, solution.placements)  # the memory that the search counted on
         graph = _capture_for_running(resize_batch(workload, 1), fusions)
         placed = Sharder(graph, cost_model, wishes, pins, time_limit_s, job).solve(
@@ -230,6 +240,16 @@ def capture_of(plan: Plan, workload: Workload) -> ModelGraph:
     if plan.microbatch.size == 1:
         return _capture_for_running(resize_batch(workload, 1), plan.fusions)
     return _fused(capture_for_planning(workload), plan.fusions)
+
+
+def _out_of_time(workload: Workload, time_limit_s: float) -> ShardwrightError:
+    return ShardwrightError(
+        f"the time limit of {time_limit_s:g} s passed while {workload.name} was captured",
+        means="capture traces the model's step and the backward of each distinct part; no plan was looked for yet",
+        change="--time-limit",
+        works=f"--time-limit {max(60, round(10 * time_limit_s))}",
+        exit_code=ExitCode.TIME_LIMIT,
+    )
 
 
 def capture_for_planning(workload: Workload) -> ModelGraph:

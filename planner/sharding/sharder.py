@@ -39,6 +39,7 @@ PLACEMENT_AXES = ["dp", "tp"]
 # A tensor axis that splits less of the parameters, and less of the matrix products, is of no use as it is.
 MIN_SPLIT_PARAMS, MIN_SPLIT_FLOPS = 0.1, 0.5
 MAX_FRONTIER = 3  # points between which the hull is looked for, the ends among them
+LEAST_SOLVE_S = 0.1
 MAX_SOLVE_S = 120.0  # one integer program; elimination alone, which nearly every model takes, needs no limit
 HIGHEST_PRICE = 1e-3  # of a byte, in seconds: above what any collective costs
 LEAST_PRICE = 1e-6  # of a byte of the kind that weighs less, where all are at their highest price
@@ -82,11 +83,11 @@ class Sharder:
         job: Job = Job(),  # noqa: B008
     ) -> None:
         """wishes: name of a parameter -> how it lies over the tensor axis where sizes allow it. pins: what must be.
-        time_limit_s: of each integer program; it then gives its best answer and the gap that it proved. job: what
+        time_limit_s: from now; an integer program then gives its best answer and the gap that it proved. job: what
         weighs on placements besides the model.
         """
         self.job = job
-        self.time_limit_s = min(time_limit_s or MAX_SOLVE_S, MAX_SOLVE_S)
+        self._deadline = float("inf") if time_limit_s is None else time.monotonic() + time_limit_s
         self.graph, self.cost_model = graph, cost_model
         self.wishes = {name: (R, place) for name, place in (wishes or {}).items()}
         self.pins = pins or Pins()
@@ -249,13 +250,14 @@ class Sharder:
         return self._problems[key]
 
     def _solved(self, mesh: Mesh, made: Build, prices: Prices) -> _Solved:
-        choice, proof = solve(made.problem, self.time_limit_s, price=prices.columns, prepared=made.prepared)
+        limit_s = min(MAX_SOLVE_S, max(LEAST_SOLVE_S, self._deadline - time.monotonic()))
+        choice, proof = solve(made.problem, limit_s, price=prices.columns, prepared=made.prepared)
         if proof.status == "unknown":
             raise ShardwrightError(
-                f"no placements of {self.graph.name} were found in {self.time_limit_s:g} s, for {len(choice)} choices",
+                f"no placements of {self.graph.name} were found in {limit_s:g} s, for {len(choice)} choices",
                 means="the integer program is larger than the time allows",
                 change="--time-limit",
-                works=f"--time-limit {4 * self.time_limit_s:g}",
+                works=f"--time-limit {4 * limit_s:g}",
                 exit_code=ExitCode.TIME_LIMIT,
             )
         assert proof.status in ("optimal", "feasible"), proof.status  # all whole is always possible
