@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ..profiler.cluster import Cluster
 from ..profiler.device import Device, GroupLink, Link
 from . import communication, compute
+from .attention import AttentionCall
 from .constants import Constants, default_constants
 
 
@@ -32,6 +33,15 @@ class CostModel:
             dtype,
             device if device is not None else self.cluster.worst_device(),
         )
+
+    def attention_seconds(self, call: AttentionCall, share: float) -> float | None:
+        """Where attention runs as a formula on the cluster's worst device; None where a fused kernel does it."""
+        device = self.cluster.worst_device()
+        return call.formula_seconds(self.table, device, share) if call.kernel(device) == "math" else None
+
+    def attention_scratch_bytes(self, call: AttentionCall, share: float, mask_bytes: float) -> tuple[float, float]:
+        """(held while the kernel runs, left for the next call with the same mask)."""
+        return call.scratch_bytes(self.cluster.worst_device(), share, mask_bytes)
 
     def collective_seconds(self, kind: str, bytes_full_tensor: float, group: GroupLink) -> float:
         """kind: all_reduce | all_gather | reduce_scatter | all_to_all | broadcast; group: of cluster.axis_links.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -161,6 +161,8 @@ def evaluate(placed: Placed) -> SegmentCost:
     for_input, for_weight = split_backward(segment)
     seconds: dict[str, float] = defaultdict(float)
     flops = 0.0
+    scratch: dict[fx.Node, float] = {}
+    lasting = 0.0  # what an op leaves for the next of its kind: one at a time
     for node in segment.joint.graph.nodes:
         if not is_op(node):
             continue
@@ -168,6 +170,8 @@ def evaluate(placed: Placed) -> SegmentCost:
         share, moved = op_load(placed, node)
         seconds[part] += mesh.op_s(node, share, moved)
         flops += matrix_flops(node) * share
+        scratch[node], left = mesh.scratch_of(node, share, lambda operand: placed.local_bytes(*origin(operand)))
+        lasting = max(lasting, left)
     by_axis = {axis.name: axis for axis in mesh.axes}
     comm: dict[str, float] = defaultdict(float)
     for move in moves(placed):
@@ -196,7 +200,7 @@ def evaluate(placed: Placed) -> SegmentCost:
         recompute_saved_bytes=int(sum(local(n) for n in inputs if n.meta["val"].is_floating_point())),
         input_bytes=int(sum(local(n) for n in inputs)),
         output_bytes=int(sum(local(*o) for o in outputs)),
-        workspace_bytes=int(_workspace(segment, local, {s for s in saved})),
+        workspace_bytes=int(_workspace(segment, local, {s for s in saved}, scratch) + lasting),
         model_flops=flops,
         summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
     )
@@ -238,9 +242,15 @@ def matrix_flops(node: fx.Node) -> float:
 
 
 def _workspace(
-    segment: Segment, local_bytes: Callable[[fx.Node, int], float], saved: set[tuple[fx.Node, int]]
+    segment: Segment,
+    local_bytes: Callable[[fx.Node, int], float],
+    saved: set[tuple[fx.Node, int]],
+    scratch: Mapping[fx.Node, float],
 ) -> float:
-    """Most bytes alive at once inside one backward (or forward), beyond what is saved, by last use."""
+    """Most bytes alive at once inside one backward (or forward), beyond what is saved, by last use.
+
+    scratch: what an op holds while it runs.
+    """
     nodes = [n for n in segment.joint.graph.nodes if n.op == "call_function"]
     last: dict[tuple[fx.Node, int], int] = {}
     for position, node in enumerate(nodes):
@@ -260,7 +270,7 @@ def _workspace(
                 if out is not None and (node, k) not in saved and (node, k) in last:
                     held.add((node, k))
                     alive += local_bytes(node, k)
-        peak = max(peak, alive)
+        peak = max(peak, alive + scratch.get(node, 0.0))
         for key in dying[position]:
             if key in held:
                 held.discard(key)

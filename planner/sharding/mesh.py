@@ -42,12 +42,17 @@ class Sizes(NamedTuple):
     partial: bool  # may be a partial sum
 
 
+def _no_scratch(node: fx.Node, share: float, bytes_of: Callable[[fx.Node], float]) -> tuple[float, float]:
+    return 0.0, 0.0
+
+
 @dataclass
 class Mesh:
-    """batch: captured. run_batch: of one microbatch, over all data ranks. op_s: node, share of the captured op's
-    flops, bytes moved -> seconds. memory_s: bytes -> seconds of a local copy. state_of: elements, their bytes, whether
-    they are trained -> bytes of training state. sum_all_s: axes (one bool each), elements -> seconds of the step's sum
-    of their gradients; None: not counted. tie_break: seconds that a byte of an op's results is worth.
+    """batch: captured. run_batch: of one microbatch, over all data ranks. op_s: node, share of the captured op's flops,
+    bytes moved -> seconds. memory_s: bytes -> seconds of a local copy. scratch_of: node, share, bytes of an operand on
+    a rank -> bytes that the op holds while it runs, and bytes that it leaves for the next. state_of: elements, their
+    bytes, whether they are trained -> bytes of training state. sum_all_s: axes (one bool each), elements -> seconds of
+    the step's sum of their gradients; None: not counted. tie_break: seconds that a byte of an op's results is worth.
     """
 
     axes: tuple[Axis, ...]
@@ -57,6 +62,7 @@ class Mesh:
     memory_s: Callable[[float], float]
     state_of: Callable[[float, float, bool], float] = lambda elements, num_bytes, is_trained: num_bytes
     sum_all_s: Callable[[tuple[bool, ...], float], float] | None = None
+    scratch_of: Callable[[fx.Node, float, Callable[[fx.Node], float]], tuple[float, float]] = _no_scratch
     tie_break: float = TIE_BREAK_S_PER_BYTE
     _sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict)
     _transfers: dict[tuple[tuple[int, ...], float, Places, Places], float] = field(default_factory=dict)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
+from ...costmodel.attention import AttentionCall
 from ...costmodel.model import CostModel
 from ...errors import ExitCode, ShardwrightError
 from ...profiler.graph import ModelGraph
@@ -97,6 +98,7 @@ class Sharder:
         for instance in graph.instances:
             self.counts[instance.segment] += 1
         self._work: dict[int, OpWork] = {}
+        self._attention: dict[int, AttentionCall | None] = {}
         self._dtypes: dict[int, torch.dtype] = {}
         self._catalog = Catalog()
         self._solutions: dict[Key, ShardingSolution] = {}
@@ -193,7 +195,23 @@ class Sharder:
         work = self._work[key]
         if work.bytes_moved == 0:  # a view
             return 0.0
+        call = self._attention_call(node)
+        seconds = self.cost_model.attention_seconds(call, share) if call is not None else None
+        if seconds is not None:
+            return seconds
         return self.cost_model.op_seconds(str(node.target), work.flops * share, moved, self._dtypes[key])
+
+    def _attention_call(self, node: fx.Node) -> AttentionCall | None:
+        if id(node) not in self._attention:
+            self._attention[id(node)] = AttentionCall.read(node)
+        return self._attention[id(node)]
+
+    def _scratch_bytes(self, node: fx.Node, share: float, bytes_of: Callable[[fx.Node], float]) -> tuple[float, float]:
+        call = self._attention_call(node)
+        if call is None:
+            return 0.0, 0.0
+        mask_bytes = bytes_of(call.mask_node) if call.mask_node is not None else 0.0
+        return self.cost_model.attention_scratch_bytes(call, share, mask_bytes)
 
     def _memory_s(self, num_bytes: float) -> float:
         if not num_bytes:
@@ -212,6 +230,7 @@ class Sharder:
             run_batch=local_batch * dp,
             op_s=self.op_seconds,
             memory_s=self._memory_s,
+            scratch_of=self._scratch_bytes,
             state_of=self.job.state_of,
             sum_all_s=self.sums(dp, tp).seconds if tp > 1 else None,
         )
