@@ -1,7 +1,10 @@
-# Everything runs in ./.venv; the first call sets it up. Overridable: PYTHON, TORCH (e.g. TORCH="torch==2.11.0"), VENV.
+# Everything runs in ./.venv; the first call sets it up. Overridable: PYTHON, TORCH (e.g. TORCH="torch==2.11.0"), VENV,
+# WORKERS.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
+# test processes at once; several ranks of one test share a core well, as they mostly wait for each other
+WORKERS ?= 2
 
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -31,7 +34,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: lint typecheck
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 	$(MAKE) docs-check
 
 lint: $(READY)
