@@ -34,6 +34,7 @@ from .nodes import value
 from .normalize import normalize
 from .outside_random import refused_outside_random
 from .recurrent_layers import recurrent_layers
+from .scans import scans
 from .watch import tell
 from .where import users_frame
 from .workload import Loss, Workload
@@ -158,6 +159,7 @@ def export_step(
             no_collection(),
             refused_outside_random(),
             recurrent_layers(),
+            scans(workload.model),
             torch.enable_grad(),
             written.recorded(),
         ):

@@ -7,7 +7,7 @@ a float32 bit after it. Checks therefore run both the captured program and the s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,6 +45,18 @@ class _Widen(TorchFunctionMode):
         if _is_narrow(kwargs.get("dtype")):
             kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def float64_throughout(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Inside, what widened() does in a model's forward, where one of the tensors is float64; else nothing."""
+    if not any(tensor.dtype == torch.float64 for tensor in tensors):
+        yield
+        return
+    mode = _Widen()
+    mode.depth = 1
+    with mode:
+        yield
 
 
 @contextlib.contextmanager

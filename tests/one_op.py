@@ -95,6 +95,22 @@ class OneOp:
         ]
 
 
+def one_op(op: object, *operands: object) -> OneOp:
+    """A call of op. operands: tensors and its other arguments, in order."""
+    graph = fx.Graph()
+    args, tensors = [], []
+    for operand in operands:
+        if isinstance(operand, torch.Tensor):
+            args.append(graph.placeholder(f"x{len(tensors)}"))
+            args[-1].meta["val"] = operand
+            tensors.append(operand)
+        else:
+            args.append(operand)
+    node = graph.call_function(op, tuple(args))
+    node.meta["val"] = op(*operands)
+    return OneOp(node, tensors)
+
+
 def assert_same(found: torch.Tensor, expected: torch.Tensor, compare: Callable[..., None] | None = None) -> None:
     assert found.shape == expected.shape and found.dtype == expected.dtype, (found.shape, expected.shape, found.dtype)
     if expected.is_floating_point():

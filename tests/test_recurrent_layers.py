@@ -9,9 +9,9 @@ import pytest
 import recurrent_models
 import torch
 from distributed import run_ranks
-from one_op import OneOp, assert_same
+from one_op import assert_same, one_op
 from test_check_matrix import _compare
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from shardwright import api, tasks
@@ -69,22 +69,6 @@ def test_the_operator_gives_what_torch_gives(kind: str, options: dict[str, objec
     assert torch.lstm is not None and torch._VF.lstm is torch.lstm
 
 
-def _node(op: object, *operands: object) -> OneOp:
-    """operands: tensors and other arguments of the call."""
-    graph = fx.Graph()
-    args, tensors = [], []
-    for operand in operands:
-        if isinstance(operand, torch.Tensor):
-            args.append(graph.placeholder(f"x{len(tensors)}"))
-            args[-1].meta["val"] = operand
-            tensors.append(operand)
-        else:
-            args.append(operand)
-    node = graph.call_function(op, tuple(args))
-    node.meta["val"] = op(*operands)
-    return OneOp(node, tensors)
-
-
 def _operands(kind: str, samples: int = 5) -> list[object]:
     gates = {"lstm": 4, "gru": 3}.get(kind, 1)
     carried, hidden = (2 * 3 if kind == "lstm" else 3), 3
@@ -98,11 +82,11 @@ def _operands(kind: str, samples: int = 5) -> list[object]:
 def test_it_splits_by_samples_and_its_backward_passes_sums(kind: str) -> None:
     torch.manual_seed(0)
     operands = _operands(kind)
-    forward = _node(ours.recurrence.default, *operands)
+    forward = one_op(ours.recurrence.default, *operands)
     out, last, kept = forward.whole
     _, state, weight, _, projection, lengths, _, reverse = operands
     grads = torch.randn_like(out), torch.randn_like(last)
-    backward = _node(
+    backward = one_op(
         ours.recurrence_backward.default, *grads, out, kept, state, weight, projection, lengths, kind, reverse
     )
     for op, least in ((forward, 2), (backward, 3)):
@@ -118,7 +102,7 @@ def test_it_splits_by_samples_and_its_backward_passes_sums(kind: str) -> None:
 def test_flops_are_those_of_the_hidden_sides_matmuls() -> None:
     operands = _operands("lstm")
     operands[4:6] = None, None
-    assert op_work(_node(ours.recurrence.default, *operands).node).flops == 2 * 5 * 4 * 12 * 3
+    assert op_work(one_op(ours.recurrence.default, *operands).node).flops == 2 * 5 * 4 * 12 * 3
 
 
 def _workload(name: str) -> Workload:

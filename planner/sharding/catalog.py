@@ -9,7 +9,14 @@ import torch
 from torch import fx
 
 from ...kernels.sharding import SHARDING_RULES
-from . import expert_rules, lookup_rules, math_rules, recurrence_rules, view_rules  # noqa: F401  each adds to RULES
+from . import (  # noqa: F401  each adds its rules to RULES
+    expert_rules,
+    lookup_rules,
+    math_rules,
+    recurrence_rules,
+    scan_rules,
+    view_rules,
+)
 from .dtensor_rules import dtensor_strategies
 from .placement import P, R, can_shard
 from .rules import find_rule

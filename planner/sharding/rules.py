@@ -2,7 +2,7 @@
 
 A rule sees an OpView and yields strategies; the all-replicated one is added for every op. RULES maps each op (all
 overloads) to its rule; ops tagged pointwise need no entry. The other rules stand in view_rules.py, math_rules.py,
-lookup_rules.py, expert_rules.py and recurrence_rules.py. Ops without one are looked up in DTensor's own
+lookup_rules.py, expert_rules.py, recurrence_rules.py and scan_rules.py. Ops without one are looked up in DTensor's own
 (dtensor_rules.py), then planned replicated and reported.
 """
 
