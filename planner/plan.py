@@ -137,6 +137,20 @@ class PlanningTime(_Document):
     total: float
 
 
+class SelfTest(_Document):
+    """The captured graph beside the model as written: loss, gradients, buffers and an optimizer step, twice.
+
+    largest_difference: of any of these tensors, relative to its largest entry. reason: why it was not run.
+    """
+
+    status: Literal["passed", "skipped", "off", "not applicable"]
+    reason: str = ""
+    dtype: str = ""
+    samples: int = 0
+    largest_difference: float | None = None
+    seconds: float = 0.0
+
+
 class Considered(_Document):
     """microbatch: sequences of one, all data-parallel ranks together."""
 
@@ -185,6 +199,7 @@ class Plan(_Document):
     planning_s: PlanningTime
     considered: list[Considered] = Field(default_factory=list)
     conservative_ops: list[ConservativeOp] = Field(default_factory=list)
+    self_test: SelfTest | None = None
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 

@@ -17,6 +17,10 @@ from .graph import ModelGraph, Segment, SegmentInstance
 from .joint import flatten_outputs
 
 Tensors = Mapping[str, torch.Tensor]
+_ANY_STRIDES = {
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+}
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -116,7 +120,8 @@ class _Running:
                     self.env[node] = args[0][args[1]]
                 else:
                     args, kwargs = fx.node.map_aggregate((args, kwargs), self.settle)
-                    self.env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    target = _ANY_STRIDES.get(node.target, node.target)  # kernels may choose others than the trace saw
+                    self.env[node] = target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _settled(widen: bool, device: torch.device) -> Callable[[Any], Any]:

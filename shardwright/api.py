@@ -20,7 +20,7 @@ from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
 from .planner.forcing import parse_forced
 from .planner.interfaces import ShardingSolution
-from .planner.plan import Plan, PlanningTime, ShardingProof
+from .planner.plan import Plan, PlanningTime, SelfTest, ShardingProof
 from .planner.search import search
 from .planner.setting import state_kinds
 from .planner.sharding.pins import Pins, choices_of, is_pin
@@ -37,6 +37,8 @@ from .profiler.watch import TimeUp, stop_at, telling
 from .profiler.workload import Workload
 from .runtime.mesh import RankGrid, build_mesh
 from .runtime.program import Program
+from .self_test import BUDGET_S, is_applicable
+from .self_test import self_test as run_self_test
 
 __all__ = ["Progress", "build", "capture_for_planning", "load_workload", "plan"]
 
@@ -54,6 +56,7 @@ def plan(
     memory_limit_bytes: int | None = None,
     time_limit_s: float | None = None,
     strict: bool = False,
+    self_test: bool = True,
     progress: Progress | None = None,
     **workload_options: Any,
 ) -> Plan:
@@ -64,6 +67,7 @@ def plan(
     force: choices to keep, such as {"pp": 2, "zero": 3}.
     memory_limit_bytes: per device. time_limit_s: of capture and search; a plan that was found is completed. strict:
     refuse ops without a sharding rule.
+    self_test: where the model is your own and has real values, compare the captured graph with it first.
     progress: called with what is being done now.
 
     Where torch.distributed is initialized, every rank must call it: rank 0 plans, the others receive the plan.
@@ -75,30 +79,35 @@ def plan(
         raise TypeError(f"plan() got {', '.join(workload_options)}, which go with a model's name, not with a Workload")
     forced = {key: str(value) for key, value in (force or {}).items()}
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return _make_plan(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, progress)
+        return _make_plan(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, self_test, progress)
     return _plan_on_rank_0(
-        lambda: _make_plan(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, progress)
+        lambda: _make_plan(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, self_test, progress)
     )
 
 
 def _plan_on_rank_0(make: Callable[[], Plan]) -> Plan:
     """Rank 0 plans; its plan, or its error, is everyone's."""
-    box: list[Any] = [None]
+    return Plan.model_validate_json(_on_rank_0(lambda: make().to_json()))
+
+
+def _on_rank_0(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, or its error, is everyone's."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return make()
+    box: list[Any] = [None, None]
     error: ShardwrightError | None = None
     if dist.get_rank() == 0:
         try:
-            box[0] = make().to_json()
+            box[0] = make()
         except ShardwrightError as caught:
             error = caught
-            parts = {name: getattr(caught, name) for name in ("what", "means", "change", "works")}
-            box[0] = {**parts, "exit_code": caught.exit_code}
+            box[1] = {name: getattr(caught, name) for name in ("what", "means", "change", "works", "exit_code")}
     dist.broadcast_object_list(box, src=0)
     if error is not None:
         raise error
-    if isinstance(box[0], dict):
-        what = box[0].pop("what")
-        raise ShardwrightError(what, **box[0])
-    return Plan.model_validate_json(box[0])
+    if box[1] is not None:
+        raise ShardwrightError(box[1].pop("what"), **box[1])
+    return box[0]
 
 
 @no_collection()
@@ -109,6 +118,7 @@ def _make_plan(
     memory_limit_bytes: int | None,
     time_limit_s: float | None,
     strict: bool,
+    self_test: bool,
     progress: Progress | None,
 ) -> Plan:
     started = time.perf_counter()
@@ -133,6 +143,7 @@ def _make_plan(
             graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
     except TimeUp:
         raise _out_of_time(workload, time_limit_s or 0.0) from None
+    tested = _tested(workload, graph, self_test, say, deadline)
     left_s = None if time_limit_s is None else max(0.0, deadline - time.monotonic())
     refuse_missing_kernels(graph, devices.device_type_of(cluster), of_this_build=False)
     capture_s = time.perf_counter() - capture_started
@@ -189,9 +200,18 @@ def _make_plan(
         planning_s=PlanningTime(capture=capture_s, solve=found.seconds, total=time.perf_counter() - started),
         considered=found.considered,
         conservative_ops=conservative,
+        self_test=tested,
     )
     trust.remember(made)
     return made
+
+
+def _tested(workload: Workload, graph: ModelGraph, wanted: bool, say: Progress, deadline: float) -> SelfTest:
+    if not wanted:
+        return SelfTest(status="off", reason="self_test=False")
+    if is_applicable(workload):
+        say(f"self-test of {workload.name}")
+    return run_self_test(workload, graph, budget_s=min(BUDGET_S, 0.5 * (deadline - time.monotonic())))
 
 
 def _proof_of(solution: ShardingSolution) -> ShardingProof:
@@ -269,12 +289,20 @@ def _describe(workload: Workload) -> dict[str, Any]:
     return {**described, **workload.spec, "global_batch": workload.global_batch, **dims}
 
 
-def build(plan: Plan, workload: Workload, *, device: torch.device | str | None = None, adopt: bool = False) -> Program:
+def build(
+    plan: Plan,
+    workload: Workload,
+    *,
+    device: torch.device | str | None = None,
+    adopt: bool = False,
+    self_test: bool = True,
+) -> Program:
     """This rank's Program: its stages rewritten as the plan says, its shards of the parameters initialized.
 
     Under torchrun, torch.distributed must be initialized and every rank must call this with the same plan. device: by
     default the plan's, the CPU or this rank's GPU, which becomes the current one. adopt: where the model has real
-    values on that device and nothing is sharded, use its own tensors as storage.
+    values on that device and nothing is sharded, use its own tensors as storage. self_test: of a model of your own with
+    real values, where the plan was made without one.
 
     Raises ShardwrightError, exit code 7, where the plan was made for another model, shape, hardware or version.
     """
@@ -293,6 +321,8 @@ def build(plan: Plan, workload: Workload, *, device: torch.device | str | None =
     graph = _capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
     hashes.verify_model(plan, graph)
     refuse_missing_kernels(graph, device.type, of_this_build=True)
+    if self_test and (plan.self_test is None or plan.self_test.status == "not applicable"):
+        _on_rank_0(lambda: run_self_test(workload, graph).model_dump())
     mesh = build_mesh(plan.mesh, device.type)
     axes = _mesh_axes(RankGrid.of(mesh), plan.placement_axes)
 

@@ -12,15 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import api
 from .errors import ShardwrightError
 from .launch import Event, launch
 from .planner.plan import MESH_AXES, Plan
 from .profiler import diffusion
+from .profiler.batch_dims import with_batch_dims
 from .profiler.hardware import parse_hardware
 from .profiler.hf import text_config
 from .profiler.hf_overrides import knows, parts_of
 from .profiler.models import reload_workload
+from .profiler.workload import Workload
+from .self_test import is_applicable
+from .self_test import self_test as run_self_test
 from .tasks import check_workload
 
 TOLERANCE = 1e-9  # relative, as promised for float64
@@ -89,15 +95,30 @@ def check(
     force: Mapping[str, Any] | None = None,
     progress: api.Progress | None = None,
     debug: bool = False,
+    self_test: bool = True,
 ) -> CheckResult:
-    """spec: as in Workload.spec: {"model": "preset:gpt2", "global_batch": 8, ...}; shrunk where the model is big."""
+    """spec: as in Workload.spec: {"model": "preset:gpt2", "global_batch": 8, ...}; shrunk where the model is big.
+    self_test: of a user's own model also as it is, in its own dtype: what is compared below is a copy in float64."""
     say = progress or (lambda message: None)
+    if self_test and spec.get("kind") == "factory":
+        _test_untouched(reload_workload(spec), say)
     workload = check_workload(shrink(spec))
     plan = api.plan(
-        workload, parse_hardware(hardware), force=_fill_pipeline(force or {}, workload.global_batch), progress=progress
+        workload,
+        parse_hardware(hardware),
+        force=_fill_pipeline(force or {}, workload.global_batch),
+        self_test=self_test,
+        progress=progress,
     )
     say(f"running on {plan.mesh.num_devices} processes")
     return run_check(plan, debug=debug)
+
+
+def _test_untouched(workload: Workload, say: api.Progress) -> None:
+    if workload.precision.compute == torch.float64 or not is_applicable(workload):
+        return
+    say(f"self-test of {workload.name} as it is")
+    run_self_test(workload, api.capture_for_planning(with_batch_dims(workload)))
 
 
 def _fill_pipeline(force: Mapping[str, Any], global_batch: int) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Settings:
     time_limit_s: float | None
     seed: int
     meta: bool
+    self_test: bool = True
 
 
 def parallelize(
@@ -71,6 +72,7 @@ def parallelize(
     time_limit_s: float | None = None,
     seed: int = 0,
     meta: bool = False,
+    self_test: bool = True,
 ) -> Any:
     """Decorate a model class or factory: what it then returns is a Parallel.
 
@@ -82,7 +84,7 @@ def parallelize(
     Precision; by default that of the model's parameters. force: choices of the plan to keep, such as {"tp": 2}.
     memory_limit: per device, "600MiB" or bytes. seed: of dropout and other randomness in the model. meta: build the
     model without allocating it, and draw its first values shard by shard; for models too big for one process, whose
-    modules can reset_parameters().
+    modules can reset_parameters(). self_test: compare the captured graph with the module as written before planning.
     """
     settings = Settings(
         hardware=hardware,
@@ -96,6 +98,7 @@ def parallelize(
         time_limit_s=time_limit_s,
         seed=seed,
         meta=meta,
+        self_test=self_test,
     )
 
     def decorate(made_by: Callable[..., nn.Module]) -> Callable[..., Parallel]:
@@ -168,9 +171,10 @@ class Parallel:
                 force=settings.force,
                 memory_limit_bytes=settings.memory_limit_bytes,
                 time_limit_s=settings.time_limit_s,
+                self_test=settings.self_test,
             )
             alone = plan.mesh.num_devices == 1
-            self._program = api.build(plan, workload, adopt=alone)
+            self._program = api.build(plan, workload, adopt=alone, self_test=settings.self_test)
             if not alone:
                 release(self.module)  # each rank has its shards now
         return self._program

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .planner.order import num_activations, num_let_go
-from .planner.plan import MESH_AXES, Considered, Mesh, Plan, ShardingProof, Stage
+from .planner.plan import MESH_AXES, Considered, Mesh, Plan, SelfTest, ShardingProof, Stage
 from .units import format_bytes, format_seconds
 
 AXIS_MEANING = {
@@ -339,6 +339,7 @@ def _trust(plan: Plan) -> RenderableType:
         ("certificate", f"{certificate.status}: {proof}" if certificate.status != "optimal" else proof),
         *([("not searched", ", ".join(certificate.not_searched))] if certificate.not_searched else []),
         *([("placements", _sharding_proof(certificate.sharding))] if certificate.sharding else []),
+        *([("self-test", _self_test(plan.self_test))] if plan.self_test and plan.self_test.status in _SAID else []),
         ("hardware figures", _sources(plan)),
         (
             "planning took",
@@ -347,6 +348,19 @@ def _trust(plan: Plan) -> RenderableType:
         ),
     ]
     return pairs(rows)
+
+
+_SAID = ("passed", "skipped")
+
+
+def _self_test(found: SelfTest) -> str:
+    if found.status == "skipped":
+        return f"skipped: {found.reason}"
+    worst = f"{found.largest_difference:.0e}" if found.largest_difference else "0"
+    return (
+        f"the captured graph gives the model's loss, gradients, buffers and step ({found.dtype}, "
+        f"{found.samples} samples, largest difference {worst}), in {format_seconds(found.seconds)}"
+    )
 
 
 def _sharding_proof(proof: ShardingProof) -> str:

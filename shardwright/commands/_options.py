@@ -69,6 +69,16 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--time-limit", type=positive_seconds, metavar="SECONDS", help="stop searching after this long")
     group.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 600MiB")
     group.add_argument("--strict", action="store_true", help="exit 5 where an op could only be planned conservatively")
+    add_self_test_option(group)
+
+
+def add_self_test_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--no-self-test",
+        dest="self_test",
+        action="store_false",
+        help="do not compare the captured graph of your own module with the module as written",
+    )
 
 
 def add_trust_option(parser: argparse._ActionsContainer) -> None:

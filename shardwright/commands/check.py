@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", metavar="NAME", help="local processes to run on, such as 4xCPU (the default)")
     _options.add_workload_options(parser, batch_required=False)
     _options.add_force_option(parser)
+    _options.add_self_test_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     _options.add_trust_option(parser)
 
@@ -42,7 +43,9 @@ def execute(args: argparse.Namespace) -> int:
             args.global_batch = args.global_batch or DEFAULT_BATCH
             hardware = args.hardware or f"{checking.DEFAULT_PROCESSES}xCPU"
             spec = _options.workload_from_args(args).spec
-            result = checking.check(spec, hardware, force=force, progress=progress, debug=args.debug)
+            result = checking.check(
+                spec, hardware, force=force, progress=progress, debug=args.debug, self_test=args.self_test
+            )
     if args.json:
         _options.print_json(result.to_json())
     else:

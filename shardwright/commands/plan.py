@@ -55,6 +55,7 @@ def execute(args: argparse.Namespace) -> int:
             memory_limit_bytes=args.memory_limit,
             time_limit_s=args.time_limit,
             strict=args.strict,
+            self_test=args.self_test,
             progress=progress,
         )
     if args.output is not None:

@@ -1,0 +1,289 @@
+"""The self-test: does the captured graph compute what the model as written computes?
+
+Run where a plan is made, or a program built, of a model with real values, in one process and without a process group:
+the graph op by op, the model as it is, both from the same state, with the same random numbers. Compared are the loss,
+every gradient, every buffer, and all parameters after an optimizer step; then all of it once more from there, so that
+what the graph took for constant shows.
+
+It is done in float64, on a copy of the model. Where that cannot be, or the two differ there, it is done in the model's
+own dtype, as a model may take another path in another dtype: equal in one of them is equal. Last the model itself runs
+once, in place of its copy, so that what a copy loses shows too; its gradients and buffers are put back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from . import reference
+from .errors import ExitCode, ShardwrightError
+from .kernels.ops import make_key
+from .planner.plan import SelfTest
+from .profiler.copies import copy_model
+from .profiler.graph import ModelGraph
+from .profiler.inputs import make_batch
+from .profiler.models import make_reference_dtype
+from .profiler.run_graph import Ran, run_graph
+from .profiler.work import op_costs
+from .profiler.workload import Workload
+
+BUDGET_S = 30.0  # most that a self-test may take, by estimate
+# Largest difference of a tensor, relative to its largest entry. Rounding alone stays far below.
+TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+# What is smaller than this share of the largest gradient (of one, for other tensors) has no digits to agree on.
+FLOORS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+_OWN_KINDS = (None, "factory")  # of Workload.spec: the user's own; others are built from a configuration
+_FLOPS_PER_S = 2e9  # one core in float64: an order of magnitude, for the estimate
+_OP_S = 5e-5  # a small op, run from Python
+_RUNS = 4  # two steps of the graph, two of the model
+_LEARNING_RATE, _DECAY = 1e-2, 0.1  # of the step: decay shows which parameters are stepped at all
+
+
+def is_applicable(workload: Workload) -> bool:
+    """A user's own model with real values."""
+    tensors = [*workload.model.parameters(), *workload.model.buffers()]
+    return workload.spec.get("kind") in _OWN_KINDS and not any(tensor.is_meta for tensor in tensors)
+
+
+def self_test(workload: Workload, graph: ModelGraph, *, budget_s: float = BUDGET_S) -> SelfTest:
+    """What came of it. graph: captured of the workload's model.
+
+    Raises ShardwrightError, exit code 5, where the graph computes something else than the model.
+    """
+    started = time.perf_counter()
+    if not is_applicable(workload):
+        return SelfTest(status="not applicable", reason="the model is the library's, or has no values yet")
+    device = next(iter(workload.model.parameters()), torch.zeros(())).device
+    seconds, num_bytes = _estimate(graph)
+    if device.type == "cpu" and seconds > budget_s:
+        return SelfTest(status="skipped", reason=f"it would take about {seconds:.0f} s; the budget is {budget_s:.0f} s")
+    if num_bytes > 0.5 * _free_bytes(device):
+        return SelfTest(status="skipped", reason=f"it would take about {num_bytes / 2**30:.1f} GiB of memory")
+    size = graph.batch_size
+    batch = make_batch(workload, size, device=device, seed=workload.seed + 1)
+    small = dataclasses.replace(workload, example_batch=batch, global_batch=size, batch_size=size, spec={})
+    found = _in_either_dtype(small, graph, device)
+    if isinstance(found, str):
+        return SelfTest(status="skipped", reason=found)
+    dtype, worst = found
+    return SelfTest(
+        status="passed",
+        dtype=str(dtype).removeprefix("torch."),
+        samples=size,
+        largest_difference=worst,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _in_either_dtype(workload: Workload, graph: ModelGraph, device: torch.device) -> tuple[torch.dtype, float] | str:
+    """(dtype, largest difference), or why nothing could be run."""
+    own = _dtype_of(workload)
+    if own != torch.float64:
+        try:
+            found = _Comparison(make_reference_dtype(workload), graph, device, widen=True).run()
+            if found.is_equal(torch.float64) and _itself(workload, graph, device).is_equal(own):
+                return torch.float64, found.worst
+        except (_CannotRun, RuntimeError, TypeError, ValueError, IndexError):
+            pass  # an op, or the model's own code, that there is in the model's dtype only
+    copied = dataclasses.replace(workload, model=copy_model(workload.model))
+    try:
+        found = _Comparison(copied, graph, device, widen=False).run()
+    except _CannotRun as error:
+        return f"the graph cannot be run op by op here: {error}"
+    except RuntimeError as error:
+        text = str(error).splitlines()[0][:160]
+        if (
+            "not implemented" in text
+            or "not supported" in text
+            or isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
+        ):
+            return f"this machine cannot run it: {text}"
+        raise _fails_itself(workload, error) from error
+    for differences in (found, _itself(workload, graph, device)):
+        if not differences.is_equal(own):
+            raise differences.error(workload, own)
+    return own, found.worst
+
+
+def _itself(workload: Workload, graph: ModelGraph, device: torch.device) -> _Differences:
+    """The loss and the gradients of the model, not of a copy, against those of the graph."""
+    model = workload.model
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        return _Comparison(workload, graph, device, widen=False).run_once()
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
+
+
+def _dtype_of(workload: Workload) -> torch.dtype:
+    return next((p.dtype for p in workload.model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+def _fails_itself(workload: Workload, error: Exception) -> ShardwrightError:
+    return ShardwrightError(
+        f"{workload.name} fails in plain PyTorch: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+        means="the self-test runs forward, backward and a step of the model as written beside the captured graph",
+        change="the model",
+        works="one for which loss.backward() runs; or --no-self-test (self_test=False)",
+        exit_code=ExitCode.UNSUPPORTED_MODEL,
+    )
+
+
+@dataclass(frozen=True)
+class _Differences:
+    """Of every tensor compared: relative to its largest entry; infinite where one side lacks it."""
+
+    by_name: Mapping[str, float]
+
+    @property
+    def worst(self) -> float:
+        return max(self.by_name.values(), default=0.0)
+
+    def is_equal(self, dtype: torch.dtype) -> bool:
+        return self.worst <= TOLERANCES.get(dtype, 1e-3)
+
+    def error(self, workload: Workload, dtype: torch.dtype) -> ShardwrightError:
+        wrong = {n: e for n, e in self.by_name.items() if not e <= TOLERANCES.get(dtype, 1e-3)}
+        first = sorted(wrong, key=lambda name: (-wrong[name], name))[:4]
+        shown = ", ".join(f"{name} by {wrong[name]:.1e}" if math.isfinite(wrong[name]) else name for name in first)
+        more = f" and {len(wrong) - len(first)} more" if len(wrong) > len(first) else ""
+        lacking = " (without a number: one side has none)" if any(math.isinf(wrong[n]) for n in first) else ""
+        return ShardwrightError(
+            f"the graph captured of {workload.name} differs from the model as written: {shown}{more}{lacking}",
+            means=f"relative to the largest entry, in {str(dtype).removeprefix('torch.')}; training would be another's",
+            change="what of the model a trace of its forward does not see; or --no-self-test (self_test=False)",
+            works="a model without it: docs/capture.md says what is captured",
+            exit_code=ExitCode.UNSUPPORTED_MODEL,
+        )
+
+
+class _CannotRun(Exception):
+    """An op of the graph has no kernel for this device and dtype."""
+
+
+class _Comparison:
+    """Two steps of the graph and of the model, side by side. workload: its model is a copy that may be stepped."""
+
+    def __init__(self, workload: Workload, graph: ModelGraph, device: torch.device, *, widen: bool) -> None:
+        self.workload, self.graph, self.device, self.widen = workload, graph, device, widen
+        model = workload.model
+        self.floor = FLOORS.get(torch.float64 if widen else _dtype_of(workload), 1e-3)
+        self.parameters = {
+            name: torch.nn.Parameter(p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()
+        }
+        self.buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
+        self.found: dict[str, float] = {}
+
+    def run(self) -> _Differences:
+        mine = torch.optim.SGD(self._trained(self.parameters.values()), lr=_LEARNING_RATE, weight_decay=_DECAY)
+        theirs = torch.optim.SGD(
+            self._trained(self.workload.model.parameters()), lr=_LEARNING_RATE, weight_decay=_DECAY
+        )
+        for step in range(2):
+            ran = self._run_graph(step)
+            size = self.workload.batch_size
+            loss = reference.forward_backward(
+                self.workload, self.workload.example_batch, microbatch_size=size, step=step
+            )
+            self._compare(ran, loss)
+            for name, parameter in self.parameters.items():
+                gradient = ran.gradients.get(name)
+                parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+            for name, new in ran.buffers.items():
+                self.buffers[name].copy_(new)
+            mine.step()
+            theirs.step()
+            self._compare_state()
+        return _Differences(self.found)
+
+    def run_once(self) -> _Differences:
+        size = self.workload.batch_size
+        ran = self._run_graph(0)
+        self._compare(ran, reference.forward_backward(self.workload, self.workload.example_batch, microbatch_size=size))
+        return _Differences(self.found)
+
+    def _trained(self, parameters: object) -> list[torch.nn.Parameter]:
+        return [p for p in parameters if p.requires_grad]  # type: ignore[attr-defined]
+
+    def _run_graph(self, step: int) -> Ran:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64 if self.widen else before)
+        try:
+            return run_graph(
+                self.graph,
+                {**self.parameters, **self.buffers},
+                self.workload.example_batch,
+                key_of=lambda base: make_key(self.workload.seed, step, 0, base),
+                widen=self.widen,
+                device=self.device,
+            )
+        except RuntimeError as error:
+            raise _CannotRun(str(error).splitlines()[0][:160]) from error
+        finally:
+            torch.set_default_dtype(before)
+
+    def _compare(self, ran: Ran, loss: torch.Tensor) -> None:
+        self._note("loss", ran.loss.double().cpu(), loss.double(), self.floor)
+        expected = {n: p.grad for n, p in self.workload.model.named_parameters() if p.grad is not None}
+        floor = self.floor * max((_largest(g) for g in expected.values()), default=0.0)
+        for name in {*expected, *ran.gradients}:
+            self._note(f"gradient of {name}", ran.gradients.get(name), expected.get(name), floor)
+
+    def _compare_state(self) -> None:
+        for name, buffer in self.workload.model.named_buffers(remove_duplicate=False):
+            self._note(f"buffer {name}", self.buffers[name], buffer, self.floor)
+        for name, parameter in self.workload.model.named_parameters():
+            self._note(f"{name} after a step", self.parameters[name].detach(), parameter.detach(), self.floor)
+
+    def _note(self, name: str, mine: torch.Tensor | None, theirs: torch.Tensor | None, floor: float) -> None:
+        error = math.inf
+        if mine is not None and theirs is not None:
+            mine, theirs = (t.to_dense() if t.layout is not torch.strided else t for t in (mine, theirs))
+            error = 0.0 if torch.equal(mine, theirs) else _relative_difference(mine, theirs, floor)
+        self.found[name] = max(self.found.get(name, 0.0), error)
+
+
+def _relative_difference(mine: torch.Tensor, theirs: torch.Tensor, floor: float) -> float:
+    if mine.shape != theirs.shape or theirs.dtype == torch.bool:
+        return math.inf
+    error = _largest(mine.to(theirs.dtype) - theirs) / max(_largest(theirs), floor, 1e-300)
+    if math.isnan(error):  # where the model gives none either, nothing can be told
+        return 0.0 if bool(theirs.isnan().any()) and bool(mine.isnan().any()) else math.inf
+    return error
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _estimate(graph: ModelGraph) -> tuple[float, int]:
+    """(seconds on one core, bytes) of all runs."""
+    flops, ops, kept = 0.0, 0, 0
+    costs = {name: op_costs(segment) for name, segment in graph.segments.items()}
+    for instance in graph.instances:
+        ops += len(costs[instance.segment])
+        flops += sum(cost.flops for cost in costs[instance.segment])
+        kept += sum(cost.output_bytes for cost in costs[instance.segment])
+    return _RUNS * (flops / _FLOPS_PER_S + ops * _OP_S), 2 * kept + 8 * 4 * graph.num_params
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

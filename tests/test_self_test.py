@@ -1,0 +1,201 @@
+"""The self-test finds what a captured graph has lost of its model, and is run where a model is the user's own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+import shardwright
+from shardwright import api, self_test
+from shardwright.errors import ExitCode, ShardwrightError
+from shardwright.profiler import as_written, copies, gradient_hooks, initial_values, models
+from shardwright.profiler.capture import capture
+from shardwright.profiler.workload import Precision, Workload
+
+NARROW = Precision(torch.float32, torch.float32, torch.float32)
+
+
+class Reverse(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return -g
+
+
+class Net(nn.Module):
+    def __init__(self, between: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.drop, self.head = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Linear(6, 3)
+        self.unused = nn.Linear(2, 2)
+        self.between = between
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.drop(self.norm(self.a(x)))
+        h = h if self.between is None else self.between(self, h)
+        return F.cross_entropy(self.head(h), y)
+
+
+def workload_of(model: nn.Module, **changes: Any) -> Workload:
+    batch = {"x": torch.randn(6, 5), "y": torch.tensor([0, 1, 2, 0, 1, 2])}
+    return dataclasses.replace(Workload(model, batch, 6, precision=NARROW, batch_size=6, name="Net"), **changes)
+
+
+def test_a_model_passes_with_its_dropout_its_statistics_and_a_step() -> None:
+    workload = workload_of(Net())
+    before = {name: tensor.clone() for name, tensor in workload.model.state_dict().items()}
+    torch.manual_seed(7)
+    found = self_test.self_test(workload, capture(workload))
+    assert (found.status, found.dtype, found.samples) == ("passed", "float64", 6)
+    assert found.largest_difference < 1e-8
+    after = workload.model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.grad is None for parameter in workload.model.parameters())
+    assert torch.initial_seed() == 7
+
+
+def off(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: contextlib.nullcontext())
+
+
+def hooks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    off(monkeypatch, as_written, "recorded_hooks")
+    monkeypatch.setattr(gradient_hooks.GradientHooks, "record_parameters", lambda self: None)
+
+
+def refusals_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(as_written, "refuse_hooks", lambda model: None)
+
+
+def functions_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    off(monkeypatch, as_written, "recorded_functions")
+
+
+def checkpoints_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    off(monkeypatch, as_written, "captured_through")
+
+
+def engine_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    off(monkeypatch, as_written, "guarded_engine")
+
+
+def carrying_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (copies, initial_values, models):
+        monkeypatch.setattr(module, "carry_hooks", lambda source, target: None)
+
+
+def on_parameter() -> Net:
+    model = Net()
+    model.head.weight.register_hook(lambda g: g * 0.5)
+    return model
+
+
+def halve(parameter: torch.Tensor) -> None:
+    parameter.grad.mul_(0.5)
+
+
+def on_accumulation() -> Net:
+    model = Net()
+    model.head.weight.register_post_accumulate_grad_hook(halve)
+    return model
+
+
+def on_module() -> Net:
+    model = Net()
+    model.norm.register_full_backward_hook(lambda module, gi, go: tuple(-g for g in gi))
+    return model
+
+
+def on_activation() -> Net:
+    def between(net: nn.Module, h: torch.Tensor) -> torch.Tensor:
+        h.register_hook(lambda g: -g)
+        return h
+
+    return Net(between)
+
+
+SWITCHED_OFF = {
+    "hooks of parameters": (hooks_off, on_parameter, "gradient of head.weight"),
+    "hooks of modules": (hooks_off, on_module, "gradient of a.weight"),
+    "hooks of tensors": (hooks_off, on_activation, "gradient of a.weight"),
+    "refusals": (refusals_off, on_accumulation, "gradient of head.weight"),
+    "copies with hooks": (carrying_off, on_parameter, "gradient of head.weight"),
+    "Functions": (functions_off, lambda: Net(lambda net, h: Reverse.apply(h)), "gradient of a.weight"),
+    "checkpoints": (
+        checkpoints_off,
+        lambda: Net(lambda net, h: checkpoint(torch.tanh, h, use_reentrant=True)),
+        "gradient of a",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED_OFF)
+def test_with_a_remedy_switched_off_the_difference_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    switch, make, named = SWITCHED_OFF[name]
+    switch(monkeypatch)
+    workload = workload_of(make())
+    with pytest.raises(ShardwrightError, match=named) as found:
+        self_test.self_test(workload, capture(workload))
+    assert found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
+
+
+def test_what_a_copy_of_the_model_loses_is_found() -> None:
+    model = Net()
+    node = model.head.weight.expand_as(model.head.weight).grad_fn.next_functions[0][0]  # its AccumulateGrad
+    node.register_prehook(lambda gradients: (gradients[0] * 0.5,))
+    workload = workload_of(model)
+    with pytest.raises(ShardwrightError, match=r"gradient of head\.weight"):
+        self_test.self_test(workload, capture(workload))
+
+
+def test_a_graph_that_keeps_what_a_step_changes_is_found() -> None:
+    workload = workload_of(Net())
+    graph = capture(workload)
+    stale = next(segment for segment in graph.segments.values() if "linear" in str(segment.forward.code))
+    for node in stale.joint.graph.nodes:
+        if node.op == "call_function" and "addmm" in str(node.target) and node.meta["phase"] == "forward":
+            node.args = (torch.zeros(6), *node.args[1:])
+            break
+    with pytest.raises(ShardwrightError, match="differs from the model as written"):
+        self_test.self_test(workload, graph)
+
+
+def test_a_model_that_fails_in_pytorch_is_refused() -> None:
+    workload = workload_of(Net(lambda net, h: h.exp().add_(1)))
+    with pytest.raises(ShardwrightError, match=r"fails in plain PyTorch.*in-?place"):
+        self_test.self_test(workload, capture(workload))
+
+
+def test_what_is_too_big_or_has_no_values_is_skipped_and_says_so() -> None:
+    workload = workload_of(Net())
+    graph = capture(workload)
+    skipped = self_test.self_test(workload, graph, budget_s=0.0)
+    assert skipped.status == "skipped" and "budget is 0 s" in skipped.reason
+    with torch.device("meta"):
+        bare = workload_of(Net())
+    assert self_test.self_test(bare, graph).status == "not applicable"
+
+
+def test_the_result_is_in_the_plan_and_can_be_left_out() -> None:
+    workload = workload_of(Net())
+    assert api.plan(workload, "1xCPU").self_test.status == "passed"
+    assert api.plan(workload, "1xCPU", self_test=False).self_test.status == "off"
+
+
+def test_the_decorator_refuses_a_model_that_was_not_captured_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks_off(monkeypatch)
+    batch = {"x": torch.randn(6, 5), "y": torch.tensor([0, 1, 2, 0, 1, 2])}
+    with pytest.raises(ShardwrightError, match=r"gradient of head\.weight"):
+        shardwright.parallelize(on_parameter, hardware="1xCPU")().prepare(batch)
