@@ -27,7 +27,8 @@ OP_CLASSES: tuple[tuple[str, str], ...] = (
     (r".*(attention|sdpa).*(backward|bwd|grad).*", "attention_backward"),
     (r".*(attention|sdpa).*", "attention"),
     (r"mm|bmm|addmm|baddbmm|matmul|linear|_scaled_mm|_grouped_mm|einsum|dot|mv|_int_mm|addbmm|linear_backward|gemm"
-     r"|_scaled_grouped_mm|inner|outer|expert_mlp(_backward)?", "matmul"),
+     r"|_scaled_grouped_mm|inner|outer|expert_mlp(_backward)?"
+     r"|recurrence(_backward)?", "matmul"),
     (r".*conv.*", "convolution"),
     (r".*(layer_norm|rms_norm|rmsnorm|group_norm|batch_norm|instance_norm).*", "normalization"),
     (r"embedding.*|gather|index|index_select|index_put.*|_unsafe_index.*|scatter.*|index_add.*|take.*|nll_loss.*|sort|topk"
@@ -112,12 +113,19 @@ def _rates(constants: Constants, kind: str, dtype: object, device: Device) -> tu
 
 
 def op_seconds(
-    constants: Constants, op_name: str, flops: float, bytes_moved: float, dtype: object, device: Device
+    constants: Constants,
+    op_name: str,
+    flops: float,
+    bytes_moved: float,
+    dtype: object,
+    device: Device,
+    launches: int = 1,
 ) -> float:
-    """Seconds of one op, alone on the device. flops: multiply and add count as two. bytes_moved: read and written."""
+    """Seconds of one op, alone on the device. flops: multiply and add count as two. bytes_moved: read and written.
+    launches: kernels that follow each other."""
     kind = op_class(op_name)
     if kind == "view":
         return 0.0
     flops_per_s, bytes_per_s, share, launch_s = _rates(constants, kind, dtype, device)
     math_s, memory_s = flops / flops_per_s, bytes_moved / bytes_per_s
-    return max(math_s + share * memory_s, memory_s, launch_s)
+    return max(math_s + share * memory_s, memory_s, launches * launch_s)

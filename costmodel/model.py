@@ -19,11 +19,18 @@ class CostModel:
     table: Constants = field(default_factory=default_constants)
 
     def op_seconds(
-        self, op_name: str, flops: float, bytes_moved: float, dtype: object, device: Device | None = None
+        self,
+        op_name: str,
+        flops: float,
+        bytes_moved: float,
+        dtype: object,
+        device: Device | None = None,
+        launches: int = 1,
     ) -> float:
         """One op alone on device (the cluster's worst by default). op_name: as in the graph ('aten.mm.default', 'mm').
 
-        flops: multiply and add count as two. bytes_moved: read and written. dtype: that of the op's operands.
+        flops: multiply and add count as two. bytes_moved: read and written. dtype: that of the op's operands. launches:
+        kernels that follow each other.
         """
         return compute.op_seconds(
             self.table,
@@ -32,6 +39,7 @@ class CostModel:
             bytes_moved,
             dtype,
             device if device is not None else self.cluster.worst_device(),
+            launches,
         )
 
     def attention_seconds(self, call: AttentionCall, share: float) -> float | None:

@@ -27,10 +27,12 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class OpWork:
-    """flops: multiply and add count as two. bytes: read and written; 0 for views, which move nothing."""
+    """flops: multiply and add count as two. bytes: read and written; 0 for views, which move nothing. launches: kernels
+    that follow each other on an accelerator."""
 
     flops: float
     bytes_moved: float
+    launches: int = 1
 
 
 def is_view(node: fx.Node) -> bool:
@@ -59,7 +61,17 @@ def op_work(node: fx.Node) -> OpWork:
     val = node.meta.get("val")
     results = [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, torch.Tensor)]
     moved = float(sum(map(size_bytes, operands)) + sum(map(size_bytes, results)))
-    return OpWork(_flops(node, operands, results), moved)
+    return OpWork(_flops(node, operands, results), moved, _launches(node, operands))
+
+
+# kernels of a step of shardwright::recurrence (recurrence_ops.py): its matmul, gates and what is kept
+_LAUNCHES_OF_A_STEP = {"shardwright.recurrence": 12, "shardwright.recurrence_backward": 24}
+
+
+def _launches(node: fx.Node, operands: list[torch.Tensor]) -> int:
+    """A recurrence runs step by step: its first operand is [B, T, ...]."""
+    steps = _LAUNCHES_OF_A_STEP.get(str(getattr(node.target, "overloadpacket", "")))
+    return 1 if steps is None else steps * operands[0].shape[1]
 
 
 def _flops(node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tensor]) -> float:

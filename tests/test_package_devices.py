@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from distributed import run_ranks
 from torch import nn
 
 import shardwright
@@ -75,6 +77,25 @@ def test_a_decorated_model_planned_for_a_cpu_trains_on_it_beside_gpus(gpus):
     assert second < first
     assert model.program.device == torch.device("cpu")
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def _train_beside_gpus(rank: int) -> tuple[list[float], str, str]:
+    with (
+        mock.patch("torch.cuda.is_available", lambda: True),
+        mock.patch("torch.cuda.device_count", lambda: NUM_GPUS),
+    ):
+        torch.manual_seed(0)
+        model = shardwright.parallelize(hardware="2xCPU", loss=mean_squared_error, optimizer="SGD")(Net)()
+        batch = {"x": torch.ones(8, 4), "y": torch.zeros(8, 1)}
+        losses = [float(model.step(batch)) for _ in range(2)]
+        return losses, model.program.device.type, dist.get_backend()
+
+
+def test_two_ranks_planned_for_cpus_train_on_them_beside_gpus():
+    first, second = run_ranks(2, _train_beside_gpus)
+    assert first == second
+    losses, device, backend_name = first
+    assert losses[1] < losses[0] and device == "cpu" and backend_name == "gloo"
 
 
 def test_the_compiler_backend_judges_by_the_device_of_the_tensors(gpus, monkeypatch):

@@ -122,3 +122,23 @@ def test_an_op_that_pytorch_has_on_cpus_alone_is_refused_when_a_gpu_is_planned_f
         api.plan(workload_with(torch.tanh), "1xH100")
     assert f"{__file__}:{LINE_OF_CALL}" in caught.value.what
     assert api.plan(workload_with(torch.tanh), "1xCPU").mesh.num_devices == 1
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 8, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x)[0]
+
+
+def test_a_recurrent_layer_has_kernels_on_a_gpu_and_costs_its_steps():
+    example = {"x": torch.zeros(4, 100, 4)}
+    loss = lambda output, batch: output.square().mean()  # noqa: E731
+    graph = api.capture_for_planning(Workload(Recurrent(), example, global_batch=4, batch_size=4, loss=loss))
+    assert not missing_kernels(graph, "cuda", of_this_build=False)
+    model = CostModel(parse_hardware("1xH100"))
+    solved = Sharder(graph, model).solve(dp=1, tp=1, local_batch=4)
+    launch_s = model.table.get("launch_s", "gpu")
+    assert solved.objective_s > 100 * (12 + 24) * launch_s, "a kernel waits for the one of the step before"

@@ -199,7 +199,9 @@ class Sharder:
         seconds = self.cost_model.attention_seconds(call, share) if call is not None else None
         if seconds is not None:
             return seconds
-        return self.cost_model.op_seconds(str(node.target), work.flops * share, moved, self._dtypes[key])
+        return self.cost_model.op_seconds(
+            str(node.target), work.flops * share, moved, self._dtypes[key], launches=work.launches
+        )
 
     def _attention_call(self, node: fx.Node) -> AttentionCall | None:
         if id(node) not in self._attention:
