@@ -33,6 +33,9 @@ class Layout:
 
 
 def _forced(processes: int, **force: object) -> Layout:
+    """A tensor axis splits parameters: the batch is what the data axis splits."""
+    if force.get("tp", 1) != 1:
+        force["prefer"] = "memory"
     return Layout(
         processes, {"global_microbatch": str(MICROBATCH), **{key: str(value) for key, value in force.items()}}
     )

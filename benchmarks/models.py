@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[1]
 ZOO = Path(__file__).parent / "model_zoo.py"
 LAYOUTS: dict[str, dict[str, str]] = {
     "planner's choice": {},
-    "tp=2 dp=2": {"pp": "1", "tp": "2", "dp": "2"},
-    "tp=4": {"pp": "1", "tp": "4"},
+    "tp=2 dp=2": {"pp": "1", "tp": "2", "dp": "2", "prefer": "memory"},
+    "tp=4": {"pp": "1", "tp": "4", "prefer": "memory"},
     "zero=3": {"pp": "1", "dp": "4", "zero": "3"},
 }
 PROCESSES = 4
@@ -146,7 +146,7 @@ def one(name: str, layout: str, plan_only: bool) -> dict[str, Any]:
         with time_limit(TIME_LIMIT_S), tempfile.TemporaryDirectory() as folder:
             workload = tasks.check_workload({"model": f"{ZOO}:{name}", "global_batch": 8, "kind": "factory"})
             plan = api.plan(workload, f"{PROCESSES}xCPU", force=LAYOUTS[layout])
-            row["planned"] = True
+            row["planned"], row["split"] = True, plan.predicted.split.get("tp", {})
             row["conservative"] = sorted({op.op for op in plan.conservative_ops})
             if plan_only:
                 return {**row, "seconds": round(time.perf_counter() - started, 1)}
@@ -193,7 +193,8 @@ def write_page(rows: dict[tuple[str, str], dict[str, Any]], path: Path) -> None:
         f"Written by `benchmarks/models.py` on {date.today()}: torch {torch.__version__.split('+')[0]}, transformers "
         f"{transformers.__version__}, Python {platform.python_version()}, four gloo processes on {os.cpu_count()} CPU "
         "cores. Every model is a tiny, randomly initialized version of its architecture. A layout passes where loss "
-        "and every gradient of two training steps in float64 agree to 1e-9 with the model as written on one process.\n",
+        "and every gradient of two training steps in float64 agree to 1e-9 with the model as written on one process. "
+        "Beside a tensor layout stands the share of parameters that it splits.\n",
         file=out,
     )
     for title, members in groups.items():
@@ -231,6 +232,8 @@ def _share(part: int, whole: int) -> str:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
+    if row.get("ok") and row.get("split") and "tp" in row["layout"]:
+        return f"yes, {row['split']['parameters']:.0%}"
     return "yes" if row.get("ok") else "planned" if row.get("planned") and "why" not in row else "no"
 
 

@@ -12,10 +12,11 @@ from ..profiler.near import near_matches
 from .schedules.library import SCHEDULES, canonical_name
 
 FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "global_microbatch", "virtual_stages",
-              "recompute", "cuts", "zero_extent", "offload")  # fmt: skip
+              "recompute", "cuts", "zero_extent", "offload", "prefer")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
 RECOMPUTE_CHOICES = ("auto", "none", "all")
 OFFLOAD_CHOICES = ("none", "auto")
+PREFER_CHOICES = ("time", "memory")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Forced:
     cuts: tuple[int, ...] | None = None  # segment instance at which each next stage begins
     zero_extent: tuple[int, int] | None = None  # ranks that share parameters, ranks that share other state
     offload: bool = False  # an order of the plan's own may send activations to host memory
+    prefer: str = "time"  # of placements: "memory" splits all training state that can be split, whatever it takes
 
     @property
     def axes(self) -> dict[str, int]:
@@ -64,6 +66,8 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
         elif name == "offload":
             values[name] = _one_of(name, text.lower(), OFFLOAD_CHOICES) == "auto"
+        elif name == "prefer":
+            values[name] = _one_of(name, text.lower(), PREFER_CHOICES)
         elif name == "cuts":
             values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
         elif name == "zero_extent":
@@ -92,6 +96,7 @@ def _example(key: str) -> str:
         "zero": "1",
         "zero_extent": "8",
         "offload": "auto",
+        "prefer": "memory",
     }.get(key, "2")
 
 

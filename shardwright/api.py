@@ -126,7 +126,7 @@ def _make_plan(
     choices = choices_of(force)
     forced = parse_forced(choices)  # a mistyped key is found before the model is traced
     zero = 3 if forced.zero is None else forced.zero
-    job = Job(state_kinds(workload), workload.global_batch, zero)
+    job = Job(state_kinds(workload), workload.global_batch, zero, forced.prefer == "memory")
     pins = Pins.parse({key: value for key, value in force.items() if is_pin(key, value)}, PLACEMENT_AXES)
     cluster = devices.cluster_for_this_job(hardware)
     if memory_limit_bytes is not None:

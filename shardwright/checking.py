@@ -80,6 +80,7 @@ class CheckResult:
             "schedule": self.plan.schedule.model_dump(),
             "zero": self.plan.zero,
             "microbatch": self.plan.microbatch.model_dump(),
+            "split": self.plan.predicted.split,
             "num_parameters": len(self.gradient_errors),
         }
 
@@ -103,13 +104,8 @@ def check(
     if self_test and spec.get("kind") == "factory":
         _test_untouched(reload_workload(spec), say)
     workload = check_workload(shrink(spec))
-    plan = api.plan(
-        workload,
-        parse_hardware(hardware),
-        force=_fill_pipeline(force or {}, workload.global_batch),
-        self_test=self_test,
-        progress=progress,
-    )
+    forced = _split_state(_fill_pipeline(force or {}, workload.global_batch))
+    plan = api.plan(workload, parse_hardware(hardware), force=forced, self_test=self_test, progress=progress)
     say(f"running on {plan.mesh.num_devices} processes")
     return run_check(plan, debug=debug)
 
@@ -130,6 +126,12 @@ def _fill_pipeline(force: Mapping[str, Any], global_batch: int) -> dict[str, Any
     if stages == 1 or given or rest or size == 0 or size % max(asked.get("dp", 1), 1):
         return dict(force)
     return {**force, "global_microbatch": size}
+
+
+def _split_state(force: Mapping[str, Any]) -> dict[str, Any]:
+    """A tensor axis that is asked for splits parameters wherever it can: times of toy sizes would split the batch."""
+    asked = str(force.get("tp", "1"))
+    return {**({"prefer": "memory"} if asked.isdigit() and int(asked) > 1 else {}), **force}
 
 
 def run_check(plan: Plan, *, debug: bool = False) -> CheckResult:

@@ -191,11 +191,13 @@ def _mesh(plan: Plan) -> RenderableType:
 
 def _axis_meaning(plan: Plan, axis: str) -> str:
     """What an axis splits, with its share where the plan says so."""
-    shares = plan.predicted.split.get(axis)
-    if not shares:
-        return AXIS_MEANING[axis]
-    split = " and ".join(f"{_percent(share)} of {kind}" for kind, share in shares.items())
-    return f"{AXIS_MEANING[axis].partition(':')[0]}: {split} split"
+    split = split_text(plan, axis)
+    return f"{AXIS_MEANING[axis].partition(':')[0]}: {split}" if split else AXIS_MEANING[axis]
+
+
+def split_text(plan: Plan, axis: str) -> str:
+    shares = plan.predicted.split.get(axis, {})
+    return " and ".join(f"{_percent(share)} of {kind}" for kind, share in shares.items()) + (" split" if shares else "")
 
 
 def _percent(share: float) -> str:

@@ -316,6 +316,7 @@ def test_all_force_keys_parse():
         "recompute": "none",
         "cuts": "3,5",
         "offload": "auto",
+        "prefer": "memory",
     }
     forced = parse_forced(values)
     assert forced.cuts == (3, 5) and forced.schedule == "gpipe" and forced.axes == {"pp": 1, "dp": 1, "tp": 1}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from shardwright import api
+from shardwright.checking import _split_state
 from shardwright.costmodel.model import CostModel
 from shardwright.errors import ShardwrightError
 from shardwright.planner.search import search
@@ -24,6 +25,7 @@ from shardwright.planner.sharding.sharder import Prices, Sharder
 from shardwright.planner.sharding.training import Job
 from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.hardware import parse_hardware
+from shardwright.profiler.models import load_workload
 from shardwright.profiler.workload import Precision, Workload
 
 WIDTH = 24
@@ -118,3 +120,12 @@ def test_a_forced_tensor_axis_splits_weights_that_do_not_fit_whole():
     workload = workload_of(1 << 16, global_batch=512)
     found = api.plan(workload, "2xCPU", force={"tp": 2}, memory_limit_bytes=120 << 20)
     assert found.predicted.split["tp"]["parameters"] > 0.9
+
+
+def test_a_check_of_a_tensor_axis_splits_parameters():
+    """Times of toy sizes would split the batch and keep every parameter whole."""
+    forced = _split_state({"tp": "2", "pp": "1"})
+    assert _split_state({"dp": "2"}) == {"dp": "2"} and _split_state({"tp": 2, "prefer": "time"})["prefer"] == "time"
+    for model in ("tiny-llama", "tiny-vit"):
+        found = api.plan(load_workload(f"preset:{model}", global_batch=16), "2xCPU", force=forced)
+        assert found.predicted.split["tp"]["parameters"] > 0.95, model

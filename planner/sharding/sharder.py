@@ -63,6 +63,9 @@ class Prices:
         return self.saved, self.state, self.sums
 
 
+LEAST_STATE = Prices(LEAST_PRICE, HIGHEST_PRICE)
+
+
 @dataclass
 class _Solved:
     mesh: Mesh
@@ -124,7 +127,11 @@ class Sharder:
         key = (dp, tp, local_batch)
         if key not in self._frontiers:
             share = self.job.state_left(dp)
-            points = [self.solve(dp=dp, tp=tp, local_batch=local_batch), self._at_price(key, self._dear(share))]
+            points = [self.solve(dp=dp, tp=tp, local_batch=local_batch)]
+            if tp == 1 or self.job.memory_first:  # there is nothing to choose
+                self._frontiers[key] = points
+                return points
+            points.append(self._at_price(key, self._dear(share)))
             for _ in range(MAX_FRONTIER - 2):
                 found = self._between(key, points, share)
                 if found is None:
@@ -132,7 +139,7 @@ class Sharder:
                 points = sorted([*points, found], key=lambda point: point.objective_s)
             least_state = self._least_state(key)
             if min(point.state_bytes for point in points) > NEAR_LEAST * least_state:
-                points.append(self._at_price(key, Prices(LEAST_PRICE, HIGHEST_PRICE)))
+                points.append(self._at_price(key, LEAST_STATE))
             points.sort(key=lambda point: point.objective_s)
             self._frontiers[key] = [p for i, p in enumerate(points) if not any(_beats(q, p) for q in points[:i])]
         return self._frontiers[key]
@@ -300,7 +307,7 @@ class Sharder:
             if figures.objective_s + again * figures.exposed_s < found.objective_s + again * found.exposed_s:
                 solved, found = other, figures
         if tp > 1 and (self.job.memory_first or not self._is_of_use(solved, found)):
-            solved = self._solved(mesh, made, replace(self._dear(1.0), sums=again))
+            solved = self._solved(mesh, made, replace(LEAST_STATE, sums=again))
             found = self._figures(key, solved, started)
         self.moves[key] = {
             name: moves(Placed(segment, solved.mesh, solved.solutions)) for name, segment in self.graph.segments.items()

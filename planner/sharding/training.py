@@ -17,7 +17,7 @@ MOST_BYTES = 4 * MOST_BUCKET_BYTES  # of one collective; larger ones are no fast
 @dataclass(frozen=True)
 class Job:
     """global_batch: sequences of a step; 0: one microbatch. zero: the highest ZeRO stage that may split state.
-    memory_first: placements of least bytes, whatever they take."""
+    memory_first: placements of least training state, then of least bytes kept, whatever they take."""
 
     kinds: StateBytes = field(default_factory=lambda: StateBytes(2, 4, 4, 2, False))
     global_batch: int = 0

@@ -57,7 +57,7 @@ def _show(result, seconds: float) -> None:  # type: ignore[no-untyped-def]
     from rich.text import Text
 
     from ..checking import TOLERANCE
-    from ..render import make_console, mesh_text, schedule_text
+    from ..render import make_console, mesh_text, schedule_text, split_text
 
     console = make_console()
     verdict = Text("same numbers", "bold green") if result.ok else Text("DIFFERENT NUMBERS", "bold red")
@@ -69,6 +69,8 @@ def _show(result, seconds: float) -> None:  # type: ignore[no-untyped-def]
     console.print(f"  plan       {mesh_text(plan.mesh)}, {schedule_text(plan)}, ZeRO {plan.zero}, "
                   f"{plan.microbatch.count} microbatches of {plan.microbatch.size} "
                   f"({plan.microbatch.size // plan.mesh.dp} on each data rank)")  # fmt: skip
+    if plan.mesh.tp > 1:
+        console.print(f"  tensor     {split_text(plan, 'tp')}")
     console.print(f"  took       {format_seconds(seconds)}", style="dim")
     for name, error in sorted(result.gradient_errors.items(), key=lambda item: -item[1])[:8]:
         if error > TOLERANCE:
