@@ -84,6 +84,18 @@ class StateBytes:
         return cls(*sizes, state_tensors, single_copy, in_master, kept_tensors, step_tensors)
 
     @property
+    def moved_by_update(self) -> int:
+        """Of an element, by the optimizer: reads gradient, master copy and state; writes master copy, state and compute
+        copy."""
+        written = 0 if self.single_copy else self.compute
+        return self.reduce + 2 * (1 + self.state_tensors) * self.master + written
+
+    @property
+    def moved_by_accumulation(self) -> int:
+        """Of an element, where its gradient is added to those of other microbatches."""
+        return self.compute + 2 * self.reduce
+
+    @property
     def of_trained(self) -> int:
         """Of an element that is trained, where nothing is split: parameter, gradient, master copy and state."""
         return self.compute + self.reduce + self.of_master

@@ -195,7 +195,7 @@ def _sums(placed: Placed, plan: Plan, param: fx.Node, sums: Sums) -> Iterator[Co
         return
     elements = placed.local_bytes(param, 0) / param.meta["val"].element_size()
     data, tensor = plan.mesh.dp > 1, is_summed(placed, slot)
-    num_bytes = elements * sums.element_bytes
+    num_bytes = elements * sums.kinds.reduce
     if plan.zero == 0 or not data:
         axes = " x ".join(name for name, wide in (("dp", data), ("tp", tensor)) if wide)
         if axes:

@@ -83,7 +83,6 @@ class Setting:
         return self.cache[key]
 
     def optimizer_seconds(self, elements: float, device: Device) -> float:
-        """Reads gradient, master copy and state; writes master copy, state and compute copy: memory traffic alone."""
-        kinds = self.kinds
-        each = kinds.reduce + 2 * (1 + kinds.state_tensors) * kinds.master + (0 if kinds.single_copy else kinds.compute)
-        return self.cost_model.op_seconds("_foreach_add", 0.0, elements * each, self.workload.precision.master, device)
+        """Memory traffic alone."""
+        moved = elements * self.kinds.moved_by_update
+        return self.cost_model.op_seconds("_foreach_add", 0.0, moved, self.workload.precision.master, device)

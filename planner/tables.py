@@ -86,10 +86,9 @@ def _build(
     def moving(num_bytes: float) -> float:
         return setting.cost_model.op_seconds("copy_", 0.0, num_bytes, setting.workload.precision.master, device)
 
-    each = kinds.compute + 2 * kinds.reduce
     nothing = np.zeros(n)
     accumulated = chain.trainable_elements if accumulates else chain.summed_elements
-    accumulate = per_position(accumulated, lambda e: moving(e * each))
+    accumulate = per_position(accumulated, lambda e: moving(e * kinds.moved_by_accumulation))
     inside, use = extents.optimizer, extents.parameters
 
     def over(kind: str, element_bytes: int, extent: int, across: bool = False) -> Callable[[float], float]:

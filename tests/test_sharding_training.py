@@ -80,8 +80,10 @@ def test_with_the_sums_of_gradients_the_least_of_every_placement_of_parameters_i
 def test_large_weights_are_split_where_their_sums_would_come_every_step():
     graph, cost_model = api.capture_for_planning(workload_of(4096)), CostModel(parse_hardware("2xCPU"))
     shares = [
-        Sharder(graph, cost_model, job=Job(global_batch=batch)).solve(dp=1, tp=2, local_batch=8).split_shares["tp"]
-        for batch in (8, 8 * 10_000)
+        Sharder(graph, cost_model, job=Job(global_batch=batch * count))
+        .solve(dp=1, tp=2, local_batch=batch)
+        .split_shares["tp"]
+        for batch, count in ((8, 1), (1 << 16, 10_000))
     ]
     assert shares[0]["parameters"] > 0.9
     assert shares[1]["parameters"] < 0.1 < shares[1]["activations"], "the batch is split instead"

@@ -45,6 +45,7 @@ MAX_SOLVE_S = 120.0  # one integer program; elimination alone, which nearly ever
 HIGHEST_PRICE = 1e-3  # of a byte, in seconds: above what any collective costs
 LEAST_PRICE = 1e-6  # of a byte of the kind that weighs less, where all are at their highest price
 HULL_TOLERANCE = 1e-2  # a point counts that lies below the line by this share of its height
+WORTH = 5e-3  # of a microbatch: what comes once a step is weighed where it takes more than this of it
 NEAR_LEAST = 1.02  # of the least bytes that are possible: nothing leaner is looked for
 
 Key = tuple[int, int, int]  # dp, tp, local batch
@@ -108,6 +109,7 @@ class Sharder:
         self._problems: dict[Key, tuple[Mesh, Build]] = {}  # the latest
         self._frontiers: dict[Key, list[ShardingSolution]] = {}
         self._leanest: dict[tuple[Key, float], ShardingSolution] = {}
+        self._least_states: dict[Key, float] = {}
         self._sums: dict[tuple[int, int], Sums] = {}
         self.moves: dict[Key, dict[str, list[Move]]] = {}
 
@@ -167,8 +169,10 @@ class Sharder:
 
     def _least_state(self, key: Key) -> float:
         """Bytes of training state that every placement leaves on a rank, before ZeRO."""
-        weights = self._problem(key)[1].problem.weights
-        return sum(float(rows[:, STATE].min()) for rows in weights.values())
+        if key not in self._least_states:
+            weights = self._problem(key)[1].problem.weights
+            self._least_states[key] = sum(float(rows[:, STATE].min()) for rows in weights.values())
+        return self._least_states[key]
 
     def _between(self, key: Key, points: Sequence[ShardingSolution], share: float) -> ShardingSolution | None:
         """A new point below the line between two neighbours, the pair that is furthest apart in bytes first."""
@@ -190,8 +194,17 @@ class Sharder:
 
     def _at_price(self, key: Key, prices: Prices) -> ShardingSolution:
         started = time.perf_counter()
-        prices = replace(prices, sums=1.0 / self.job.num_microbatches(key[0], key[2]))
+        once = self._once_a_step(key)
+        prices = Prices(prices.saved, prices.state + once.state, once.sums)
         return self._figures(key, self._solved(*self._problem(key), prices), started)
+
+    def _once_a_step(self, key: Key) -> Prices:
+        """What is added to a microbatch for the sums of gradients, and for the update and the accumulation of what is
+        trained, by its bytes of state."""
+        dp, tp, local_batch = key
+        count = self.job.num_microbatches(dp, local_batch)
+        update_s = self.sums(dp, tp).update_s(count, self.job.zero) / count
+        return Prices(state=TIE_BREAK_S_PER_BYTE + update_s / self.job.kinds.of_trained, sums=1.0 / count)
 
     # ------------------------------------------------------------------ costs
 
@@ -296,18 +309,25 @@ class Sharder:
         asked for, smallest."""
         started = time.perf_counter()
         mesh, made = self._problem(key)
-        dp, tp, local_batch = key
+        tp = key[1]
         solved = self._solved(mesh, made, Prices())
         found = self._figures(key, solved, started)
         least_s = found.lower_bound_s
-        again = 1.0 / self.job.num_microbatches(dp, local_batch)
-        if tp > 1 and found.exposed_s > 0:  # sums count where they show
-            other = self._solved(mesh, made, Prices(sums=again))
+        once = self._once_a_step(key)
+
+        def seconds(point: ShardingSolution) -> float:
+            """Of a microbatch, with its part of what comes once a step."""
+            return point.objective_s + once.sums * point.exposed_s + once.state * point.state_bytes
+
+        least = once.state * self._least_state(key) if tp > 1 else 0.0
+        if tp > 1 and seconds(found) - found.objective_s - least > WORTH * found.objective_s:
+            prices = once if found.exposed_s > 0 else replace(once, sums=0.0)
+            other = self._solved(mesh, made, prices)
             figures = self._figures(key, other, started)
-            if figures.objective_s + again * figures.exposed_s < found.objective_s + again * found.exposed_s:
+            if seconds(figures) < seconds(found):
                 solved, found = other, figures
         if tp > 1 and (self.job.memory_first or not self._is_of_use(solved, found)):
-            solved = self._solved(mesh, made, replace(LEAST_STATE, sums=again))
+            solved = self._solved(mesh, made, replace(LEAST_STATE, sums=once.sums))
             found = self._figures(key, solved, started)
         self.moves[key] = {
             name: moves(Placed(segment, solved.mesh, solved.solutions)) for name, segment in self.graph.segments.items()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
+
 from ...costmodel.communication import MOST_BUCKET_BYTES, bucket_bytes
 from ...costmodel.memory import StateBytes
 from ...costmodel.model import CostModel
@@ -12,6 +14,7 @@ from ...profiler.graph import ModelGraph
 from ..mesh_costs import sum_shape
 
 MOST_BYTES = 4 * MOST_BUCKET_BYTES  # of one collective; larger ones are no faster for a byte
+SAMPLE_BYTES = 1 << 30  # of a copy
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,15 @@ class Job:
 
 
 class Sums:
-    """Seconds of the all-reduce of gradients over data and tensor ranks, once a step, as parts of large collectives."""
+    """Seconds of what comes once a step: the all-reduce of gradients over data and tensor ranks, as parts of large
+    collectives, and the memory traffic of the update."""
 
     def __init__(self, graph: ModelGraph, cost_model: CostModel, kinds: StateBytes, dp: int, tp: int) -> None:
         cluster = cost_model.cluster
         if dp * tp > cluster.num_devices:  # asked for more than there is: as if on all there is
             dp, tp = (1, cluster.num_devices) if dp == 1 else (cluster.num_devices, 1)
-        self.element_bytes = kinds.reduce
+        self.kinds, self.dp = kinds, dp
+        self.byte_s = cost_model.op_seconds("copy_", 0.0, SAMPLE_BYTES, torch.float32) / SAMPLE_BYTES
         self.hides = cluster.worst_device().kind != "cpu"
         pp = cluster.num_devices // (dp * tp)
         held = [sum(math.prod(shape) for shape in segment.param_shapes) for segment in graph.segments.values()]
@@ -70,6 +75,13 @@ class Sums:
     def of(self, trained: float, summed: float) -> float:
         """Of a rank's trained elements, `summed` of them partial over the tensor axis."""
         return self.over_data_s * (trained - summed) + self.over_both_s * summed
+
+    def update_s(self, num_microbatches: int, zero: int) -> float:
+        """Of a trained element: the optimizer's step, and the accumulation of every microbatch."""
+        parts = self.dp if zero else 1
+        accumulated = num_microbatches if self.dp > 1 or num_microbatches > 1 else 0
+        moved = self.kinds.moved_by_update / parts + accumulated * self.kinds.moved_by_accumulation
+        return moved * self.byte_s
 
     def exposed_s(self, trained: float, summed: float, backward_s: float) -> float:
         """What of it the step's last backward cannot hide."""
