@@ -18,6 +18,7 @@ from .forcing import Forced
 from .interfaces import ShardingSolution
 from .outcome import Outcome
 from .setting import Setting
+from .smaller_job import smaller_jobs
 
 Solutions = Mapping[tuple[int, int, int], ShardingSolution | None]
 Solve = Callable[[int, int, int], ShardingSolution | None]  # dp, tp, local batch
@@ -95,10 +96,14 @@ def _nearest_change(
             found_solution = solve(1, tp, 1)
             if found_solution is not None:
                 known[tp, 1] = found_solution
+    found_texts = smaller_jobs(setting, forced, known, first_fit)
+    change = "the job, on this hardware, or --hardware" if found_texts else "--hardware"
     for names in (_more_of_the_same(setting.cluster), _larger_devices(setting.cluster)):
         found_name = _first_cluster_that_fits(setting, forced, known, names)
         if found_name is not None:
-            return "--hardware", f"--hardware {found_name}"
+            return change, ", or ".join([*found_texts, f"--hardware {found_name}"])
+    if found_texts:
+        return "the job", ", or ".join(found_texts)
     return "the model, or --seq-len", "a shorter sequence"
 
 

@@ -258,7 +258,7 @@ def test_the_time_limit_gives_the_incumbent_or_exit_6():
 
 
 def test_what_the_sharding_solver_left_open_lowers_the_bound():
-    tight, loose = (Case(Sizes(), "4xCPU", 8, gap=gap).search(pp=1, tp=4) for gap in (0.0, 0.25))
+    tight, loose = (Case(Sizes(), "4xH100-80GB", 8, gap=gap).search(pp=1, tp=4) for gap in (0.0, 0.25))
     assert loose.certificate.lower_bound_s < 0.8 * tight.certificate.lower_bound_s
     assert loose.predicted.step_s == pytest.approx(tight.predicted.step_s)
 

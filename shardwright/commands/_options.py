@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,12 @@ def add_workload_options(parser: argparse.ArgumentParser, *, batch_required: boo
     group.add_argument("--seq-len", type=positive, metavar="N", help="tokens per sequence (default: the model's own)")
     group.add_argument(
         "--dtype", type=_dtype, metavar="NAME", help="compute dtype: bf16, fp16, fp32, fp64 (default: bf16)"
+    )
+    group.add_argument(
+        "--state-dtype",
+        type=_dtype,
+        metavar="NAME",
+        help="dtype of the optimizer's copy and state, and of summed gradients (default: fp32 beside bf16 and fp16)",
     )
     group.add_argument(
         "--optimizer", default=None, metavar="NAME", help="a torch.optim class, such as AdamW (default) or SGD"
@@ -128,7 +135,9 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def workload_from_args(args: argparse.Namespace) -> Workload:
-    from ..profiler.models import load_workload
+    import torch
+
+    from ..profiler.models import load_workload, with_precision
 
     overrides = parse_overrides(args.override)
     if args.layers is not None:
@@ -140,7 +149,11 @@ def workload_from_args(args: argparse.Namespace) -> Workload:
         options["kind"] = args.kind
     if args.optimizer is not None:
         options["optimizer"] = args.optimizer
-    return load_workload(args.model, **options)
+    workload = load_workload(args.model, **options)
+    if args.state_dtype is None:
+        return workload
+    dtype = getattr(torch, args.state_dtype)
+    return with_precision(workload, replace(workload.precision, master=dtype, grad_reduce=dtype))
 
 
 @contextmanager
