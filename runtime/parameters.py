@@ -72,6 +72,8 @@ class ParameterStore:
         self._names = {id(p): n for held in (self.parameters, self.local_parameters) for n, p in held.items()}
         self._left: dict[Unit, int] = {}
         self._unsummed: list[Unit] = []
+        self.frozen: set[str] = set()  # by the user, since: they get no gradient
+        self._versions: dict[str, tuple[int, ...]] = {}
 
     def _make_units(
         self,
@@ -203,6 +205,16 @@ class ParameterStore:
         for unit in self.units:
             pending.start(unit.refresh())
         pending.drain()
+        self._versions = self._versions_now()
+
+    def _versions_now(self) -> dict[str, tuple[int, ...]]:
+        """A write through a DTensor counts on that alone, one through its local tensor on the memory that it shows."""
+        held = (self.parameters, self.local_parameters)
+        return {n: (self._unit_of[n].masters[n]._version, *(h[n]._version for h in held)) for n in self.parameters}
+
+    def were_written(self) -> bool:
+        """In place, by anyone, since the segments' tensors were last brought up to date?"""
+        return self._versions != self._versions_now()
 
     # use by the segments
 
@@ -307,7 +319,7 @@ class ParameterStore:
             grads.update(sum_together(tied, self.grid.pipeline_subgroup(subset)))
         for name in list(grads):
             grad = grads.pop(name)
-            if not self.specs[name].has_grad:
+            if not self.specs[name].has_grad or name in self.frozen:
                 continue
             grad = grad.to(self.specs[name].master_dtype)
             master = self._unit_of[name].masters[name]

@@ -23,6 +23,7 @@ from ..profiler.workload import Workload
 from . import checkpoint
 from .batch import BatchPart, MicrobatchPart
 from .buffers import Buffers, SecondDirection, buffer_names, written_buffers
+from .by_hand import ByHand
 from .collectives import Summing
 from .extents import DataCut
 from .loss_scaling import loss_scaler
@@ -104,6 +105,7 @@ class Program:
             device=self.device,
             existing=_real_tensors(workload.model) if adopt else None,
         )
+        self._by_hand = ByHand(self.store, graph, workload.model)
         self.scaler = loss_scaler(precision)
         self._stepper = Stepper(workload.optimizer, self.store, self.scaler)
         self.buffers = Buffers({})
@@ -230,6 +232,7 @@ class Program:
     @torch.no_grad()
     def _forward_backward(self, batch: Any) -> Summing:
         self.settle()
+        self._by_hand.follow()
         self.recorder.begin()
         self.memory.begin(self._optimizer)
         self.store.clear_gradients()
@@ -279,6 +282,7 @@ class Program:
         """The loss of a batch, the same on every rank. Nothing is updated, buffers included. The captured graph is the
         training one: dropout, where the model has it, stays on."""
         self.settle()
+        self._by_hand.follow()
         parts = self.microbatches.split(batch)
         total = sum(part.size for part in parts)
         results = self._run(parts, self._eval_runners, None, training=False)
@@ -288,6 +292,7 @@ class Program:
     def outputs(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """The model's outputs, local parts, one entry for each microbatch; empty on ranks without the last stage."""
         self.settle()
+        self._by_hand.follow()
         parts = self.microbatches.split(batch)
         results = self._run(parts, self._eval_runners, None, training=False)
         return [{name: results[k][name] for name in self.graph.outputs} for k in sorted(results)]
