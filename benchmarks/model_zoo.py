@@ -2,20 +2,28 @@
 
 `causal_TYPE` is the causal language model of that model type, built by the zoo file that the environment variable
 SHARDWRIGHT_ZOO names (a module with names() and tiny(model_type) -> (model, inputs)). The others, encoders,
-encoder-decoders, vision, audio and state-space models of transformers, are listed in OTHERS.
+encoder-decoders, vision, audio and state-space models of transformers, are listed in OTHERS. FAMILIES, of every other
+field, are configurations for hf: and diffusers: (zoo_configs.py) and models written out (zoo_written.py).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+import zoo_configs
+import zoo_written
 
 BATCH, LENGTH, VOCABULARY = 8, 16, 96
 CAUSAL = "causal_"
+FAMILY = "family_"
+FAMILIES = tuple(FAMILY + name for name in (*zoo_configs.HF, *zoo_configs.DIFFUSERS, *zoo_written.NAMES))
 # what configurations call their sizes; each model takes those that it has
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY, decoder_vocab_size=VOCABULARY, hidden_size=32,
@@ -162,6 +170,21 @@ def _batch(kind: str, config: Any) -> dict[str, Any]:
         "input_values": torch.randn(BATCH, config.max_length, config.num_mel_bins, generator=draw),
         "labels": classes(),
     }
+
+
+def family_spec(name: str, folder: Path) -> dict[str, Any]:
+    """What load_workload takes, as in Workload.spec. Configurations are written into the folder."""
+    name = name.removeprefix(FAMILY)
+    batch = {"global_batch": zoo_written.BATCH, "batch_size": zoo_written.BATCH}
+    if name in zoo_written.NAMES:
+        return {"model": f"{zoo_written.__file__}:{name}", "kind": "factory", **batch}
+    scheme = "hf" if name in zoo_configs.HF else "diffusers"
+    file = folder / name / "config.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    config = zoo_configs.HF[name] if scheme == "hf" else zoo_configs.DIFFUSERS[name]
+    file.write_text(json.dumps(config))
+    settings = {"seq_len": zoo_configs.SEQ_LEN.get(name, 16), "overrides": zoo_configs.OVERRIDES.get(name, {})}
+    return {"model": f"{scheme}:{file}", **settings, **batch}
 
 
 def __getattr__(name: str) -> Callable[[], tuple[Any, dict[str, Any]]]:

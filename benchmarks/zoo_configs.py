@@ -114,12 +114,6 @@ HF: dict[str, Config] = {
                    vision_config=_IMAGE, qformer_config=dict(**_ENCODER, encoder_hidden_size=16),
                    text_config=dict(model_type="opt", hidden_size=16, ffn_dim=24, num_hidden_layers=1, vocab_size=60,
                                     num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=40)),
-    "qwen2_5_vl": _made("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", image_token_id=59, video_token_id=58,
-                        vision_start_token_id=57, text_config=dict(
-                            model_type="qwen2_5_vl_text", **_TEXT, num_key_value_heads=2, max_position_embeddings=64,
-                            rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1])),
-                        vision_config=dict(depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4,
-                                           out_hidden_size=16, window_size=16, fullatt_block_indexes=[1])),
     # text encoders with heads
     "bert_sentence": _made("BertForSequenceClassification", "bert", _ENCODER, num_labels=3),
     "roberta_tokens": _made("RobertaForTokenClassification", "roberta", _ENCODER),

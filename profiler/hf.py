@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import ShardwrightError
-from .hf_overrides import apply_overrides
+from .hf_overrides import all_parts, apply_overrides
 from .model_kinds import choose_kind, class_name, classes_of
 from .near import near_matches
 from .recorded import Recorder, remember
@@ -193,8 +193,9 @@ def config_object(config: Mapping[str, Any], overrides: Mapping[str, Any] | None
         ) from None
     if attention is not None:
         result._attn_implementation = attention
-    if hasattr(result, "use_cache"):
-        result.use_cache = False  # a training step has no use for past keys and values
+    for part in all_parts(result):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False  # a training step has no use for past keys and values
     if getattr(result, "is_encoder_decoder", False) and getattr(result, "decoder_start_token_id", None) is None:
         # targets are shifted right behind this token; some configurations leave it to generation settings
         pad = getattr(result, "pad_token_id", None)

@@ -52,6 +52,11 @@ def parts_of(parsed: Any) -> dict[str, Any]:
     return {name: part for name, part in found.items() if hasattr(part, "to_dict")}
 
 
+def all_parts(parsed: Any) -> list[Any]:
+    """The configuration and those inside it, at any depth."""
+    return [parsed, *(deeper for part in parts_of(parsed).values() for deeper in all_parts(part))]
+
+
 def _own_names(parsed: Any) -> set[str]:
     return {*parsed.to_dict(), *getattr(type(parsed), "attribute_map", {})}
 

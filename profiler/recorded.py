@@ -7,7 +7,7 @@ norm. Building under `Recorder` notes each operation on meta tensors; `FirstValu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,37 @@ class _Literals(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
+class _Ref:
+    """A meta tensor as it was when an operation saw it: `.data = ...` may give the same object another storage."""
+
+    storage: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Ref:
+        geometry = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+        return cls(tensor.untyped_storage()._cdata, tensor.dtype, *geometry)
+
+
+@dataclass(frozen=True)
 class _Step:
+    """args and kwargs hold a _Ref in place of each meta tensor."""
+
     index: int
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    outputs: tuple[torch.Tensor, ...]
+    outputs: tuple[_Ref | None, ...]
 
-    def inputs(self) -> Iterator[torch.Tensor]:
-        return (leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, torch.Tensor))
+    def reads(self) -> set[int]:
+        leaves = tree_leaves((self.args, dict(self.kwargs)))
+        return {leaf.storage for leaf in leaves if isinstance(leaf, _Ref)}
+
+    def writes(self) -> set[int]:
+        return {output.storage for output in self.outputs if output is not None}
 
 
 class Recorder(TorchDispatchMode):
@@ -52,6 +74,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[_Step] = []
+        self._kept: dict[int, Any] = {}  # storages live on, so that none takes another's identity
         self._literals = _Literals()
 
     def __enter__(self) -> Recorder:
@@ -65,20 +88,28 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        noted = tree_map_only(torch.Tensor, self._note, (tuple(args), dict(kwargs)))
         result = func(*args, **kwargs)
-        outputs = tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
-        if any(output.is_meta for output in outputs):
-            self.steps.append(_Step(len(self.steps), func, args, kwargs, outputs))
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if any(leaf.is_meta for leaf in leaves):
+            outputs = tuple(self._note(leaf) if leaf.is_meta else None for leaf in leaves)
+            self.steps.append(_Step(len(self.steps), func, *noted, outputs))
         return result
+
+    def _note(self, tensor: torch.Tensor) -> Any:
+        if not tensor.is_meta:
+            return tensor
+        self._kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return _Ref.of(tensor)
 
 
 class FirstValues:
     """Values of a model's tensors as its constructor left them. Kept beside the model; never copied with it."""
 
     def __init__(self, model: nn.Module, recorder: Recorder) -> None:
-        self.steps = recorder.steps
+        self.steps, self._kept = recorder.steps, recorder._kept
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        self.tensors = {name: tensor.detach() for name, tensor in named}
+        self.tensors = {name: _Ref.of(tensor) for name, tensor in named if tensor.is_meta}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FirstValues:
         return self
@@ -88,53 +119,43 @@ class FirstValues:
 
         Draws depend on the seed and on their place in the constructor, so that tensors made of the same draws agree.
         """
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            return None
-        needed = self._leading_to(_storage(tensor))
-        if not needed:
+        wanted = self.tensors.get(name)
+        needed = self._leading_to(wanted.storage) if wanted is not None else []
+        if wanted is None or not needed:
             return None
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return self._run(needed, tensor, seed)
+            return _run(needed, wanted, seed)
 
     def _leading_to(self, storage: int) -> list[_Step]:
         """The steps that write this storage, and those that write what they read, in order."""
         wanted, needed = {storage}, []
         for step in reversed(self.steps):
-            written = {_storage(output) for output in step.outputs}
-            if wanted & written:
+            if wanted & step.writes():
                 needed.append(step)
-                wanted |= {_storage(tensor) for tensor in step.inputs() if tensor.is_meta}
+                wanted |= step.reads()
         return needed[::-1]
 
-    @staticmethod
-    def _run(steps: list[_Step], wanted: torch.Tensor, seed: int) -> torch.Tensor | None:
-        made: dict[int, torch.Tensor] = {}  # by identity of the meta tensor
-        views: dict[int, torch.Tensor] = {}  # by storage: any tensor over it
 
-        def real(tensor: torch.Tensor) -> torch.Tensor:
-            if not tensor.is_meta:
-                return tensor
-            if id(tensor) not in made:  # an alias that no step made, such as the Parameter around a tensor
-                base = views[_storage(tensor)]
-                made[id(tensor)] = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-            return made[id(tensor)]
+def _run(steps: list[_Step], wanted: _Ref, seed: int) -> torch.Tensor:
+    bases: dict[tuple[int, torch.dtype], torch.Tensor] = {}  # a tensor over each storage
 
-        for step in steps:
-            args, kwargs = tree_map_only(torch.Tensor, real, (step.args, dict(step.kwargs)))
-            if str(kwargs.get("device", "")).startswith("meta"):
-                kwargs["device"] = torch.device("cpu")
-            torch.default_generator.manual_seed((seed << 24) + step.index)
-            result = step.func(*args, **kwargs)
-            outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-            for meta, value in zip(step.outputs, outputs, strict=True):
-                made[id(meta)] = value
-                views.setdefault(_storage(meta), value)
-        return real(wanted) if _storage(wanted) in views else None
+    def real(ref: _Ref) -> torch.Tensor:
+        return bases[(ref.storage, ref.dtype)].as_strided(ref.shape, ref.stride, ref.offset)
 
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    for step in steps:
+        args, kwargs = tree_map_only(_Ref, real, (step.args, dict(step.kwargs)))
+        if str(kwargs.get("device", "")).startswith("meta"):
+            kwargs["device"] = torch.device("cpu")
+        torch.default_generator.manual_seed((seed << 24) + step.index)
+        result = step.func(*args, **kwargs)
+        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        for ref, found in zip(step.outputs, leaves, strict=True):
+            if ref is None or (ref.storage, ref.dtype) in bases:
+                continue
+            if found.stride() != ref.stride:  # laid out as on meta, so that views of it are the same
+                found = torch.empty_strided(ref.shape, ref.stride, dtype=ref.dtype).copy_(found)
+            bases[(ref.storage, ref.dtype)] = found
+    return real(wanted)
 
 
 _ATTRIBUTE = "_shardwright_first_values"

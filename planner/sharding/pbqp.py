@@ -166,9 +166,11 @@ class Elimination:
             keep &= np.isfinite(matrix).any(axis=1)
         if not keep.any():
             keep[0] = True  # infeasible: leave one option, whose infinite cost shows it
-        kept = np.flatnonzero(keep)
-        weights = self.weights[u][kept] if u in self.weights else None
-        kept = kept[self._undominated(costs[kept], weights, [m[kept] for m in self.neighbours[u].values()])]
+        kept, matrices, weights = np.flatnonzero(keep), list(self.neighbours[u].values()), self.weights.get(u)
+        if len(kept) < len(costs):
+            matrices = [matrix[kept] for matrix in matrices]
+            weights = None if weights is None else weights[kept]
+        kept = kept[self._undominated(costs[kept], weights, matrices)]
         if len(kept) == len(costs):
             return False
         self.costs[u], self.options[u] = costs[kept], self.options[u][kept]
