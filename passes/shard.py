@@ -8,6 +8,7 @@ arguments made local, or as its lowering (lowerings.py).
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..planner.sharding.catalog import RULES
 from ..planner.sharding.evaluate import results
 from ..planner.sharding.placement import R, route, shard_size, shard_start
 from ..planner.sharding.solution import AxisSolution
@@ -30,9 +32,11 @@ aten = torch.ops.aten
 _OUTPUT_SIZE_ARG = {
     aten.view: 1, aten.reshape: 1, aten._unsafe_view: 1, aten.expand: 1, aten.zeros: 0, aten.ones: 0, aten.full: 0,
     aten.empty: 0, aten.new_zeros: 1, aten.new_ones: 1, aten.new_full: 1, aten.new_empty: 1, aten.slice_backward: 1,
-    aten.select_backward: 1, aten.upsample_nearest2d_backward: 2, aten.upsample_bilinear2d_backward: 2,
-    aten.upsample_bicubic2d_backward: 2,
+    aten.select_backward: 1,
 }  # fmt: skip
+for _packet in RULES:
+    if re.fullmatch(r"aten\._?upsample_\w+_backward", str(_packet)):
+        _OUTPUT_SIZE_ARG[_packet] = 2
 _BATCH_SIZE_ARG = {aten.native_group_norm: 3, aten.native_group_norm_backward: 5}
 # counter-based ops: op name -> (position of the local size or None, position of the offset)
 _RANDOM_ARGS = {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -108,3 +109,10 @@ def backward_hook_replaced(kind: Callable[..., Any]) -> Iterator[None]:
 def global_module_hooks() -> list[dict[int, Any]]:
     """Tables of the forward hooks and pre-hooks that run for every module of the process."""
     return [torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks]
+
+
+def decompositions_of(*names: str) -> dict[Any, Callable[..., Any]]:
+    """torch's own, of every overload that makes a new tensor."""
+    packets = [getattr(torch.ops.aten, name) for name in names]
+    table = get_decompositions(packets)
+    return {op: function for op, function in table.items() if not op._schema.is_mutable}

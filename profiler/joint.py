@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
 from .autograd_functions import InterpretOpaquely, see_through
+from .decompositions import DECOMPOSITIONS
 from .fold import RANDOM_INDEX_ARG, Piece
 from .functional import copy, without_writes, writes_or_restrides
 from .graph import Segment
@@ -237,32 +238,6 @@ def _view_again(traced: fx.GraphModule) -> None:
                     node.replace_input_with(operand, remake(operand, node))
     graph.eliminate_dead_code()
     traced.recompile()
-
-
-# --------------------------------------------------------------------------- decompositions
-# Few: fused kernels are kept. Means become sums, because a sum over a sharded dimension is a partial sum even when the
-# shards are uneven, and a mean is not.
-
-
-def _count(x: torch.Tensor, dims: Sequence[int] | None) -> int:
-    count = 1
-    for d in range(x.dim()) if not dims else dims:
-        count *= x.shape[d]
-    return count
-
-
-def _mean(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.div(torch.sum(x, dtype=dtype), _count(x, None))
-
-
-def _mean_dim(x: torch.Tensor, dim: Any, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.div(torch.sum(x, dim, keepdim, dtype=dtype), _count(x, dim))
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    aten.mean.default: _mean,
-    aten.mean.dim: _mean_dim,
-}
 
 
 def flatten_outputs(graph: fx.Graph) -> list[Any]:

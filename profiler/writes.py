@@ -61,7 +61,9 @@ def is_inplace(target: Any) -> bool:
 
 
 def _functional(target: Any) -> Any | None:
-    """add_.Tensor -> add.Tensor, where it exists with the same overload name."""
+    """add_.Tensor -> add.Tensor, where it exists with the same overload name; add.out -> add.Tensor."""
+    if not is_inplace(target):
+        return _without_out(target)
     name = target._schema.name.split("::")[1][:-1]
     if name == "zero":
         return aten.zeros_like.default
@@ -69,12 +71,32 @@ def _functional(target: Any) -> Any | None:
     return getattr(packet, target._overloadname, None) if packet is not None else None
 
 
+def _written(node: fx.Node) -> fx.Node | None:
+    """The tensor that an op writes to: x of x.add_(y), and of torch.mul(y, z, out=x)."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node) and node.target._schema.is_mutable:
+        return out
+    return node.args[0] if is_inplace(node.target) and isinstance(node.args[0], fx.Node) else None
+
+
+def _without_out(target: Any) -> Any | None:
+    """The overload that makes a new tensor of the same arguments."""
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if a.name != "out"]
+    for name in target.overloadpacket.overloads():
+        overload = getattr(target.overloadpacket, name)
+        if [(a.name, str(a.type)) for a in overload._schema.arguments] == wanted and not overload._schema.is_mutable:
+            return overload
+    return None
+
+
 def replace_inplace(graph: fx.Graph, buffer_placeholders: set[str]) -> dict[str, fx.Node]:
     """x.add_(y) becomes x1 = add(x, y); later readers of x read x1, and views of the same memory are seen again.
 
     Returns buffers written: name -> new value.
     """
-    if not any(node.op == "call_function" and is_inplace(node.target) for node in graph.nodes):
+    if not any(_written(node) is not None for node in graph.nodes):
         return {}
     return _Writes(graph).run(buffer_placeholders)
 
@@ -101,9 +123,10 @@ class _Writes:
                 continue
             operands = {n: self._fresh(n, node) for n in node.all_input_nodes}
             first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+            written = _written(node)
+            if written is not None and self._write(node, self._named(written), operands):
+                continue
             if first is not None and node.op == "call_function":
-                if is_inplace(node.target) and self._write(node, self._named(first), operands):
-                    continue
                 if is_view(node):
                     many = node.target is operator.getitem
                     self.viewed[node] = self.viewed[first] if many else self._named(first)
@@ -149,6 +172,7 @@ class _Writes:
         if functional is None:
             return False
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: operands[n])
+        kwargs = {name: given for name, given in kwargs.items() if name != "out"}
         chain = [target]
         while chain[-1] in self.viewed:
             chain.append(self.viewed[chain[-1]])

@@ -113,7 +113,7 @@ def one_op(op: object, *operands: object) -> OneOp:
 
 def assert_same(found: torch.Tensor, expected: torch.Tensor, compare: Callable[..., None] | None = None) -> None:
     assert found.shape == expected.shape and found.dtype == expected.dtype, (found.shape, expected.shape, found.dtype)
-    if expected.is_floating_point():
+    if expected.is_floating_point() or expected.is_complex():
         scale = expected.abs().nan_to_num(0, 0, 0).max().item() if expected.numel() else 0.0
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10 * max(scale, 1.0), equal_nan=True)
     else:

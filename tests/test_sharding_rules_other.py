@@ -358,6 +358,108 @@ _, pre = experts.expert_mlp(hidden, chosen, weights, gate_up, down, "silu")
 for kept in (pre, None):
     case(experts.expert_mlp_backward.default, randn(6, 5), hidden, chosen, weights, gate_up, down, kept, "silu")
 
+# elementwise ops that torch does not mark so
+for backward in (aten.mish_backward, aten.hardsigmoid_backward):
+    case(backward.default, X, Y)
+for shrink in (aten.softshrink_backward, aten.hardshrink_backward):
+    case(shrink.default, X, Y, 0.3)
+case(aten.hardswish.default, X)
+case(aten._prelu_kernel.default, X, randn(1, 4, 1))
+case(aten._prelu_kernel_backward.default, X, Y, randn(1, 4, 1))
+case(aten.fill.Scalar, X, 2.0)
+case(aten.complex.default, X, Y)
+case(aten.log_sigmoid_forward.default, X)
+case(aten.isclose.default, X, Y)
+for dim in (-1, 0):
+    halves = randn(6, 4, 8)
+    case(aten.glu.default, halves, dim)
+    case(aten.glu_backward.default, aten.glu(halves, dim), halves, dim)
+# losses over margins, and over alignments
+MARGIN_TARGET, MANY = integers(5, 6), integers(5, 6, 5)
+for reduction in (0, 1, 2):
+    grad = randn(6) if reduction == 0 else randn()
+    for weight in (None, WEIGHT):
+        case(aten.multi_margin_loss.default, SCORES, MARGIN_TARGET, 1, 1.0, weight, reduction)
+        case(aten.multi_margin_loss_backward.default, grad, SCORES, MARGIN_TARGET, 1, 1.0, weight, reduction)
+    case(aten.multilabel_margin_loss_forward.default, SCORES, MANY, reduction)
+    _, marks = aten.multilabel_margin_loss_forward(SCORES, MANY, reduction)
+    case(aten.multilabel_margin_loss_backward.default, grad, SCORES, MANY, reduction, marks)
+FRAMES, LABELS, LENGTHS = (
+    randn(7, 6, 5).log_softmax(-1),
+    integers(4, 6, 2) + 1,
+    (torch.full((6,), 7), torch.full((6,), 2)),
+)
+case(aten._ctc_loss.Tensor, FRAMES, LABELS, *LENGTHS)
+found = aten._ctc_loss(FRAMES, LABELS, *LENGTHS)
+case(aten._ctc_loss_backward.Tensor, randn(6), FRAMES, LABELS, *LENGTHS, *found, 0)
+# matrices, transforms, distances
+MATRICES = randn(6, 3, 4, 4) @ randn(6, 3, 4, 4).mT * 0.1 + 2 * torch.eye(4, dtype=torch.float64)
+case(aten.linalg_inv_ex.default, MATRICES)
+case(aten.linalg_cholesky_ex.default, MATRICES @ MATRICES.mT)
+case(aten.linalg_solve_triangular.default, MATRICES.tril(), randn(6, 3, 4, 2), upper=False)
+case(aten._linalg_det.default, MATRICES)
+case(aten._linalg_slogdet.default, MATRICES)
+case(aten._linalg_solve_ex.default, MATRICES, randn(6, 3, 4, 2))
+case(aten._linalg_eigh.default, MATRICES + MATRICES.mT)
+case(aten._linalg_svd.default, MATRICES)
+case(aten.linalg_qr.default, MATRICES)
+case(aten.linalg_matrix_exp.default, MATRICES)
+case(aten.linalg_lu.default, MATRICES)
+factors, pivots, _ = aten.linalg_lu_factor_ex(MATRICES)
+case(aten.linalg_lu_factor_ex.default, MATRICES)
+case(aten.linalg_lu_solve.default, factors, pivots, randn(6, 3, 4, 2))
+case(aten.lu_unpack.default, factors, pivots)
+case(aten.cholesky_solve.default, randn(6, 3, 4, 2), aten.linalg_cholesky_ex(MATRICES @ MATRICES.mT)[0])
+case(aten.cholesky_inverse.default, aten.linalg_cholesky_ex(MATRICES @ MATRICES.mT)[0])
+case(aten.triangular_solve.default, randn(6, 3, 4, 2), MATRICES.triu())
+case(aten.linalg_householder_product.default, MATRICES, randn(6, 3, 4))
+case(aten.linalg_eig.default, MATRICES + MATRICES.mT)
+case(aten._linalg_eigvals.default, MATRICES + MATRICES.mT)
+case(aten._fft_r2c.default, X, [2], 0, True)
+case(aten._fft_c2c.default, torch.complex(X, Y), [1], 0, True)
+case(aten._fft_c2r.default, torch.complex(X, Y), [2], 0, 8)
+case(aten._cdist_forward.default, randn(6, 4, 3), randn(6, 5, 3), 2.0, None)
+case(aten._cdist_backward.default, randn(6, 4, 5), randn(6, 4, 3), randn(6, 5, 3), 1.0, randn(6, 4, 5).abs())
+case(aten.mv.default, randn(6, 4), randn(4))
+# sums and copies into rows
+for add in (aten.index_add.default, aten.index_copy.default):
+    case(add, X, 1, torch.tensor([2, 0]), Y[:, :2])
+case(aten.index_add.default, X, 0, torch.tensor([2, 0, 2]), Y[:3])
+case(aten.index_reduce.default, X, 1, torch.tensor([2, 0]), Y[:, :2], "mean")
+for reduce in ("sum", "amax", "mean"):
+    case(aten.scatter_reduce.two, X, 1, integers(4, 6, 4, 5), Y, reduce)
+# all kinds of pooling, padding and resizing
+SIGNAL, VOLUME = randn(6, 4, 9), randn(6, 4, 4, 4, 4)
+for image, sizes, kinds in (
+    (SIGNAL, [12], ("upsample_nearest1d", "_upsample_nearest_exact1d", "upsample_linear1d")),
+    (IMAGE, [9, 12], ("upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d", "upsample_bicubic2d",
+                      "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa")),
+    (VOLUME, [6, 6, 8], ("upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d")),
+):  # fmt: skip
+    for kind in kinds:
+        corners = [] if "nearest" in kind else [False]
+        case(getattr(aten, kind).default, image, sizes, *corners)
+        given = randn(*image.shape[:2], *sizes)
+        case(getattr(aten, f"{kind}_backward").default, given, sizes, list(image.shape), *corners)
+for image in (SIGNAL, IMAGE, VOLUME):
+    rank = image.dim() - 2
+    for kind in ("reflection", "replication"):
+        pad, backward = getattr(aten, f"{kind}_pad{rank}d"), getattr(aten, f"{kind}_pad{rank}d_backward")
+        case(pad.default, image, [1, 2] * rank)
+        case(backward.default, randn(*pad(image, [1, 2] * rank).shape), image, [1, 2] * rank)
+for image, rank in ((IMAGE, 2), (VOLUME, 3)):
+    out, indices = getattr(aten, f"adaptive_max_pool{rank}d")(image, [2] * rank)
+    case(getattr(aten, f"adaptive_max_pool{rank}d").default, image, [2] * rank)
+    case(getattr(aten, f"adaptive_max_pool{rank}d_backward").default, randn(*out.shape), image, indices)
+    case(getattr(aten, f"_adaptive_avg_pool{rank}d_backward").default, randn(*out.shape), image)
+case(aten._adaptive_avg_pool3d.default, VOLUME, [2, 2, 2])
+out, indices = aten.max_pool3d_with_indices(VOLUME, [2, 2, 2])
+pool = ([2] * 3, [2] * 3, [0] * 3)
+case(aten.max_pool3d_with_indices_backward.default, randn(*out.shape), VOLUME, *pool, [1] * 3, False, indices)
+case(aten.avg_pool3d_backward.default, randn(*out.shape), VOLUME, *pool, False, True, None)
+case(aten.im2col.default, IMAGE, [2, 2], [1, 1], [0, 0], [1, 1])
+case(aten.col2im.default, randn(6, 16, 25), [6, 6], [2, 2], [1, 1], [0, 0], [1, 1])
+
 UNDEFINED = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default}
 
 

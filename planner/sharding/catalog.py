@@ -11,7 +11,9 @@ from torch import fx
 from ...kernels.sharding import SHARDING_RULES
 from . import (  # noqa: F401  each adds its rules to RULES
     expert_rules,
+    linalg_rules,
     lookup_rules,
+    loss_rules,
     math_rules,
     recurrence_rules,
     scan_rules,
@@ -19,8 +21,10 @@ from . import (  # noqa: F401  each adds its rules to RULES
 )
 from .dtensor_rules import dtensor_strategies
 from .placement import P, R, can_shard
-from .rules import find_rule
+from .rules import RULES, find_rule
 from .strategy import OpView, Strategy, replicated, view_of
+
+__all__ = ["CUSTOM", "RULES", "fits", "place_of", "strategies"]
 
 CUSTOM: dict[Any, Callable[[OpView], list[Strategy]]] = {}
 

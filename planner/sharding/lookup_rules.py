@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from .placement import P, R
 from .rules import aten, rule_for, same_everywhere, wrap
 from .strategy import OpView, Strategy
@@ -45,6 +47,24 @@ def scatter(view: OpView) -> list[Strategy]:
     dim = wrap(view.args[1], max(source.dim(), 1))
     same = [d for d in range(source.dim()) if d != dim and all(t.shape[d] == source.shape[d] for t in view.inputs)]
     return same_everywhere(view, same)
+
+
+@rule_for("scatter_reduce")
+def scatter_reduce(view: OpView) -> list[Strategy]:
+    return scatter(view)
+
+
+@rule_for("index_add", "index_copy", "index_reduce")
+def index_add(view: OpView) -> list[Strategy]:
+    """(x, dim, index, source): other dimensions; of a sum, also the rows of the source, each adding on its rank."""
+    x, _, source = view.inputs
+    dim = wrap(view.args[1], max(x.dim(), 1))
+    found = [Strategy((d, R, d), (d,)) for d in range(x.dim()) if d != dim]
+    if view.op.overloadpacket is aten.index_add:
+        found.append(Strategy((P, R, P), (P,)))
+        if source.dim() == x.dim() and x.dim() > 0:
+            found.append(Strategy((P, 0, dim), (P,)))
+    return found
 
 
 @rule_for("index")
@@ -137,19 +157,25 @@ def convolution_backward(view: OpView) -> list[Strategy]:
     return found
 
 
-@rule_for(
+_SPATIAL = (
     "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d",
-    "max_pool3d_with_indices", "avg_pool3d",
-    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest1d", "upsample_linear1d",
-    "reflection_pad2d", "replication_pad2d", "pixel_shuffle", "pixel_unshuffle",
-    "max_pool2d_with_indices_backward", "avg_pool2d_backward", "_adaptive_avg_pool2d_backward",
-    "upsample_nearest2d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward",
-    "reflection_pad2d_backward", "replication_pad2d_backward",
+    "max_pool3d_with_indices", "avg_pool3d", "_adaptive_avg_pool3d", "adaptive_max_pool3d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
+    "replication_pad3d",
 )  # fmt: skip
+
+
+@rule_for("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im", *_SPATIAL)
+@rule_for(*(f"{name}_backward" for name in _SPATIAL))
 def spatial(view: OpView) -> list[Strategy]:
-    """Works on each image and channel alone (pixel shuffles: on each image)."""
-    batched = 3 if "1d" in view.op._schema.name else 4
+    """Works on each image and channel alone; what moves pixels into channels, on each image."""
+    name = view.op._schema.name.split("::")[1]
+    moves = name in ("pixel_shuffle", "pixel_unshuffle")
+    columns = name in ("im2col", "col2im")
+    batched = 3 if name == "col2im" else 4 if moves or columns else 2 + int(re.search(r"(\d)d", name).group(1))  # type: ignore[union-attr]
     if view.inputs[0].dim() < batched:
         return []
-    channels = view.op.overloadpacket not in (aten.pixel_shuffle, aten.pixel_unshuffle)
-    return same_everywhere(view, [0, 1] if channels else [0])
+    return same_everywhere(view, [0] if moves or columns else [0, 1])

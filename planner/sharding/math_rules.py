@@ -146,6 +146,12 @@ def softmax_backward(view: OpView) -> list[Strategy]:
     ]
 
 
+@rule_for("glu", "glu_backward")
+def gated(view: OpView) -> list[Strategy]:
+    """One half of a dimension times the sigmoid of the other: (x, dim), and (grad, x, dim)"""
+    return _except_dim(view, view.args[-1] if len(view.args) > len(view.inputs) else -1)
+
+
 @rule_for("nll_loss_forward", "nll_loss2d_forward")
 def nll_loss(view: OpView) -> list[Strategy]:
     """(log_probabilities, target, weight, reduction, ignore_index) -> (loss, total_weight).

@@ -65,7 +65,8 @@ _LINEAR_UNARY = {
 }
 _LINEAR_FIRST = {"silu_backward", "gelu_backward", "threshold_backward", "tanh_backward", "sigmoid_backward",
                  "native_dropout_backward", "hardtanh_backward", "leaky_relu_backward", "elu_backward",
-                 "hardswish_backward", "softplus_backward", "div"}  # fmt: skip
+                 "hardswish_backward", "softplus_backward", "div", "mish_backward", "hardsigmoid_backward",
+                 "softshrink_backward", "hardshrink_backward"}  # fmt: skip
 
 
 def pointwise(view: OpView) -> list[Strategy]:
@@ -99,8 +100,13 @@ def pointwise(view: OpView) -> list[Strategy]:
     return found
 
 
-for _untagged in (aten.softplus_backward, aten.masked_fill, aten.floor_divide, aten.log_sigmoid_backward, aten.polar):
-    RULES[_untagged] = pointwise
+for _untagged in (
+    "softplus_backward", "masked_fill", "floor_divide", "log_sigmoid_backward", "polar", "elu_backward",
+    "mish_backward", "hardsigmoid_backward", "hardswish", "hardswish_backward", "softshrink_backward",
+    "hardshrink_backward", "_prelu_kernel", "_prelu_kernel_backward", "fill", "complex", "log_sigmoid_forward",
+    "isclose",
+):  # fmt: skip
+    RULES[getattr(aten, _untagged)] = pointwise
 RULES[aten._to_copy] = pointwise  # not tagged so in every torch; DTensor's rule would round the parts of a sum
 
 
