@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch._decomp import get_decompositions
+from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -116,3 +117,39 @@ def decompositions_of(*names: str) -> dict[Any, Callable[..., Any]]:
     packets = [getattr(torch.ops.aten, name) for name in names]
     table = get_decompositions(packets)
     return {op: function for op, function in table.items() if not op._schema.is_mutable}
+
+
+def traced_node(tensor: torch.Tensor) -> tuple[Any, Any] | None:
+    """(node, what holds its graph's attributes) of a tensor of the running trace; None of any other."""
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None:
+        return None
+    slot = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
+    return None if slot is None else (slot.proxy.node, mode.tracer.root)
+
+
+@contextlib.contextmanager
+def outside_trace_and_fakes() -> Iterator[None]:
+    """Inside, tensors are real, and a running trace sees nothing."""
+    with proxy_tensor.disable_proxy_modes_tracing(), unset_fake_temporarily():
+        yield
+
+
+def _fake_ctc_loss(mode: Any, _op: Any, log_probs: torch.Tensor, targets: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """torch has none, as the second result is as wide as the longest target; here, as the widest that they can be."""
+    samples = log_probs.shape[1] if log_probs.dim() == 3 else 1
+    width = 2 * (targets.shape[1] if targets.dim() == 2 else targets.shape[0]) + 1
+    with mode:
+        return log_probs.new_empty(samples), log_probs.new_empty(samples, log_probs.shape[0], width)
+
+
+def _fake_ctc_loss_backward(mode: Any, _op: Any, _grad: Any, log_probs: torch.Tensor, *_: Any, **__: Any) -> Any:
+    with mode:
+        return log_probs.new_empty(log_probs.shape)
+
+
+for _overload in ("default", "Tensor"):
+    for _name, _fake in (("_ctc_loss", _fake_ctc_loss), ("_ctc_loss_backward", _fake_ctc_loss_backward)):
+        _op = getattr(getattr(torch.ops.aten, _name), _overload)
+        if _op not in fake_impls.op_implementations_dict:
+            fake_impls.register_op_impl(_op)(_fake)

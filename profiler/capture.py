@@ -26,10 +26,11 @@ from ..kernels import ops  # noqa: F401  registers the ops that normalization pu
 from . import fold, joint
 from ._torch import DATA_DEPENDENT, lazy_recompile
 from .as_written import AsWritten
+from .assumptions import Assumptions
 from .attention_interface import shardwright_attention
 from .calling import PLAIN_CALL, Call
 from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
-from .inputs import batch_dims_of, example_batch_size
+from .inputs import batch_dims_of, example_batch_size, make_batch
 from .nodes import value
 from .normalize import normalize
 from .outside_random import refused_outside_random
@@ -49,10 +50,11 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model, self.loss, self.call = model, loss, call
         self.begin: Callable[[], None] = lambda: None
+        self.verified: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         self.begin()
-        return compute_loss(self.model, self.loss, batch, self.call)
+        return self.verified(compute_loss(self.model, self.loss, batch, self.call))
 
 
 def compute_loss(model: nn.Module, loss: Loss | None, tensors: Any, call: Call = PLAIN_CALL) -> torch.Tensor:
@@ -150,6 +152,8 @@ def export_step(
     shapes = None if symbolic is None else {n: dict.fromkeys(symbolic.get(n, ()), Dim.AUTO) for n in batch}
     written = written or AsWritten(workload.model)
     step.begin = written.hooks.record_parameters
+    assumptions = Assumptions(lambda: _real_entries(workload))
+    step.verified = assumptions.verified
     try:
         with (
             warnings.catch_warnings(),
@@ -162,6 +166,7 @@ def export_step(
             scans(workload.model),
             torch.enable_grad(),
             written.recorded(),
+            assumptions,
         ):
             warnings.simplefilter("ignore")
             return torch.export.export(step, (batch,), dynamic_shapes=shapes and (shapes,), strict=False)
@@ -169,6 +174,11 @@ def export_step(
         raise
     except Exception as error:
         raise _capture_error(error) from error
+
+
+def _real_entries(workload: Workload) -> Mapping[str, torch.Tensor]:
+    batch = workload.example_batch
+    return make_batch(workload) if any(t.is_meta for t in batch.values()) else batch
 
 
 @contextlib.contextmanager

@@ -63,6 +63,7 @@ def normalize(
     graph = graph_module.graph
     inline_scopes(graph_module)
     refuse_sizes_from_data(graph)
+    refuse_opaque_constants(graph_module)
     count_users(graph)
     place_hooks(graph)
     number_draws(graph)
@@ -90,6 +91,21 @@ def count_users(graph: fx.Graph) -> None:
     for node in graph.nodes:
         for read in node.all_input_nodes:
             read.users.setdefault(node)
+
+
+def refuse_opaque_constants(graph_module: fx.GraphModule) -> None:
+    """torch.export keeps functions that it does not trace (under vmap, in a mask) as attributes of the graph."""
+    for node in graph_module.graph.nodes:
+        for operand in node.all_input_nodes:
+            held = getattr(graph_module, str(operand.target), None) if operand.op == "get_attr" else None
+            if held is not None and not isinstance(held, (torch.Tensor, torch.nn.Module)):
+                raise ShardwrightError(
+                    f"{source_of(node) or 'the model'} calls a function that is not traced ({held!r:.80})",
+                    means="the graph does not show what it computes, so it cannot be planned",
+                    change="that line: write the function out in tensor ops, without torch.vmap",
+                    works="attn_implementation='eager', or a mask that the model is given",
+                    exit_code=ExitCode.UNSUPPORTED_MODEL,
+                )
 
 
 def refuse_sizes_from_data(graph: fx.Graph) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
+from ...profiler import assumptions  # noqa: F401  defines the operator
 from .placement import P, R
-from .rules import rule_for
+from .rules import RULES, rule_for
 from .strategy import OpView, Strategy
 
 _NONE, _SUM = 0, 2  # a mean is a sum by the time it comes here (profiler/decompositions.py)
@@ -44,3 +47,11 @@ def ctc_loss_backward(view: OpView) -> list[Strategy]:
     if len(view.inputs) != 7 or view.inputs[1].dim() != 3 or view.inputs[2].dim() != 2:
         return []
     return [Strategy((0, 1, 0, 0, 0, 0, 0), (1,))]
+
+
+def assumed(view: OpView) -> list[Strategy]:
+    """(x, holds, line) -> x, on a condition that every rank has whole"""
+    return [Strategy((P, R), (P,)), *(Strategy((d, R), (d,)) for d in range(view.inputs[0].dim()))]
+
+
+RULES[torch.ops.shardwright.assumed] = assumed

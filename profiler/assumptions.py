@@ -1,0 +1,128 @@
+"""What a forward asks of its data in Python: what holds for the example batch is assumed, and verified as it runs.
+
+Models look at labels, masks, lengths and image grids to refuse bad ones (`if labels.max() >= vocab_size: raise`) or to
+choose a path. A trace takes one path. Where the question hangs on whole-number or boolean entries of the batch alone,
+the answer for the example batch is taken, and the loss is handed through shardwright::assumed, which raises where a
+batch answers otherwise. Whether numbers are finite is taken to be so, and verified likewise. Other questions about real
+numbers, or about what parameters make of them, are refused as before: their answers change from step to step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.overrides import TorchFunctionMode
+
+from ..errors import ExitCode, ShardwrightError
+from . import _torch
+from .nodes import needed_for
+from .where import users_line
+
+_LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
+_QUESTIONS = {torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__,
+              torch.Tensor.tolist, torch.Tensor.is_nonzero}  # fmt: skip
+
+_FINITE = {torch.ops.aten.isfinite.default: True, torch.ops.aten.isnan.default: False,
+           torch.ops.aten.isinf.default: False}  # fmt: skip
+
+
+class Assumptions(TorchFunctionMode):
+    """On while a step is exported. entries: makes the example batch, by name in the order of its placeholders."""
+
+    def __init__(self, entries: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self._entries = entries
+        self.held: list[tuple[torch.Tensor, str]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _QUESTIONS and isinstance(args[0], torch.Tensor) and not kwargs:
+            found = self._answer(args[0])
+            if found is not None:
+                answer, hangs_on_data = found
+                if hangs_on_data:
+                    self.held.append((_holds(args[0], answer), users_line()))
+                if func is torch.Tensor.tolist:
+                    return answer.tolist()
+                number = answer.item()
+                return bool(number) if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero) else number
+        return func(*args, **(kwargs or {}))
+
+    @functools.cached_property
+    def entries(self) -> dict[str, torch.Tensor]:
+        with _torch.outside_trace_and_fakes():
+            return dict(self._entries())
+
+    def _answer(self, asked: torch.Tensor) -> tuple[torch.Tensor, bool] | None:
+        """The value for the example batch, and whether any entry has a part in it; None where that cannot be said."""
+        traced = _torch.traced_node(asked)
+        if traced is None:
+            return None
+        node, root = traced
+        placeholders = [n for n in node.graph.nodes if n.op == "placeholder"]
+        given = dict(zip(placeholders[len(placeholders) - len(self.entries) :], self.entries.values(), strict=True))
+        finite = {n: torch.tensor(_FINITE[n.target]) for n in node.graph.nodes if n.target in _FINITE}
+        given |= finite
+        needed = needed_for([node], lambda n: n in finite) | {n for n in finite if n is node}
+        entries = [n for n in needed if n.op == "placeholder"]
+        if any(n not in given or given[n].is_meta or given[n].is_floating_point() for n in entries):
+            return None
+        if any(n.op not in ("placeholder", "call_function", "get_attr") for n in needed):
+            return None
+        with _torch.outside_trace_and_fakes(), torch.no_grad():
+            checked = any(m in finite for n in needed for m in (n, *n.all_input_nodes))
+            return _value(node, needed, given, root), bool(entries) or checked
+
+    def verified(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss, on the condition that all of it holds."""
+        for holds, line in self.held:
+            loss = torch.ops.shardwright.assumed(loss, holds, line)
+        return loss
+
+
+def _holds(asked: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    if answer.dim() == 0:
+        return asked == answer.item()
+    return (asked == torch.tensor(answer.tolist(), dtype=answer.dtype)).all()
+
+
+def _value(node: fx.Node, needed: set[fx.Node], given: Mapping[fx.Node, torch.Tensor], root: Any) -> torch.Tensor:
+    env: dict[fx.Node, Any] = dict(given)
+    for n in node.graph.nodes:
+        if n not in needed or n in env:
+            continue
+        if n.op == "get_attr":
+            env[n] = getattr(root, str(n.target))
+            continue
+        args, kwargs = fx.node.map_arg((n.args, dict(n.kwargs)), lambda m: env[m])
+        env[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+    return env[node]
+
+
+def _assumed(x: torch.Tensor, holds: torch.Tensor, line: str) -> torch.Tensor:
+    if not bool(holds):
+        raise ShardwrightError(
+            f"a batch answers the question at {line} otherwise than the example batch did",
+            means="the program takes the path that the example batch takes, so this step would not be the model's",
+            change="the batch, where the line checks for bad data; else plan with an example batch of this kind",
+            works="Workload(example_batch=...) whose whole-number entries lead to the same answer",
+            exit_code=ExitCode.PLAN_MISMATCH,
+        )
+    return x.clone()
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    return grad, None, None
+
+
+_LIBRARY.define("assumed(Tensor x, Tensor holds, str line) -> Tensor")
+_LIBRARY.impl("assumed", _assumed, "CompositeExplicitAutograd")
+torch.library.register_fake("shardwright::assumed", lambda x, holds, line: torch.empty_like(x), lib=_LIBRARY)
+torch.library.register_autograd("shardwright::assumed", _gradients, setup_context=_setup_context, lib=_LIBRARY)
