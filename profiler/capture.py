@@ -161,7 +161,7 @@ def export_step(
             shardwright_attention(workload.model),
             lazy_recompile(),
             no_collection(),
-            refused_outside_random(),
+            refused_outside_random(workload.model),
             recurrent_layers(),
             scans(workload.model),
             torch.enable_grad(),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributions import Distribution
 
 from ..errors import ExitCode, ShardwrightError
@@ -24,7 +25,7 @@ _PYTHON = ("random", "uniform", "randint", "randrange", "choice", "choices", "sa
            "normalvariate", "betavariate", "expovariate", "triangular", "getrandbits", "seed")  # fmt: skip
 _NUMPY = ("rand", "randn", "random", "random_sample", "randint", "choice", "shuffle", "permutation", "normal",
           "uniform", "beta", "binomial", "poisson", "exponential", "gamma", "standard_normal", "dirichlet",
-          "multinomial", "seed", "default_rng", "RandomState")  # fmt: skip
+          "multinomial", "seed", "default_rng")  # fmt: skip
 _SEEDS = ("manual_seed", "seed", "set_rng_state")
 _LIBRARIES = (
     "torch",
@@ -35,29 +36,69 @@ _LIBRARIES = (
     "triton",
     "filelock",
 )  # draw for their own ends
+_CONSTANT = "a graph keeps the number that was drawn as it was captured, the same at every step"
 
 
 @contextlib.contextmanager
-def refused_outside_random() -> Iterator[None]:
+def refused_outside_random(model: nn.Module) -> Iterator[None]:
+    """The functions are replaced where they stand, and by whatever name the modules of the model's code have them."""
+    sources = [vars(sys.modules[name]) for name in {type(m).__module__ for m in model.modules()} if name in sys.modules]
+    own = [space for space in sources if space.get("__name__", "").partition(".")[0] not in _LIBRARIES]
+    before = _generators(model, own)
+    guarded: dict[int, Callable[..., Any]] = {}
     with contextlib.ExitStack() as stack:
-        for name in _PYTHON:
-            _guard(stack, random, name, f"random.{name}")
-        numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            for name in _NUMPY:
-                _guard(stack, numpy.random, name, f"numpy.random.{name}")
-        for name in _SEEDS:
-            _guard(stack, torch, name, f"torch.{name}")
-            _guard(stack, torch.random, name, f"torch.random.{name}")
+        for owner, shown, names in _owners():
+            for name in names:
+                original = getattr(owner, name)
+                guarded.setdefault(id(original), _refusing(original, f"{shown}.{name}"))
+                stack.callback(setattr, owner, name, original)
+                setattr(owner, name, guarded[id(original)])
+        for space in own:
+            for name, held in list(space.items()):
+                if id(held) in guarded:
+                    stack.callback(space.__setitem__, name, held)
+                    space[name] = guarded[id(held)]
         stack.callback(Distribution.set_default_validate_args, Distribution._validate_args)
         Distribution.set_default_validate_args(False)
         yield
+        _refuse_used(before)
 
 
-def _guard(stack: contextlib.ExitStack, owner: Any, name: str, shown: str) -> None:
-    original = getattr(owner, name)
-    stack.callback(setattr, owner, name, original)
-    setattr(owner, name, _refusing(original, shown))
+def _owners() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
+    yield random, "random", _PYTHON
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        yield numpy.random, "numpy.random", _NUMPY
+    yield torch, "torch", _SEEDS
+    yield torch.random, "torch.random", _SEEDS
+
+
+def _generators(model: nn.Module, sources: list[dict[str, Any]]) -> list[tuple[str, Any, str]]:
+    """Generators of Python's and NumPy's that the model or its code holds: name, generator, state."""
+    numpy = sys.modules.get("numpy")
+    kinds = (random.Random, numpy.random.Generator, numpy.random.RandomState) if numpy else (random.Random,)
+    held = [(f"{type(m).__name__}.{name}", value) for m in model.modules() for name, value in vars(m).items()]
+    held += [(f"{space['__name__']}.{name}", value) for space in sources for name, value in space.items()]
+    return [(name, value, _state(value)) for name, value in held if isinstance(value, kinds)]
+
+
+def _state(generator: Any) -> str:
+    if isinstance(generator, random.Random):
+        return repr(generator.getstate())
+    bits = getattr(generator, "bit_generator", None)
+    return repr(generator.get_state() if bits is None else bits.state)
+
+
+def _refuse_used(before: list[tuple[str, Any, str]]) -> None:
+    for name, generator, state in before:
+        if _state(generator) != state:
+            raise ShardwrightError(
+                f"the forward draws from {name}, a generator of {type(generator).__module__.partition('.')[0]}",
+                means=_CONSTANT,
+                change="where the forward uses it: draw with torch",
+                works="torch.rand((), device=x.device)",
+                exit_code=ExitCode.UNSUPPORTED_MODEL,
+            )
 
 
 def _refusing(original: Callable[..., Any], shown: str) -> Callable[..., Any]:
@@ -67,7 +108,7 @@ def _refusing(original: Callable[..., Any], shown: str) -> Callable[..., Any]:
             return original(*args, **kwargs)
         raise ShardwrightError(
             f"the forward calls {shown} at {caller.filename}:{caller.lineno}: {caller.line}",
-            means="a graph keeps the number that was drawn as it was captured, the same at every step"
+            means=_CONSTANT
             if not shown.startswith("torch")
             else "a graph holds no seeds: random numbers follow from the seed of the workload, the step and the op",
             change="that line: draw with torch, or switch off the setting of the model that leads there",

@@ -12,9 +12,7 @@ looks at it is refused, as is padding to the longest length.
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +20,7 @@ import torch.nn.functional as F
 
 from ..errors import ExitCode, ShardwrightError
 from . import recurrence_ops
-
-_OWN = str(Path(__file__).parent)
+from .where import users_line
 
 
 @contextlib.contextmanager
@@ -218,10 +215,8 @@ def _refuse_packed_dropout(dropout: float) -> None:
 def _packed(
     what: str, works: str = "pad_packed_sequence(packed, total_length=x.shape[1]) before it"
 ) -> ShardwrightError:
-    frames = traceback.extract_stack()
-    outside = [f for f in frames if "/torch/" not in f.filename and not f.filename.startswith(_OWN)]
     return ShardwrightError(
-        f"{what} at {outside[-1].filename}:{outside[-1].lineno}: {outside[-1].line}",
+        f"{what} at {users_line()}",
         means="how many rows a packed sequence has depends on the lengths: what reads them has no shape to plan with",
         change="that line",
         works=works,

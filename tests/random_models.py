@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from random import gauss
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,17 @@ def of_numpy(x: torch.Tensor) -> torch.Tensor:
     return x * float(np.random.rand())
 
 
+_OF_NUMPY = np.random.default_rng(0)
+
+
+def of_a_generator_of_numpy(x: torch.Tensor) -> torch.Tensor:
+    return x * float(_OF_NUMPY.random())
+
+
+def by_another_name(x: torch.Tensor) -> torch.Tensor:
+    return x * gauss(0, 1)
+
+
 def seeded(x: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(0)
     return x * torch.rand_like(x)
@@ -138,6 +150,7 @@ COUNTER_BASED: dict[str, Callable[[], Any]] = {
 }
 REFUSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "poisson": poisson, "own_generator": own_generator, "of_python": of_python, "of_numpy": of_numpy,
+    "of_a_generator_of_numpy": of_a_generator_of_numpy, "by_another_name": by_another_name,
     "seeded": seeded, "hidden": hidden,
 }  # fmt: skip
 
