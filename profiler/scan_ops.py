@@ -139,14 +139,14 @@ scan_backward = torch.ops.shardwright.scan_backward.default
 
 
 @register_flop_formula(torch.ops.shardwright.scan)
-def scan_flops(*arguments: Any, **_: Any) -> int:
+def scan_flops(*arguments: Any, **__: Any) -> int:
     """A multiply and an add count as two. Chunks of c steps; N and P: sizes of a head's state.
 
     mamba2   c (N + P) inside a chunk, 2 N P to and from the state, for each step and head
     delta    c (3 N + 2 P) inside a chunk, with the triangular system, 3 N P for the state
     mamba    4 N for each step and channel
     """
-    first, *_, function, options = arguments
+    first, function, options = arguments[0], arguments[SLOTS], arguments[SLOTS + 1]
     name, chunk = function.partition(":")[2], json.loads(options).get("chunk_size", 64)
     if name == "mamba_selective_scan":
         return 2 * 4 * math.prod(first) * arguments[2][-1]

@@ -6,7 +6,6 @@ scaled_dot_product_attention too. What draws there is replaced by its counter-ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +73,7 @@ class CounterBasedRandom(TorchDispatchMode):
         torch.default_generator.manual_seed(torch.initial_seed() + 1)  # another state, found again by the same way
         return Draw(self.key, number)
 
-    def _rrelu(self, func: Callable, a: Any) -> torch.Tensor:
+    def _rrelu(self, func: Any, a: Any) -> torch.Tensor:
         x = a["self"]
         u = self._draw().uniform(x.shape, x.dtype, x.device)
         slopes = torch.where(x <= 0, u * (a["upper"] - a["lower"]) + a["lower"], 1)

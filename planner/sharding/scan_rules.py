@@ -23,11 +23,12 @@ def _rows(view: OpView, first: int) -> list[tuple[list[int], list[int], int, boo
     ]
     samples = [0 if name in kind.samples else R for name, _, _ in there]
     rows = [(samples, [0 if place == 0 else P for place in samples], 0, False)]
-    heads, grouped = [], False
+    heads: list[int] = []
+    grouped = False
     sizes = {shape[dim] for _, dim, shape in there if dim is not None}
     for _, dim, shape in there:
         shared = dim is None or (shape[dim] == 1 and sizes != {1})  # one group that all heads share
-        heads.append(R if shared else dim)
+        heads.append(R if shared or dim is None else dim)
         grouped |= not shared and dim is not None and shape[dim] != max(sizes)
     rows.append((heads, [P if place == R else place for place in heads], kind.heads_of_result, grouped))
     return rows
