@@ -47,6 +47,8 @@ def model_shape(graph: ModelGraph) -> Shape:
     for instance in graph.instances:
         for value in instance.outputs:
             producer.setdefault(value, instance.index)
+    # a number of the whole batch is computed, part by part, where it is read
+    producer |= {f"input:{entry}": producer[part] for entry, (part, _) in graph.totals.items()}
     by_index = {instance.index: instance for instance in graph.instances}
     prologue = [i.index for i in graph.instances if graph.segments[i.segment].is_prologue]
     inside = set(prologue)

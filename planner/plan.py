@@ -181,6 +181,9 @@ class Plan(_Document):
     hardware: dict[str, Any]  # name, devices, sources of the figures
     mesh: Mesh
     microbatch: Microbatch
+    # of the batch: "mean" or "sum" of its samples, which a step gives exactly over microbatches, or neither: "each"
+    # microbatch's is averaged, as under gradient accumulation
+    loss_over: Literal["mean", "sum", "each"] = "mean"
     schedule: Schedule
     stages: list[Stage]
     segments: list[str] = Field(default_factory=list)  # distinct segment of each instance, in execution order

@@ -56,6 +56,8 @@ def _normalized(node: fx.Node, call: Call) -> fx.Node:
         centred = call(aten.sub.Tensor, x, mean)
         squares = call(aten.sum.dim_IntList, call(aten.mul.Tensor, centred, centred), dims, True)
         var = call(aten.div.Scalar, squares, count)
+        if 0 in dims:  # of a microbatch: what a loss is of the batch (loss_over.py) does not ask how they come about
+            mean.meta["statistics"] = var.meta["statistics"] = True
         for buffer, new, scale in ((mean_in, mean, 1.0), (var_in, var, count / max(count - 1, 1))):
             if buffer is not None and momentum is not None:
                 _update(buffer, new, scale, momentum, call)

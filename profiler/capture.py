@@ -29,8 +29,10 @@ from .as_written import AsWritten
 from .assumptions import Assumptions
 from .attention_interface import shardwright_attention
 from .calling import PLAIN_CALL, Call
+from .global_loss import Totals, separate_totals
 from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from .inputs import batch_dims_of, example_batch_size, make_batch
+from .loss_over import loss_over
 from .nodes import value
 from .normalize import normalize
 from .outside_random import refused_outside_random
@@ -97,6 +99,10 @@ def capture(workload: Workload) -> ModelGraph:
     buffer_fqn |= {p: f"constant:{name}" for p, name in signature.inputs_to_lifted_tensor_constants.items()}
     user_inputs = dict(zip(signature.user_inputs, [f"input:{name}" for name in batch], strict=True))
     mutated, key = normalize(graph_module, param_fqn.keys(), set(buffer_fqn), written.hooks.place)
+    dims = batch_dims_of(workload)
+    samples = {placeholders[n] for n, name in user_inputs.items() if name.removeprefix("input:") in dims}
+    totals = separate_totals(graph, samples, {*(placeholders[n] for n in (*param_fqn, *mutated)), key})
+    user_inputs |= {name: f"input:{entry}" for name, entry in totals.placeholders.items()}
     nodes_of = lambda names: {placeholders[n] for n in names if n in placeholders}  # noqa: E731
     loss_node = next(n for n in reversed(graph.nodes) if n.op == "output").args[0][0]
     if not isinstance(loss_node, fx.Node):
@@ -108,10 +114,12 @@ def capture(workload: Workload) -> ModelGraph:
         nodes_of(param_fqn),
         nodes_of(buffer_fqn),
         {placeholders[name]: new for name, new in mutated.items()},
-        [loss_node, *mutated.values()],
+        [loss_node, *mutated.values(), *totals.nodes.values()],
     )
     try:
-        return _assemble(workload, exported, pieces, loss_node, key, mutated, param_fqn, buffer_fqn, user_inputs)
+        return _assemble(
+            workload, exported, pieces, loss_node, key, mutated, param_fqn, buffer_fqn, user_inputs, totals
+        )
     except DATA_DEPENDENT as error:
         raise _capture_error(error) from error
 
@@ -236,6 +244,7 @@ def _assemble(
     param_fqn: dict[str, str],
     buffer_fqn: dict[str, str],
     user_inputs: dict[str, str],
+    totals: Totals,
 ) -> ModelGraph:
     graph = exported.graph_module.graph
     model = workload.model
@@ -302,6 +311,8 @@ def _assemble(
             )
         )
     result.loss = value_name[loss_node]
+    result.totals = {entry: (value_name[node], totals.kinds[entry]) for entry, node in totals.nodes.items()}
+    result.loss_over = loss_over(graph, loss_node, example_batch_size(workload), totals.placeholders)
     result.batch_size = example_batch_size(workload)
     result.batch_dims = batch_dims_of(workload)
     result.structure_hash = _model_hash(result)

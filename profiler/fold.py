@@ -135,7 +135,9 @@ def _hoistable(graph: fx.Graph, state: set[fx.Node], blocks: dict[fx.Node, str |
         elif node.op == "call_function":
             if any(n in tainted for n in node.all_input_nodes) or node.meta.get("random"):
                 tainted.add(node)
-            elif blocks[node] is None and all(n in hoisted or n.op != "call_function" for n in node.all_input_nodes):
+            elif (blocks[node] is None or node.meta.get("hoist")) and all(
+                n in hoisted or n.op != "call_function" for n in node.all_input_nodes
+            ):
                 hoisted.add(node)
     return hoisted
 

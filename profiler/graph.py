@@ -92,6 +92,10 @@ class ModelGraph:
     outputs: tuple[str, ...] = ()  # value names of the model's outputs kept for evaluation
     batch_size: int = 0  # sequences (or samples) in the captured microbatch
     batch_dims: dict[str, int] = field(default_factory=dict)  # entry of the batch -> its dimension that counts samples
+    # entry of the batch that stands for a number of the whole batch -> value of a microbatch's part of it, and whether
+    # parts add up ("sum") or count by their samples ("mean"); see global_loss.py
+    totals: dict[str, tuple[str, str]] = field(default_factory=dict)
+    loss_over: str = "mean"  # of the batch: its samples' "mean", their "sum", or neither; see loss_over.py
     structure_hash: str = ""
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # "constant:NAME", tensors written into the code
 

@@ -12,6 +12,16 @@ def value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else None
 
 
+def emit(graph: fx.Graph, like: fx.Node, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node at the graph's insertion point, with its value, told to come from where `like` does."""
+    new = graph.call_function(op, args, kwargs)
+    new.meta = {k: v for k, v in like.meta.items() if k not in ("val", "tensor_meta", "random")}
+    operands = fx.node.map_arg((args, kwargs), value)
+    with value(next(n for n in new.all_input_nodes)).fake_mode:
+        new.meta["val"] = op(*operands[0], **operands[1])
+    return new
+
+
 def source_of(node: fx.Node) -> str:
     """'file:line' of the user's code, the last frame of the stack that the trace kept."""
     lines = [

@@ -22,7 +22,7 @@ from ..profiler.buffer_updates import update_scales
 from ..profiler.graph import ModelGraph, SegmentInstance
 from .mesh import RankGrid
 from .parameters import sum_together
-from .wiring import Wiring
+from .wiring import StageWiring, Wiring
 
 
 class Buffers:
@@ -81,10 +81,10 @@ class SecondDirection(Buffers):
         self._before = {}
 
 
-def buffer_names(graph: ModelGraph, wiring: Wiring, pipeline_rank: int) -> tuple[str, ...]:
-    """Buffers that this pipeline coordinate reads."""
+def buffer_names(graph: ModelGraph, stages: Sequence[StageWiring]) -> tuple[str, ...]:
+    """Buffers that these stages read."""
     by_index = {inst.index: inst for inst in graph.instances}
-    read = (by_index[i].buffers for stage in wiring.stages_of(pipeline_rank) for i in stage.instances)
+    read = (by_index[i].buffers for stage in stages for i in stage.instances)
     return tuple(dict.fromkeys(name for names in read for name in names))
 
 

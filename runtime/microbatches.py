@@ -10,6 +10,7 @@ import torch
 from ..errors import ExitCode, ShardwrightError
 from ..passes.program import SegmentProgram
 from ..profiler.calling import Form
+from ..profiler.global_loss import SHARE
 from ..profiler.graph import ModelGraph
 from .batch import BatchPart, MicrobatchPart, check_shape, conform, shard_batch, split_part, whole_shape
 from .mesh import RankGrid
@@ -37,7 +38,8 @@ class Microbatches:
         form: Form | None = None,
     ) -> None:
         self.graph, self.size, self.grid, self.device, self.rebuild = graph, size, grid, device, rebuild
-        self.names = [value.removeprefix(USER_INPUT) for value in graph.input_names]
+        entries = [value.removeprefix(USER_INPUT) for value in graph.input_names]
+        self.names = [name for name in entries if name != SHARE and name not in graph.totals]
         captured = {name: tuple(graph.values[USER_INPUT + name].shape) for name in self.names}
         self.form = form
         self.dims = graph.batch_dims
@@ -78,7 +80,7 @@ class Microbatches:
 
     def variants(self, part: MicrobatchPart, runners: Sequence[StageRunner]) -> list[Variant]:
         """For each stage, its steps for this microbatch's shape."""
-        found = {n: whole_shape(t, self.dims.get(n), part.size) for n, t in part.tensors.items()}
+        found = {n: whole_shape(part.tensors[n], self.dims.get(n), part.size) for n in self.names}
         shapes = tuple(sorted(found.items()))
         key = (shapes, id(runners))
         if key not in self._variants:

@@ -39,6 +39,7 @@ from .safetensors import read_safetensors
 from .specs import mirrors, param_specs, summed_axes
 from .stage import StageRunner, Variant
 from .stepping import Stepper
+from .totals import BatchTotals, counting_stage
 from .trace import Recorder
 from .transfers import communicating_lists
 from .wiring import Wiring, wire
@@ -95,6 +96,10 @@ class Program:
         by_index = {inst.index: inst for inst in graph.instances}
         names = {index: by_index[index].params for stage in own_eval for index in stage.instances}
         stage_of = {index: stage.index for stage in own_eval for index in stage.instances}
+        counting = counting_stage(graph, self._eval_wiring, self.grid.coord("pp"))
+        if counting is not None:
+            names |= {index: () for index in counting.instances}
+            stage_of |= {index: own_eval[0].index for index in counting.instances if index not in stage_of}
         self.store = ParameterStore(
             specs,
             names,
@@ -109,7 +114,8 @@ class Program:
         self.scaler = loss_scaler(precision)
         self._stepper = Stepper(workload.optimizer, self.store, self.scaler)
         self.buffers = Buffers({})
-        self._buffer_names = buffer_names(graph, self._eval_wiring, self.grid.coord("pp"))
+        counted = [counting] if counting is not None else []
+        self._buffer_names = buffer_names(graph, [*self._eval_wiring.stages_of(self.grid.coord("pp")), *counted])
         self._second = SecondDirection(self.buffers, written, self.grid) if len(placements) > 1 else None
         self.load_values(values)
 
@@ -118,6 +124,7 @@ class Program:
         self.recorder = Recorder(self.grid.rank, self.device)
         self._runners = [self._runner(self.wiring, stage) for stage in own]
         self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval if not stage.direction]
+        self._totals = BatchTotals(graph, counting, lambda stage: self._runner(self._eval_wiring, stage))
         self.memory = MemoryMeter(self.device)
         self.memory.watch(self._runners, self.store, self.buffers)
         self._engines: dict[bool, PipelineEngine] = {}
@@ -237,13 +244,13 @@ class Program:
         self.memory.begin(self._optimizer)
         self.store.clear_gradients()
         parts = self.microbatches.split(batch)
-        count, total = len(parts), sum(part.size for part in parts)
+        count = len(parts)
         self.store.begin_step(self._backward_uses(count))
         # a loss in float32 or wider carries the weight 1/count exactly enough; a narrower one gets it at the end, in
         # the precision of the reduction
         dtype = self.graph.values[self.graph.loss].dtype
         late = dtype not in (torch.float32, torch.float64)
-        weights = [part.size / total for part in parts]
+        weights = self._weights(parts)
         factor = (count if late else 1.0) * (self.scaler.scale if self.scaler is not None else 1.0)
         # filled on the device: a copy from the host would wait for all that the device has been given. A scale that
         # the loss's dtype does not hold becomes infinite there, and the step is left out
@@ -284,9 +291,8 @@ class Program:
         self.settle()
         self._by_hand.follow()
         parts = self.microbatches.split(batch)
-        total = sum(part.size for part in parts)
         results = self._run(parts, self._eval_runners, None, training=False)
-        return self._mean_loss(results, [part.size / total for part in parts]).wait()
+        return self._mean_loss(results, self._weights(parts)).wait()
 
     @torch.no_grad()
     def outputs(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -297,6 +303,11 @@ class Program:
         results = self._run(parts, self._eval_runners, None, training=False)
         return [{name: results[k][name] for name in self.graph.outputs} for k in sorted(results)]
 
+    def _weights(self, parts: list[MicrobatchPart]) -> list[float]:
+        """Of each microbatch's loss in the batch's."""
+        total = sum(part.size for part in parts)
+        return [1.0 if self.plan.loss_over == "sum" else part.size / total for part in parts]
+
     def _run(
         self,
         parts: list[MicrobatchPart],
@@ -305,6 +316,7 @@ class Program:
         *,
         training: bool,
     ) -> dict[int, dict[str, torch.Tensor]]:
+        self._totals.fill(parts, self.microbatches)
         variants = [self.microbatches.variants(part, runners) for part in parts]
         inputs = [self.microbatches.inputs(part, variant) for part, variant in zip(parts, variants, strict=True)]
         self._keys.begin(self.step_index, len(parts))

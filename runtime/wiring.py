@@ -164,6 +164,13 @@ def _prologue_needed(
     return sorted(found)
 
 
+def prologue_needed(graph: ModelGraph, names: Sequence[str]) -> list[int]:
+    """The prologue instances that compute these values."""
+    prologue = {inst.index for inst in graph.instances if graph.segments[inst.segment].is_prologue}
+    producer = {name: inst.index for inst in graph.instances for name in inst.outputs}
+    return _prologue_needed(graph, (), prologue, producer, names)
+
+
 def _frees(
     by_index: Mapping[int, SegmentInstance], run: Sequence[int], receives: Sequence[str], keep: set[str]
 ) -> tuple[tuple[str, ...], ...]:

@@ -139,6 +139,7 @@ def _make_plan(
         with stop_at(deadline), telling(progress):
             workload = with_batch_dims(workload)
             graph = capture_for_planning(workload)
+            loss_over = graph.loss_over
             say("fusing kernels")
             graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
     except TimeUp:
@@ -185,6 +186,7 @@ def _make_plan(
         hardware=cluster.to_dict(),
         mesh=found.mesh,
         microbatch=found.microbatch,
+        loss_over=loss_over,
         schedule=found.schedule,
         stages=found.stages,
         segments=[instance.segment for instance in graph.instances],

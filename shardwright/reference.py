@@ -1,13 +1,15 @@
 """The single-device model as written, run eagerly: what `check` compares a program with.
 
-Nothing of the planner, the passes or the runtime is used. The model runs op by op over the microbatches, gradients
-accumulated, inside the context that capture uses (one attention operator, no rounding below float64). Random ops draw
-from the counter-based generator, numbered in the order in which the model runs them.
+Nothing of the planner, the passes or the runtime is used. The model runs op by op on the whole batch, or where that is
+not the same over the microbatches, gradients accumulated, inside the context that capture uses (one attention operator,
+no rounding below float64). Random ops draw from the counter-based generator, numbered in the order in which the model
+runs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 
@@ -17,6 +19,7 @@ from .profiler.capture import compute_loss
 from .profiler.inputs import batch_dims_of
 from .profiler.workload import Workload
 from .reference_checkpoint import modes_kept_in_recomputation
+from .reference_counts import CountedTargets, buffers_kept, has_batch_statistics
 
 
 def split_batch(
@@ -30,17 +33,51 @@ def split_batch(
 
 
 def forward_backward(
-    workload: Workload, batch: Mapping[str, torch.Tensor], *, microbatch_size: int, step: int = 0
+    workload: Workload,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    microbatch_size: int,
+    step: int = 0,
+    loss_over: str = "mean",
 ) -> torch.Tensor:
-    """Loss of a step; gradients are left in .grad of the model's parameters. workload: with real values."""
+    """Loss of a step; gradients are left in .grad of the model's parameters. workload: with real values.
+
+    loss_over: as in the plan. Where a microbatch makes no difference to the model as written, it runs on the whole
+    batch; where it draws random numbers, keeps batch statistics, or has a loss of each microbatch, it runs on each.
+    """
     size = workload.global_batch
+    parts = split_batch(batch, batch_dims_of(workload), microbatch_size)
+    totals: list[torch.Tensor] | None = None
+    if len(parts) > 1 and loss_over != "each":
+        found, draws = _counted(workload, parts, step)
+        if draws or has_batch_statistics(workload.model):
+            totals = [torch.stack(row).sum() for row in zip(*found, strict=True)]
+        else:
+            parts = [dict(batch)]
     total = torch.zeros((), dtype=torch.float64)
     workload.model.zero_grad()
-    for index, microbatch in enumerate(split_batch(batch, batch_dims_of(workload), microbatch_size)):
-        weight = min(microbatch_size, size - index * microbatch_size) / size
+    for index, microbatch in enumerate(parts):
+        share = min(microbatch_size, size - index * microbatch_size) / size if len(parts) > 1 else 1.0
+        weight = 1.0 if loss_over == "sum" else share
         random = CounterBasedRandom(workload.seed, step, index)
-        with shardwright_attention(workload.model), random, modes_kept_in_recomputation():
+        counts = CountedTargets(totals, share) if totals is not None else nullcontext()
+        with shardwright_attention(workload.model), random, counts, modes_kept_in_recomputation():
             loss = compute_loss(workload.model, workload.loss, microbatch, workload.call)
             (loss * weight).backward()
         total += loss.detach().double().cpu() * weight
     return total
+
+
+def _counted(
+    workload: Workload, parts: list[dict[str, torch.Tensor]], step: int
+) -> tuple[list[list[torch.Tensor]], bool]:
+    """The weights of targets of each mean of each microbatch; whether the model draws random numbers."""
+    found, draws = [], False
+    with buffers_kept(workload.model):
+        for index, microbatch in enumerate(parts):
+            random, counts = CounterBasedRandom(workload.seed, step, index), CountedTargets()
+            with shardwright_attention(workload.model), random, counts:
+                compute_loss(workload.model, workload.loss, microbatch, workload.call)
+            found.append(counts.found)
+            draws = draws or random.count > 0
+    return found, draws

@@ -139,6 +139,8 @@ def _headline(plan: Plan) -> RenderableType:
     ]
     if away:
         rows.append(("offload", f"{away} {single}"))
+    if plan.loss_over == "each" and count > 1:
+        rows.append(("loss", "of each microbatch, averaged: it is neither a mean nor a sum over samples"))
     if plan.fusions:
         rows.append(("fused kernels", ", ".join(plan.fusions)))
     if plan.forced:

@@ -66,7 +66,6 @@ def check(task: Mapping[str, Any], device: torch.device, report: Report) -> None
     plan = Plan.load(task["plan"])
     workload = check_workload(plan.workload)
     program = api.build(plan, workload, device=device)
-    size = plan.microbatch.size
     model = materialize(workload) if dist.get_rank() == 0 else None
     optimizer = (
         workload.optimizer.factory(trainable(model), **workload.optimizer.options) if model is not None else None
@@ -81,11 +80,16 @@ def check(task: Mapping[str, Any], device: torch.device, report: Report) -> None
         program.optimizer_step()
         if model is None or optimizer is None:
             continue
-        expected.append(reference.forward_backward(model, batch, microbatch_size=size, step=step).item())
+        expected.append(_reference(model, batch, plan, step))
         for name, error in compare(found, model, plan).items():
             errors[name] = max(error, errors.get(name, 0.0))
         optimizer.step()
     report(event="compared", losses=losses, reference_losses=expected, gradients=errors)
+
+
+def _reference(model: Workload, batch: Mapping[str, torch.Tensor], plan: Plan, step: int) -> float:
+    size, over = plan.microbatch.size, plan.loss_over
+    return reference.forward_backward(model, batch, microbatch_size=size, step=step, loss_over=over).item()
 
 
 def check_workload(spec: Mapping[str, Any]) -> Workload:

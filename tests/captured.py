@@ -70,6 +70,7 @@ def record(workload: Workload, graph: ModelGraph, batch: int) -> tuple[Recorded,
         noise = torch.randn(tensor.shape, dtype=torch.float64, generator=generator) * 0.3
         tensors[name] = (tensor.detach() + noise.abs()).to(tensor.dtype) if tensor.is_floating_point() else tensor
     values = {f"input:{name}": tensor for name, tensor in make_batch(workload, batch, seed=3).items()}
+    values["input:(share)"] = torch.tensor(1.0, dtype=torch.float64)  # all samples: one microbatch
     found: dict[str, Recorded] = {}
 
     def random_tangent(val: torch.Tensor) -> torch.Tensor:
@@ -79,6 +80,7 @@ def record(workload: Workload, graph: ModelGraph, batch: int) -> tuple[Recorded,
         segment = graph.segments[instance.segment]
         ran = _run(segment, instance, tensors, values, random_tangent)
         values |= dict(zip(instance.outputs, ran.results, strict=False))
+        values |= {f"input:{entry}": values[part] for entry, (part, _) in graph.totals.items() if part in values}
         found.setdefault(segment.name, ran)
     return tuple(found.values())
 

@@ -48,10 +48,12 @@ def run_model(graph: ModelGraph, model: nn.Module, batch: Mapping[str, torch.Ten
     tensors: dict[str, torch.Tensor] = dict(graph.constants)
     tensors |= {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     values = {f"input:{name}": tensor for name, tensor in batch.items()}
+    values["input:(share)"] = torch.tensor(1.0, dtype=graph.values[graph.loss].dtype)  # all samples: one microbatch
     for instance in graph.instances:
         segment = graph.segments[instance.segment]
         ran = record_instance(segment, instance, tensors, values, {})
         values |= dict(zip(instance.outputs, ran.results, strict=False))
+        values |= {f"input:{entry}": values[part] for entry, (part, _) in graph.totals.items() if part in values}
         tensors |= {
             instance.buffers[slot]: ran.results[len(segment.outputs) + k]
             for k, slot in enumerate(segment.mutated_buffers)

@@ -1,0 +1,94 @@
+"""Over microbatches and data ranks, a loss is that of the model as written on the whole batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_ranks
+from global_losses import EACH, LOSSES, OVER, SAMPLES, Small, batch_of
+
+import shardwright
+from shardwright.api import capture_for_planning
+from shardwright.planner.plan import Plan
+from shardwright.profiler.batch_dims import with_batch_dims
+from shardwright.profiler.capture import capture
+from shardwright.profiler.inputs import resize_batch
+from shardwright.profiler.workload import Precision, Workload
+
+DOUBLE = Precision(torch.float64, torch.float64, torch.float64)
+
+
+def workload_of(*names: str, batch: Any = None) -> Workload:
+    dims = {"x": 0, "t": 0, "m": 0, "c": None, "n": None}
+    example = batch_of() if batch is None else batch
+    return Workload(model=Small(*names), example_batch=example, global_batch=SAMPLES, precision=DOUBLE, batch_dims=dims)
+
+
+def _step(rank: int, force: dict[str, Any], *names: str, empty: bool = False) -> Any:
+    workload = workload_of(*names)
+    plan = shardwright.plan(workload, f"{2 if 'dp' in force or 'pp' in force else 1}xCPU", force=force)
+    program = shardwright.build(plan, workload)
+    batch = program.shard_batch(batch_of(1, empty))
+    evaluated = program.evaluate(batch).item()
+    return plan, program.forward_backward(batch).item(), program.gradients(), evaluated
+
+
+def assert_is_the_whole_batchs(found: Any, *names: str, empty: bool = False) -> None:
+    plan, loss, gradients, evaluated = found
+    assert plan.microbatch.count > 1
+    model = Small(*names)
+    expected = model(**batch_of(1, empty))
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-9)
+    assert evaluated == pytest.approx(expected.item(), rel=1e-9)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_over_microbatches_is_that_of_the_batch(name: str) -> None:
+    found = _step(0, {"microbatch": 2}, name)
+    assert found[0].loss_over == OVER[name]
+    assert_is_the_whole_batchs(found, name)
+
+
+MEANS = ["ignored", "class_weights", "clamped", "means", "two"]
+
+
+@pytest.mark.parametrize("force", [{"dp": 2, "zero": 2, "microbatch": 4}, {"pp": 2, "microbatch": 2}])
+def test_losses_count_over_data_ranks_and_stages(force: dict[str, Any]) -> None:
+    for found in run_ranks(2, _step, force, *MEANS):
+        assert_is_the_whole_batchs(found, *MEANS)
+
+
+def _step_empty(rank: int, force: dict[str, Any]) -> Any:
+    return _step(rank, force, "ignored", "counted", empty=True)
+
+
+def test_a_rank_and_a_microbatch_without_a_label_count_nothing() -> None:
+    for found in run_ranks(2, _step_empty, {"dp": 2, "microbatch": 2}):
+        assert_is_the_whole_batchs(found, "ignored", "counted", empty=True)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_what_is_neither_mean_nor_sum_of_samples_is_said_to_be_so(name: str) -> None:
+    assert capture_for_planning(workload_of(name)).loss_over == "each"
+
+
+def test_a_count_is_planned_on_the_stage_that_reads_it(tmp_path: Path) -> None:
+    plan = shardwright.plan(workload_of("ignored"), "2xCPU", force={"pp": 2, "microbatch": 2})
+    graph = capture_for_planning(workload_of("ignored"))
+    ((part, _),) = graph.totals.values()
+    counting = next(inst.index for inst in graph.instances if part in inst.outputs)
+    assert [counting in stage.segments for stage in plan.stages] == [False, True]
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").loss_over == "mean"
+
+
+def test_every_capture_separates_the_same_totals() -> None:
+    workload = with_batch_dims(workload_of(*MEANS))
+    planned, one = capture_for_planning(workload), capture(resize_batch(workload, 1))
+    assert planned.totals == one.totals and planned.input_names == one.input_names
