@@ -30,7 +30,7 @@ from .assumptions import Assumptions
 from .attention_interface import shardwright_attention
 from .calling import PLAIN_CALL, Call
 from .global_loss import Totals, separate_totals
-from .graph import ModelGraph, Segment, SegmentInstance, ValueInfo
+from .graph import Leaf, ModelGraph, Segment, SegmentInstance, ValueInfo
 from .inputs import batch_dims_of, example_batch_size, make_batch
 from .loss_over import loss_over
 from .nodes import value
@@ -48,20 +48,33 @@ ROOT = "model"
 class TrainingStep(nn.Module):
     """model and loss as one module over a dictionary of tensors: what is exported."""
 
+    with_output = False
+
     def __init__(self, model: nn.Module, loss: Loss | None, call: Call = PLAIN_CALL) -> None:
         super().__init__()
         self.model, self.loss, self.call = model, loss, call
         self.begin: Callable[[], None] = lambda: None
         self.verified: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, batch: dict[str, torch.Tensor]) -> Any:
         self.begin()
-        return self.verified(compute_loss(self.model, self.loss, batch, self.call))
+        output, given = self.call.output(self.model, batch, with_loss=self.loss is not None)
+        found = self.verified(_loss_of(self.model, self.loss, output, given))
+        return (found, output) if self.with_output else found
+
+
+class EvaluationStep(TrainingStep):
+    """The loss, and what the model returns."""
+
+    with_output = True
 
 
 def compute_loss(model: nn.Module, loss: Loss | None, tensors: Any, call: Call = PLAIN_CALL) -> torch.Tensor:
     """Call the model as its user does, then the loss. tensors: by name. Also what the reference runs."""
-    output, batch = call.output(model, tensors, with_loss=loss is not None)
+    return _loss_of(model, loss, *call.output(model, tensors, with_loss=loss is not None))
+
+
+def _loss_of(model: nn.Module, loss: Loss | None, output: Any, batch: Any) -> torch.Tensor:
     if loss is not None:
         return loss(output, batch)
     if isinstance(output, torch.Tensor) and output.dim() == 0:
@@ -86,11 +99,12 @@ def compute_loss(model: nn.Module, loss: Loss | None, tensors: Any, call: Call =
     return found
 
 
-def capture(workload: Workload) -> ModelGraph:
-    """Trace the workload's training step at the shapes of its example batch."""
-    tell(f"capturing {workload.name}: tracing its step")
+def capture(workload: Workload, *, evaluating: bool = False) -> ModelGraph:
+    """Trace the workload's training step at the shapes of its example batch. evaluating: what model.eval() computes
+    instead, without gradients, and what the model returns beside the loss."""
+    tell(f"capturing {workload.name}: tracing its {'evaluation' if evaluating else 'step'}")
     written = AsWritten(workload.model)
-    exported, batch = export_step(workload, written=written), workload.example_batch
+    exported, batch = export_step(workload, written=written, evaluating=evaluating), workload.example_batch
     signature = exported.graph_signature
     graph_module, graph = exported.graph_module, exported.graph_module.graph
     placeholders = {n.name: n for n in graph.nodes if n.op == "placeholder"}
@@ -104,7 +118,9 @@ def capture(workload: Workload) -> ModelGraph:
     totals = separate_totals(graph, samples, {*(placeholders[n] for n in (*param_fqn, *mutated)), key})
     user_inputs |= {name: f"input:{entry}" for name, entry in totals.placeholders.items()}
     nodes_of = lambda names: {placeholders[n] for n in names if n in placeholders}  # noqa: E731
-    loss_node = next(n for n in reversed(graph.nodes) if n.op == "output").args[0][0]
+    returned = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
+    returned = returned[: len(exported.graph_signature.user_outputs)]
+    loss_node = returned[0]
     if not isinstance(loss_node, fx.Node):
         raise ShardwrightError("the loss is a constant", means="it does not depend on the model", change="loss")
     pieces = fold.cut(
@@ -114,11 +130,11 @@ def capture(workload: Workload) -> ModelGraph:
         nodes_of(param_fqn),
         nodes_of(buffer_fqn),
         {placeholders[name]: new for name, new in mutated.items()},
-        [loss_node, *mutated.values(), *totals.nodes.values()],
+        [*(n for n in returned if isinstance(n, fx.Node)), *mutated.values(), *totals.nodes.values()],
     )
     try:
         return _assemble(
-            workload, exported, pieces, loss_node, key, mutated, param_fqn, buffer_fqn, user_inputs, totals
+            workload, exported, pieces, returned, key, mutated, param_fqn, buffer_fqn, user_inputs, totals, evaluating
         )
     except DATA_DEPENDENT as error:
         raise _capture_error(error) from error
@@ -147,16 +163,23 @@ def _strip(fqn: str) -> str:
 
 
 def export_step(
-    workload: Workload, symbolic: Mapping[str, Sequence[int]] | None = None, *, written: AsWritten | None = None
+    workload: Workload,
+    symbolic: Mapping[str, Sequence[int]] | None = None,
+    *,
+    written: AsWritten | None = None,
+    evaluating: bool = False,
 ) -> Any:
     """The exported training step. symbolic: dimensions of entries that are traced with a symbol each, not a number.
-    written: records what the trace of the forward loses; what it records is for the caller to place."""
+    written: records what the trace of the forward loses; what it records is for the caller to place. evaluating: the
+    loss and what the model returns, as after model.eval()."""
     # torch.export takes two arguments that are the same tensor for one: give it distinct ones
     batch = {
         name: t.clone() if t.device.type != "meta" else torch.empty_like(t)
         for name, t in workload.example_batch.items()
     }
-    step = TrainingStep(workload.model, workload.loss, workload.call)
+    if any(parameter.is_meta for parameter in workload.model.parameters()):  # as after its values went to the ranks
+        batch = {name: torch.empty_like(tensor, device="meta") for name, tensor in batch.items()}
+    step = (EvaluationStep if evaluating else TrainingStep)(workload.model, workload.loss, workload.call)
     shapes = None if symbolic is None else {n: dict.fromkeys(symbolic.get(n, ()), Dim.AUTO) for n in batch}
     written = written or AsWritten(workload.model)
     step.begin = written.hooks.record_parameters
@@ -166,6 +189,7 @@ def export_step(
         with (
             warnings.catch_warnings(),
             own_errors_alone(),
+            _mode_of(workload.model, evaluating),
             shardwright_attention(workload.model),
             lazy_recompile(),
             no_collection(),
@@ -204,6 +228,19 @@ def own_errors_alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _mode_of(model: nn.Module, evaluating: bool) -> Iterator[None]:
+    """evaluating: inside, the model is as after model.eval()."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        if evaluating:
+            model.eval()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@contextlib.contextmanager
 def no_collection() -> Iterator[None]:
     """Hold the garbage collector back: a trace makes millions of objects that live, and walking them is a quarter."""
     was_on = gc.isenabled()
@@ -238,19 +275,20 @@ def _assemble(
     workload: Workload,
     exported: Any,
     pieces: list[fold.Piece],
-    loss_node: fx.Node,
+    returned: Sequence[Any],
     key: fx.Node,
     mutated: dict[str, fx.Node],
     param_fqn: dict[str, str],
     buffer_fqn: dict[str, str],
     user_inputs: dict[str, str],
     totals: Totals,
+    evaluating: bool,
 ) -> ModelGraph:
     graph = exported.graph_module.graph
     model = workload.model
     canonical, tied = _canonical_params(model, param_fqn)
-    requires_grad = _requires_grad(graph, {n.name for n in graph.nodes if n.name in param_fqn and
-                                           _parameter(model, param_fqn[n.name]).requires_grad})  # fmt: skip
+    trained = {p for p, fqn in param_fqn.items() if _parameter(model, fqn).requires_grad and not evaluating}
+    requires_grad = _requires_grad(graph, trained)
     result = ModelGraph(
         name=workload.name,
         segments={},
@@ -310,7 +348,11 @@ def _assemble(
                 module_path=piece.module_path,
             )
         )
+    loss_node = returned[0]
     result.loss = value_name[loss_node]
+    if evaluating:
+        result.outputs, result.output_leaves = _outputs(returned, value_name, model)
+        result.output_form = exported.call_spec.out_spec
     result.totals = {entry: (value_name[node], totals.kinds[entry]) for entry, node in totals.nodes.items()}
     result.loss_over = loss_over(graph, loss_node, example_batch_size(workload), totals.placeholders)
     result.batch_size = example_batch_size(workload)
@@ -318,6 +360,25 @@ def _assemble(
     result.structure_hash = _model_hash(result)
     result.constants = {f"constant:{k}": v for k, v in exported.constants.items() if isinstance(v, torch.Tensor)}
     return result
+
+
+def _outputs(
+    returned: Sequence[Any], value_name: Mapping[fx.Node, str], model: nn.Module
+) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """Names of the values that the model returns, and every leaf of what it returns: a Leaf, or what is no tensor."""
+    leaves = []
+    for item in returned:
+        if isinstance(item, fx.Node) and item not in value_name:
+            raise ShardwrightError(
+                f"{type(model).__name__} returns {item.name}, a parameter or a buffer",
+                means="its parts lie on several ranks",
+                change="what the model returns",
+                works="program.named_parameters(), or program.evaluate(batch) for the loss alone",
+                exit_code=ExitCode.UNSUPPORTED_MODEL,
+            )
+        leaves.append(Leaf(value_name[item]) if isinstance(item, fx.Node) else item)
+    names = dict.fromkeys(leaf.name for leaf in leaves if isinstance(leaf, Leaf))
+    return tuple(names), tuple(leaves)
 
 
 def _read_elsewhere(node: fx.Node, piece: fold.Piece) -> bool:

@@ -9,6 +9,7 @@ Parameters and buffers keep their fully qualified names (FQNs).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,6 +23,13 @@ class ValueInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor in what the model returns. name: of the value."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,8 @@ class ModelGraph:
     tied: dict[str, str] = field(default_factory=dict)  # other FQN -> the FQN that stands for it
     loss: str = ""  # value name of the scalar loss
     outputs: tuple[str, ...] = ()  # value names of the model's outputs kept for evaluation
+    output_leaves: tuple[Any, ...] = ()  # of (loss, what the model returns): a Leaf where it is a tensor
+    output_form: Any = None  # what makes (loss, what the model returns) of these
     batch_size: int = 0  # sequences (or samples) in the captured microbatch
     batch_dims: dict[str, int] = field(default_factory=dict)  # entry of the batch -> its dimension that counts samples
     # entry of the batch that stands for a number of the whole batch -> value of a microbatch's part of it, and whether

@@ -16,6 +16,7 @@ from torch.distributed.pipelining.schedules import (
 from torch.distributed.pipelining.stage import _PipelineStageBase
 from torch.distributed.tensor import DTensor
 from torch.serialization import _get_layout
+from torch.utils import _pytree
 
 TorchAction = _Action
 ComputationType = _ComputationType
@@ -26,6 +27,7 @@ DCP_INDEX_NAME = _metadata_fn
 StorageInfo = _StorageInfo
 MemoryFormatName = _MEM_FORMAT_ENCODING
 layout_of_name = _get_layout
+tree_unflatten = _pytree.tree_unflatten
 
 
 def local_part(tensor: DTensor) -> torch.Tensor:

@@ -222,6 +222,11 @@ class ParameterStore:
         for unit in self._units_of_instance[index]:
             unit.prefetch()
 
+    def add_instances(self, names: Mapping[int, Sequence[str]]) -> None:
+        """Instances of another graph, by index, that read these parameters of those held here."""
+        for index, row in names.items():
+            self._units_of_instance[index] = tuple(dict.fromkeys(self._unit_of[name] for name in row))
+
     def acquire(self, index: int, uses: Sequence[ParamUse]) -> list[torch.Tensor]:
         """Parameter tensors of an instance as its slots want them, until release()."""
         opened = {unit: unit.open() for unit in self._units_of_instance[index]}

@@ -25,6 +25,7 @@ from .batch import BatchPart, MicrobatchPart
 from .buffers import Buffers, SecondDirection, buffer_names, written_buffers
 from .by_hand import ByHand
 from .collectives import Summing
+from .evaluation import Evaluator, MakeEvaluation
 from .extents import DataCut
 from .loss_scaling import loss_scaler
 from .memory import MemoryMeter
@@ -50,7 +51,8 @@ class Program:
 
     values: (name, whole tensor) pairs to start from; None: those of workload.model, drawn block by block where it lies
     on meta. rebuild: makes segment programs for another microbatch shape (a short last batch, a new sequence length).
-    adopt: use the tensors of a model that already lies on this device as storage, instead of copies.
+    adopt: use the tensors of a model that already lies on this device as storage, instead of copies. evaluation: makes
+    what evaluate() and outputs() run, when they are first called; None: the graph that trains.
     """
 
     def __init__(
@@ -65,16 +67,18 @@ class Program:
         values: Iterable[tuple[str, torch.Tensor]] | None = None,
         rebuild: Rebuild | None = None,
         adopt: bool = False,
+        evaluation: MakeEvaluation | None = None,
     ) -> None:
         self.plan, self.graph, self.workload = plan, graph, workload
         self.device = torch.device(device)
         self.grid = RankGrid.of(mesh)
         self.step_index = 0
+        self._make_evaluation, self._evaluator = evaluation, None  # type: MakeEvaluation | None, Evaluator | None
 
         stages = [stage.segments for stage in plan.stages]
         self._schedules: dict[tuple[int, bool], PipelineSchedule] = {}  # by microbatches and whether it trains
-        self._stage_rank = tuple(self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages)
-        placements: Sequence[Sequence[int]] = [self._stage_rank]
+        self.stage_rank = tuple(self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages)
+        placements: Sequence[Sequence[int]] = [self.stage_rank]
         if self.grid.size("pp") > 1:  # what could not run is refused now rather than at the first step
             schedule = self.schedule(plan.microbatch.count)
             communicating_lists(schedule)
@@ -88,7 +92,7 @@ class Program:
         self.grid.make_axes_groups({summed_axes(spec, cut, self.grid.sizes) for spec in specs.values()})
         mirrored = {(mirrors(spec, cut), summed_axes(spec, cut, self.grid.sizes)) for spec in specs.values()}
         tied = [(subset, ()) for subset in tied_subsets(s for s in specs.values() if not mirrors(s, cut))]
-        written = written_buffers(graph, self._eval_wiring)
+        written = self.written = written_buffers(graph, self._eval_wiring)
         joined: list[tuple[tuple[int, ...], tuple[str, ...]]] = [(entry.ranks, ()) for entry in written.values()]
         groups = [*tied, *joined, *mirrored]
         self.grid.make_pipeline_subgroups(entry for entry in groups if len(set(entry[0])) > 1)
@@ -120,7 +124,7 @@ class Program:
         self.load_values(values)
 
         self._keys = Keys(graph, workload.seed, self.device)
-        self._host = HostMemory(self.device)
+        self.host = HostMemory(self.device)
         self.recorder = Recorder(self.grid.rank, self.device)
         self._runners = [self._runner(self.wiring, stage) for stage in own]
         self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval if not stage.direction]
@@ -139,7 +143,7 @@ class Program:
 
     def _runner(self, wiring: Wiring, stage: Any) -> StageRunner:
         buffers = self._second if stage.direction and self._second is not None else self.buffers
-        return StageRunner(self.graph, wiring, stage, self.store, buffers, self._keys, self._host)
+        return StageRunner(self.graph, wiring, stage, self.store, buffers, self._keys, self.host)
 
     # values
 
@@ -263,7 +267,7 @@ class Program:
             self._second.join(sum(self.schedule(count).direction))
         with self.recorder.action("reduce", resource=COLLECTIVE):
             self.store.finish_gradients(1.0 / factor)
-        return self._mean_loss(results, weights)
+        return self._mean_loss(results, weights, self.graph)
 
     @torch.no_grad()
     def optimizer_step(self) -> None:
@@ -286,21 +290,37 @@ class Program:
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> torch.Tensor:
-        """The loss of a batch, the same on every rank. Nothing is updated, buffers included. The captured graph is the
-        training one: dropout, where the model has it, stays on."""
+        """The loss of a batch as model.eval() has it, the same on every rank. Nothing is updated, buffers included.
+
+        The first call captures the model in evaluation mode; every rank must make it."""
+        parts, results, graph = self._evaluated(batch)
+        return self._mean_loss(results, self._weights(parts), graph).wait()
+
+    def _evaluated(self, batch: Any) -> tuple[list[MicrobatchPart], dict[int, dict[str, torch.Tensor]], ModelGraph]:
         self.settle()
         self._by_hand.follow()
-        parts = self.microbatches.split(batch)
-        results = self._run(parts, self._eval_runners, None, training=False)
-        return self._mean_loss(results, self._weights(parts)).wait()
+        if self._make_evaluation is None:
+            parts = self.microbatches.split(batch)
+            return parts, self._run(parts, self._eval_runners, None, training=False), self.graph
+        evaluator = self._evaluation()
+        parts, results = evaluator.losses(batch)
+        return parts, results, evaluator.graph
+
+    def _evaluation(self) -> Evaluator:
+        if self._evaluator is None:
+            assert self._make_evaluation is not None
+            self._evaluator = Evaluator(self, self._make_evaluation())
+        return self._evaluator
 
     @torch.no_grad()
-    def outputs(self, batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """The model's outputs, local parts, one entry for each microbatch; empty on ranks without the last stage."""
-        self.settle()
-        self._by_hand.follow()
-        parts = self.microbatches.split(batch)
-        results = self._run(parts, self._eval_runners, None, training=False)
+    def outputs(self, batch: Any) -> list[Any]:
+        """What the model returns in evaluation mode, one entry for each microbatch: of this data-parallel rank's
+        samples, whole over the tensor axis. Empty on ranks without the last stage."""
+        if self._make_evaluation is not None:
+            self.settle()
+            self._by_hand.follow()
+            return self._evaluation().outputs(batch)
+        _, results, _ = self._evaluated(batch)
         return [{name: results[k][name] for name in self.graph.outputs} for k in sorted(results)]
 
     def _weights(self, parts: list[MicrobatchPart]) -> list[float]:
@@ -359,7 +379,7 @@ class Program:
         """The order of actions of a step of so many microbatches."""
         key = num_microbatches, training
         if key not in self._schedules:
-            place = self._stage_rank
+            place = self.stage_rank
             made = (
                 schedule_for(self.plan, place, num_microbatches) if training else forward_order(place, num_microbatches)
             )
@@ -383,12 +403,14 @@ class Program:
             self._engines[training] = PipelineEngine(runners, self.device, self.grid.group("pp"), self.recorder)
         return self._engines[training]
 
-    def _mean_loss(self, results: Mapping[int, Mapping[str, torch.Tensor]], weights: list[float]) -> Summing:
+    def _mean_loss(
+        self, results: Mapping[int, Mapping[str, torch.Tensor]], weights: list[float], graph: ModelGraph
+    ) -> Summing:
         """Other ranks than those of the last stage add nothing; none of them waits here."""
-        dtype = self.graph.values[self.graph.loss].dtype
+        dtype = graph.values[graph.loss].dtype
         total = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=self.device)
         for k, values in results.items():
-            total = total + values[self.graph.loss].to(total.dtype) * weights[k]
+            total = total + values[graph.loss].to(total.dtype) * weights[k]
         alone = self.grid.size("pp") == 1
         return Summing(total, None if alone else self.grid.group("pp"), alone=alone)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from . import devices, hashes, trust
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
+from .evaluation import make_evaluation
 from .passes.build import build_segment_programs
 from .passes.device_kernels import refuse_missing_kernels
 from .passes.fuse import fuse_model
@@ -35,6 +36,7 @@ from .profiler.inputs import batch_dims_of, resize_batch
 from .profiler.models import load_workload
 from .profiler.watch import TimeUp, stop_at, telling
 from .profiler.workload import Workload
+from .runtime.evaluation import Evaluation
 from .runtime.mesh import RankGrid, build_mesh
 from .runtime.program import Program
 from .self_test import BUDGET_S, is_applicable
@@ -163,7 +165,7 @@ def _make_plan(
     solution = found.solution
     if found.microbatch.size == 1:  # a batch of one broadcasts, so its graph has other ops: place those
         say("placing a batch of one")
-        wishes = _tensor_places(graph, solution.placements)  # the memory that the search counted on
+        wishes = tensor_places(graph, solution.placements)  # the memory that the search counted on
         graph = _capture_for_running(resize_batch(workload, 1), fusions)
         placed = Sharder(graph, cost_model, wishes, pins, time_limit_s, job).solve(
             dp=1, tp=found.mesh.tp, local_batch=1
@@ -226,7 +228,7 @@ def _proof_of(solution: ShardingSolution) -> ShardingProof:
     )
 
 
-def _tensor_places(graph: ModelGraph, placements: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, int]:
+def tensor_places(graph: ModelGraph, placements: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, int]:
     """Parameter -> how it lies over the tensor axis."""
     axis = PLACEMENT_AXES.index("tp")
     return {
@@ -276,11 +278,16 @@ def _out_of_time(workload: Workload, time_limit_s: float) -> ShardwrightError:
 
 def capture_for_planning(workload: Workload) -> ModelGraph:
     """The model's graph with a batch whose size no other dimension is a multiple of."""
+    return capture(planning_batch(workload))
+
+
+def planning_batch(workload: Workload) -> Workload:
+    """The workload with a batch whose size no other dimension is a multiple of."""
     dims = batch_dims_of(workload)
     sizes = {s for n, t in workload.example_batch.items() for d, s in enumerate(t.shape) if d != dims.get(n)}
     sizes |= {size for tensor in workload.model.state_dict().values() for size in tensor.shape}
     batch = next((b for b in PLANNING_BATCHES if not any(size % b == 0 for size in sizes if size)), PLANNING_BATCHES[0])
-    return capture(resize_batch(workload, batch))
+    return resize_batch(workload, batch)
 
 
 def _describe(workload: Workload) -> dict[str, Any]:
@@ -333,7 +340,14 @@ def build(
         return build_segment_programs(graph, plan, axes, device)
 
     programs = build_segment_programs(graph, plan, axes, device)
-    return Program(plan, graph, programs, workload, device=device, mesh=mesh, rebuild=rebuild, adopt=adopt)
+
+    def evaluation() -> Evaluation:
+        wishes = tensor_places(graph, plan.placements)
+        return make_evaluation(plan, workload, planning_batch(workload), wishes, axes, device, _reshaped)
+
+    return Program(
+        plan, graph, programs, workload, device=device, mesh=mesh, rebuild=rebuild, adopt=adopt, evaluation=evaluation
+    )
 
 
 def _verify_same_plan(plan: Plan) -> None:

@@ -1,0 +1,93 @@
+"""What program.evaluate() runs: the model in evaluation mode, captured, placed and rewritten when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .costmodel.model import CostModel
+from .errors import ShardwrightError
+from .passes.build import build_segment_programs
+from .passes.program import SegmentProgram
+from .passes.redistribute import MeshAxis
+from .planner.plan import MemoryPolicy, Plan
+from .planner.sharding.sharder import Sharder
+from .planner.sharding.solution import read_placements
+from .profiler.capture import capture
+from .profiler.cluster import Cluster
+from .profiler.graph import ModelGraph
+from .profiler.hardware import parse_hardware
+from .profiler.inputs import resize_batch
+from .profiler.workload import Workload
+from .runtime.evaluation import Evaluation
+
+Reshape = Callable[[Workload, Mapping[str, tuple[int, ...]]], Workload]
+
+
+def make_evaluation(
+    plan: Plan,
+    workload: Workload,
+    planning: Workload,
+    wishes: Mapping[str, int],
+    axes: Mapping[str, MeshAxis],
+    device: torch.device,
+    reshape: Reshape,
+) -> Evaluation:
+    """planning: the workload at a size that is no other dimension's. wishes: how parameters lie over the tensor axis.
+
+    Rank 0 solves the placements, the others receive them: every rank must call it."""
+    general = capture(planning, evaluating=True)
+    size = plan.microbatch.size
+    graph = capture(resize_batch(workload, size), evaluating=True)
+    same = _ops(general) == _ops(graph)
+    box: list[Any] = [None]
+    distributed = dist.is_available() and dist.is_initialized()
+    if not distributed or dist.get_rank() == 0:
+        box[0] = _placements(plan, general if same else graph, wishes, size)
+    if distributed:
+        dist.broadcast_object_list(box, src=0)
+    placed = plan.model_copy(update={"placements": box[0], "memory_policy": MemoryPolicy()})
+
+    def rebuild(shapes: dict[str, tuple[int, ...]]) -> Mapping[str, SegmentProgram]:
+        other = capture(reshape(workload, shapes), evaluating=True)
+        return build_segment_programs(other, placed, axes, device)
+
+    return Evaluation(
+        graph=graph,
+        programs=build_segment_programs(graph, placed, axes, device),
+        rebuild=rebuild,
+        axes=plan.placement_axes,
+        solutions=read_placements(placed.placements, len(plan.placement_axes)),
+        output_dims=_sample_dims(general),
+    )
+
+
+def _placements(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int], size: int) -> dict[str, dict[str, list[str]]]:
+    mesh = plan.mesh
+    dp = mesh.dp if size % mesh.dp == 0 else 1
+    sharder = Sharder(graph, CostModel(_cluster(plan)), wishes)
+    return sharder.solve(dp=dp, tp=mesh.tp, local_batch=size // dp).placements
+
+
+def _cluster(plan: Plan) -> Cluster:
+    try:
+        return parse_hardware(str(plan.hardware.get("name", "")))
+    except ShardwrightError:  # a cluster of the planner's own making: the figures of any will do
+        return parse_hardware(f"{plan.mesh.num_devices}xCPU")
+
+
+def _ops(graph: ModelGraph) -> dict[str, list[str]]:
+    return {name: [node.name for node in segment.joint.graph.nodes] for name, segment in graph.segments.items()}
+
+
+def _sample_dims(graph: ModelGraph) -> dict[str, int]:
+    """Of the outputs, whose sizes are multiples of the batch's there."""
+    found = {}
+    for name in graph.outputs:
+        dims = [d for d, s in enumerate(graph.values[name].shape) if s and s % graph.batch_size == 0]
+        if dims:
+            found[name] = dims[0]
+    return found
