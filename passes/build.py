@@ -54,6 +54,16 @@ def build_segment_programs(
     }
 
 
+def fits(graph: ModelGraph, plan: Plan) -> bool:
+    """Has every op of every distinct segment its placement in the plan?"""
+    return all(
+        node.name in plan.placements.get(name, ())
+        for name, segment in graph.segments.items()
+        for node in segment.joint.graph.nodes
+        if is_op(node)
+    )
+
+
 def check_fits(graph: ModelGraph, plan: Plan) -> None:
     """Every op of every distinct segment must have its placement in the plan."""
     for name, segment in graph.segments.items():

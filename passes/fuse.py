@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection
 
@@ -14,25 +15,31 @@ from ..profiler.joint import retrace
 from .fuse_gelu import fuse_gelu
 from .fuse_norm import Wins, fuse_add_rms_norm
 
+_OF_NORMS = ", of norms "
 FUSED_OPS = ("shardwright::add_rms_norm", "shardwright::rms_norm")
 
 
 def fuse_model(
     graph: ModelGraph, wins: Callable[[torch.dtype], Wins], only: Collection[str] | None = None
 ) -> tuple[ModelGraph, list[str]]:
-    """The model with kernels fused where they win, and what was fused, as 'segment3: add_rms_norm x2'.
+    """The model with kernels fused where they win, and what was fused, as 'segment3: add_rms_norm x2'; where norms were
+    left, 'segment3: add_rms_norm x2, of norms 0, 2'.
 
-    wins(dtype) answers for norms on operands of that dtype; a fused GELU does less of everything. only: the segments
-    to look at. A segment in which nothing is fused is kept as it is.
+    wins(dtype) answers for norms on operands of that dtype; a fused GELU does less of everything. only: what this gave
+    before, for another size of the batch: the same norms are fused. A segment in which nothing is fused is kept as it
+    is.
     """
+    chosen = None if only is None else dict(map(_read_fusion, only))
     segments, done = dict(graph.segments), []
     for name, segment in graph.segments.items():
-        if only is not None and name not in only:
+        if chosen is not None and name not in chosen:
             continue
         dtype = next(
             (info.dtype for info in (*segment.inputs, *segment.outputs) if info.dtype.is_floating_point), torch.float32
         )
-        fused = fuse_add_rms_norm(segment.forward, (), wins=wins(dtype))
+        answers: list[bool] = []
+        judge = _recorded(wins(dtype) if chosen is None else _as_before(chosen[name]), answers)
+        fused = fuse_add_rms_norm(segment.forward, (), wins=judge)
         counts = _fused_ops(fused.graph)
         gelus = fuse_gelu(fused.graph)
         if gelus:
@@ -40,8 +47,30 @@ def fuse_model(
             fused.recompile()
         if counts:
             segments[name] = retrace(segment, fused)
-            done.append(f"{name}: " + ", ".join(f"{op} x{count}" for op, count in sorted(counts.items())))
+            text = ", ".join(f"{op} x{count}" for op, count in sorted(counts.items()))
+            fused_norms = ", ".join(str(number) for number, won in enumerate(answers) if won)
+            done.append(f"{name}: {text}" + ("" if all(answers) else f"{_OF_NORMS}{fused_norms}"))
     return (dataclasses.replace(graph, segments=segments) if done else graph), done
+
+
+def _recorded(wins: Wins, answers: list[bool]) -> Wins:
+    def judge(flops: int, bytes_saved: int) -> bool:
+        answers.append(wins(flops, bytes_saved))
+        return answers[-1]
+
+    return judge
+
+
+def _read_fusion(text: str) -> tuple[str, frozenset[int] | None]:
+    """Segment, and the numbers of the norms that were fused; None: all."""
+    name, _, numbers = text.partition(_OF_NORMS)
+    found = frozenset(int(number) for number in numbers.split(",") if number.strip()) if _OF_NORMS in text else None
+    return name.split(":")[0], found
+
+
+def _as_before(numbers: frozenset[int] | None) -> Wins:
+    count = itertools.count()
+    return lambda flops, bytes_saved: numbers is None or next(count) in numbers
 
 
 def _fused_ops(graph: fx.Graph) -> Counter[str]:

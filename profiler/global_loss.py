@@ -194,7 +194,7 @@ class _Known:
 
     def _total(self, node: fx.Node) -> str | None:
         kind = _REDUCTIONS.get(op_name(node)) if node.op == "call_function" else None
-        if kind is None or not _reduces_all(node) or not self._is_per_sample(node.args[0]):
+        if kind is None or not reduces_all(node) or not self._is_per_sample(node.args[0]):
             return None
         return kind
 
@@ -222,7 +222,7 @@ class _Known:
             return "mean" if reduction == _MEAN else "sum"
         name = op_name(node)
         if name in _REDUCTIONS:
-            return _REDUCTIONS[name] if _reduces_all(node) else None
+            return _REDUCTIONS[name] if reduces_all(node) else None
         if not _is_number(node) or name not in (*_OF_ONE, "add", "sub"):
             return None
         if name == "div" and node.args[1] in self.of_samples:
@@ -244,7 +244,7 @@ class _Known:
         """Do all uses of a factor end in sums over everything, by products and quotients alone?"""
         for user in node.users:
             name, others = op_name(user), [n for n in user.all_input_nodes if n is not node]
-            if name == "sum" and _reduces_all(user):
+            if name == "sum" and reduces_all(user):
                 continue
             if name == "mul" and _is_number(node) and others and self.kind(others[0]) == "sum":
                 continue
@@ -284,7 +284,7 @@ def _dims(node: fx.Node) -> list[int]:
     return [d % max(rank, 1) for d in dims]
 
 
-def _reduces_all(node: fx.Node) -> bool:
+def reduces_all(node: fx.Node) -> bool:
     return set(_dims(node)) == set(range(value(node.args[0]).dim()))
 
 

@@ -13,6 +13,7 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
     replace_random        every random op as ones of ours, counter-based (random_ops.py)
     replace_batch_norm    batch and instance norms as sums, so that statistics can be taken over a sharded batch
     replace_inplace       no in-place ops: new values, also of views of what is written; buffers written are listed
+    widen_losses          losses of half-precision models in float32, as autocast has them (loss_precision.py)
     split_mean_losses     cross entropy's mean over targets as their sum by their count (global_loss.py)
     replace_global_pool   a pool to one value as the mean that it is: torch's own kernel restrides its result in place
     replace_embedding_bag bags of embeddings as lookups and sums, whose tables can be split
@@ -33,6 +34,7 @@ from .attention_ops import replace_attention
 from .batch_norms import replace_batch_norm
 from .embedding_bags import replace_embedding_bag
 from .global_loss import split_mean_losses
+from .loss_precision import widen_losses
 from .nodes import source_of, value
 from .random_ops import number_draws, replace_random
 from .writes import drop_unread_writes, is_inplace, refuse_param_writes, replace_inplace
@@ -77,6 +79,7 @@ def normalize(
     replace_random(graph, key)
     replace_batch_norm(graph)
     mutated = replace_inplace(graph, buffer_placeholders)
+    widen_losses(graph)
     split_mean_losses(graph)
     replace_global_pool(graph)
     replace_embedding_bag(graph)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .global_loss import SHARE
 from .graph import ModelGraph, Segment, SegmentInstance
 from .joint import flatten_outputs
 
@@ -49,6 +50,8 @@ def run_graph(
     constants = {name: wide(tensor).to(device) for name, tensor in graph.constants.items()}
     known = {**constants, **{name: wide(tensor.detach()) for name, tensor in state.items()}}
     values = {f"input:{name}": wide(tensor).to(device) for name, tensor in batch.items()}
+    dtype = torch.float64 if widen else graph.values[graph.loss].dtype
+    values[f"input:{SHARE}"] = torch.ones((), dtype=dtype, device=device)  # the batch is one microbatch
     settle = _settled(widen, device)
     updates: dict[str, torch.Tensor] = {}
     running = []
@@ -59,6 +62,7 @@ def run_graph(
         ran = _Running(segment, instance, [*arguments, key], settle)
         results = ran.forward()
         values |= dict(zip(instance.outputs, results, strict=False))
+        values |= {f"input:{entry}": values[part] for entry, (part, _) in graph.totals.items() if part in values}
         for slot, new in zip(segment.mutated_buffers, results[len(instance.outputs) :], strict=True):
             updates[instance.buffers[slot]] = new
         running.append(ran)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from . import devices, hashes, trust
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
-from .evaluation import make_evaluation
+from .evaluation import fitting, make_evaluation
 from .passes.build import build_segment_programs
 from .passes.device_kernels import refuse_missing_kernels
 from .passes.fuse import fuse_model
@@ -41,10 +41,13 @@ from .runtime.mesh import RankGrid, build_mesh
 from .runtime.program import Program
 from .self_test import BUDGET_S, is_applicable
 from .self_test import self_test as run_self_test
+from .stage_moves import moved_policy, moved_stages
 
 __all__ = ["Progress", "build", "capture_for_planning", "load_workload", "plan"]
 
 Progress = Callable[[str], None]
+# Kinds of models whose ops are known to be the same for every size of the batch but one.
+STEADY_KINDS = ("causal-lm", "masked-lm", "seq2seq", "image-classification", "small")
 # Samples in the batch that planning captures: a prime that is no other dimension's divisor, so that a dimension that
 # carries the batch can be told by its size.
 PLANNING_BATCHES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
@@ -163,15 +166,15 @@ def _make_plan(
         progress=progress,
     )
     solution = found.solution
-    if found.microbatch.size == 1:  # a batch of one broadcasts, so its graph has other ops: place those
-        say("placing a batch of one")
+    size, stages, memory_policy = found.microbatch.size, found.stages, found.memory_policy
+    running = _running_graph(workload, graph, fusions, size)
+    if running is not None:  # place the ops that run
+        say(f"placing the ops of {size} samples")
         wishes = tensor_places(graph, solution.placements)  # the memory that the search counted on
-        graph = _capture_for_running(resize_batch(workload, 1), fusions)
-        placed = Sharder(graph, cost_model, wishes, pins, time_limit_s, job).solve(
-            dp=1, tp=found.mesh.tp, local_batch=1
-        )
-        assert placed is not None
-        solution = placed
+        stages, memory_policy = moved_stages(graph, stages, running), moved_policy(graph, memory_policy, running)
+        graph, dp = running, found.mesh.dp if size % found.mesh.dp == 0 else 1
+        sharder = Sharder(graph, cost_model, wishes, pins, time_limit_s, job)
+        solution = sharder.solve(dp=dp, tp=found.mesh.tp, local_batch=size // dp)
     conservative = list(solution.conservative)
     if strict and conservative:
         first = conservative[0]
@@ -190,13 +193,13 @@ def _make_plan(
         microbatch=found.microbatch,
         loss_over=loss_over,
         schedule=found.schedule,
-        stages=found.stages,
+        stages=stages,
         segments=[instance.segment for instance in graph.instances],
         placement_axes=list(PLACEMENT_AXES),
         placements=solution.placements,
         zero=found.zero,
         zero_extents=found.zero_extents,
-        memory_policy=found.memory_policy,
+        memory_policy=memory_policy,
         fusions=fusions,
         forced=dict(force),
         predicted=found.predicted.model_copy(update={"split": solution.split_shares}),
@@ -228,6 +231,15 @@ def _proof_of(solution: ShardingSolution) -> ShardingProof:
     )
 
 
+def _running_graph(workload: Workload, graph: ModelGraph, fusions: Sequence[str], size: int) -> ModelGraph | None:
+    """At the size of the microbatch, where the model has other ops there than graph: a batch of one broadcasts, and
+    what branches on sizes may. None where it has the same, as kinds of models known not to branch do."""
+    if size != 1 and workload.spec.get("kind") in STEADY_KINDS:
+        return None
+    found = _capture_for_running(resize_batch(workload, size), fusions)
+    return found if hashes.model_hash(found) != hashes.model_hash(graph) else None
+
+
 def tensor_places(graph: ModelGraph, placements: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, int]:
     """Parameter -> how it lies over the tensor axis."""
     axis = PLACEMENT_AXES.index("tp")
@@ -255,15 +267,15 @@ def _capture_for_running(workload: Workload, fusions: Sequence[str]) -> ModelGra
 
 def _fused(graph: ModelGraph, fusions: Sequence[str]) -> ModelGraph:
     """With just these kernels."""
-    fused = {name.split(":")[0] for name in fusions}
-    return fuse_model(graph, lambda dtype: lambda flops, saved: True, only=fused)[0] if fused else graph
+    return fuse_model(graph, lambda dtype: lambda flops, saved: True, only=fusions)[0] if fusions else graph
 
 
 def capture_of(plan: Plan, workload: Workload) -> ModelGraph:
     """The graph that the plan's placements speak of."""
-    if plan.microbatch.size == 1:
-        return _capture_for_running(resize_batch(workload, 1), plan.fusions)
-    return _fused(capture_for_planning(workload), plan.fusions)
+    graph = _fused(capture_for_planning(workload), plan.fusions)
+    if hashes.model_hash(graph) == plan.hashes.model:
+        return graph
+    return _capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
 
 
 def _out_of_time(workload: Workload, time_limit_s: float) -> ShardwrightError:
@@ -336,13 +348,15 @@ def build(
     axes = _mesh_axes(RankGrid.of(mesh), plan.placement_axes)
 
     def rebuild(shapes: dict[str, tuple[int, ...]]) -> Mapping[str, SegmentProgram]:
-        graph = _capture_for_running(_reshaped(workload, shapes), plan.fusions)
-        return build_segment_programs(graph, plan, axes, device)
+        other = _capture_for_running(_reshaped(workload, shapes), plan.fusions)
+        if [i.segment for i in other.instances] != [i.segment for i in graph.instances]:
+            hashes.verify_model(plan, other)  # its segments are others: refused
+        return build_segment_programs(other, fitting(plan, other, wishes), axes, device)
 
+    wishes = tensor_places(graph, plan.placements)
     programs = build_segment_programs(graph, plan, axes, device)
 
     def evaluation() -> Evaluation:
-        wishes = tensor_places(graph, plan.placements)
         return make_evaluation(plan, workload, planning_batch(workload), wishes, axes, device, _reshaped)
 
     return Program(

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from .costmodel.model import CostModel
 from .errors import ShardwrightError
-from .passes.build import build_segment_programs
+from .passes.build import build_segment_programs, fits
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
 from .planner.plan import MemoryPolicy, Plan
@@ -40,20 +40,14 @@ def make_evaluation(
 
     Rank 0 solves the placements, the others receive them: every rank must call it."""
     general = capture(planning, evaluating=True)
-    size = plan.microbatch.size
-    graph = capture(resize_batch(workload, size), evaluating=True)
-    same = _ops(general) == _ops(graph)
-    box: list[Any] = [None]
-    distributed = dist.is_available() and dist.is_initialized()
-    if not distributed or dist.get_rank() == 0:
-        box[0] = _placements(plan, general if same else graph, wishes, size)
-    if distributed:
-        dist.broadcast_object_list(box, src=0)
-    placed = plan.model_copy(update={"placements": box[0], "memory_policy": MemoryPolicy()})
+    graph = capture(resize_batch(workload, plan.microbatch.size), evaluating=True)
+    placed = placed_anew(plan, general, wishes, plan.microbatch.size)
+    placed = placed.model_copy(update={"memory_policy": MemoryPolicy()})
+    placed = fitting(placed, graph, wishes)
 
     def rebuild(shapes: dict[str, tuple[int, ...]]) -> Mapping[str, SegmentProgram]:
         other = capture(reshape(workload, shapes), evaluating=True)
-        return build_segment_programs(other, placed, axes, device)
+        return build_segment_programs(other, fitting(placed, other, wishes), axes, device)
 
     return Evaluation(
         graph=graph,
@@ -63,6 +57,22 @@ def make_evaluation(
         solutions=read_placements(placed.placements, len(plan.placement_axes)),
         output_dims=_sample_dims(general),
     )
+
+
+def fitting(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int]) -> Plan:
+    """The plan, with placements of the ops that the model has at this size of the batch. Every rank must call it."""
+    return plan if fits(graph, plan) else placed_anew(plan, graph, wishes, graph.batch_size)
+
+
+def placed_anew(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int], size: int) -> Plan:
+    """Rank 0 solves, the others receive. size: of the microbatch that runs."""
+    box: list[Any] = [None]
+    distributed = dist.is_available() and dist.is_initialized()
+    if not distributed or dist.get_rank() == 0:
+        box[0] = _placements(plan, graph, wishes, size)
+    if distributed:
+        dist.broadcast_object_list(box, src=0)
+    return plan.model_copy(update={"placements": box[0]})
 
 
 def _placements(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int], size: int) -> dict[str, dict[str, list[str]]]:
@@ -77,10 +87,6 @@ def _cluster(plan: Plan) -> Cluster:
         return parse_hardware(str(plan.hardware.get("name", "")))
     except ShardwrightError:  # a cluster of the planner's own making: the figures of any will do
         return parse_hardware(f"{plan.mesh.num_devices}xCPU")
-
-
-def _ops(graph: ModelGraph) -> dict[str, list[str]]:
-    return {name: [node.name for node in segment.joint.graph.nodes] for name, segment in graph.segments.items()}
 
 
 def _sample_dims(graph: ModelGraph) -> dict[str, int]:
