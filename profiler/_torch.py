@@ -153,3 +153,13 @@ for _overload in ("default", "Tensor"):
         _op = getattr(getattr(torch.ops.aten, _name), _overload)
         if _op not in fake_impls.op_implementations_dict:
             fake_impls.register_op_impl(_op)(_fake)
+
+
+def _fake_histc(mode: Any, _op: Any, x: torch.Tensor, bins: int = 100, *_: Any, **__: Any) -> torch.Tensor:
+    """Of whole numbers too, which CUDA counts: torch's fake one runs the kernel of CPUs, which does not."""
+    with mode:
+        return x.new_empty(bins)
+
+
+if torch.ops.aten.histc.default not in fake_impls.op_implementations_dict:
+    fake_impls.register_op_impl(torch.ops.aten.histc.default)(_fake_histc)

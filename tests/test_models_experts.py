@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
+from shardwright import Workload
+from shardwright.profiler.capture import capture
 from shardwright.profiler.expert_ops import ACTIVATIONS, expert_mlp_flops
 from shardwright.profiler.models import load_workload
 
@@ -85,3 +88,20 @@ def test_a_mixture_has_the_numbers_of_the_loop_over_experts() -> None:
         real.model(**real.example_batch).loss.backward()
     for name, parameter in real.model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], rtol=1e-9, atol=1e-13), name
+
+
+def test_gpt_oss_counts_its_tokens_in_whole_numbers() -> None:
+    """Which torch.histc does on GPUs alone; its experts have biases, so they stay a grouped matmul."""
+    config = transformers.GptOssConfig(
+        num_hidden_layers=1, num_local_experts=4, vocab_size=32, hidden_size=16, intermediate_size=8, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=4, num_experts_per_tok=2,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.GptOssForCausalLM(config).bfloat16()
+        ids = torch.zeros(2, 4, dtype=torch.long)
+    graph = capture(Workload(model=model, example_batch={"input_ids": ids, "labels": ids}, global_batch=2))
+    counts = [
+        n for s in graph.segments.values() for n in s.joint.graph.nodes if n.target is torch.ops.aten.histc.default
+    ]
+    assert counts and all(n.meta["val"].shape == (4,) and n.meta["val"].dtype == torch.int32 for n in counts)
