@@ -18,6 +18,7 @@ from .setting import Setting
 
 # Send and receive buffers of each boundary, activations and gradients: one in use, one in flight.
 BUFFERS_PER_BOUNDARY = 2
+PROFILES = 8192  # orders whose small tables are kept: a search asks for each of its candidates' several times
 
 
 @lru_cache(maxsize=128)
@@ -25,7 +26,7 @@ def cached_schedule(name: str, num_ranks: int, num_microbatches: int, num_chunks
     return build_schedule(name, num_ranks, num_microbatches, num_chunks)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=PROFILES)
 def placements(name: str, num_ranks: int, num_chunks: int) -> tuple[tuple[int, ...], ...]:
     """For each direction, the pipeline rank of each virtual stage; the same for any number of microbatches."""
     if num_chunks == 1 and SCHEDULES[name].directions == 1:
@@ -33,7 +34,7 @@ def placements(name: str, num_ranks: int, num_chunks: int) -> tuple[tuple[int, .
     return tuple(cached_schedule(name, num_ranks, 2 * num_ranks, num_chunks).placements)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=PROFILES)
 def stages_by_rank(name: str, num_ranks: int, num_chunks: int) -> np.ndarray:
     """[chunk, rank] -> virtual stage, in order of execution on each rank; those of a second direction follow."""
     rows: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -52,7 +53,7 @@ def placement_of(candidate: Candidate) -> tuple[int, ...]:
     return placements_of(candidate)[0]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=PROFILES)
 def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> tuple[np.ndarray, ...]:
     """For each rank, the greatest numbers of microbatches held on its chunks (stages_by_rank) at once: rows that no
     other row covers."""
@@ -166,7 +167,7 @@ def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Int
     )
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=PROFILES)
 def profile_table(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> np.ndarray:
     """[rank, row, chunk]: in_flight_profiles, rows repeated to equal number."""
     profiles = in_flight_profiles(name, num_ranks, num_microbatches, num_chunks)
@@ -182,7 +183,7 @@ def quick_peaks(setting: Setting, candidate: Candidate, chain: Chain, bounds: Se
     return interval_bytes(setting, candidate, chain).peaks(bounds, table, stages)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=PROFILES)
 def least_in_flight(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> int:
     """At some moment every chunk of every rank holds at least this many microbatches (the moment may differ by
     rank).
