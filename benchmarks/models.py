@@ -197,7 +197,7 @@ def one(name: str, layout: str, plan_only: bool) -> dict[str, Any]:
     from shardwright import api, tasks
     from shardwright.errors import ShardwrightError
 
-    started, row = time.perf_counter(), {"model": name, "layout": layout}
+    started, row = time.perf_counter(), {"model": name, "layout": layout, "measured": models_page.measured()}
     try:
         with time_limit(TIME_LIMIT_S), tempfile.TemporaryDirectory() as folder, captured_once(name):
             if name.startswith(model_zoo().FAMILY):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import os
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -40,11 +39,10 @@ def write(rows: Rows, path: Path) -> None:
     families = [n for n in names if n.startswith("family_")]
     others = [n for n in names if n not in {*causal, *families}]
     out = io.StringIO()
-    versions = ", ".join(f"{name} {importlib.metadata.version(name).split('+')[0]}" for name in _PACKAGES if _has(name))
     print("# Models\n", file=out)
     print(
-        f"Written by `benchmarks/models.py` on {date.today()}: {versions}, Python {platform.python_version()}, gloo "
-        f"processes on {os.cpu_count()} CPU cores. Every model is a tiny, randomly initialized version of its "
+        f"Written by `benchmarks/models.py`: gloo processes on {os.cpu_count()} CPU cores. Every model is a tiny, "
+        "randomly initialized version of its "
         "architecture; an empty cell was not run. A layout passes where loss and every gradient of two training steps "
         "in float64 agree to 1e-9 with the model as written on one process. Beside a tensor layout stands the share of "
         "parameters that it splits.\n",
@@ -59,20 +57,20 @@ def write(rows: Rows, path: Path) -> None:
     temporary.replace(path)
 
 
-_PACKAGES = ("torch", "transformers", "diffusers", "peft")
+_BEFORE_ROWS_SAID = "2026-11-21, torch 2.13.0, transformers 5.23.0"
 
 
-def _has(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+def measured() -> str:
+    """The day and the releases, for a row."""
+    versions = (f"{name} {importlib.metadata.version(name).split('+')[0]}" for name in ("torch", "transformers"))
+    return ", ".join((str(date.today()), *versions))
 
 
 def _group(title: str, members: Sequence[str], layouts: Layouts, rows: Rows, out: TextIO) -> None:
+    days = sorted({row.get("measured", _BEFORE_ROWS_SAID) for (n, _), row in rows.items() if n in members})
     counted = [n for n in members if not rows.get((n, LIKE), {}).get("why")]
     print(f"## {title}\n", file=out)
+    print(f"Measured on {'; '.join(days)}.\n", file=out)
     print(f"{len(members)} tried, of which {len(counted)} run as written and are taken by `torch.export`.\n", file=out)
     print("| | of those | share |\n| --- | --- | --- |", file=out)
     planned = [n for n in counted if any(rows.get((n, layout), {}).get("planned") for layout in layouts)]

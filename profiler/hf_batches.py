@@ -23,7 +23,7 @@ INTEGER = torch.int64
 class Request:
     """seq_len counts what the kind's `sequence` says; None where it counts nothing. dtype: of real-valued entries."""
 
-    model: nn.Module
+    model: Any
     config: Any
     seq_len: int | None
     dtype: torch.dtype
@@ -180,7 +180,7 @@ def _masked_image(request: Request) -> tuple[BatchField, ...]:
 
 
 def _video(request: Request) -> tuple[BatchField, ...]:
-    frames = getattr(request.config, "num_frames", None) or getattr(request.config, "frames_per_clip", 16)
+    frames: int = getattr(request.config, "num_frames", None) or getattr(request.config, "frames_per_clip", 16) or 16
     field = pixels(request.config, request.dtype, frames)
     if request.takes("pixel_values_videos"):
         field = BatchField("pixel_values_videos", field.shape, field.dtype, "normal")
@@ -190,7 +190,9 @@ def _video(request: Request) -> tuple[BatchField, ...]:
 def _detection(request: Request) -> tuple[BatchField, ...]:
     """A target for each query: which query an object goes to (the matching) is decided where data are prepared."""
     config = _vision_part(request.config)
-    queries = getattr(request.config, "num_queries", None) or getattr(request.config, "num_detection_tokens", 100)
+    queries: int = (
+        getattr(request.config, "num_queries", 0) or getattr(request.config, "num_detection_tokens", 0) or 100
+    )
     return (
         pixels(config, request.dtype),
         BatchField("class_labels", (queries,), INTEGER, "classes", high=request.config.num_labels + 1),

@@ -104,7 +104,8 @@ def _unknown_setting(parsed: Any, name: str, value: Any) -> ShardwrightError:
 
 
 def _changed(config_class: Any, cleaned: Mapping[str, Any], parsed: Any, own: Mapping[str, Any]) -> dict[str, Any]:
-    known, changed = _own_names(parsed), {}
+    known = _own_names(parsed)
+    changed: dict[str, Any] = {}
     for name, value in own.items():
         key = _key(parsed, name)
         assert key is not None

@@ -170,8 +170,8 @@ def batch_fields(workload: Workload) -> tuple[BatchField, ...] | None:
     if kind in KINDS:
         return fields_for(kind, workload.model, spec.get("seq_len"), dtype)
     if kind == diffusion.KIND:
-        name, config = spec["class_name"], workload.model.config
-        return diffusion.fields_for(name, config, spec.get("seq_len"), dtype, spec.get("overrides", {}))
+        config: Any = workload.model.config
+        return diffusion.fields_for(spec["class_name"], config, spec.get("seq_len"), dtype, spec.get("overrides", {}))
     if kind == "small":
         small = SMALL_MODELS[spec["builder"]]
         return small.fields({**small.options, **spec.get("overrides", {})}, dtype)
@@ -254,7 +254,7 @@ def _from_config(
 
 def _from_diffusers(spec: str, config: dict[str, Any], options: _Options) -> Workload:
     name, dtype = config["_class_name"], options.precision.compute
-    model = diffusion.build_model(config, options.overrides, dtype)
+    model: Any = diffusion.build_model(config, options.overrides, dtype)
     default = diffusion.default_seq_len(config)
     seq_len = (options.seq_len or default) if default else None
     fields = diffusion.fields_for(name, model.config, seq_len, dtype, options.overrides)

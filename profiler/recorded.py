@@ -46,8 +46,8 @@ class _Ref:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Ref:
-        geometry = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-        return cls(tensor.untyped_storage()._cdata, tensor.dtype, *geometry)
+        storage = tensor.untyped_storage()._cdata
+        return cls(storage, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        noted = tree_map_only(torch.Tensor, self._note, (tuple(args), dict(kwargs)))
+        noted_args, noted_kwargs = tree_map_only(torch.Tensor, self._note, (tuple(args), dict(kwargs)))
         result = func(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if any(leaf.is_meta for leaf in leaves):
             outputs = tuple(self._note(leaf) if leaf.is_meta else None for leaf in leaves)
-            self.steps.append(_Step(len(self.steps), func, *noted, outputs))
+            self.steps.append(_Step(len(self.steps), func, noted_args, noted_kwargs, outputs))
         return result
 
     def _note(self, tensor: torch.Tensor) -> Any:
@@ -128,7 +128,8 @@ class FirstValues:
 
     def _leading_to(self, storage: int) -> list[_Step]:
         """The steps that write this storage, and those that write what they read, in order."""
-        wanted, needed = {storage}, []
+        wanted = {storage}
+        needed: list[_Step] = []
         for step in reversed(self.steps):
             if wanted & step.writes():
                 needed.append(step)
