@@ -369,19 +369,21 @@ def _named_precision(names: Mapping[str, Any]) -> Precision:
 def _cast(model: nn.Module, old: torch.dtype, new: torch.dtype) -> None:
     """Change floating-point parameters, and the buffers that have the parameters' dtype, to another dtype, ties kept.
 
-    Under float64 every floating-point buffer is widened: nothing may round on the way.
+    Under float64 every floating-point buffer is widened, and what is complex is complex128: nothing may round on the
+    way. Under other types complex tensors stay as they are.
     """
     replaced: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
-                if tensor is None or not tensor.dtype.is_floating_point:
+                widens = tensor is not None and tensor.is_complex() and new == torch.float64
+                if tensor is None or not (tensor.dtype.is_floating_point or widens):
                     continue
                 is_buffer = table is module._buffers
                 if is_buffer and tensor.dtype != old and new != torch.float64:
                     continue
                 if id(tensor) not in replaced:
-                    cast = tensor.detach().to(new)
+                    cast = tensor.detach().to(torch.complex128 if widens else new)
                     replaced[id(tensor)] = cast if is_buffer else nn.Parameter(cast, tensor.requires_grad)
                 table[name] = replaced[id(tensor)]  # type: ignore[assignment]
         config = getattr(module, "config", None)

@@ -116,3 +116,11 @@ def test_losses_of_half_precision_are_taken_in_float32_as_autocast_takes_them(na
     assert logits.dtype == dtype
     assert program.graph.values[program.graph.loss].dtype == found.dtype == torch.float32
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_complex_parameters_are_widened_with_the_others() -> None:
+    model = nn.Linear(2, 2)
+    model.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    workload = Workload(model=model, example_batch={"input": torch.ones(2, 2)}, global_batch=2)
+    assert with_precision(workload, torch.float64).model.phase.dtype == torch.complex128
+    assert with_precision(workload, torch.bfloat16).model.phase.dtype == torch.complex64
