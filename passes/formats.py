@@ -72,7 +72,7 @@ def arranged(node: fx.Node, args: list[Any], kwargs: dict[str, Any], call: Calla
             return local
         if leader is not None:
             return call(in_format, local, leader)
-        order = sorted(range(captured.dim()), key=lambda dim: (-captured.stride(dim), dim))
+        order = sorted(range(captured.dim()), key=lambda dim: (-captured.stride()[dim], dim))
         if packet in _IN_ORDER or order == list(range(captured.dim())) or not is_dense(captured):
             return call(aten.contiguous.default, local)
         return call(in_order, local, tuple(order))

@@ -115,7 +115,7 @@ def global_module_hooks() -> list[dict[int, Any]]:
 def decompositions_of(*names: str) -> dict[Any, Callable[..., Any]]:
     """torch's own, of every overload that makes a new tensor."""
     packets = [getattr(torch.ops.aten, name) for name in names]
-    table = get_decompositions(packets)
+    table: dict[Any, Callable[..., Any]] = dict(get_decompositions(packets))
     return {op: function for op, function in table.items() if not op._schema.is_mutable}
 
 
@@ -125,7 +125,7 @@ def traced_node(tensor: torch.Tensor) -> tuple[Any, Any] | None:
     if mode is None:
         return None
     slot = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
-    return None if slot is None else (slot.proxy.node, mode.tracer.root)
+    return None if slot is None else (slot.proxy.node, getattr(mode.tracer, "root", None))
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def is_view(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return makes_many(source)
     if packet in (aten.dropout, aten.feature_dropout, aten.alpha_dropout):
-        return not node.args[2] or node.args[1] == 0  # such a one hands its input on
+        return bool(not node.args[2] or node.args[1] == 0)  # such a one hands its input on
     before, after = value(source), value(node)
     if not isinstance(before, torch.Tensor):
         return False

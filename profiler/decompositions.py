@@ -77,7 +77,7 @@ def _nothing(*_: Any, **__: Any) -> None:
     """A check of LAPACK's return code has no result that a graph could hold."""
 
 
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+_OWN: dict[Any, Callable[..., Any]] = {
     aten.mean.default: _mean,
     aten.mean.dim: _mean_dim,
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
@@ -86,7 +86,8 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.multilabel_margin_loss_forward.default: _multilabel,
     aten.multilabel_margin_loss_backward.default: _multilabel_backward,
     aten._linalg_check_errors.default: _nothing,
-} | decompositions_of(
+}
+DECOMPOSITIONS = _OWN | decompositions_of(
     "mse_loss", "mse_loss_backward", "smooth_l1_loss", "smooth_l1_loss_backward", "huber_loss", "huber_loss_backward",
     "binary_cross_entropy", "binary_cross_entropy_backward", "soft_margin_loss", "soft_margin_loss_backward",
     "_weight_norm_interface", "addr", "rot90", "trace", "diagonal_backward", "unfold_backward", "channel_shuffle",

@@ -6,6 +6,7 @@ a row that is elsewhere has no row number here.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def replace_embedding_bag(graph: fx.Graph) -> None:
         if node.op != "call_function" or node.target not in _BAGS:
             continue
         length = _bag_length(node)
-        results = expand(graph, node, lambda arguments, n=length: _bag(arguments, n))
+        results = expand(graph, node, functools.partial(_bag, length=length))
         for user in list(node.users):
             if user.args[1] == 0:
                 user.replace_all_uses_with(results)

@@ -8,7 +8,6 @@ not elements, becomes a lookup by position.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +82,7 @@ def _addressed(
     order = _order(x)
     start -= x.storage_offset()
     reach = start + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    if not _dense(x, order) or start < 0 or (math.prod(size) and reach >= x.numel()):
+    if not _dense(x, order) or start < 0 or (0 not in size and reach >= x.numel()):
         raise ShardwrightError(
             f"as_strided reads memory beside the tensor {tuple(x.shape)} that it is called on",
             means="only elements of the tensor itself can be followed in a graph",
@@ -91,7 +90,7 @@ def _addressed(
             works="x.contiguous().as_strided(...), or unfold, reshape and indexing in its place",
             exit_code=ExitCode.UNSUPPORTED_MODEL,
         )
-    index = torch.full([1] * len(size), start, dtype=torch.int64, device=x.device)
+    index = torch.full([1] * len(size), int(start), dtype=torch.int64, device=x.device)
     for dim, (n, s) in enumerate(zip(size, stride, strict=True)):
         steps = torch.arange(n, dtype=torch.int64, device=x.device) * s
         index = index + steps.reshape([n if d == dim else 1 for d in range(len(size))])
@@ -99,7 +98,7 @@ def _addressed(
 
 
 def _order(x: torch.Tensor) -> list[int]:
-    return sorted(range(x.dim()), key=lambda dim: (-x.stride(dim), dim))
+    return sorted(range(x.dim()), key=lambda dim: (-x.stride()[dim], dim))
 
 
 def _dense(x: torch.Tensor, order: list[int]) -> bool:

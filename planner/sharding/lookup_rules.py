@@ -51,7 +51,7 @@ def scatter(view: OpView) -> list[Strategy]:
 
 @rule_for("scatter_reduce")
 def scatter_reduce(view: OpView) -> list[Strategy]:
-    return scatter(view)
+    return list(scatter(view))
 
 
 @rule_for("index_add", "index_copy", "index_reduce")
