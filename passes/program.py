@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,6 +12,11 @@ from torch import fx
 from .gradients import Into
 from .split import SplitBackward
 from .verify import Collective
+
+
+def _plain(graph: Any) -> Callable[..., Any]:
+    """A graph called not as a module, so that hooks that a user has put on every module do not run for it."""
+    return getattr(graph, "forward", graph)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class SegmentProgram:
         key: torch.Tensor,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
         """Returns (outputs, buffer_updates, saved)."""
-        out = list(self.forward(*params, *buffers, *inputs, key))
+        out = list(_plain(self.forward)(*params, *buffers, *inputs, key))
         split = self.num_outputs + len(self.mutated_buffers)
         return out[: self.num_outputs], out[self.num_outputs : split], out[split:]
 
@@ -76,7 +82,7 @@ class SegmentProgram:
     ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
         """Returns (param_grads, input_grads), one entry per slot. into: for each of into_slots."""
         assert self.backward is not None
-        out = list(self.backward(*params, *buffers, key, *saved, *tangents, *into))
+        out = list(_plain(self.backward)(*params, *buffers, key, *saved, *tangents, *into))
         return out[: self.num_params], out[self.num_params :]
 
     def run_backward_input(
@@ -89,7 +95,7 @@ class SegmentProgram:
     ) -> tuple[list[torch.Tensor | None], list[torch.Tensor]]:
         """Returns (input_grads, what run_backward_weight takes)."""
         assert self.split is not None
-        out = list(self.split.inputs(*params, *buffers, key, *saved, *tangents))
+        out = list(_plain(self.split.inputs)(*params, *buffers, key, *saved, *tangents))
         return out[: self.num_inputs], out[self.num_inputs :]
 
     def run_backward_weight(
@@ -102,4 +108,4 @@ class SegmentProgram:
     ) -> list[torch.Tensor | None]:
         """params: Nones where split.reads_params is false. into: for each of split.into_slots."""
         assert self.split is not None
-        return list(self.split.weights(*params, *buffers, key, *carried, *into))
+        return list(_plain(self.split.weights)(*params, *buffers, key, *carried, *into))

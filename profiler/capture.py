@@ -289,6 +289,8 @@ def _assemble(
     canonical, tied = _canonical_params(model, param_fqn)
     trained = {p for p, fqn in param_fqn.items() if _parameter(model, fqn).requires_grad and not evaluating}
     requires_grad = _requires_grad(graph, trained)
+    if returned[0] not in requires_grad and not evaluating:
+        raise _nothing_to_train(workload)
     result = ModelGraph(
         name=workload.name,
         segments={},
@@ -379,6 +381,18 @@ def _outputs(
         leaves.append(Leaf(value_name[item]) if isinstance(item, fx.Node) else item)
     names = dict.fromkeys(leaf.name for leaf in leaves if isinstance(leaf, Leaf))
     return tuple(names), tuple(leaves)
+
+
+def _nothing_to_train(workload: Workload) -> ShardwrightError:
+    parameters = list(workload.model.parameters())
+    frozen = sum(not parameter.requires_grad for parameter in parameters)
+    return ShardwrightError(
+        f"no gradient comes through the loss of {workload.name}; {frozen} of {len(parameters)} parameters are frozen",
+        means="PyTorch's loss.backward() refuses it too: the loss does not require a gradient",
+        change="requires_grad of the parameters to train, or the detach() or no_grad() between them and the loss",
+        works="a model for which loss.requires_grad is True",
+        exit_code=ExitCode.UNSUPPORTED_MODEL,
+    )
 
 
 def _read_elsewhere(node: fx.Node, piece: fold.Piece) -> bool:

@@ -280,3 +280,27 @@ def test_a_function_that_no_graph_can_carry_is_refused_by_line(name: str) -> Non
         capture(workload_of(Net(layer), batch()))
     assert found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
     assert f"{__file__}:" in found.value.what
+
+
+def frozen(net: Net) -> None:
+    net.requires_grad_(False)
+
+
+def detached(net: Net) -> None:
+    net.head.register_forward_hook(lambda module, args, result: result.detach())
+    net.scale.requires_grad_(False)
+
+
+def without_gradients(net: Net) -> None:
+    net.head.requires_grad_(False)
+    net.scale.requires_grad_(False)
+    net.layer = lambda net, i, block, h: torch.no_grad()(block)(h)
+
+
+@pytest.mark.parametrize("change", [frozen, detached, without_gradients])
+def test_a_loss_through_which_no_gradient_comes_is_refused(change: Callable[[Net], None]) -> None:
+    net = Net(lambda net, i, block, h: block(h))
+    change(net)
+    with pytest.raises(ShardwrightError, match="no gradient comes through the loss of Net") as found:
+        capture(workload_of(net, batch()))
+    assert found.value.exit_code == ExitCode.UNSUPPORTED_MODEL

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from distributed import run_ranks
 from torch import nn
 
+from shardwright import api, reference
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.capture import capture
 from shardwright.profiler.copies import copy_model
@@ -123,6 +125,34 @@ def test_hooks_of_every_module_run_for_the_models_own() -> None:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _gradients(rank: int, zero: int) -> dict[str, float]:
+    """Largest differences on two data ranks of a hook that is no sum of parts, with a hook of every module about."""
+    model = Net()
+    model.b.weight.register_hook(lambda g: g.clamp(-0.002, 0.003) * g.abs().max())
+    workload = workload_of(model, batch())
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, result: None)
+    every = nn.modules.module.register_module_forward_pre_hook(lambda module, args: tuple(a * 1 for a in args))
+    try:
+        plan = api.plan(workload, "2xCPU", force={"dp": 2, "zero": zero, "microbatch": 3}, self_test=False)
+        program = api.build(plan, workload)
+        program.forward_backward(program.shard_batch(batch_wide()))
+        found = program.gradients()
+        reference.forward_backward(workload, batch_wide(), microbatch_size=6)
+    finally:
+        handle.remove()
+        every.remove()
+    return {name: float((found[name] - p.grad).abs().max()) for name, p in model.named_parameters()}
+
+
+def batch_wide() -> dict[str, torch.Tensor]:
+    return {name: t.double() if t.is_floating_point() else t for name, t in batch().items()}
+
+
+def test_a_hook_that_is_no_sum_of_parts_sees_the_gradient_of_all_ranks() -> None:
+    for errors in run_ranks(2, _gradients, 1):
+        assert max(errors.values()) < TOLERANCE, errors
 
 
 def test_copies_keep_the_hooks_of_parameters() -> None:
