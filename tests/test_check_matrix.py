@@ -64,7 +64,7 @@ def test_program_computes_what_the_model_computes(model: str, layout: str, tmp_p
     for axis in {"pp", "dp", "tp", "zero"} & set(chosen.force):
         made = plan.zero if axis == "zero" else getattr(plan.mesh, axis)
         assert made == int(chosen.force[axis]), axis
-    assert plan.microbatch.count >= 4 or "microbatch" not in chosen.force
+    assert plan.microbatch.count >= 4 or "global_microbatch" not in chosen.force
     path = tmp_path / "plan.json"
     plan.save(path)
     found = run_ranks(chosen.processes, _compare, str(path))[0]
