@@ -82,7 +82,8 @@ def check_fits(graph: ModelGraph, plan: Plan) -> None:
 def build_segment_program(
     segment: Segment, context: ShardContext, recompute: bool, splits: bool = False
 ) -> SegmentProgram:
-    """splits: the backward also as two programs, of the inputs' gradients and of the parameters'."""
+    """splits: the backward also as two programs, of the inputs' gradients and of the parameters'. Not where the forward
+    runs again in it: between the two, all that was recomputed would have to be held."""
     axes, solutions, name = context.axes, context.solutions, segment.name
 
     def places(key: str) -> tuple[int, ...]:
@@ -100,8 +101,8 @@ def build_segment_program(
         context.device,
     )
     forward, backward, kept = partition(joint, segment, recompute and not segment.is_prologue)
-    into_slots, split = _improve(forward, backward, segment, kept, splits)
     repeats = recompute and not segment.is_prologue
+    into_slots, split = _improve(forward, backward, segment, kept, splits and not repeats)
     collectives = verify(segment, context, forward, [backward] if backward is not None else [], repeats)
     if split is not None:
         verify(segment, context, forward, [split.inputs, split.weights], repeats)

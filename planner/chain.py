@@ -222,7 +222,9 @@ def build_chain(
     forward_comm, backward_comm = column("forward_comm_s"), column("backward_comm_s")
     forward_compute = column("forward_s") * compute_scale
     forward = forward_compute + forward_comm
-    backward_input = column("backward_input_s") * compute_scale + backward_comm + np.where(again, forward, 0.0)
+    weight = column("backward_weight_s") * compute_scale
+    # a backward that runs the forward again is one piece, whatever the schedule
+    backward_input = column("backward_input_s") * compute_scale + backward_comm + np.where(again, forward + weight, 0.0)
     saved, inputs = column("saved_bytes"), column("recompute_saved_bytes")
     n = len(costs)
     cuts = {True: np.zeros(n + 2), False: np.zeros(n + 2)}
@@ -246,7 +248,7 @@ def build_chain(
         shape=shape,
         forward_s=forward,
         backward_input_s=backward_input,
-        backward_weight_s=column("backward_weight_s") * compute_scale,
+        backward_weight_s=np.where(again, 0.0, weight),
         forward_comm_s=forward_comm,
         backward_comm_s=backward_comm + np.where(again, forward_comm, 0.0),
         activation_bytes=np.where(again, inputs, saved),

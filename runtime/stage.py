@@ -219,7 +219,8 @@ class StageRunner:
     ) -> dict[str, torch.Tensor]:
         """received: gradients of sent values, or of the loss. Returns gradients of received values.
 
-        Parameter gradients are accumulated as they come; with defer backward_weight() computes them.
+        Parameter gradients are accumulated as they come; with defer backward_weight() computes those of segments whose
+        backward is split.
         """
         grads = dict(received)
         owned: set[str] = set()
@@ -236,7 +237,7 @@ class StageRunner:
             params = self.store.acquire(index, step.uses)
             if kept:
                 self.store.prefetch(kept[-1].step.instance.index)
-            if defer:
+            if defer and program.split is not None:
                 of_inputs, carried = program.run_backward_input(params, item.buffers, item.key, item.saved, tangents)
                 deferred.append(_Kept(step, item.buffers, item.key, carried))
                 del carried
