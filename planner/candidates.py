@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..costmodel.memory import Extents
 from ..errors import ShardwrightError
@@ -164,7 +165,7 @@ def nothing_divides(
     near = (
         batch for d in range(1, min(num_devices, MAX_BATCHES) + 1) for batch in (global_batch + d, global_batch - d)
     )
-    axes_alone = Forced(**forced.axes)
+    axes_alone = Forced(pp=forced.pp, dp=forced.dp, tp=forced.tp)
     if first(axes_alone, global_batch) is None:
         works = next((batch for batch in near if batch > 0 and first(forced, batch) is not None), None)
         if works is not None:
@@ -175,7 +176,8 @@ def nothing_divides(
                 f"--global-batch {works}",
             )
     for name in values:
-        found = first(replace(forced, **{name: None}), global_batch)
+        without: dict[str, Any] = {name: None}
+        found = first(replace(forced, **without), global_batch)
         if found is not None:
             return contradiction(
                 f"{name}={_text(values[name])} goes with no mesh of {num_devices} devices and a global batch of "

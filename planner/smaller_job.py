@@ -69,7 +69,9 @@ def _jobs(setting: Setting) -> Iterator[_Job]:
 
 def _fitting_tokens(job: _Job, forced: Forced, known: Known, first_fit: FirstFit) -> int | None:
     whole = job.setting.workload.spec.get("seq_len")
-    for parts in SHORTER if isinstance(whole, int) else ():
+    if not isinstance(whole, int):
+        return None
+    for parts in SHORTER:
         tokens = whole // parts
         if whole % parts or tokens < LEAST_TOKENS:
             return None

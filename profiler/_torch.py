@@ -43,7 +43,7 @@ def lazy_recompile() -> contextlib.AbstractContextManager[None]:
     return _lazy_graph_module._use_lazy_graph_module(True)
 
 
-def outside_trace() -> contextlib.AbstractContextManager[None]:
+def outside_trace() -> contextlib.AbstractContextManager[object]:
     """Inside, a running trace sees nothing; fake tensors stay fake."""
     return proxy_tensor.disable_proxy_modes_tracing()
 
@@ -69,7 +69,7 @@ def checkpoint_replaced(resumed: Callable[..., Iterator[None]], reentrant: Calla
     """What checkpoint() does, of both kinds, is resumed(original, ...) and reentrant(original, ...)."""
     generator, apply = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction.apply
     checkpoint._checkpoint_without_reentrant_generator = functools.partial(resumed, generator)
-    checkpoint.CheckpointFunction.apply = functools.partial(reentrant, apply)
+    checkpoint.CheckpointFunction.apply = functools.partial(reentrant, apply)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -100,11 +100,11 @@ ModuleBackwardHook = torch.nn.modules.module.BackwardHook
 def backward_hook_replaced(kind: Callable[..., Any]) -> Iterator[None]:
     """kind(module, hooks, pre_hooks) is what a module makes to run its full-backward hooks."""
     original = torch.nn.modules.module.BackwardHook
-    torch.nn.modules.module.BackwardHook = kind
+    torch.nn.modules.module.BackwardHook = kind  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        torch.nn.modules.module.BackwardHook = original
+        torch.nn.modules.module.BackwardHook = original  # type: ignore[misc]
 
 
 def global_module_hooks() -> list[dict[int, Any]]:

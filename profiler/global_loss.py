@@ -279,8 +279,8 @@ def _is_number(node: fx.Node) -> bool:
 def _dims(node: fx.Node) -> list[int]:
     """That a reduction reduces, counted from the front."""
     rank = value(node.args[0]).dim()
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    dims = [given] if isinstance(given, int) else list(given or range(rank))  # type: ignore[call-overload]
+    given: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = [given] if isinstance(given, int) else list(given or range(rank))
     return [d % max(rank, 1) for d in dims]
 
 

@@ -138,17 +138,20 @@ class GradientHooks:
         by_tensor: dict[fx.Node, list[fx.Node]] = {}
         found = set()
         for node in list(graph.nodes):
-            if node.target is not OP or "@" not in node.args[1]:
+            if node.target is not OP:
                 continue
-            key, _, number = node.args[1].rpartition("@")
-            node.args = (node.args[0], key)
+            tensors, name = _call_of(node)
+            if "@" not in name:
+                continue
+            key, _, number = name.rpartition("@")
+            node.args = (tensors, key)
             found.add(int(number))
             if int(number) in self.removed:
                 for user in list(node.users):
                     graph.erase_node(user)
                 graph.erase_node(node)
             else:
-                by_tensor.setdefault(node.args[0][0], []).append(node)
+                by_tensor.setdefault(tensors[0], []).append(node)
         assert found >= set(range(self.count)) - self.removed, "the export lost a hook"
         for tensor, nodes in by_tensor.items():
             self._chain(graph, tensor, nodes, order)
@@ -161,16 +164,17 @@ class GradientHooks:
             if tensor.op == "placeholder" and node.op == "placeholder":
                 before = node
         for node in reversed(nodes):
-            for other in node.args[0][1:]:
+            (_, *others), key = _call_of(node)
+            for other in others:
                 if order[other] > order[tensor] and other.op != "placeholder":
                     raise _refusal(
-                        f"{node.args[1].partition('#')[0]} reads a tensor that is made after its own",
+                        f"{key.partition('#')[0]} reads a tensor that is made after its own",
                         "the graph would have to run it before what it reads",
                         "a hook whose closure holds settings and earlier tensors only",
                     )
             for user in list(node.users):
                 graph.erase_node(user)
-            node.args = ([start, *node.args[0][1:]], node.args[1])
+            node.args = ([start, *others], key)
             before.append(node)
             with graph.inserting_after(node):
                 got = graph.call_function(operator.getitem, (node, 0))
@@ -180,6 +184,12 @@ class GradientHooks:
             start = before = got
         for reader in readers:
             reader.replace_input_with(tensor, start)
+
+
+def _call_of(node: fx.Node) -> tuple[list[fx.Node], str]:
+    """What a recorded call reads, the hook's tensor first, and its name."""
+    tensors, name = node.args
+    return list(tensors), name  # type: ignore[arg-type, return-value]
 
 
 class _Handle:

@@ -9,10 +9,12 @@ Parameters and buffers keep their fully qualified names (FQNs).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
+
+LossOver = Literal["mean", "sum", "each"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class ModelGraph:
     # entry of the batch that stands for a number of the whole batch -> value of a microbatch's part of it, and whether
     # parts add up ("sum") or count by their samples ("mean"); see global_loss.py
     totals: dict[str, tuple[str, str]] = field(default_factory=dict)
-    loss_over: str = "mean"  # of the batch: its samples' "mean", their "sum", or neither; see loss_over.py
+    loss_over: LossOver = "mean"  # of the batch: its samples' "mean", their "sum", or neither; see loss_over.py
     structure_hash: str = ""
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # "constant:NAME", tensors written into the code
 

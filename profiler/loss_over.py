@@ -15,15 +15,15 @@ of batch norm count as fixed: they are those of a microbatch by what batch norm 
 from __future__ import annotations
 
 import operator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
 
 from .global_loss import SHARE, op_name, reduction_of
+from .graph import LossOver
 from .nodes import value
 
-LossOver = Literal["mean", "sum", "each"]
 Kind = tuple[str, int] | None
 _LINEAR = {"neg", "_to_copy", "to", "view", "reshape", "squeeze", "unsqueeze", "select", "slice", "expand", "clone",
            "alias", "permute", "transpose", "t", "contiguous", "stack", "cat", "detach", "sum", "mean", "index_select",

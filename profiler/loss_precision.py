@@ -68,7 +68,8 @@ def _again(graph: fx.Graph, node: fx.Node, before: dict[fx.Node, torch.dtype]) -
 
 
 def _computed(node: fx.Node) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), value)
+    given: Any = (node.args, dict(node.kwargs))
+    args, kwargs = fx.node.map_arg(given, value)
     if node.target is operator.getitem:
         return args[0][args[1]]
     tensor = next(v for n in node.all_input_nodes for v in _tensors(value(n)))

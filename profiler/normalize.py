@@ -249,7 +249,8 @@ def _pin_promotion(graph: fx.Graph, node: fx.Node, made: Any) -> None:
     if not isinstance(made, torch.Tensor) or made.dtype is not torch.float64 or not read:
         return
     real = [n for n in read if value(n).dtype.is_floating_point or value(n).dtype.is_complex]
-    if torch.Tag.pointwise in node.target.tags and not real:
+    op: Any = node.target  # an OpOverload
+    if torch.Tag.pointwise in op.tags and not real:
         with graph.inserting_before(node):
             wide = graph.call_function(aten._to_copy.default, (read[0],), {"dtype": made.dtype})
         wide.meta = {**read[0].meta, "val": value(read[0]).to(made.dtype)}

@@ -6,6 +6,7 @@ import functools
 import inspect
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def is_ours(path: Path) -> bool:
     return path.is_relative_to(_OURS) and path.relative_to(_OURS).parts[0] not in (*_TESTED, ".venv")
 
 
-def users_frame(frames: traceback.StackSummary) -> traceback.FrameSummary:
+def users_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary:
     """The innermost of these that is the user's; of a library's where none is, and the innermost of all else."""
     outside = [f for f in frames if "/torch/" not in f.filename and not is_ours(Path(f.filename))]
     own = [f for f in outside if "site-packages" not in f.filename and not f.filename.startswith("<")]

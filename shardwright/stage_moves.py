@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from .planner.plan import MemoryPolicy, Stage
 from .profiler.graph import ModelGraph
@@ -37,6 +38,6 @@ def moved_policy(graph: ModelGraph, policy: MemoryPolicy, other: ModelGraph) -> 
         pairs = zip(graph.instances, other.instances, strict=True)
         chosen = {new.segment: policy.recompute.get(old.segment, "none") for old, new in pairs}
     else:
-        every = "all" if "all" in policy.recompute.values() else "none"
+        every: Literal["none", "all"] = "all" if "all" in policy.recompute.values() else "none"
         chosen = dict.fromkeys(other.segments, every)
     return policy.model_copy(update={"recompute": chosen})
