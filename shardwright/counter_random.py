@@ -31,15 +31,20 @@ class CounterBasedRandom(TorchDispatchMode):
         self.key = make_key(seed, step, microbatch)
         self.count = 0
         self._numbers: dict[bytes, int] = {}
+        self._depth = 0
 
     def __enter__(self) -> CounterBasedRandom:
-        self._state = torch.get_rng_state()
+        if self._depth == 0:  # _other enters it again, amid draws that must go on counting
+            self._state = torch.get_rng_state()
+        self._depth += 1
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        torch.set_rng_state(self._state)
+        self._depth -= 1
+        if self._depth == 0:
+            torch.set_rng_state(self._state)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -131,3 +131,15 @@ def test_numbers_that_python_draws_elsewhere_are_left_alone() -> None:
     original = random.random
     api.plan(_workload("attends"), "1xCPU")
     assert random.random is original and isinstance(random.random(), float)
+
+
+def test_dropouts_under_inference_mode_differ_and_the_global_generator_is_left_as_it_was() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    x = torch.ones(64, dtype=torch.float64)
+    with torch.inference_mode(), CounterBasedRandom(3, 1, 0) as random:
+        first, second = F.dropout(x, 0.5), F.dropout(x, 0.5)
+    assert not torch.equal(first, second) and random.count == 2
+    assert torch.equal(torch.get_rng_state(), before)
+    with CounterBasedRandom(3, 1, 0):
+        assert torch.equal(F.dropout(x, 0.5), first)
