@@ -64,7 +64,7 @@ class Evaluator:
         self._read_buffers(buffer_names(graph, [*own, *counted]))
         self._keys = Keys(graph, program.workload.seed, program.device)
         self.runners = [self._runner(stage) for stage in own]
-        self.totals = BatchTotals(graph, counting, self._runner)
+        self.totals = BatchTotals(graph, counting, self._runner, of_each=program.plan.loss_over == "each")
         self.microbatches = Microbatches(
             graph, evaluation.programs, program.microbatch_size, grid, program.device, evaluation.rebuild,
             program.workload.call.form,

@@ -128,7 +128,9 @@ class Program:
         self.recorder = Recorder(self.grid.rank, self.device)
         self._runners = [self._runner(self.wiring, stage) for stage in own]
         self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval if not stage.direction]
-        self._totals = BatchTotals(graph, counting, lambda stage: self._runner(self._eval_wiring, stage))
+        self._totals = BatchTotals(
+            graph, counting, lambda stage: self._runner(self._eval_wiring, stage), of_each=plan.loss_over == "each"
+        )
         self.memory = MemoryMeter(self.device)
         self.memory.watch(self._runners, self.store, self.buffers)
         self._engines: dict[bool, PipelineEngine] = {}

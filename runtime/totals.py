@@ -2,7 +2,8 @@
 
 They depend on the batch alone (profiler/global_loss.py). Before the first forward of a step every rank whose stages
 read one runs, for each microbatch, the prologue instances that compute its part; the sum goes to all microbatches as an
-input. No rank waits for another pipeline stage.
+input. No rank waits for another pipeline stage. Where the loss is that of each microbatch (loss_over "each"), every
+microbatch is given its own part, as the model by itself would divide.
 """
 
 from __future__ import annotations
@@ -32,11 +33,17 @@ def counting_stage(graph: ModelGraph, wiring: Wiring, rank: int) -> StageWiring 
 
 
 class BatchTotals:
-    """runner: of the counting stage."""
+    """make: the runner of the counting stage. of_each: every microbatch is divided by its own numbers."""
 
     def __init__(
-        self, graph: ModelGraph, stage: StageWiring | None, make: Callable[[StageWiring], StageRunner]
+        self,
+        graph: ModelGraph,
+        stage: StageWiring | None,
+        make: Callable[[StageWiring], StageRunner],
+        *,
+        of_each: bool = False,
     ) -> None:
+        self._of_each = of_each
         self._totals = graph.totals
         self._dtypes = {entry: graph.values[USER_INPUT + entry].dtype for entry in self._entries(graph)}
         self._stage = stage
@@ -51,9 +58,17 @@ class BatchTotals:
         """Give each microbatch the totals of all, and its share of the samples."""
         if self._stage is None:
             return
+        groups = [[part] for part in parts] if self._of_each else [list(parts)]
+        first = 0
+        for group in groups:
+            self._fill(first, group, microbatches)
+            first += len(group)
+
+    def _fill(self, first: int, parts: Sequence[MicrobatchPart], microbatches: Microbatches) -> None:
+        """Of these microbatches together. first: index of the first of them."""
         samples = sum(part.size for part in parts)
         shares = [part.size / samples for part in parts]
-        found = [self._count(k, part, microbatches) for k, part in enumerate(parts)]
+        found = [self._count(k, part, microbatches) for k, part in enumerate(parts, first)]
         for entry, (name, kind) in self._totals.items():
             if name not in found[0]:
                 continue

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
-from global_losses import EACH, LOSSES, OVER, SAMPLES, Small, batch_of
+from global_losses import CLASSES, EACH, LOSSES, OVER, SAMPLES, Small, batch_of
 
 import shardwright
 from shardwright.api import capture_for_planning
@@ -76,6 +77,46 @@ def test_a_rank_and_a_microbatch_without_a_label_count_nothing() -> None:
 @pytest.mark.parametrize("name", EACH)
 def test_what_is_neither_mean_nor_sum_of_samples_is_said_to_be_so(name: str) -> None:
     assert capture_for_planning(workload_of(name)).loss_over == "each"
+
+
+MIXED = ["ignored", "masked", "squared"]
+
+
+def _of_microbatches(size: int) -> Any:
+    """(loss, gradients): every microbatch's own, averaged by its samples."""
+    model, batch = Small(*MIXED), batch_of(1)
+    loss = torch.zeros((), dtype=torch.float64)
+    for start in range(0, SAMPLES, size):
+        part = {name: t[start : start + size] if name in "xtm" else t for name, t in batch.items()}
+        loss = loss + model(**part) * (len(part["x"]) / SAMPLES)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "force", [{"microbatch": 2}, {"dp": 2, "zero": 2, "microbatch": 2}, {"pp": 2, "microbatch": 2}]
+)
+def test_in_a_loss_of_each_microbatch_every_mean_is_the_microbatchs_own(force: dict[str, Any]) -> None:
+    ranks = run_ranks(2, _step, force, *MIXED) if len(force) > 1 else [_step(0, force, *MIXED)]
+    for plan, loss, gradients, evaluated in ranks:
+        assert plan.loss_over == "each" and plan.microbatch.count > 1
+        expected, wanted = _of_microbatches(plan.microbatch.size)
+        assert loss == pytest.approx(expected, rel=1e-9) and evaluated == pytest.approx(expected, rel=1e-9)
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+class Checked(Small):
+    def forward(self, x: torch.Tensor, **batch: torch.Tensor) -> torch.Tensor:
+        if batch["t"].max() >= CLASSES:
+            raise ValueError("a label is out of range")
+        return super().forward(x, **batch)
+
+
+@pytest.mark.parametrize(("name", "over"), [("sum", "sum"), ("ignored", "mean"), ("squared", "each")])
+def test_a_check_of_the_data_leaves_what_a_loss_is_over(name: str, over: str) -> None:
+    workload = dataclasses.replace(workload_of(name), model=Checked(name))
+    assert capture_for_planning(workload).loss_over == over
 
 
 def test_a_count_is_planned_on_the_stage_that_reads_it(tmp_path: Path) -> None:
