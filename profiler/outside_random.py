@@ -8,11 +8,14 @@ Validation of torch.distributions' arguments is off meanwhile, as it looks at da
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -21,11 +24,8 @@ from torch.distributions import Distribution
 
 from ..errors import ExitCode, ShardwrightError
 
-_PYTHON = ("random", "uniform", "randint", "randrange", "choice", "choices", "sample", "shuffle", "gauss",
-           "normalvariate", "betavariate", "expovariate", "triangular", "getrandbits", "seed")  # fmt: skip
-_NUMPY = ("rand", "randn", "random", "random_sample", "randint", "choice", "shuffle", "permutation", "normal",
-          "uniform", "beta", "binomial", "poisson", "exponential", "gamma", "standard_normal", "dirichlet",
-          "multinomial", "seed", "default_rng")  # fmt: skip
+_STATES = ("getstate", "setstate", "get_state", "set_state")  # draw nothing
+_NUMPY_TOO = ("seed", "default_rng", "ranf", "sample")  # functions of numpy.random that are no methods
 _SEEDS = ("manual_seed", "seed", "set_rng_state")
 _LIBRARIES = (
     "torch",
@@ -36,14 +36,14 @@ _LIBRARIES = (
     "triton",
     "filelock",
 )  # draw for their own ends
+_PLACES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _CONSTANT = "a graph keeps the number that was drawn as it was captured, the same at every step"
 
 
 @contextlib.contextmanager
 def refused_outside_random(model: nn.Module) -> Iterator[None]:
-    """The functions are replaced where they stand, and by whatever name the modules of the model's code have them."""
-    sources = [vars(sys.modules[name]) for name in {type(m).__module__ for m in model.modules()} if name in sys.modules]
-    own = [space for space in sources if space.get("__name__", "").partition(".")[0] not in _LIBRARIES]
+    """The functions are replaced where they stand, and by whatever name the user's modules and the model have them."""
+    own = _own_modules(model)
     before = _generators(model, own)
     guarded: dict[int, Callable[..., Any]] = {}
     with contextlib.ExitStack() as stack:
@@ -53,7 +53,7 @@ def refused_outside_random(model: nn.Module) -> Iterator[None]:
                 guarded.setdefault(id(original), _refusing(original, f"{shown}.{name}"))
                 stack.callback(setattr, owner, name, original)
                 setattr(owner, name, guarded[id(original)])
-        for space in own:
+        for space in (*own, *map(vars, model.modules())):
             for name, held in list(space.items()):
                 if id(held) in guarded:
                     stack.callback(space.__setitem__, name, held)
@@ -64,13 +64,32 @@ def refused_outside_random(model: nn.Module) -> Iterator[None]:
         _refuse_used(before)
 
 
+def _own_modules(model: nn.Module) -> list[dict[str, Any]]:
+    """The names of all modules that are the user's, and of those that the model's classes come from."""
+    classes = {type(module).__module__ for module in model.modules()}
+    found = []
+    for name, module in list(sys.modules.items()):
+        if not isinstance(module, ModuleType) or name.partition(".")[0] in _LIBRARIES:
+            continue
+        path = vars(module).get("__file__") or ""
+        if name in classes or not (path.startswith(_PLACES) or "site-packages" in path or "dist-packages" in path):
+            found.append(vars(module))
+    return found
+
+
 def _owners() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
-    yield random, "random", _PYTHON
+    yield random, "random", _methods(random, random._inst)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        yield numpy.random, "numpy.random", _NUMPY
+        yield numpy.random, "numpy.random", (*_methods(numpy.random, numpy.random.mtrand._rand), *_NUMPY_TOO)
     yield torch, "torch", _SEEDS
     yield torch.random, "torch.random", _SEEDS
+
+
+def _methods(owner: ModuleType, hidden: Any) -> tuple[str, ...]:
+    """The functions of a module that are methods of its hidden generator, and draw or seed."""
+    methods = [name for name, held in vars(owner).items() if getattr(held, "__self__", None) is hidden]
+    return tuple(name for name in methods if not name.startswith("_") and name not in _STATES)
 
 
 def _generators(model: nn.Module, sources: list[dict[str, Any]]) -> list[tuple[str, Any, str]]:
@@ -78,7 +97,7 @@ def _generators(model: nn.Module, sources: list[dict[str, Any]]) -> list[tuple[s
     numpy = sys.modules.get("numpy")
     kinds = (random.Random, numpy.random.Generator, numpy.random.RandomState) if numpy else (random.Random,)
     held = [(f"{type(m).__name__}.{name}", value) for m in model.modules() for name, value in vars(m).items()]
-    held += [(f"{space['__name__']}.{name}", value) for space in sources for name, value in space.items()]
+    held += [(f"{space.get('__name__')}.{name}", value) for space in sources for name, value in list(space.items())]
     return [(name, value, _state(value)) for name, value in held if isinstance(value, kinds)]
 
 
@@ -103,9 +122,9 @@ def _refuse_used(before: list[tuple[str, Any, str]]) -> None:
 
 def _refusing(original: Callable[..., Any], shown: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        caller = traceback.extract_stack(limit=2)[0]
-        if _is_library(caller.filename):
+        if _is_library(sys._getframe(1)):
             return original(*args, **kwargs)
+        caller = traceback.extract_stack(limit=2)[0]
         raise ShardwrightError(
             f"the forward calls {shown} at {caller.filename}:{caller.lineno}: {caller.line}",
             means=_CONSTANT
@@ -119,9 +138,12 @@ def _refusing(original: Callable[..., Any], shown: str) -> Callable[..., Any]:
     return call
 
 
-def _is_library(filename: str) -> bool:
-    """Python's own modules, and packages that draw while they trace."""
+def _is_library(frame: FrameType) -> bool:
+    """Python's own modules, packages that draw while they trace, and code that those generate."""
+    filename = frame.f_code.co_filename
     parts = Path(filename).parts
     if "site-packages" in parts:
         return parts[len(parts) - parts[::-1].index("site-packages")].partition(".")[0] in _LIBRARIES
-    return Path(filename).is_relative_to(Path(random.__file__).parent) or filename.startswith("<")
+    if filename.startswith("<"):
+        return frame.f_globals.get("__name__") != "__main__"  # typed in by hand, or given with -c
+    return Path(filename).is_relative_to(Path(random.__file__).parent)

@@ -8,6 +8,7 @@ from random import gauss
 from typing import Any
 
 import numpy as np
+import random_helper
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -151,7 +152,9 @@ COUNTER_BASED: dict[str, Callable[[], Any]] = {
 REFUSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "poisson": poisson, "own_generator": own_generator, "of_python": of_python, "of_numpy": of_numpy,
     "of_a_generator_of_numpy": of_a_generator_of_numpy, "by_another_name": by_another_name,
-    "seeded": seeded, "hidden": hidden,
+    "seeded": seeded, "hidden": hidden, "by_a_helper": lambda x: x * random_helper.tossed(),
+    "by_a_helper_of_numpy": lambda x: x * random_helper.spread(),
+    "by_a_helpers_own": lambda x: x * random_helper.of_its_own(),
 }  # fmt: skip
 
 

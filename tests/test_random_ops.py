@@ -10,12 +10,14 @@ import random_models
 import torch
 from distributed import run_ranks
 from test_check_matrix import _compare
+from torch import nn
 from torch.nn import functional as F
 
 from shardwright import api, tasks
 from shardwright.checking import TOLERANCE
 from shardwright.counter_random import CounterBasedRandom
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.outside_random import refused_outside_random
 from shardwright.profiler.workload import Workload
 
 COUNT = 40_000
@@ -121,8 +123,24 @@ def test_a_model_that_draws_gives_the_numbers_of_the_reference(
 def test_what_has_no_counter_form_is_refused_with_its_line(name: str) -> None:
     with pytest.raises(ShardwrightError) as caught:
         api.plan(_workload(name), "1xCPU")
-    places = (f"{Path(random_models.__file__).name}:", "_OF_NUMPY")
+    places = (f"{Path(random_models.__file__).name}:", "random_helper.py:", "_OF_NUMPY", "random_helper.OWN")
     assert any(place in caught.value.what for place in places), caught.value.what
+
+
+def test_every_function_of_the_global_generators_is_refused_in_a_forward() -> None:
+    import random
+
+    import numpy as np
+
+    states = ("getstate", "setstate", "get_state", "set_state")
+    with refused_outside_random(nn.Linear(1, 1)):
+        for owner, kind in ((random, random.Random), (np.random, np.random.RandomState)):
+            names = [name for name in dir(owner) if hasattr(kind, name) and not name.startswith("_")]
+            assert len(set(names)) > 20
+            for name in {*names} - {*states}:
+                with pytest.raises(ShardwrightError, match=name):
+                    getattr(owner, name)()
+    assert isinstance(random.gammavariate(1, 1), float) and isinstance(np.random.laplace(), float)
 
 
 def test_numbers_that_python_draws_elsewhere_are_left_alone() -> None:
