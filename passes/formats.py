@@ -32,7 +32,11 @@ _IN_ORDER: dict[Any, int | None] = {
     aten.nll_loss2d_forward: None,
     aten.nll_loss2d_backward: None,
     aten.view_as_complex: None,
+    aten.adaptive_max_pool3d_backward: None,
+    aten.linalg_matrix_exp: None,
 }
+# Factors are of the matrix or of its transpose, by its strides, and the captured backward counts on those it had.
+_AS_CAPTURED = {aten._linalg_det, aten._linalg_slogdet}
 _OURS = ("shardwright", "prims", "_c10d_functional")  # written for any strides
 
 
@@ -58,7 +62,7 @@ def arranged(node: fx.Node, args: list[Any], kwargs: dict[str, Any], call: Calla
     call: adds a node to the rewritten graph.
     """
     packet = getattr(node.target, "overloadpacket", None)
-    if packet not in _IN_ORDER and _reads_strides(node.target):
+    if packet not in _IN_ORDER and packet not in _AS_CAPTURED and _reads_strides(node.target):
         return args, kwargs
     originals: list[fx.Node] = []
     fx.node.map_arg((node.args, dict(node.kwargs)), originals.append)

@@ -89,9 +89,12 @@ def _in_either_dtype(workload: Workload, graph: ModelGraph, device: torch.device
             found = _Comparison(make_reference_dtype(workload), graph, device, widen=True).run()
             if found.is_equal(torch.float64) and _itself(workload, graph, device).is_equal(own):
                 return torch.float64, found.worst
-        except (_CannotRun, RuntimeError, TypeError, ValueError, IndexError):
-            pass  # an op, or the model's own code, that there is in the model's dtype only
-    copied = dataclasses.replace(workload, model=copy_model(workload.model))
+        except (_CannotRun, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+            pass  # an op, or the model's own code, that there is in the model's dtype only; or no copy can be made
+    try:
+        copied = dataclasses.replace(workload, model=copy_model(workload.model))
+    except Exception as error:  # whatever a module that holds locks, handles or groups raises when it is copied
+        return f"the model cannot be copied: {type(error).__name__}: {error}"
     try:
         found = _Comparison(copied, graph, device, widen=False).run()
     except _CannotRun as error:
