@@ -42,6 +42,17 @@ class Buffers:
             self.tensors[instance.buffers[slot]] = value
 
 
+class BorrowingBuffers(Buffers):
+    """A few of its own; the rest are another's, as they are when they are read."""
+
+    def __init__(self, others: Buffers) -> None:
+        super().__init__({})
+        self.others = others
+
+    def read(self, names: Sequence[str]) -> list[torch.Tensor]:
+        return [self.tensors[name] if name in self.tensors else self.others.tensors[name] for name in names]
+
+
 @dataclass(frozen=True)
 class Written:
     """A buffer that the forward writes. ranks: pipeline rank that writes it, of each direction. scale: a above."""

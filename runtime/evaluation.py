@@ -19,7 +19,7 @@ from ..profiler.graph import Leaf, ModelGraph
 from ..profiler.initial_values import initial_tensors
 from ._torch import tree_unflatten
 from .batch import MicrobatchPart
-from .buffers import buffer_names
+from .buffers import BorrowingBuffers, buffer_names
 from .microbatches import Keys, Microbatches, Rebuild
 from .pipeline import PipelineEngine, Work
 from .relayout import all_gather_dim
@@ -61,6 +61,7 @@ class Evaluator:
         counted = [counting] if counting is not None else []
         by_index = {inst.index: inst for inst in graph.instances}
         program.store.add_instances({i: by_index[i].params for s in (*own, *counted) for i in s.instances})
+        self.buffers = BorrowingBuffers(program.buffers)  # its own are no state of the program
         self._read_buffers(buffer_names(graph, [*own, *counted]))
         self._keys = Keys(graph, program.workload.seed, program.device)
         self.runners = [self._runner(stage) for stage in own]
@@ -73,7 +74,7 @@ class Evaluator:
 
     def _runner(self, stage: Any) -> StageRunner:
         program = self.program
-        return StageRunner(self.graph, self.wiring, stage, program.store, program.buffers, self._keys, program.host)
+        return StageRunner(self.graph, self.wiring, stage, program.store, self.buffers, self._keys, program.host)
 
     def _read_buffers(self, names: Sequence[str]) -> None:
         """Those that training reads are shared with it; others are read here alone, and never change."""
@@ -85,7 +86,7 @@ class Evaluator:
             raise _refused(f"buffer {rest[0]} is written by training on another pipeline rank", "pp=1")
         values = dict(initial_tensors(program.workload.model, rest, seed=program.workload.seed)) if rest else {}
         for name, value in {**own, **values}.items():
-            program.buffers.tensors[name] = value.detach().to(program.device)
+            self.buffers.tensors[name] = value.detach().to(program.device)
 
     # a batch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -115,3 +116,35 @@ def test_evaluation_is_the_models_own_and_leaves_training_alone() -> None:
 )
 def test_evaluation_runs_where_training_does(force: dict[str, Any], last: list[int], data_ranks: int) -> None:
     _check(run_ranks(2, _train, force, True), last, data_ranks)
+
+
+class Scaled(nn.Module):
+    """A buffer and a constant that evaluation alone reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.register_buffer("scale", torch.rand(CLASSES))
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return self.head(x)
+        return self.head(x) * self.scale + torch.tensor([0.5, 1.0, 0.0, 2.0, 1.5], dtype=x.dtype)
+
+
+def test_what_evaluation_alone_reads_is_no_state_of_the_program(tmp_path: Path) -> None:
+    loss = lambda output, batch: F.cross_entropy(output, batch["labels"])  # noqa: E731
+    workload = Workload(
+        model=Scaled(), example_batch=batch_of(0), global_batch=SAMPLES, loss=loss, precision=DOUBLE,
+        batch_dims={"x": 0, "labels": 0},
+    )  # fmt: skip
+    program = shardwright.build(shardwright.plan(workload, "1xCPU"), workload)
+    before = set(program.state_dict())
+    program.save(tmp_path / "saved")
+    expected = loss(Scaled().eval()(batch_of(9)["x"]), batch_of(9)).item()
+    for _ in range(2):
+        assert program.evaluate(batch_of(9)).item() == pytest.approx(expected, rel=1e-9)
+        assert set(program.state_dict()) == before
+        program.load(tmp_path / "saved")
