@@ -39,6 +39,7 @@ from .profiler.workload import Workload
 from .runtime.evaluation import Evaluation
 from .runtime.mesh import RankGrid, build_mesh
 from .runtime.program import Program
+from .runtime.together import on_rank_0
 from .self_test import BUDGET_S, is_applicable
 from .self_test import self_test as run_self_test
 from .stage_moves import moved_policy, moved_stages
@@ -92,27 +93,7 @@ def plan(
 
 def _plan_on_rank_0(make: Callable[[], Plan]) -> Plan:
     """Rank 0 plans; its plan, or its error, is everyone's."""
-    return Plan.model_validate_json(_on_rank_0(lambda: make().to_json()))
-
-
-def _on_rank_0(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, or its error, is everyone's."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return make()
-    box: list[Any] = [None, None]
-    error: ShardwrightError | None = None
-    if dist.get_rank() == 0:
-        try:
-            box[0] = make()
-        except ShardwrightError as caught:
-            error = caught
-            box[1] = {name: getattr(caught, name) for name in ("what", "means", "change", "works", "exit_code")}
-    dist.broadcast_object_list(box, src=0)
-    if error is not None:
-        raise error
-    if box[1] is not None:
-        raise ShardwrightError(box[1].pop("what"), **box[1])
-    return box[0]
+    return Plan.model_validate_json(on_rank_0(lambda: make().to_json()))
 
 
 @no_collection()
@@ -343,7 +324,7 @@ def build(
     hashes.verify_model(plan, graph)
     refuse_missing_kernels(graph, device.type, of_this_build=True)
     if self_test and (plan.self_test is None or plan.self_test.status == "not applicable"):
-        _on_rank_0(lambda: run_self_test(workload, graph).model_dump())
+        on_rank_0(lambda: run_self_test(workload, graph).model_dump())
     mesh = build_mesh(plan.mesh, device.type)
     axes = _mesh_axes(RankGrid.of(mesh), plan.placement_axes)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .costmodel.model import CostModel
 from .errors import ShardwrightError
@@ -23,6 +21,7 @@ from .profiler.hardware import parse_hardware
 from .profiler.inputs import resize_batch
 from .profiler.workload import Workload
 from .runtime.evaluation import Evaluation
+from .runtime.together import on_rank_0
 
 Reshape = Callable[[Workload, Mapping[str, tuple[int, ...]]], Workload]
 
@@ -66,13 +65,8 @@ def fitting(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int]) -> Plan:
 
 def placed_anew(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int], size: int) -> Plan:
     """Rank 0 solves, the others receive. size: of the microbatch that runs."""
-    box: list[Any] = [None]
-    distributed = dist.is_available() and dist.is_initialized()
-    if not distributed or dist.get_rank() == 0:
-        box[0] = _placements(plan, graph, wishes, size)
-    if distributed:
-        dist.broadcast_object_list(box, src=0)
-    return plan.model_copy(update={"placements": box[0]})
+    placements = on_rank_0(lambda: _placements(plan, graph, wishes, size))
+    return plan.model_copy(update={"placements": placements})
 
 
 def _placements(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int], size: int) -> dict[str, dict[str, list[str]]]:

@@ -89,7 +89,7 @@ def _in_either_dtype(workload: Workload, graph: ModelGraph, device: torch.device
             found = _Comparison(make_reference_dtype(workload), graph, device, widen=True).run()
             if found.is_equal(torch.float64) and _itself(workload, graph, device).is_equal(own):
                 return torch.float64, found.worst
-        except (_CannotRun, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        except Exception:  # it is done once more, in the model's own dtype, where nothing is passed over
             pass  # an op, or the model's own code, that there is in the model's dtype only; or no copy can be made
     try:
         copied = dataclasses.replace(workload, model=copy_model(workload.model))
@@ -99,9 +99,11 @@ def _in_either_dtype(workload: Workload, graph: ModelGraph, device: torch.device
         found = _Comparison(copied, graph, device, widen=False).run()
     except _CannotRun as error:
         return f"the graph cannot be run op by op here: {error}"
-    except RuntimeError as error:
-        text = str(error).splitlines()[0][:160]
-        if (
+    except ShardwrightError:
+        raise
+    except Exception as error:  # of the user's own code: it may raise anything
+        text = _first_line(error, 160)
+        if isinstance(error, RuntimeError) and (
             "not implemented" in text
             or "not supported" in text
             or isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
@@ -138,9 +140,13 @@ def _dtype_of(workload: Workload) -> torch.dtype:
     return next((p.dtype for p in workload.model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
+def _first_line(error: Exception, length: int) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:length]
+
+
 def _fails_itself(workload: Workload, error: Exception) -> ShardwrightError:
     return ShardwrightError(
-        f"{workload.name} fails in plain PyTorch: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+        f"{workload.name} fails in plain PyTorch: {type(error).__name__}: {_first_line(error, 200)}",
         means="the self-test runs forward, backward and a step of the model as written beside the captured graph",
         change="the model",
         works="one for which loss.backward() runs; or --no-self-test (self_test=False)",

@@ -199,3 +199,18 @@ def test_the_decorator_refuses_a_model_that_was_not_captured_as_written(monkeypa
     batch = {"x": torch.randn(6, 5), "y": torch.tensor([0, 1, 2, 0, 1, 2])}
     with pytest.raises(ShardwrightError, match=r"gradient of head\.weight"):
         shardwright.parallelize(on_parameter, hardware="1xCPU")().prepare(batch)
+
+
+class Fails(Net):
+    """Runs while it is traced, and no more."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_exporting():
+            raise KeyError("table")
+        return super().forward(x, y)
+
+
+def test_whatever_the_models_own_code_raises_is_said_in_four_parts() -> None:
+    workload = workload_of(Fails())
+    with pytest.raises(ShardwrightError, match="fails in plain PyTorch: KeyError: 'table'"):
+        self_test.self_test(workload, capture(workload))
