@@ -98,9 +98,13 @@ def _check_stages(document: Document) -> str:
         if not run or any(a >= b for a, b in itertools.pairwise(run)) or run[-1] <= last:
             return f"stages.{number}.segments: {run} does not come after what the stage before it runs"
         last = run[-1]
-    # what depends on inputs alone may be run by more than one stage
-    if {index for run in runs for index in run} != set(range(len(document["segments"]))):
-        return f"stages: they do not run the segments 0 to {len(document['segments']) - 1}"
+    # what depends on inputs alone (a prologue) may be run by several stages, or by none where nothing reads it
+    names = document["segments"]
+    reached_segments = {index for run in runs for index in run}
+    if not reached_segments <= set(range(len(names))):
+        return f"stages: they run segments besides 0 to {len(names) - 1}"
+    if left := [i for i, name in enumerate(names) if i not in reached_segments and not name.startswith("prologue")]:
+        return f"stages: none runs segment {left[0]}"
     reached = {rank for stage in stages for rank in stage["ranks"]}
     if len(reached) != devices:
         return f"stages: {devices - len(reached)} of {devices} ranks have none"

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from ..errors import ExitCode, ShardwrightError
-from .checkpoint_files import SafeReader, damaged, digests, document_digest, first_difference
+from .checkpoint_files import SafeReader, damaged, digests, document_digest, file_names, first_difference
 from .parameters import local_tensor
 
 if TYPE_CHECKING:
@@ -129,21 +129,24 @@ def save(program: Program, path: str | Path) -> None:
     _on_first_rank(program, lambda: _clear(partial, path))
     with _quiet():
         dcp.save(state_dict(program), storage_writer=FileSystemWriter(partial))
-    shares = _of_all_ranks(digests(partial, program.grid.rank, _num_ranks()))
-    if first:
-        optimizer = program.optimizer
-        groups = [_plain_options(group) for group in optimizer.param_groups] if optimizer is not None else []
-        files = {name: digest for share in shares for name, digest in share.items()}
-        document = {"format": FORMAT, "step": program.step_index, "groups": groups, "files": files}
-        document["sha256"] = document_digest(document)
-        (partial / _DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
-        old = path.with_name(path.name + ".old")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
-    if dist.is_initialized():
-        dist.barrier()
+    names = _of_all_ranks(file_names(partial) if first else None)[0]  # a shared folder may be listed late elsewhere
+    shares = _of_all_ranks(_on_every_rank(lambda: digests(partial, names[program.grid.rank :: _num_ranks()])))
+    files = {name: digest for share in shares for name, digest in share.items()}
+    _on_first_rank(program, lambda: _finish(program, partial, path, files))
+
+
+def _finish(program: Program, partial: Path, path: Path, files: Mapping[str, str]) -> None:
+    """Write the document, and put the new checkpoint in the place of an old one."""
+    optimizer = program.optimizer
+    groups = [_plain_options(group) for group in optimizer.param_groups] if optimizer is not None else []
+    document: dict[str, Any] = {"format": FORMAT, "step": program.step_index, "groups": groups, "files": files}
+    document["sha256"] = document_digest(document)
+    (partial / _DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
+    old = path.with_name(path.name + ".old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _clear(partial: Path, path: Path) -> None:
@@ -185,12 +188,12 @@ def load(program: Program, path: str | Path) -> None:
     found = reader.read_metadata().state_dict_metadata
     with_optimizer = any(key.startswith("optimizer.") for key in found)
     state = _loaded_state(program, found, with_optimizer=False)
-    _check_shapes(path, found, state)
+    _on_every_rank(lambda: _check_shapes(path, found, state))
     with put_back_on_failure(program):
         if with_optimizer:
             make_optimizer_state(program)
             state = _loaded_state(program, found, with_optimizer=True)
-            _check_shapes(path, found, state)
+            _on_every_rank(lambda: _check_shapes(path, found, state))
         try:
             with _quiet():
                 dcp.load(state, storage_reader=reader)
@@ -217,23 +220,29 @@ def _verified(path: Path, rank: int) -> tuple[dict[str, Any], SafeReader]:
     document = _read_document(path)
     if problem := first_difference(path, document["files"], rank, _num_ranks()):
         raise damaged(path, problem)
-    reader = SafeReader(path)
+    reader = SafeReader(path, document["files"])
     reader.read_metadata()
     return document, reader
 
 
 @contextmanager
 def put_back_on_failure(program: Program) -> Iterator[None]:
-    """Holds a copy of this rank's state in host memory while the block overwrites it."""
+    """Holds a copy of this rank's state in host memory while the block overwrites it. Every rank enters it: where the
+    block fails on one, all put their state back and raise.
+    """
     optimizer = program.optimizer
     had_state = optimizer is not None and bool(optimizer.state)
     # off the CPU, .cpu() copies already
     before = {key: local_tensor(tensor).cpu().clone() for key, tensor in state_dict(program).items()}
     groups = [dict(group) for group in optimizer.param_groups] if optimizer is not None else []
     step_index = program.step_index
+    own: Exception | None = None
     try:
         yield
-    except BaseException:
+    except Exception as error:
+        own = error
+    failed = [what for what in _of_all_ranks(str(own) if own is not None else None) if what is not None]
+    if failed:
         program.step_index = step_index
         if optimizer is not None:
             for group, options in zip(optimizer.param_groups, groups, strict=True):
@@ -244,7 +253,12 @@ def put_back_on_failure(program: Program) -> Iterator[None]:
             for key, tensor in state_dict(program).items():
                 local_tensor(tensor).copy_(before[key])
         program.store.refresh()
-        raise
+        raise own or ShardwrightError(
+            f"another rank could not load: {failed[0].splitlines()[0]}",
+            means="nothing was loaded on any rank",
+            change="the path, or what that rank was given",
+            works="a checkpoint that program.save wrote",
+        )
 
 
 def _num_ranks() -> int:
@@ -266,11 +280,12 @@ def _on_every_rank(action: Callable[[], _T]) -> _T:
         result = action()
     except ShardwrightError as error:
         parts = {name: getattr(error, name) for name in ("what", "means", "change", "works", "exit_code")}
+    except OSError as error:
+        parts = {"what": f"{error.filename or 'a file of the checkpoint'}: {error.strerror}", "change": "the path"}
     failed = [other for other in _of_all_ranks(parts) if other is not None]
     if failed:
         raise ShardwrightError(failed[0].pop("what"), **failed[0])
-    assert result is not None
-    return result
+    return result  # type: ignore[return-value]
 
 
 def _check_shapes(path: Path, found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.workload import OptimizerSpec
-from shardwright.runtime.checkpoint_files import digests, document_digest
+from shardwright.runtime.checkpoint_files import _STANDS_FOR, digests, document_digest, file_names
 from shardwright.runtime.program import Program
 
 ADAM = OptimizerSpec("AdamW", torch.optim.AdamW, {"lr": 1e-2}, 2)
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(seed: int, saved: P
 def _sealed_again(folder: Path) -> None:
     """What somebody would do who wants the change to pass."""
     document = json.loads((folder / "program.json").read_text())
-    document["files"] = digests(folder, 0, 1)
+    document["files"] = digests(folder, file_names(folder))
     document["sha256"] = document_digest(document)
     (folder / "program.json").write_text(json.dumps(document))
 
@@ -113,6 +113,20 @@ def test_an_index_that_would_run_code_is_refused_before_it_does(function, saved:
     _sealed_again(folder)
     _refused(_program(), folder, "which no index of a checkpoint has")
     assert not flag.exists()
+
+
+@pytest.mark.parametrize("name", [*_STANDS_FOR, ("pathlib", "PosixPath"), ("torch", "float32")], ids=lambda n: n[1])
+def test_an_index_cannot_write_to_what_it_names(name: tuple[str, str], saved: Path, tmp_path: Path) -> None:
+    """The opcode BUILD sets attributes on whatever stands before it, classes and functions included."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(saved, folder)
+    attribute = b"Vreplaced\nVinnocent\ns"
+    for build in (b"}" + attribute + b"b.", b"N}" + attribute + b"\x86b."):  # as a state, as the state of slots
+        (folder / ".metadata").write_bytes(f"c{name[0]}\n{name[1]}\n".encode() + build)
+        _sealed_again(folder)
+        _refused(_program(), folder)
+    module = __import__(name[0], fromlist=["x"])
+    assert not hasattr(getattr(module, name[1], None), "replaced") and not hasattr(str, "replaced")
 
 
 def test_an_index_that_points_outside_of_its_folder_is_refused(saved: Path, tmp_path: Path) -> None:
@@ -159,6 +173,43 @@ def test_what_one_rank_finds_is_raised_on_all(saved: Path, tmp_path: Path) -> No
     (folder / "__0_0.distcp").write_bytes(data)
     found = run_ranks(2, _load_damaged, str(folder))
     assert "__0_0.distcp is not as it was written" in found[0] and found[0] == found[1]
+
+
+def _load_of_another_size(rank: int, folder: str) -> str:
+    toy = make_toy(num_blocks=4)
+    program = make_program(toy, make_plan(toy, pp=2), optimizer=ADAM)
+    before = _state(program)
+    try:
+        program.load(folder)
+    except ShardwrightError as error:
+        assert all(torch.equal(value, before[key]) for key, value in program.state_dict().items())
+        return error.what
+    return ""
+
+
+def test_a_tensor_that_one_stage_alone_misses_is_raised_on_all(saved: Path) -> None:
+    found = run_ranks(2, _load_of_another_size, str(saved))
+    assert "is missing" in found[0] and found[0] == found[1]
+
+
+def _load_state_on_one(rank: int) -> str:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, dp=2), optimizer=ADAM)
+    state = _state(program)
+    wanted = {key: value.clone() + 1 for key, value in state.items()}
+    if rank:
+        wanted[next(iter(wanted))] = torch.zeros(1, dtype=torch.float64)
+    try:
+        program.load_state_dict(wanted)
+    except ShardwrightError as error:
+        assert all(torch.equal(value, state[key]) for key, value in program.state_dict().items())
+        return error.what
+    return ""
+
+
+def test_a_state_that_one_rank_cannot_take_is_taken_by_none() -> None:
+    found = run_ranks(2, _load_state_on_one)
+    assert "another rank could not load" in found[0] and "has shape (1,)" in found[1]
 
 
 def test_safetensors_of_another_shape_change_nothing(tmp_path: Path) -> None:
