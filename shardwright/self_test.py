@@ -6,7 +6,8 @@ every gradient, every buffer, and all parameters after an optimizer step; then a
 what the graph took for constant shows.
 
 It is done in float64, on a copy of the model. Where that cannot be, or the two differ there, it is done in the model's
-own dtype, as a model may take another path in another dtype: equal in one of them is equal. Last the model itself runs
+own dtype, as a model may take another path in another dtype. What half precision has is too coarse to settle a
+difference: it must then vanish in float32 too, in a model and a graph of that dtype. Last the model itself runs
 once, in place of its copy, so that what a copy loses shows too; its gradients and buffers are put back.
 """
 
@@ -25,6 +26,7 @@ from . import reference
 from .errors import ExitCode, ShardwrightError
 from .kernels.ops import make_key
 from .planner.plan import SelfTest
+from .profiler.capture import capture
 from .profiler.copies import copy_model
 from .profiler.graph import ModelGraph
 from .profiler.inputs import make_batch
@@ -43,6 +45,14 @@ _FLOPS_PER_S = 2e9  # one core in float64: an order of magnitude, for the estima
 _OP_S = 5e-5  # a small op, run from Python
 _RUNS = 4  # two steps of the graph, two of the model
 _LEARNING_RATE, _DECAY = 1e-2, 0.1  # of the step: decay shows which parameters are stepped at all
+
+
+class _CannotRun(Exception):
+    """An op of the graph has no kernel for this device and dtype, or memory does not suffice."""
+
+
+class _GraphFails(Exception):
+    """An op of the graph cannot take what it is given: the graph is not that of a model that runs."""
 
 
 def is_applicable(workload: Workload) -> bool:
@@ -85,12 +95,11 @@ def _in_either_dtype(workload: Workload, graph: ModelGraph, device: torch.device
     """(dtype, largest difference), or why nothing could be run."""
     own = _dtype_of(workload)
     if own != torch.float64:
-        try:
-            found = _Comparison(make_reference_dtype(workload), graph, device, widen=True).run()
-            if found.is_equal(torch.float64) and _itself(workload, graph, device).is_equal(own):
-                return torch.float64, found.worst
-        except Exception:  # it is done once more, in the model's own dtype, where nothing is passed over
-            pass  # an op, or the model's own code, that there is in the model's dtype only; or no copy can be made
+        found = _in_float64(workload, graph, device)
+        if found is not None and found.is_equal(torch.float64) and _is_equal_itself(workload, graph, device):
+            return torch.float64, found.worst
+        if found is not None and own != torch.float32 and not found.is_near(torch.float64):
+            _require_equal_in_float32(workload, device)
     try:
         copied = dataclasses.replace(workload, model=copy_model(workload.model))
     except Exception as error:  # whatever a module that holds locks, handles or groups raises when it is copied
@@ -99,21 +108,46 @@ def _in_either_dtype(workload: Workload, graph: ModelGraph, device: torch.device
         found = _Comparison(copied, graph, device, widen=False).run()
     except _CannotRun as error:
         return f"the graph cannot be run op by op here: {error}"
+    except _GraphFails as error:
+        raise _fails_as_graph(workload, error) from error
     except ShardwrightError:
         raise
     except Exception as error:  # of the user's own code: it may raise anything
-        text = _first_line(error, 160)
-        if isinstance(error, RuntimeError) and (
-            "not implemented" in text
-            or "not supported" in text
-            or isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
-        ):
-            return f"this machine cannot run it: {text}"
+        if _is_lacking(error):
+            return f"this machine cannot run it: {_first_line(error, 160)}"
         raise _fails_itself(workload, error) from error
     for differences in (found, _itself(workload, graph, device)):
-        if not differences.is_equal(own):
+        if not differences.is_near(own):
             raise differences.error(workload, own)
+        if differences.unknown:
+            return f"the model as written gives NaN, as the graph does: {', '.join(differences.unknown[:4])}"
     return own, found.worst
+
+
+def _in_float64(workload: Workload, graph: ModelGraph, device: torch.device) -> _Differences | None:
+    """None where an op, or the model's own code, is there in the model's dtype only, or no copy can be made."""
+    try:
+        return _Comparison(make_reference_dtype(workload), graph, device, widen=True).run()
+    except Exception:  # it is done once more, in the model's own dtype, where nothing is passed over
+        return None
+
+
+def _is_equal_itself(workload: Workload, graph: ModelGraph, device: torch.device) -> bool:
+    try:
+        return _itself(workload, graph, device).is_equal(_dtype_of(workload))
+    except Exception:  # the copy then says why
+        return False
+
+
+def _require_equal_in_float32(workload: Workload, device: torch.device) -> None:
+    """Where the model runs in float32; its graph is captured anew, as constants such as an epsilon go by the dtype."""
+    try:
+        narrow = make_reference_dtype(workload, torch.float32)
+        found = _Comparison(narrow, capture(narrow), device, widen=False).run()
+    except Exception:  # its own code runs in half precision only, or is refused in float32
+        return
+    if not found.is_near(torch.float32):
+        raise found.error(workload, torch.float32)
 
 
 def _itself(workload: Workload, graph: ModelGraph, device: torch.device) -> _Differences:
@@ -144,6 +178,24 @@ def _first_line(error: Exception, length: int) -> str:
     return (str(error).strip().splitlines() or [""])[0][:length]
 
 
+def _is_lacking(error: Exception) -> bool:
+    """A kernel, or memory: of the machine, not of the model."""
+    text = _first_line(error, 160)
+    named = any(words in text for words in ("not implemented", "not supported", "t allocate memory"))
+    lacks = isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
+    return isinstance(error, RuntimeError) and (named or lacks)
+
+
+def _fails_as_graph(workload: Workload, error: Exception) -> ShardwrightError:
+    return ShardwrightError(
+        f"the graph captured of {workload.name} cannot be run: {error}",
+        means="the self-test runs it op by op beside the model as written; what is planned would fail likewise",
+        change="what of the model a trace of its forward does not see; or --no-self-test (self_test=False)",
+        works="a model without it: docs/capture.md says what is captured",
+        exit_code=ExitCode.UNSUPPORTED_MODEL,
+    )
+
+
 def _fails_itself(workload: Workload, error: Exception) -> ShardwrightError:
     return ShardwrightError(
         f"{workload.name} fails in plain PyTorch: {type(error).__name__}: {_first_line(error, 200)}",
@@ -159,12 +211,17 @@ class _Differences:
     """Of every tensor compared: relative to its largest entry; infinite where one side lacks it."""
 
     by_name: Mapping[str, float]
+    unknown: tuple[str, ...] = ()  # NaN on both sides, of which nothing can be told
 
     @property
     def worst(self) -> float:
         return max(self.by_name.values(), default=0.0)
 
     def is_equal(self, dtype: torch.dtype) -> bool:
+        return self.is_near(dtype) and not self.unknown
+
+    def is_near(self, dtype: torch.dtype) -> bool:
+        """As far as can be told."""
         return self.worst <= TOLERANCES.get(dtype, 1e-3)
 
     def error(self, workload: Workload, dtype: torch.dtype) -> ShardwrightError:
@@ -182,10 +239,6 @@ class _Differences:
         )
 
 
-class _CannotRun(Exception):
-    """An op of the graph has no kernel for this device and dtype."""
-
-
 class _Comparison:
     """Two steps of the graph and of the model, side by side. workload: its model is a copy that may be stepped."""
 
@@ -198,6 +251,7 @@ class _Comparison:
         }
         self.buffers = {name: b.detach().clone() for name, b in model.named_buffers(remove_duplicate=False)}
         self.found: dict[str, float] = {}
+        self.unknown: dict[str, None] = {}
 
     def run(self) -> _Differences:
         mine = torch.optim.SGD(self._trained(self.parameters.values()), lr=_LEARNING_RATE, weight_decay=_DECAY)
@@ -219,13 +273,13 @@ class _Comparison:
             mine.step()
             theirs.step()
             self._compare_state()
-        return _Differences(self.found)
+        return _Differences(self.found, tuple(self.unknown))
 
     def run_once(self) -> _Differences:
         size = self.workload.batch_size
         ran = self._run_graph(0)
         self._compare(ran, reference.forward_backward(self.workload, self.workload.example_batch, microbatch_size=size))
-        return _Differences(self.found)
+        return _Differences(self.found, tuple(self.unknown))
 
     def _trained(self, parameters: object) -> list[torch.nn.Parameter]:
         return [p for p in parameters if p.requires_grad]  # type: ignore[attr-defined]
@@ -242,8 +296,11 @@ class _Comparison:
                 widen=self.widen,
                 device=self.device,
             )
-        except RuntimeError as error:
-            raise _CannotRun(str(error).splitlines()[0][:160]) from error
+        except ShardwrightError:
+            raise
+        except Exception as error:  # ops of the user's own may raise anything
+            kind = _CannotRun if _is_lacking(error) else _GraphFails
+            raise kind(f"{type(error).__name__}: {_first_line(error, 160)}") from error
         finally:
             torch.set_default_dtype(before)
 
@@ -265,15 +322,19 @@ class _Comparison:
         if mine is not None and theirs is not None:
             mine, theirs = (t.to_dense() if t.layout is not torch.strided else t for t in (mine, theirs))
             error = 0.0 if torch.equal(mine, theirs) else _relative_difference(mine, theirs, floor)
+            if math.isnan(error):
+                self.unknown[name] = None
+                error = 0.0
         self.found[name] = max(self.found.get(name, 0.0), error)
 
 
 def _relative_difference(mine: torch.Tensor, theirs: torch.Tensor, floor: float) -> float:
+    """NaN where both have one."""
     if mine.shape != theirs.shape or theirs.dtype == torch.bool:
         return math.inf
     error = _largest(mine.to(theirs.dtype) - theirs) / max(_largest(theirs), floor, 1e-300)
-    if math.isnan(error):  # where the model gives none either, nothing can be told
-        return 0.0 if bool(theirs.isnan().any()) and bool(mine.isnan().any()) else math.inf
+    if math.isnan(error) and not (bool(theirs.isnan().any()) and bool(mine.isnan().any())):
+        return math.inf
     return error
 
 

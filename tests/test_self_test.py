@@ -214,3 +214,43 @@ def test_whatever_the_models_own_code_raises_is_said_in_four_parts() -> None:
     workload = workload_of(Fails())
     with pytest.raises(ShardwrightError, match="fails in plain PyTorch: KeyError: 'table'"):
         self_test.self_test(workload, capture(workload))
+
+
+def in_half(model: nn.Module) -> Workload:
+    workload = workload_of(model.to(torch.bfloat16))
+    batch = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in workload.example_batch.items()}
+    return dataclasses.replace(workload, example_batch=batch, precision=Precision(*[torch.bfloat16] * 3))
+
+
+def test_a_small_difference_is_found_of_a_model_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    hooks_off(monkeypatch)
+    model = Net()
+    model.head.weight.register_hook(lambda g: g * 0.99)
+    workload = in_half(model)
+    with pytest.raises(ShardwrightError, match=r"gradient of head\.weight.*"):
+        self_test.self_test(workload, capture(workload))
+
+
+def test_an_epsilon_that_goes_by_the_dtype_is_no_difference_in_half_precision() -> None:
+    model = Net()
+    model.norm = nn.RMSNorm(6)
+    workload = in_half(model)
+    assert self_test.self_test(workload, capture(workload)).status == "passed"
+
+
+def test_a_model_that_gives_nan_is_not_called_equal() -> None:
+    workload = workload_of(Net(lambda net, h: h * float("nan")))
+    found = self_test.self_test(workload, capture(workload))
+    assert found.status == "skipped" and "gives NaN, as the graph does: loss, " in found.reason
+
+
+def test_a_graph_whose_shapes_do_not_fit_fails_the_test() -> None:
+    workload = workload_of(Net())
+    graph = capture(workload)
+    for segment in graph.segments.values():
+        for node in segment.joint.graph.nodes:
+            if node.op == "call_function" and "addmm" in str(node.target) and node.meta["phase"] == "forward":
+                node.args = (torch.zeros(7), *node.args[1:])
+    with pytest.raises(ShardwrightError, match="cannot be run") as found:
+        self_test.self_test(workload, graph)
+    assert found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
