@@ -130,7 +130,12 @@ def _make_plan(
             graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
     except TimeUp:
         raise _out_of_time(workload, time_limit_s or 0.0) from None
-    tested = _tested(workload, graph, self_test, say, deadline)
+    again_s = 2 * (time.perf_counter() - capture_started)  # what another capture may take, to complete a plan
+    try:
+        with stop_at(deadline):
+            tested = _tested(workload, graph, self_test, say, deadline)
+    except TimeUp:
+        raise _out_of_time(workload, time_limit_s or 0.0, "compared with its graph") from None
     left_s = None if time_limit_s is None else max(0.0, deadline - time.monotonic())
     refuse_missing_kernels(graph, devices.device_type_of(cluster), of_this_build=False)
     capture_s = time.perf_counter() - capture_started
@@ -148,13 +153,19 @@ def _make_plan(
     )
     solution = found.solution
     size, stages, memory_policy = found.microbatch.size, found.stages, found.memory_policy
-    running = _running_graph(workload, graph, fusions, size)
+    ends = max(deadline, time.monotonic() + again_s)
+    try:
+        with stop_at(ends):
+            running = _running_graph(workload, graph, fusions, size)
+    except TimeUp:
+        raise _out_of_time(workload, time_limit_s or 0.0, "captured again, at the size of its microbatch") from None
     if running is not None:  # place the ops that run
         say(f"placing the ops of {size} samples")
         wishes = tensor_places(graph, solution.placements)  # the memory that the search counted on
         stages, memory_policy = moved_stages(graph, stages, running), moved_policy(graph, memory_policy, running)
         graph, dp = running, found.mesh.dp if size % found.mesh.dp == 0 else 1
-        sharder = Sharder(graph, cost_model, wishes, pins, time_limit_s, job)
+        left_s = None if time_limit_s is None else max(0.0, deadline - time.monotonic())
+        sharder = Sharder(graph, cost_model, wishes, pins, left_s, job)
         solution = sharder.solve(dp=dp, tp=found.mesh.tp, local_batch=size // dp)
     conservative = list(solution.conservative)
     if strict and conservative:
@@ -259,10 +270,10 @@ def capture_of(plan: Plan, workload: Workload) -> ModelGraph:
     return _capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
 
 
-def _out_of_time(workload: Workload, time_limit_s: float) -> ShardwrightError:
+def _out_of_time(workload: Workload, time_limit_s: float, phase: str = "captured") -> ShardwrightError:
     return ShardwrightError(
-        f"the time limit of {time_limit_s:g} s passed while {workload.name} was captured",
-        means="capture traces the model's step and the backward of each distinct part; no plan was looked for yet",
+        f"the time limit of {time_limit_s:g} s passed while {workload.name} was {phase}",
+        means="capture traces the model's step and the backward of each distinct part; no plan is complete yet",
         change="--time-limit",
         works=f"--time-limit {max(60, round(10 * time_limit_s))}",
         exit_code=ExitCode.TIME_LIMIT,

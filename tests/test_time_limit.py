@@ -73,6 +73,18 @@ def test_capture_keeps_to_the_limit_and_says_what_it_is_at():
     assert all(any(phase in message for message in messages) for phase in phases)
 
 
+@pytest.mark.parametrize("phase", ["run_self_test", "_running_graph"])
+def test_the_limit_holds_for_the_self_test_and_another_capture(phase: str, monkeypatch: pytest.MonkeyPatch):
+    def endless(*args, **kwargs):
+        while True:
+            sum(range(100))
+
+    monkeypatch.setattr(api, phase, endless)
+    with pytest.raises(ShardwrightError, match="while Slow was") as caught:
+        api.plan(workload(1), "1xCPU", time_limit_s=4.0)
+    assert caught.value.exit_code == ExitCode.TIME_LIMIT
+
+
 def test_a_sharder_that_never_ends_is_stopped_with_the_incumbent():
     case = Case(LLAMA_8B, "2x8xH100-80GB", 256)
     solve, found = case.sharder.solve, []
