@@ -3,7 +3,8 @@
 An entry that merely is as long as the batch (class weights, an attention bias, a table) is no sample. So the training
 step is traced once with a symbol for each dimension of that length: those that the model ties to each other come out as
 one symbol, those that it ties to its own sizes as numbers. The samples are counted by the symbol that most entries have
-in front; everything else is shared, each microbatch gets it whole.
+in front; everything else is shared, each microbatch gets it whole. A model that fixes its sizes in the trace is
+captured at a second size instead; what that leaves open is for the user to say.
 
 What the user declares (Workload.batch_dims) holds without a look. A model of ours, or of transformers with arguments
 whose meaning its documentation fixes, needs none.
@@ -11,16 +12,18 @@ whose meaning its documentation fixes, needs none.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import fx
 
 from ..errors import ShardwrightError
 from .capture import export_step
-from .inputs import example_batch_size, resized_dims
+from .inputs import example_batch_size, resize_batch, resized_dims
 from .workload import Workload
 
 # what transformers calls tensors of one row a sample
@@ -63,24 +66,86 @@ def _traced(
 ) -> dict[str, int | None]:
     marked = {name: [d for d, s in enumerate(workload.example_batch[name].shape) if s == size] for name in entries}
     marked |= {name: [dim] for name, dim in declared.items() if dim is not None}
-    try:
+    symbols: dict[str, list[str]] = {}
+    with contextlib.suppress(ShardwrightError):  # a step that cannot be traced with symbols has none
         symbols = _symbols(workload, marked)
-    except ShardwrightError:  # a step that cannot be traced with symbols: the first dimensions count
-        return {}
     dims = _counting(symbols, declared)
-    if dims is None:  # every size was fixed by the model: it may not be cut at all, which capture finds out
-        return {}
-    return {name: dims.get(name) for name in entries if name in symbols}
+    found = {} if dims is None else {name: dims.get(name) for name in entries if name in symbols}
+    fixed = [n for n in entries if n in symbols and marked[n][0] == 0 and not symbols[n][0]]
+    # sizes that the model itself has fixed tell nothing of the others
+    if len(entries) > 1 and (dims is None or (fixed and len(dims) < 2)):
+        return _by_sizes(workload, entries, declared, size) or found
+    return found
+
+
+def _by_sizes(
+    workload: Workload, entries: list[str], declared: Mapping[str, int | None], size: int
+) -> dict[str, int | None]:
+    """By captures at a second size of the batch: an entry holds samples where the model takes no other length of it
+    than of the rest. Raises ShardwrightError where it takes both, or more than one entry could be the odd one."""
+    counted = [name for name in entries if workload.example_batch[name].shape[0] == size]
+    shared: list[str] = []
+    if _read_at_another_size(workload, counted, declared, size) is None:
+        shared = _spared(workload, counted, declared, size)
+        if not shared:  # no batch of another size: the capture that follows says where it stops
+            return {}
+    rest = [name for name in counted if name not in shared]
+    unsure = shared if len(shared) > 1 else _spared(workload, rest, declared, size)
+    if unsure:
+        raise _ambiguous(workload, unsure, size)
+    return dict.fromkeys(shared)
+
+
+def _spared(workload: Workload, names: list[str], declared: Mapping[str, int | None], size: int) -> list[str]:
+    """Those that are read, and may keep their length where all others have another."""
+    found = []
+    for name in names:
+        others = [other for other in names if other != name]
+        if name in (_read_at_another_size(workload, others, declared, size) or ()):
+            found.append(name)
+    return found
+
+
+def _read_at_another_size(
+    workload: Workload, names: list[str], declared: Mapping[str, int | None], size: int
+) -> set[str] | None:
+    """What the step reads at another size, where of the open entries just these are as long; None where it fails."""
+    dims = {**dict.fromkeys(workload.example_batch), **dict.fromkeys(names, 0), **declared}
+    if all(dim is None for dim in dims.values()):
+        return None
+    taken = {s for tensor in workload.example_batch.values() for s in tensor.shape}
+    other = next(s for s in range(size + 1, size + len(taken) + 2) if s not in taken)
+    try:
+        exported = export_step(resize_batch(dataclasses.replace(workload, batch_dims=dims), other))
+    except ShardwrightError:
+        return None
+    return {name for name, node in _placeholders(workload, exported).items() if node.users}
+
+
+def _placeholders(workload: Workload, exported: Any) -> dict[str, fx.Node]:
+    """Of the entries."""
+    nodes = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    given = exported.graph_signature.user_inputs
+    return {name: nodes[input_] for name, input_ in zip(workload.example_batch, given, strict=True)}
+
+
+def _ambiguous(workload: Workload, unsure: list[str], size: int) -> ShardwrightError:
+    shapes = ", ".join(f"{name!r} of shape {tuple(workload.example_batch[name].shape)}" for name in unsure)
+    return ShardwrightError(
+        f"the batch has {size} samples, and whether these hold one row for each is open: {shapes}",
+        means="what holds samples is cut over microbatches and ranks, the rest goes to each whole; the model fixes the "
+        "size of its batch where it is traced, and takes these at either length",
+        change=", ".join(f"batch_dims[{name!r}]" for name in unsure),
+        works=f"batch_dims={ {name: 0 for name in unsure} }, with None for what all samples share",
+    )
 
 
 def _symbols(workload: Workload, marked: Mapping[str, list[int]]) -> dict[str, list[str]]:
     """Entry -> what each of its dimensions came out as: a symbol, or "" where it is a number. Entries that nothing
     reads are left out."""
     exported = export_step(workload, marked)
-    placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     found = {}
-    for name, given in zip(workload.example_batch, exported.graph_signature.user_inputs, strict=True):
-        node = placeholders[given]
+    for name, node in _placeholders(workload, exported).items():
         if node.users:
             sizes: Any = node.meta["val"].shape
             found[name] = [str(s.node.expr) if isinstance(s, torch.SymInt) and _free(s) else "" for s in sizes]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from call_models import SAMPLES, WAYS, Logits, Nested, Shared, entries, nested, position_loss, shared_entries
 from distributed import run_ranks
 from torch import nn
@@ -79,6 +80,38 @@ def test_what_the_user_declares_is_not_looked_into() -> None:
     batch = {**shared_entries(), "scales": torch.rand(SAMPLES, dtype=torch.float64)}
     dims = with_batch_dims(workload_of(Shared(), batch, batch_dims={"scales": 0, "bias": None})).batch_dims
     assert dims is not None and dims["scales"] == 0 and dims["ids"] == 0 and dims["positions"] == 1
+
+
+class Fixed(nn.Module):
+    """Asks for the size of its batch, so that a trace with symbols has none left. SAMPLES classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, SAMPLES)
+
+    def forward(self, x: Any, weight: Any, labels: Any, unread: Any, scales: Any = None) -> torch.Tensor:
+        out = self.head(x) * (2.0 if len(x) == SAMPLES else 1.0)
+        loss = F.mse_loss(out * weight, labels[:, None] + 0 * out)
+        return loss if scales is None else loss * scales.sum()
+
+
+def fixed_entries(*more: str) -> dict[str, torch.Tensor]:
+    flat = {name: torch.rand(SAMPLES, dtype=torch.float64) for name in ("weight", "labels", "unread", *more)}
+    return {"x": torch.rand(SAMPLES, 3, dtype=torch.float64), **flat}
+
+
+def test_where_a_model_fixes_its_sizes_a_second_size_tells_samples_from_what_is_shared() -> None:
+    dims = with_batch_dims(workload_of(Fixed(), fixed_entries())).batch_dims
+    assert dims == {"x": 0, "weight": None, "labels": 0, "unread": 0}
+
+
+def test_what_two_sizes_leave_open_is_for_the_user_to_say() -> None:
+    with pytest.raises(ShardwrightError, match="is open: 'scales' of shape") as raised:
+        with_batch_dims(workload_of(Fixed(), fixed_entries("scales")))
+    assert raised.value.change == "batch_dims['scales']" and len(raised.value.lines()) == 4
+    declared = {"scales": None}
+    dims = with_batch_dims(workload_of(Fixed(), fixed_entries("scales"), batch_dims=declared)).batch_dims
+    assert dims == {"x": 0, "weight": None, "labels": 0, "unread": 0, "scales": None}
 
 
 @pytest.mark.parametrize(
