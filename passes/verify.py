@@ -95,9 +95,11 @@ def verify(
     if recompute:
         repeats = {c: found[c._replace(phase="backward")] - implied[c._replace(phase="backward")] for c in implied}
         for collective, count in list(implied.items()):
-            if collective.phase == "forward" and 0 <= repeats[collective] <= count:
-                found[collective] = max(found[collective], repeats[collective])
-                found[collective._replace(phase="backward")] -= repeats[collective]
+            here, again = found[collective], repeats[collective]
+            # each stands in the forward, in the backward, or in both: of several alike, some may have moved
+            if collective.phase == "forward" and 0 <= again <= count and here <= count <= here + again:
+                found[collective] = count
+                found[collective._replace(phase="backward")] -= again
     wrong = {c: (found[c], implied[c]) for c in {*found, *implied} if found[c] != implied[c]}
     assert not wrong, f"{segment.name}: built and implied by the plan: {_listing(wrong)}"
     return tuple(built)
