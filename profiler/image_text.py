@@ -68,12 +68,6 @@ def image_text_fields(config: Any, seq_len: int, dtype: torch.dtype) -> tuple[Ba
     return tuple(fields)
 
 
-def num_image_tokens(config: Any) -> int:
-    """Placeholders of one image; 0 where the text has none, or the family is not known."""
-    family = _FAMILIES.get(config.model_type)
-    return family(config).num_tokens if family is not None else 0
-
-
 def _size(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[-2]), int(value[-1]))
 

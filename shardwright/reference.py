@@ -16,10 +16,11 @@ import torch
 from .counter_random import CounterBasedRandom
 from .profiler.attention_interface import shardwright_attention
 from .profiler.capture import compute_loss
+from .profiler.copies import buffers_kept
 from .profiler.inputs import batch_dims_of
 from .profiler.workload import Workload
 from .reference_checkpoint import modes_kept_in_recomputation
-from .reference_counts import CountedTargets, buffers_kept, has_batch_statistics
+from .reference_counts import CountedTargets, has_batch_statistics
 
 
 def split_batch(
@@ -73,7 +74,7 @@ def _counted(
 ) -> tuple[list[list[torch.Tensor]], bool]:
     """The weights of targets of each mean of each microbatch; whether the model draws random numbers."""
     found, draws = [], False
-    with buffers_kept(workload.model):
+    with buffers_kept(workload.model), torch.no_grad():
         for index, microbatch in enumerate(parts):
             random, counts = CounterBasedRandom(workload.seed, step, index), CountedTargets()
             with shardwright_attention(workload.model), random, counts:

@@ -8,8 +8,7 @@ then divided by the targets of all microbatches, counted by a run before.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,19 +44,6 @@ class CountedTargets(TorchFunctionMode):
         self.found.append((one * counts).sum().detach())
         divisor = self.found[-1] if self.totals is None else self.totals[len(self.found) - 1] * self.share
         return func(*args, **{**kwargs, "reduction": "sum"}) / divisor
-
-
-@contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Inside, what the forward writes to buffers is undone afterwards."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
 
 
 def has_batch_statistics(model: nn.Module) -> bool:

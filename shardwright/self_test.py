@@ -27,7 +27,7 @@ from .errors import ExitCode, ShardwrightError
 from .kernels.ops import make_key
 from .planner.plan import SelfTest
 from .profiler.capture import capture
-from .profiler.copies import copy_model
+from .profiler.copies import buffers_kept, copy_model
 from .profiler.graph import ModelGraph
 from .profiler.inputs import make_batch
 from .profiler.models import make_reference_dtype
@@ -154,20 +154,12 @@ def _itself(workload: Workload, graph: ModelGraph, device: torch.device) -> _Dif
     """The loss and the gradients of the model, not of a copy, against those of the graph."""
     model = workload.model
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
     try:
-        return _Comparison(workload, graph, device, widen=False).run_once()
+        with buffers_kept(model):
+            return _Comparison(workload, graph, device, widen=False).run_once()
     finally:
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer.copy_(value)
 
 
 def _dtype_of(workload: Workload) -> torch.dtype:
