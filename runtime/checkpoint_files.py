@@ -12,7 +12,7 @@ import json
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -40,6 +40,10 @@ class _Closed(type):
 
 class _Record(metaclass=_Closed):
     """Stands in for one of DCP's classes while the index is read: arguments and state, and no behaviour."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # whatever the pickle gave
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
