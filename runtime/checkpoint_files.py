@@ -122,7 +122,7 @@ def _metadata_of(read: Any, folder: Path, files: Mapping[str, str]) -> Metadata:
     """DCP's own objects, from records whose every field is of the type that it must be."""
     if type(read) is not _All:
         raise ValueError(f"it holds {type(read).__name__}, not an index")
-    tensors = {_text(name): _tensor_of(entry) for name, entry in read.state_dict_metadata.items()}
+    tensors: dict[str, Any] = {_text(name): _tensor_of(entry) for name, entry in read.state_dict_metadata.items()}
     places: dict[MetadataIndex, Any] = {}
     for index, place in read.storage_data.items():
         if type(index) is not _Index or type(place) is not _Place:

@@ -121,15 +121,15 @@ def test_differences_are_those_of_the_documents(plan, paths):
     found = compare(a, b)
     assert {c.what for c in found.choices} >= {"dp", "tp", "ZeRO", "forced"}
     weight = next(
-        row for row in a.placements["segment3"] if row.startswith("param_") and _splits(a, row) != _splits(b, row)
+        row for row in a.placements["segment4"] if row.startswith("param_") and _splits(a, row) != _splits(b, row)
     )
-    assert any(c.segment == "segment3" and c.node == weight for c in found.placements)
+    assert any(c.segment == "segment4" and c.node == weight for c in found.placements)
     assert found.memory_bytes["parameters"] == (a.predicted.memory["parameters"], b.predicted.memory["parameters"])
 
 
 def _splits(plan, key):
     sizes = plan.mesh.model_dump()
-    texts = zip(plan.placement_axes, plan.placements["segment3"][key], strict=True)
+    texts = zip(plan.placement_axes, plan.placements["segment4"][key], strict=True)
     return [(axis, text) for axis, text in texts if sizes[axis] > 1 and text != "R"]
 
 
@@ -137,7 +137,7 @@ def _splits(plan, key):
     ("arguments", "key"),
     [
         (("explain", "A"), "ops"),
-        (("explain", "A", "--op", "lm_head", "--segment", "segment4"), "ops"),
+        (("explain", "A", "--op", "lm_head", "--segment", "segment5"), "ops"),
         (("explain", "A", "--why-not", "tp=2", "--why-not", "layers.*.mlp=rowwise"), "difference"),
         (("diff", "A", "B"), "choices"),
     ],
@@ -154,7 +154,7 @@ def test_commands_print_json_and_tables(capsys, paths, arguments, key):
     ("arguments", "expected"),
     [
         (("explain", "A", "--op", "nothing"), "--op"),
-        (("explain", "A", "--segment", "nothing"), "segment3"),
+        (("explain", "A", "--segment", "nothing"), "segment4"),
         (("explain", "A", "--why-not", "tp"), "KEY=VALUE"),
         (("diff", "A", "no.json"), "no.json"),
     ],
