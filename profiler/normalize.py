@@ -115,31 +115,45 @@ def refuse_opaque_constants(graph_module: fx.GraphModule) -> None:
 
 
 def refuse_sizes_from_data(graph: fx.Graph) -> None:
-    """A tensor whose size follows from data (x[mask], nonzero, unique) stands with a symbol in its shape."""
+    """A tensor whose size follows from data (x[mask], nonzero, unique) stands with a symbol in its shape. The cause is
+    a number made of data before it, where there is one."""
+    number: fx.Node | None = None
     for node in graph.nodes:
+        number = number or (node if _makes_number(node) else None)
         made = value(node) if node.op == "call_function" else None
         for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor) and not all(isinstance(size, int) for size in tensor.shape):
-                raise ShardwrightError(
-                    f"{source_of(node) or 'the model'} makes a tensor whose size follows from data ({node.target})",
-                    means="its shape is known only as it runs, so neither its memory nor its time can be planned",
-                    change="that line: the number of entries must follow from the configuration",
-                    works="torch.where(mask, x, 0) in place of x[mask]",
-                    exit_code=ExitCode.UNSUPPORTED_MODEL,
-                )
+            if not isinstance(tensor, torch.Tensor) or all(isinstance(size, int) for size in tensor.shape):
+                continue
+            if number is not None:
+                raise _number_from_data(number)
+            raise ShardwrightError(
+                f"{source_of(node) or 'the model'} makes a tensor whose size follows from data ({node.target})",
+                means="its shape is known only as it runs, so neither its memory nor its time can be planned",
+                change="that line: the number of entries must follow from the configuration",
+                works="torch.where(mask, x, 0) in place of x[mask]",
+                exit_code=ExitCode.UNSUPPORTED_MODEL,
+            )
 
 
 def refuse_numbers_from_data(graph: fx.Graph) -> None:
     """A graph whose shapes follow from the data in a tensor (x.item(), x.tolist()) has no cost to plan with."""
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in (aten._local_scalar_dense.default, aten.item.default):
-            raise ShardwrightError(
-                f"{source_of(node) or 'the model'} makes a number of the data in a tensor ({node.target})",
-                means="what is computed after it has shapes that are known only as it runs, so it cannot be planned",
-                change="that line: x.item() and x.tolist() must not decide sizes or control flow",
-                works="torch.where(mask, a, b), or sizes that follow from the configuration",
-                exit_code=ExitCode.UNSUPPORTED_MODEL,
-            )
+        if _makes_number(node):
+            raise _number_from_data(node)
+
+
+def _makes_number(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (aten._local_scalar_dense.default, aten.item.default)
+
+
+def _number_from_data(node: fx.Node) -> ShardwrightError:
+    return ShardwrightError(
+        f"{source_of(node) or 'the model'} makes a number of the data in a tensor ({node.target})",
+        means="what is computed after it has shapes that are known only as it runs, so it cannot be planned",
+        change="that line: x.item() and x.tolist() must not decide sizes or control flow",
+        works="torch.where(mask, a, b), or sizes that follow from the configuration",
+        exit_code=ExitCode.UNSUPPORTED_MODEL,
+    )
 
 
 # --------------------------------------------------------------------------- scopes and bookkeeping
