@@ -112,7 +112,9 @@ def capture(workload: Workload, *, evaluating: bool = False) -> ModelGraph:
     buffer_fqn = _one_placeholder_each(graph, workload.model, signature.inputs_to_buffers)
     buffer_fqn |= {p: f"constant:{name}" for p, name in signature.inputs_to_lifted_tensor_constants.items()}
     user_inputs = dict(zip(signature.user_inputs, [f"input:{name}" for name in batch], strict=True))
-    mutated, key = normalize(graph_module, param_fqn.keys(), set(buffer_fqn), written.hooks.place)
+    # a constant is made anew by each forward: what is written to it does not outlive the step
+    lasting = {p for p, fqn in buffer_fqn.items() if not fqn.startswith("constant:")}
+    mutated, key = normalize(graph_module, param_fqn.keys(), lasting, written.hooks.place)
     dims = batch_dims_of(workload)
     samples = {placeholders[n] for n, name in user_inputs.items() if name.removeprefix("input:") in dims}
     totals = separate_totals(graph, samples, {*(placeholders[n] for n in (*param_fqn, *mutated)), key})

@@ -146,7 +146,7 @@ def test_a_long_sequence_makes_no_longer_graph() -> None:
         graph = api.capture_for_planning(_workload(name))
         return sum(len(segment.joint.graph.nodes) for segment in graph.segments.values())
 
-    assert count("long") == count("lstm_dropout") < 200
+    assert count("long") == count("lstm_dropout") < 250
 
 
 @pytest.mark.parametrize("name", ["packed_longest", "packed_reads", "packed_maps", "packed_dropout"])

@@ -76,7 +76,8 @@ def on_tensor_axis(solution: ShardingSolution, segment: str, start: str) -> list
 
 def test_plain_data_parallelism_where_memory_is_plenty() -> None:
     found = plan("preset:gpt2", "8xA100-80GB", global_batch=512, seq_len=1024)
-    assert (found.mesh.pp, found.mesh.dp, found.mesh.tp, found.zero) == (1, 8, 1, 0)
+    assert (found.mesh.pp, found.mesh.dp, found.mesh.tp) == (1, 8, 1)
+    assert found.zero < 3, "no parameter is gathered; the optimizer's work may be shared out"
     assert set(found.memory_policy.recompute.values()) == {"none"}
     params = [texts[0] for rows in found.placements.values() for key, texts in rows.items() if "param_grad" in key]
     assert params and set(params) == {"P"}, "each gradient is a sum over the data axis, once a step"
