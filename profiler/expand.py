@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,21 @@ def expand(graph: fx.Graph, node: fx.Node, function: Callable[[dict[str, Any]], 
 
     with torch.no_grad():
         traced = make_fx(run, tracing_mode="real")(*(value(n) for n in operands))
+    kept = {k: v for k, v in node.meta.items() if k != "tensor_meta"}
+    return splice(graph, node, traced, operands, lambda new: new.meta.update(kept))
+
+
+def splice(
+    graph: fx.Graph,
+    before: fx.Node,
+    traced: fx.GraphModule,
+    operands: Sequence[fx.Node],
+    mark: Callable[[fx.Node], None],
+) -> fx.Node:
+    """Copy a traced graph to the place before a node; returns its result. mark: gives each copy its meta but "val"."""
     placeholders = iter(operands)
     env: dict[fx.Node, Any] = {}
-    with graph.inserting_before(node):
+    with graph.inserting_before(before):
         for inner in traced.graph.nodes:
             if inner.op == "placeholder":
                 env[inner] = next(placeholders)
@@ -37,6 +49,8 @@ def expand(graph: fx.Graph, node: fx.Node, function: Callable[[dict[str, Any]], 
                 return env[inner.args[0]]
             else:
                 new = graph.node_copy(inner, lambda n: env[n])
-                new.meta = {**{k: v for k, v in node.meta.items() if k != "tensor_meta"}, "val": inner.meta["val"]}
+                new.meta = {}
+                mark(new)
+                new.meta["val"] = inner.meta["val"]
                 env[inner] = new
     raise AssertionError("a traced graph ends in its output")

@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import ExitCode, ShardwrightError
+from .expand import splice
 from .nodes import source_of, value
 from .random_forms import FORMS, Arguments, Draw, base_name, bind, is_random, may_draw, writes_self
 
@@ -89,22 +90,14 @@ def _expand(graph: fx.Graph, node: fx.Node, key: fx.Node) -> fx.Node:
         return form(Draw(random_key), bind(node.target, args, kwargs))  # type: ignore[arg-type]
 
     traced = make_fx(run, tracing_mode="real")(value(key), *(value(n) for n in operands))
-    placeholders = iter([key, *operands])
-    env: dict[fx.Node, Any] = {}
-    with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                env[inner] = next(placeholders)
-            elif inner.op == "output":
-                return env[inner.args[0]]
-            else:
-                new = graph.node_copy(inner, lambda n: env[n])
-                new.meta = {k: v for k, v in node.meta.items() if k not in (NUMBER, "tensor_meta")}
-                new.meta["val"] = inner.meta["val"]
-                if key in new.all_input_nodes:
-                    new.meta |= {"random": True, NUMBER: node.meta[NUMBER]}
-                env[inner] = new
-    raise AssertionError("a traced graph ends in its output")
+    kept = {k: v for k, v in node.meta.items() if k not in (NUMBER, "tensor_meta")}
+
+    def mark(new: fx.Node) -> None:
+        new.meta.update(kept)
+        if key in new.all_input_nodes:
+            new.meta |= {"random": True, NUMBER: node.meta[NUMBER]}
+
+    return splice(graph, node, traced, [key, *operands], mark)
 
 
 def _write(graph: fx.Graph, node: fx.Node, drawn: fx.Node) -> fx.Node:
