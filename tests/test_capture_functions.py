@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from as_written import largest_difference, workload_of
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -15,7 +16,6 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_sel
 
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.capture import capture
-from tests.as_written import largest_difference, workload_of
 
 TOLERANCE = 1e-12
 

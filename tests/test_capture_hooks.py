@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from as_written import largest_difference, workload_of
 from distributed import run_ranks
 from torch import nn
 
@@ -16,7 +17,6 @@ from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.capture import capture
 from shardwright.profiler.copies import copy_model
 from shardwright.profiler.models import make_reference_dtype
-from tests.as_written import largest_difference, workload_of
 
 TOLERANCE = 1e-12
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from as_written import largest_difference, workload_of
 from torch import nn
 
 from shardwright import api, tasks
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.capture import capture, compute_loss
 from shardwright.profiler.inputs import make_batch
-from tests.as_written import largest_difference, workload_of
 
 
 class Rebuilds(nn.Module):
