@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..profiler.files import replace_text
 
 COMPUTE = "compute"  # the rank's compute stream
 COLLECTIVE = "collective"  # its data-parallel collectives
@@ -120,8 +121,5 @@ def to_chrome(traces: Sequence[Trace]) -> dict[str, Any]:
 
 
 def save_chrome(path: str | Path, traces: Sequence[Trace]) -> None:
-    """Written under another name, then renamed: a file that is there is never lost."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(to_chrome(traces)))
-    temporary.replace(path)
+    """A file that is there is never lost."""
+    replace_text(Path(path), json.dumps(to_chrome(traces)))

@@ -6,7 +6,6 @@ Versioned; loads without pickle; keys are in a fixed order so that two plans can
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ExitCode, ShardwrightError
+from ..profiler.files import replace_text
 from .plan_checks import problem_of, seal
 
 SCHEMA_VERSION = "shardwright.plan/1"
@@ -217,28 +217,15 @@ class Plan(_Document):
         return seal(self.model_dump(by_alias=True, mode="json"))
 
     def save(self, path: str | Path) -> None:
-        """Write to a temporary name in the same folder, then rename: an old plan is never lost."""
-        path = Path(path)
+        """Whole or not at all: an old plan is never lost."""
         try:
-            fd, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=path.name, suffix=".tmp")
-        except OSError as error:
+            replace_text(Path(path), self.to_json() + "\n")
+        except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; a ring of links
             raise ShardwrightError(
-                f"cannot write {path}: {error.strerror}",
+                f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
                 means="the plan was made but could not be saved; nothing was overwritten",
                 change="-o PATH",
                 works=f"-o {Path(tempfile.gettempdir()) / 'plan.json'}",
-            ) from None
-        try:
-            with os.fdopen(fd, "w") as file:
-                file.write(self.to_json() + "\n")
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, path)
-        except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
-            raise ShardwrightError(
-                f"cannot write {path}: {error.strerror}", change="-o PATH", works="-o plan.json"
             ) from None
 
     @classmethod

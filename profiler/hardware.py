@@ -11,15 +11,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import ShardwrightError
-from ..units import GB, GIB, format_bytes
-from .accelerators import Accelerator, accelerators, find_link, read_toml
-from .cluster import Cluster, Device, Figure, HostGroup, HostPairLink, Link
+from ..units import GB, format_bytes
+from .accelerators import Accelerator, accelerators
+from .cluster import Cluster, Device, HostGroup, Link
 
 MAX_DEVICES = 1 << 18
 MAX_DIGITS = 9
@@ -41,14 +39,16 @@ def parse_hardware(spec: str, *, memory_limit_bytes: int | None = None) -> Clust
 
         cluster = discover_local()
     elif text.lower().endswith(".toml") or "/" in text or os.path.isfile(text):
+        from .hardware_files import load_cluster
+
         cluster = load_cluster(Path(text))
     else:
-        groups = _checked(tuple(_parse_term(term, text) for term in text.split("+")))
-        cluster = Cluster(name=text, groups=groups, notes=_notes(groups))
+        groups = checked_groups(tuple(parse_term(term, text) for term in text.split("+")))
+        cluster = Cluster(name=text, groups=groups, notes=notes_on(groups))
     return cluster if memory_limit_bytes is None else cluster.with_memory_limit(memory_limit_bytes)
 
 
-def _notes(groups: tuple[HostGroup, ...]) -> tuple[str, ...]:
+def notes_on(groups: tuple[HostGroup, ...]) -> tuple[str, ...]:
     notes = []
     if any(group.device.kind == "cpu" and not group.device.measured for group in groups):
         notes.append(
@@ -59,7 +59,7 @@ def _notes(groups: tuple[HostGroup, ...]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _parse_term(term: str, spec: str) -> HostGroup:
+def parse_term(term: str, spec: str) -> HostGroup:
     match = _TERM.fullmatch(term.strip())
     if not match:
         raise _bad_spec(term.strip(), spec)
@@ -86,7 +86,7 @@ def _too_many(number: str) -> ShardwrightError:
     )
 
 
-def _checked(groups: tuple[HostGroup, ...]) -> tuple[HostGroup, ...]:
+def checked_groups(groups: tuple[HostGroup, ...]) -> tuple[HostGroup, ...]:
     number = sum(group.num_devices for group in groups)
     if number > MAX_DEVICES:
         raise _too_many(f"{number:,}")
@@ -210,139 +210,6 @@ def share_link(link: Link, num_processes: int) -> Link:
     """Loopback traffic is copied by the same cores: its figure is for two processes that send at once."""
     share = min(1.0, 2 / num_processes)
     return replace(link, bytes_per_s=link.bytes_per_s * share, latency_s=link.latency_s / share)
-
-
-def load_cluster(path: Path) -> Cluster:
-    """A TOML file of hosts and links; docs/hardware.md describes it.
-
-    [[hosts]]: devices = "8xH100-SXM-80GB", count, local_link and network_link (a catalog name, or a table with name,
-    gb_per_s, latency_us, source, kind, date), memory_gib, host_memory_gib, nvme_gib, nvme_gb_per_s.
-    [[links]]: hosts = [0, 1] and the entries of such a table.
-    """
-    try:
-        document = read_toml(path)
-    except OSError as error:
-        raise ShardwrightError(
-            f"cannot read hardware file {path}: {error.strerror}",
-            change="--hardware",
-            works="a path to a .toml file, or a name such as 2x8xH100-SXM-80GB",
-        ) from None
-    except ValueError as error:  # tomllib.TOMLDecodeError
-        raise ShardwrightError(
-            f"{path} is not TOML: {error}", change="the file", works='[[hosts]]\ndevices = "8xH100"'
-        ) from None
-    hosts = document.get("hosts")
-    if not isinstance(hosts, list) or not hosts:
-        raise ShardwrightError(f"{path} describes no host", change="the file", works='[[hosts]]\ndevices = "8xH100"')
-    groups = _checked(tuple(_file_group(path, index, entry) for index, entry in enumerate(hosts)))
-    num_hosts = sum(group.count for group in groups)
-    pairs = tuple(_file_pair(path, entry, num_hosts) for entry in document.get("links", []))
-    return Cluster(name=str(document.get("name", path.stem)), groups=groups, host_pairs=pairs, notes=_notes(groups))
-
-
-HOST_KEYS = {"devices", "count", "local_link", "network_link", "memory_gib", "host_memory_gib", "nvme_gib",
-             "nvme_gb_per_s", "domain_devices"}  # fmt: skip
-
-
-def _file_group(path: Path, index: int, entry: Mapping[str, Any]) -> HostGroup:
-    where = f"{path}: hosts[{index}]"
-    _check_keys(where, entry, HOST_KEYS)
-    if "devices" not in entry:
-        raise ShardwrightError(f"{where} has no devices", change="devices", works='devices = "8xH100-SXM-80GB"')
-    group = _parse_term(str(entry["devices"]), str(entry["devices"]))
-    device = group.device
-    figures = list(device.figures)
-    if "memory_gib" in entry:
-        device = replace(device, memory_bytes=int(_number(where, entry, "memory_gib") * GIB))
-    if "host_memory_gib" in entry:
-        share = _number(where, entry, "host_memory_gib") * GIB / group.devices_per_host
-        device = replace(device, host_memory_bytes=int(share))
-    if "nvme_gib" in entry:
-        device = replace(device, nvme_bytes=int(_number(where, entry, "nvme_gib") * GIB / group.devices_per_host))
-    if "nvme_gb_per_s" in entry:
-        share = _number(where, entry, "nvme_gb_per_s") * GB / group.devices_per_host
-        device = replace(device, nvme_bytes_per_s=share)
-    given = [key for key in ("memory_gib", "host_memory_gib", "nvme_gib", "nvme_gb_per_s") if key in entry]
-    figures += [Figure(f"{where}.{key}", float(entry[key]), "measured", str(path), "") for key in given]
-    return replace(
-        group,
-        count=group.count * int(entry.get("count", 1)),
-        device=replace(device, figures=tuple(figures)),
-        local=_file_link(where, entry["local_link"]) if "local_link" in entry else group.local,
-        network=_file_link(where, entry["network_link"]) if "network_link" in entry else group.network,
-        domain_devices=int(entry.get("domain_devices", group.domain_devices)),
-    )
-
-
-LINK_KEYS = {"name", "family", "gb_per_s", "latency_us", "kind", "source", "date"}
-
-
-def _file_link(where: str, value: Any) -> Link:
-    """A catalog name, or a table of figures."""
-    if isinstance(value, str):
-        return find_link(value)
-    if not isinstance(value, dict):
-        raise ShardwrightError(
-            f"{where}: a link is a name or a table, not {value!r}", change="the link", works='"InfiniBand-NDR"'
-        )
-    _check_keys(where, value, LINK_KEYS)
-    base = find_link(value["name"]) if "name" in value else None
-    kind = str(value.get("kind", "measured"))
-    if kind not in {"datasheet", "measured", "fitted", "assumed"}:
-        raise ShardwrightError(f"{where}: kind {kind!r}", change="kind", works="datasheet, measured, fitted or assumed")
-    if base is None and "gb_per_s" not in value:
-        raise ShardwrightError(f"{where}: a link without name or gb_per_s", change="the link", works="gb_per_s = 50.0")
-    rate = _number(where, value, "gb_per_s") * GB if "gb_per_s" in value else base.bytes_per_s  # type: ignore[union-attr]
-    if "latency_us" in value:
-        latency_s = _number(where, value, "latency_us") * 1e-6
-    else:
-        latency_s = base.latency_s if base else 10e-6
-    figures = tuple(
-        Figure(f"{where}.{key}", float(value[key]), kind, str(value.get("source", where)), str(value.get("date", "")))
-        for key in ("gb_per_s", "latency_us")
-        if key in value
-    )
-    return Link(
-        name=base.name if base else "custom",
-        family=str(value.get("family", base.family if base else "network")),
-        bytes_per_s=rate,
-        latency_s=latency_s,
-        multicast=base.multicast if base else False,
-        measured=kind == "measured" and "gb_per_s" in value,
-        figures=figures or (base.figures if base else ()),
-    )
-
-
-def _file_pair(path: Path, entry: Mapping[str, Any], num_hosts: int) -> HostPairLink:
-    where = f"{path}: links"
-    pair = entry.get("hosts")
-    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(h, int) and 0 <= h < num_hosts for h in pair):
-        raise ShardwrightError(
-            f"{where}: hosts = {pair!r}",
-            means=f"two host numbers from 0 to {num_hosts - 1} are needed",
-            change="hosts",
-            works="hosts = [0, 1]",
-        )
-    return HostPairLink(pair[0], pair[1], _file_link(where, {key: v for key, v in entry.items() if key != "hosts"}))
-
-
-def _check_keys(where: str, entry: Mapping[str, Any], known: set[str]) -> None:
-    for key in entry:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
-            raise ShardwrightError(
-                f"{where}: unknown key {key!r}", means=f"known keys: {', '.join(sorted(known))}", change=key,
-                works=near[0] if near else sorted(known)[0],
-            )  # fmt: skip
-
-
-def _number(where: str, entry: Mapping[str, Any], key: str) -> float:
-    value = entry[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ShardwrightError(
-            f"{where}: {key} = {value!r}", means="a number above zero is needed", change=key, works=f"{key} = 50.0"
-        )
-    return float(value)
 
 
 def describe(cluster: Cluster) -> list[dict[str, str]]:

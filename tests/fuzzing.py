@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import json
+import os
 import random
+import re
 import signal
+import sys
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
+
+from fuzzing_options import drawn_line
 
 from shardwright import cli
 from shardwright.errors import ExitCode
@@ -65,8 +70,7 @@ WORDS = [
     "x:y",
     "os:getcwd",
     "no.such.module:f",
-    "/dev/null",
-    "/etc/hostname",
+    "/proc/version",
     "preset:",
     "hf:",
     "hf:/",
@@ -200,9 +204,12 @@ _BASES = [
 
 
 def command_line(generator: random.Random, plan: str, toml: str) -> list[str]:
-    """A command line that somebody could have meant, with one to three faults in it."""
-    line = [{"PLAN": plan, "TOML": toml}.get(word, word) for word in generator.choice(_BASES)]
-    for _ in range(generator.randint(1, 3)):
+    """A command line that somebody could have meant, with one to three faults in it. Half are drawn from the parser's
+    options, every third of them without a fault."""
+    drawn = generator.random() < 0.5
+    words = drawn_line(generator) if drawn else generator.choice(_BASES)
+    line = [{"PLAN": plan, "TOML": toml}.get(word, word) for word in words]
+    for _ in range(0 if drawn and generator.random() < 0.3 else generator.randint(1, 3)):
         kind = generator.choice(
             ["value", "value", "value", "drop", "double", "swap", "word", "force", "hardware", "number"]
         )
@@ -267,6 +274,7 @@ _VALUES = [
     "P->P",
     "all",
     "no/such:thing",
+    "canary:factory",
     "\x00",
     [],
     {},
@@ -304,10 +312,16 @@ def text_of(document: Any) -> str:
     return json.dumps(document)
 
 
+# fmt: off
+_TOML_VALUES = ["1", "0", "-3", "2.5", "1e-9", "inf", "nan", "9" * 30, "true", "[]", "[0, 0]", "[true, false]",
+                "{}", "{ a = 1 }", '""', '"x"', '"InfiniBand-HDR"', '"4xL40S"', "2026-03-01", "07:32:00", "[[1], [2]]"]
+# fmt: on
+
+
 def mutated_text(text: str, generator: random.Random) -> str:
     """A text file with lines and characters lost, doubled, swapped or exchanged for others."""
     for _ in range(generator.randint(1, 3)):
-        kind = generator.choice(["character", "cut", "line", "double", "number", "word"])
+        kind = generator.choice(["character", "cut", "line", "double", "number", "word", "value", "value"])
         at = generator.randrange(max(1, len(text)))
         lines = text.split("\n")
         row = generator.randrange(len(lines))
@@ -315,6 +329,11 @@ def mutated_text(text: str, generator: random.Random) -> str:
             text = text[:at] + generator.choice('[]{}=",.#\x00é\n 09-') + text[at + 1 :]
         elif kind == "cut":
             text = text[:at]
+        elif kind == "value":  # another type, mostly
+            places = [match.span(1) for match in re.finditer(r"= *([^{,}\n]+)", text)]
+            if places:
+                start, end = generator.choice(places)
+                text = text[:start] + generator.choice(_TOML_VALUES) + text[end:]
         elif kind in ("line", "double"):
             text = "\n".join([*lines[:row], *([lines[row]] * 2 if kind == "double" else []), *lines[row + 1 :]])
         else:
@@ -349,30 +368,57 @@ def limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextlib.contextmanager
+def _captured() -> Iterator[tuple[TextIO, TextIO]]:
+    """Files that hold what is written to stdout and stderr, by Python or by a library's C code."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, contextlib.ExitStack() as stack:
+        for number, file in ((1, out), (2, err)):
+            kept = os.dup(number)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, number)
+            os.dup2(file.fileno(), number)
+        writers = [stack.enter_context(os.fdopen(os.dup(number), "w")) for number in (1, 2)]
+        stack.enter_context(contextlib.redirect_stdout(writers[0]))
+        stack.enter_context(contextlib.redirect_stderr(writers[1]))
+        yield out, err
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
 def run(line: list[str], limit_s: float = 120.0) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with limit(limit_s), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with _captured() as files, limit(limit_s):
         try:
             code = cli.main(line)
         except SystemExit as end:  # argparse's --help and --version
             code = end.code if isinstance(end.code, int) else 2
         except Hang as hang:
-            return -1, out.getvalue(), str(hang)
-    return code, out.getvalue(), err.getvalue()
+            code = -1
+            print(hang, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        texts = []
+        for file in files:
+            file.seek(0)
+            texts.append(file.read())
+    return code, texts[0], texts[1]
 
 
 def complaint(line: list[str], code: int, out: str, err: str) -> str:
     """Why an answer is not one that a user may get; '' where it is."""
     if code not in EXPECTED:
         return f"exit code {code}: {err[-300:]}"
-    if "Traceback" in err or "internal error" in err:
+    if ("Traceback" in err and "--debug" not in line) or "internal error" in err:
         return err[-300:]
-    if code and not err.startswith(("error: ", "importing ")):
+    if code and "--debug" not in line and not err.startswith(("error: ", "importing ")):
         return f"no error is told: {err[:200]!r}"
-    if code == 0 and "--json" in line and out and "--help" not in line:
+    asked = {"--help", "-h", "--version"}
+    if "--json" in line and not asked & set(line):
+        texts = out.splitlines() if line[0] == "run" else [out] * (code == 0)
         try:
-            [json.loads(part) for part in ([out] if not out.startswith('{"event') else out.splitlines())]
+            [json.loads(text) for text in texts]
         except ValueError:
             return f"stdout is not JSON: {out[:200]!r}"
+        if code and out and line[0] != "run":
+            return f"stdout holds something beside an error: {out[:200]!r}"
     return ""

@@ -75,6 +75,15 @@ def test_measured_links_are_used_as_they_are(lab: Path) -> None:
         ('[[hosts]]\ndevices = "8xH100"\n[[links]]\nhosts = [0, 5]\ngb_per_s = 1', "0 to 0"),
         ("[[hosts", "not TOML"),
         ('[[hosts]]\ndevices = "8xH1000"', "near: H100"),
+        ("hosts = [1]", "hosts[0] is 1, not a table"),
+        ("[[hosts]]\ndevices = 1", "devices = 1"),
+        ('[[hosts]]\ndevices = "8xH100"\ncount = 0', "count = 0"),
+        ('[[hosts]]\ndevices = "8xH100"\ncount = "x"', "count = 'x'"),
+        ('[[hosts]]\ndevices = "8xH100"\nnvme_gib = nan', "nvme_gib = nan"),
+        (f'[[hosts]]\ndevices = "8xH100"\nlocal_link = {{ gb_per_s = {"9" * 400} }}', "gb_per_s = 999"),
+        ('[[hosts]]\ndevices = "8xH100"\nlocal_link = { name = 1 }', "name = 1"),
+        ('links = { a = 1 }\n[[hosts]]\ndevices = "8xH100"', "a list of tables"),
+        ('[[hosts]]\ndevices = "8xH100"\n[[links]]\nhosts = [0, 0]\ngb_per_s = 1', "two different host numbers"),
     ],
 )
 def test_a_wrong_file_says_what_to_change(tmp_path: Path, text: str, says: str) -> None:

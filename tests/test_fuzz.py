@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,22 @@ hosts = [0, 1]
 gb_per_s = 3.0
 latency_us = 40
 """
+CANARY = "from pathlib import Path\n\nPath(__file__).with_name('imported').touch()\n"
+OWN = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, labels):
+        return nn.functional.cross_entropy(self.down(self.up(x).relu()), labels)
+
+def factory():
+    return Model(), {"x": torch.randn(4, 8), "labels": torch.zeros(4, dtype=torch.int64)}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workload = load_workload("preset:tiny-gpt2", global_batch=8, seq_len=8, overrides={"num_layers": 2})
     api.plan(workload, "4xCPU", force={"pp": 2, "tp": 2}).save(made / "plan.json")
     (made / "lab.toml").write_text(TOML)
+    (made / "canary.py").write_text(CANARY)  # imported by none
+    (made / "own.py").write_text(OWN)  # a model to name on the command line
     return made
 
 
@@ -53,10 +72,20 @@ def _seeds(short: int) -> range:
     return range(FIRST, FIRST + (COUNT or short))
 
 
-def test_command_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def nothing_is_executed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands run in the folder, where a module lies that leaves a trace if it is imported."""
     monkeypatch.chdir(folder)
+    yield
+    assert not (folder / "imported").exists()
+
+
+def test_command_lines(folder: Path) -> None:
     found = {}
+    plan, hardware = (folder / "plan.json").read_text(), (folder / "lab.toml").read_text()
     for seed in _seeds(40):
+        (folder / "plan.json").write_text(plan)  # an earlier line may have written there
+        (folder / "lab.toml").write_text(hardware)
         line = command_line(random.Random(seed), str(folder / "plan.json"), str(folder / "lab.toml"))
         if problem := complaint(line, *run(line)):
             found[seed] = (line, problem)

@@ -75,7 +75,10 @@ def damage(folder: Path, generator: random.Random) -> str:
     return f"{kind} {path.name} at {at}"
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("SHARDWRIGHT_FUZZ_CHECKPOINTS", "12"))))
+FIRST = int(os.environ.get("SHARDWRIGHT_FUZZ_SEED", "0"))
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + int(os.environ.get("SHARDWRIGHT_FUZZ_CHECKPOINTS", "12"))))
 def test_a_damaged_checkpoint_is_refused_and_changes_nothing(seed: int, saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved, folder)

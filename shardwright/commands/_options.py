@@ -171,6 +171,8 @@ def progress_line(enabled: bool = True) -> Iterator[Progress]:
 def refuse_unwritable(path: Path, option: str, works: str, means: str) -> None:
     """Found out before the work rather than after it."""
     folder = path.parent
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device or a pipe
+        return
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = "it is a folder" if path.is_dir() else f"{folder} is missing or this user may not write there"
         raise ShardwrightError(f"cannot write {path}: {reason}", means=means, change=option, works=works)
