@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ..profiler.device import Device
+from ..profiler.work import attention_pairs
 from .compute import matmul_rate, memory_rate
 from .constants import Constants
 
@@ -90,6 +91,17 @@ class AttentionCall:
             return "efficient"
         return "math"
 
+    def computed_pairs(self, device: Device) -> float:
+        """Pairs that the fused kernel works out, over those that see each other: a window that is a bias skips none."""
+        if not self._window_is_bias(self.kernel(device)):
+            return 1.0
+        queries, keys = self.query[2], self.key[2]
+        whole = attention_pairs(queries, keys, self.causal, 0)
+        return whole / attention_pairs(queries, keys, self.causal, self.window)
+
+    def _window_is_bias(self, kernel: str) -> bool:
+        return self.window > 0 and (kernel == "cpu" or (kernel == "efficient" and not self.causal))
+
     def formula_scores(self, kind: str) -> float:
         """Scores that the formula works out on a device of this kind."""
         return _formula_scores(self.query[:3], self.key[2], self.causal, self.window, MAX_SCORES[kind])
@@ -124,7 +136,7 @@ class AttentionCall:
     def _bias_bytes(self, kernel: str, mask_bytes: float) -> float:
         """Of an additive mask in query's dtype, converted from one of another, or made for a window."""
         width = self.dtypes[0].itemsize
-        windowed = self.window > 0 and (kernel == "cpu" or (kernel == "efficient" and not self.causal))
+        windowed = self._window_is_bias(kernel)
         whole = self.query[2] * self.key[2]
         if self.mask is None:
             return float(whole * width) if windowed else 0.0

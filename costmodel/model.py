@@ -47,6 +47,10 @@ class CostModel:
         device = self.cluster.worst_device()
         return call.formula_seconds(self.table, device, share) if call.kernel(device) == "math" else None
 
+    def attention_work(self, call: AttentionCall) -> float:
+        """FLOPs of the fused kernel on the cluster's worst device, over those that the model needs."""
+        return call.computed_pairs(self.cluster.worst_device())
+
     def attention_scratch_bytes(self, call: AttentionCall, share: float, mask_bytes: float) -> tuple[float, float]:
         """(held while the kernel runs, left for the next call with the same mask)."""
         return call.scratch_bytes(self.cluster.worst_device(), share, mask_bytes)

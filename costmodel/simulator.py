@@ -303,7 +303,7 @@ def simulate(
         compute_end_s=compute_end,
         busy_s=busy,
         waited_s=waited,
-        exposed_comm_s=exposed,
+        exposed_comm_s=[max(0.0, seconds) for seconds in exposed],  # differences of times may round below 0
         peak_bytes=peaks,
         peak_in_flight=in_flight,
         extra=extra,

@@ -10,11 +10,10 @@ Besides, an order of its own may be offered to let go of single activations: of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..costmodel.stage_times import StageTimes
-from ..profiler.device import Device
 from .chain import Chain, Shape
 from .interfaces import ShardingSolution
 
@@ -32,10 +31,11 @@ def offering(
     stages: Sequence[StageTimes],
     chain: Chain,
     bounds: Sequence[int],
-    devices: Sequence[Device],
-    stage_rank: Sequence[int],
+    host_seconds: Callable[[float, int], float],
 ) -> list[StageTimes]:
-    """The stages with what may be let go of. chain: of activations that are all kept. devices: of each pipeline rank.
+    """The stages with what may be let go of. chain: of activations that are all kept.
+
+    host_seconds: (bytes, stage) to the seconds of a copy between the stage's device and its host.
 
     Recomputation starts from the values that the stage received. Offloaded may be all that its instances save.
     """
@@ -45,8 +45,7 @@ def offering(
         received = chain.cut_forward_bytes[start] if stage else 0.0
         again = max(0, int(times.activation_bytes - received)) if offers.recompute else 0
         away = int(chain.activation_bytes[start:stop].sum()) if offers.offload else 0
-        link = devices[stage_rank[stage]].host_link
-        away_s = link.latency_s + away / link.bytes_per_s if away else 0.0
+        away_s = host_seconds(away, stage)
         found.append(replace(times, recompute_bytes=again, offload_bytes=away, offload_s=away_s))
     return found
 

@@ -231,7 +231,11 @@ def _placements(candidate: Candidate) -> Iterator[Candidate]:
 def _stages(setting: Setting, candidate: Candidate, way: Way, bounds: tuple[int, ...]) -> list[StageTimes]:
     stages = stage_times(setting, candidate, way.chain, bounds)
     devices, place = setting.mesh(candidate).devices, placement_of(candidate)
-    return offering(way.offers, stages, way.chain, bounds, devices, place)
+
+    def host_seconds(num_bytes: float, stage: int) -> float:
+        return setting.cost_model.transfer_host_seconds(num_bytes, devices[place[stage]])
+
+    return offering(way.offers, stages, way.chain, bounds, host_seconds)
 
 
 def _rooms(setting: Setting, candidate: Candidate, way: Way, bounds: tuple[int, ...]) -> list[float]:

@@ -81,7 +81,8 @@ class MemoryPolicy(_Document):
 
 class StageSeconds(_Document):
     """One virtual stage, for one microbatch; reduce_s: of its gradients, once a step. send_s, send_back_s: what its
-    value takes to the next stage, and the value's gradient back. offload_s: of its activations to host memory, and
+    value takes to the next stage, and the value's gradient back, in which the link is busy; *_latency_s: until it has
+    arrived after that. offload_s: of its activations to host memory, and
     back; 0 where that was not offered."""
 
     forward_s: float
@@ -90,6 +91,8 @@ class StageSeconds(_Document):
     reduce_s: float = 0.0
     send_s: float = 0.0
     send_back_s: float = 0.0
+    send_latency_s: float = 0.0
+    send_back_latency_s: float = 0.0
     offload_s: float = 0.0
 
 
@@ -106,6 +109,7 @@ class Predicted(_Document):
     memory_limit_bytes: int = 0
     stage_s: list[StageSeconds] = Field(default_factory=list)
     tail_s: list[float] = Field(default_factory=list)  # of each pipeline rank: optimizer step and gathers after it
+    tails_wait: bool = False  # an optimizer step begins once all ranks have their gradients, as it needs their norm
     # mesh axis -> the shares of "parameters", and of the bytes of "activations" kept for the backward, that it splits
     split: dict[str, dict[str, float]] = Field(default_factory=dict)
 

@@ -145,6 +145,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
             memory_limit_bytes=setting.limit(candidate, worst),
             stage_s=_stage_seconds(stages, hops(setting, candidate, chain, bounds)),
             tail_s=[tail.optimizer_s + tail.gather_s for tail in tails(setting, candidate, chain, bounds)],
+            tails_wait=setting.workload.optimizer.waits_for_norm,
         ),
         certificate=plan_document.Certificate(
             status="optimal" if gap <= OPTIMAL_GAP and not interrupted else "feasible",
@@ -180,8 +181,10 @@ def _stage_seconds(stages: Sequence[StageTimes], hops: Sequence[Hop]) -> list[pl
             backward_input_s=times.backward_input_s,
             backward_weight_s=times.backward_weight_s,
             reduce_s=times.reduce_s,
-            send_s=hop.forward_latency_s + hop.forward_occupancy_s,
-            send_back_s=hop.backward_latency_s + hop.backward_occupancy_s,
+            send_s=hop.forward_occupancy_s,
+            send_back_s=hop.backward_occupancy_s,
+            send_latency_s=hop.forward_latency_s,
+            send_back_latency_s=hop.backward_latency_s,
             offload_s=times.offload_s,
         )
         for times, hop in zip(stages, (*hops, Hop()), strict=True)

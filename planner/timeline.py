@@ -25,9 +25,17 @@ def predicted_trace(plan: Plan) -> Trace:
         )
         for row in rows
     ]
-    hops = [Hop(0.0, row.send_s, 0.0, row.send_back_s) for row in rows[:-1]]
+    hops = [Hop(row.send_latency_s, row.send_s, row.send_back_latency_s, row.send_back_s) for row in rows[:-1]]
     tails = [Tail(optimizer_s=seconds) for seconds in plan.predicted.tail_s]
-    made = schedule.simulate(stages, hops, overlap_reductions=True, tails=tails, with_events=True, with_memory=False)
+    made = schedule.simulate(
+        stages,
+        hops,
+        overlap_reductions=True,
+        tails=tails,
+        wait_for_all=plan.predicted.tails_wait,
+        with_events=True,
+        with_memory=False,
+    )
     trace = made.trace()
     width = plan.mesh.num_devices // pp
     members: list[list[int]] = [[] for _ in range(pp)]

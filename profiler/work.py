@@ -78,17 +78,35 @@ def _flops(node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tens
     packet = getattr(node.target, "overloadpacket", None)
     name = str(packet)
     if name.startswith("shardwright.attention"):
-        query, key = (operands[0], operands[1]) if name == "shardwright.attention" else (operands[1], operands[2])
-        products = 2 if name == "shardwright.attention" else 5  # backward recomputes the scores
-        causal = 0.5 if any(a is True for a in node.args[5:14]) else 1.0
-        batch, heads, length, dim = query.shape
-        return products * 2.0 * batch * heads * length * key.shape[2] * dim * causal
+        return _attention_flops(node)
     if packet in flop_registry:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
         return float(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"]))
     if packet in (aten.embedding, aten.gather, aten.index, aten.cat, aten.clone, aten._to_copy):
         return 0.0
     return float(max([math.prod(r.shape) for r in results], default=0))
+
+
+def attention_pairs(queries: int, keys: int, causal: bool, window: int) -> float:
+    """Pairs of a query and a key that see each other, of one head: half where causal; of a window w, w keys a query and
+    on both sides 2w, less the corners that lie outside."""
+    pairs = queries * keys * (0.5 if causal else 1.0)
+    if window <= 0:
+        return pairs
+    width = min(window, queries, keys)
+    band = width * queries - width * width / 2
+    return min(pairs, band if causal else 2 * band)
+
+
+def _attention_flops(node: fx.Node) -> float:
+    """Two products of pairs by head size, one over the queries' and one over the values'; the backward works the scores
+    out again and has three and two."""
+    given = {a.name: value for a, value in zip(node.target._schema.arguments, node.args, strict=False)}  # type: ignore[union-attr]
+    query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
+    batch, heads, queries, dim = query.shape
+    sizes = 3 * dim + 2 * value.shape[3] if "grad_out" in given else dim + value.shape[3]
+    pairs = attention_pairs(queries, key.shape[2], bool(given["causal"]), int(given["window"]))
+    return 2.0 * batch * heads * pairs * sizes
 
 
 def op_costs(segment: Segment) -> list[OpCost]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from shardwright.kernels.ops import attention, make_key
 from shardwright.planner.sharding.sharder import Sharder
 from shardwright.profiler.capture import capture
 from shardwright.profiler.hardware import parse_hardware
+from shardwright.profiler.marker_ops import visible
 from shardwright.profiler.models import load_workload
+from shardwright.profiler.work import attention_pairs, op_work
 from shardwright.units import GIB
 
 
@@ -78,6 +81,34 @@ def test_the_formulas_scores_are_those_of_its_blocks(monkeypatch, causal, window
                    for b in blocks)  # fmt: skip
     call = call_of((2, 4, 13, 8), (2, 4, 17, 8), causal=causal, window=window)
     assert call.formula_scores("cpu") == expected
+
+
+@pytest.mark.parametrize("causal,window", [(False, 0), (True, 0), (True, 16), (True, 63), (False, 16), (False, 90)])
+def test_flops_count_the_pairs_that_see_each_other(causal, window):
+    """Up to the diagonal, of which causal attention counts half everywhere."""
+    pairs = attention_pairs(64, 64, causal, window)
+    assert pairs == pytest.approx(visible(64, 64, causal, window, torch.device("cpu")).sum().item(), abs=64)
+
+
+def test_a_window_makes_attention_cheaper_where_the_kernel_skips():
+    """32 heads at 32,768 tokens with a window of 4,096: a quarter less an eighth of a quarter's square, of the half."""
+    expected = (4096 * 32768 - 4096**2 / 2) / (32768**2 / 2)
+    call = call_of((1, 32, 32768, 128), causal=True, window=4096)
+    for hardware, computed in (("1xH100-SXM-80GB", 1.0), ("1xCPU", 1 / expected)):
+        assert call.computed_pairs(parse_hardware(hardware).device(0)) == pytest.approx(computed)
+    with FakeTensorMode():
+        query = torch.empty(1, 32, 32768, 128, dtype=torch.bfloat16, device="meta")
+        flops = {}
+
+        def windowed(window, q):
+            return attention(q, q, q, None, None, 1.0, True, window, 0.0, 0, None, None)[0]
+
+        for window in (0, 4096):
+            traced = make_fx(partial(windowed, window))(query)
+            node = next(n for n in traced.graph.nodes if "attention" in str(n.target))
+            flops[window] = op_work(node).flops
+    assert flops[0] == 2 * 2 * 32 * 128 * 32768**2 / 2
+    assert flops[4096] / flops[0] == pytest.approx(expected)
 
 
 def test_limits_of_a_block_are_those_of_the_kernels():

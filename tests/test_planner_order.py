@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from shardwright import api
@@ -11,6 +13,7 @@ from shardwright.planner.plan import Plan
 from shardwright.planner.schedules import build_schedule
 from shardwright.planner.schedules.base import SYNTHESIZED
 from shardwright.planner.timeline import predicted_trace
+from shardwright.profiler.models import load_workload
 
 ASKED = {"pp": "4", "tp": "1", "dp": "2", "global_microbatch": "4"}
 
@@ -38,6 +41,21 @@ def test_document_keeps_it(own: Plan) -> None:
     assert splits_backward(again) == pipeline_schedule(own).splits_backward
     ends = [event.end_s for event in predicted_trace(own).events]
     assert max(ends) == pytest.approx(own.predicted.step_s, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb_v"])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_the_timeline_ends_when_the_step_does(name: str, max_grad_norm: float | None) -> None:
+    """Under clipping the updates wait for the norm of all ranks; links have a latency."""
+    force = {"pp": "4", "tp": "1", "dp": "1", "global_microbatch": "1", "schedule": name}
+    settings = {"num_layers": 6, "hidden_size": 128, "num_heads": 4, "vocab_size": 4096, "n_positions": 64}
+    workload = load_workload("preset:gpt2", global_batch=8, seq_len=64, overrides=settings)
+    clipped = replace(workload, optimizer=replace(workload.optimizer, max_grad_norm=max_grad_norm))
+    plan = api.plan(clipped, "4x1xA100-40GB", force=force)
+    assert plan.predicted.tails_wait == (max_grad_norm is not None)
+    assert any(row.send_latency_s for row in plan.predicted.stage_s)
+    end = max(event.end_s for event in predicted_trace(plan).events)
+    assert end == pytest.approx(plan.predicted.step_s, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["zb_h1", "zb_h2", "auto"])

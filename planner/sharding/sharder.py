@@ -219,9 +219,8 @@ class Sharder:
         seconds = self.cost_model.attention_seconds(call, share) if call is not None else None
         if seconds is not None:
             return seconds
-        return self.cost_model.op_seconds(
-            str(node.target), work.flops * share, moved, self._dtypes[key], launches=work.launches
-        )
+        flops = work.flops * share * (self.cost_model.attention_work(call) if call is not None else 1.0)
+        return self.cost_model.op_seconds(str(node.target), flops, moved, self._dtypes[key], launches=work.launches)
 
     def _attention_call(self, node: fx.Node) -> AttentionCall | None:
         if id(node) not in self._attention:
