@@ -9,7 +9,10 @@ Keys of the flat state:
 
 Beside DCP's files stands program.json: {"format", "step", "groups": hyperparameters of each parameter group, "files":
 SHA-256 of each, "sha256": of the document itself}. It is written last, so that a folder without it is an unfinished
-checkpoint. A load that fails leaves the program as it was.
+checkpoint.
+
+A load that fails leaves the program as it was, without a copy of it: everything is verified, and read once to see that
+it can be read, before the first value is written.
 """
 
 from __future__ import annotations
@@ -21,12 +24,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
@@ -34,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import ExitCode, ShardwrightError
 from .checkpoint_files import SafeReader, damaged, digests, document_digest, file_names, first_difference
 from .parameters import local_tensor
+from .together import num_ranks, of_all_ranks, on_every_rank, on_rank_0
 
 if TYPE_CHECKING:
     from .program import Program
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
 FORMAT = "shardwright.checkpoint/2"
 _DOCUMENT = "program.json"
 _LOSS_SCALE = "loss_scale.state"
-_T = TypeVar("_T")
 
 
 def state_dict(program: Program) -> dict[str, torch.Tensor]:
@@ -71,17 +73,22 @@ def _as_parameter(program: Program, name: str, value: torch.Tensor) -> torch.Ten
 def load_state_dict(program: Program, state: Mapping[str, torch.Tensor]) -> None:
     """Copy values in. Each may be laid out as here, or be a whole tensor, of which each rank takes its shard."""
     program.settle()
-    with put_back_on_failure(program):
-        if any(key.startswith("optimizer.") for key in state):
-            make_optimizer_state(program)
-        for key, target in state_dict(program).items():
-            if key in state:
-                _copy_part(program, key, state[key], local_tensor(target))
+    with _new_optimizer_state(program, any(key.startswith("optimizer.") for key in state)):
+        pairs = on_every_rank(
+            lambda: [
+                (local_tensor(target), _own_part(program, key, state[key], local_tensor(target)))
+                for key, target in state_dict(program).items()
+                if key in state
+            ],
+            others="another rank could not load: ",
+        )
+    for here, given in pairs:
+        here.copy_(given)
     program.store.refresh()
 
 
-def _copy_part(program: Program, key: str, given: torch.Tensor, here: torch.Tensor) -> None:
-    """Copy a tensor laid out as here, or this rank's shard of a whole one. No other shape: copy_ would repeat it."""
+def _own_part(program: Program, key: str, given: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+    """A tensor laid out as here, or this rank's shard of a whole one. No other shape: copy_ would repeat it."""
     name = key.split(".", 1)[1]
     if key.startswith("optimizer."):
         name = name.rsplit(".", 1)[0]
@@ -96,7 +103,23 @@ def _copy_part(program: Program, key: str, given: torch.Tensor, here: torch.Tens
             change="the state dictionary",
             works="program.state_dict() of a program with the same plan, or whole tensors",
         )
-    here.copy_(source)
+    return source
+
+
+@contextmanager
+def _new_optimizer_state(program: Program, wanted: bool) -> Iterator[None]:
+    """Where the optimizer has no state yet, inside it has what it makes on its first step. It is dropped if the block
+    fails."""
+    optimizer = program.optimizer if wanted else None
+    is_new = optimizer is not None and not optimizer.state
+    if is_new:
+        make_optimizer_state(program)
+    try:
+        yield
+    except BaseException:
+        if is_new and optimizer is not None:
+            optimizer.state.clear()
+        raise
 
 
 @torch.no_grad()
@@ -125,14 +148,13 @@ def save(program: Program, path: str | Path) -> None:
     """Every rank calls it. Written beside the path and renamed at the end: an old checkpoint survives a failure."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    first = program.grid.rank == 0
-    _on_first_rank(program, lambda: _clear(partial, path))
+    on_rank_0(lambda: _writing(lambda: _clear(partial, path)))
     with _quiet():
         dcp.save(state_dict(program), storage_writer=FileSystemWriter(partial))
-    names = _of_all_ranks(file_names(partial) if first else None)[0]  # a shared folder may be listed late elsewhere
-    shares = _of_all_ranks(_on_every_rank(lambda: digests(partial, names[program.grid.rank :: _num_ranks()])))
+    names = on_rank_0(lambda: file_names(partial))  # a shared folder may be listed late elsewhere
+    shares = of_all_ranks(on_every_rank(lambda: digests(partial, names[program.grid.rank :: num_ranks()])))
     files = {name: digest for share in shares for name, digest in share.items()}
-    _on_first_rank(program, lambda: _finish(program, partial, path, files))
+    on_rank_0(lambda: _writing(lambda: _finish(program, partial, path, files)))
 
 
 def _finish(program: Program, partial: Path, path: Path, files: Mapping[str, str]) -> None:
@@ -157,23 +179,16 @@ def _clear(partial: Path, path: Path) -> None:
     probe.unlink()
 
 
-def _on_first_rank(program: Program, action: Any) -> None:
-    """Rank 0 acts; all raise if it fails."""
-    message: list[Any] = [None]
-    if program.grid.rank == 0:
-        try:
-            action()
-        except OSError as error:
-            message = [f"{error.filename or ''}: {error.strerror}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(message, src=0)
-    if message[0]:
+def _writing(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
         raise ShardwrightError(
-            f"cannot write the checkpoint at {message[0]}",
+            f"cannot write the checkpoint at {error.filename or ''}: {error.strerror}",
             means="nothing was saved",
             change="the path",
             works="a folder that you may write to",
-        )
+        ) from None
 
 
 def load(program: Program, path: str | Path) -> None:
@@ -184,27 +199,39 @@ def load(program: Program, path: str | Path) -> None:
     """
     path = Path(path)
     program.settle()
-    document, reader = _on_every_rank(lambda: _verified(path, program.grid.rank))
+    document, reader = on_every_rank(lambda: _verified(path, program.grid.rank))
     found = reader.read_metadata().state_dict_metadata
     with_optimizer = any(key.startswith("optimizer.") for key in found)
     state = _loaded_state(program, found, with_optimizer=False)
-    _on_every_rank(lambda: _check_shapes(path, found, state))
-    with put_back_on_failure(program):
-        if with_optimizer:
-            make_optimizer_state(program)
-            state = _loaded_state(program, found, with_optimizer=True)
-            _on_every_rank(lambda: _check_shapes(path, found, state))
-        try:
-            with _quiet():
-                dcp.load(state, storage_reader=reader)
-        except CheckpointException as error:  # of any rank; raised on all of them
-            causes = " ".join(str(cause) for cause, _ in error.failures.values())
-            raise damaged(path, causes.split("\n")[0][:200]) from None
-        program.step_index = document["step"]
-        if program.optimizer is not None and with_optimizer:
-            for group, options in zip(program.optimizer.param_groups, document["groups"], strict=False):
-                group.update(options)
+    on_every_rank(lambda: _check_shapes(path, found, state))
+    with _new_optimizer_state(program, with_optimizer):
+        state = _loaded_state(program, found, with_optimizer=with_optimizer)
+        on_every_rank(lambda: _check_shapes(path, found, state))
+        _read(path, state, reader, _Rehearsal())
+    with program.half_loaded.watched():
+        _read(path, state, reader, DefaultLoadPlanner())
+    program.step_index = document["step"]
+    if program.optimizer is not None and with_optimizer:
+        for group, options in zip(program.optimizer.param_groups, document["groups"], strict=False):
+            group.update(options)
     program.store.refresh()
+
+
+class _Rehearsal(DefaultLoadPlanner):
+    """Everything that this rank would load is read and decoded, one tensor after the other, and written nowhere."""
+
+    def resolve_tensor(self, read_item: Any) -> torch.Tensor:
+        return torch.empty_like(super().resolve_tensor(read_item), device="meta")
+
+
+def _read(path: Path, state: dict[str, torch.Tensor], reader: SafeReader, planner: DefaultLoadPlanner) -> None:
+    """DCP gathers the failures of all ranks, and all raise."""
+    try:
+        with _quiet():
+            dcp.load(state, storage_reader=reader, planner=planner)
+    except CheckpointException as error:
+        causes = " ".join(str(cause) for cause, _ in error.failures.values())
+        raise damaged(path, causes.split("\n")[0][:200]) from None
 
 
 def _loaded_state(program: Program, found: Mapping[str, Any], *, with_optimizer: bool) -> dict[str, torch.Tensor]:
@@ -218,74 +245,11 @@ def _loaded_state(program: Program, found: Mapping[str, Any], *, with_optimizer:
 def _verified(path: Path, rank: int) -> tuple[dict[str, Any], SafeReader]:
     """The document and a reader, once all files are known to be as they were written; ranks share the reading."""
     document = _read_document(path)
-    if problem := first_difference(path, document["files"], rank, _num_ranks()):
+    if problem := first_difference(path, document["files"], rank, num_ranks()):
         raise damaged(path, problem)
     reader = SafeReader(path, document["files"])
     reader.read_metadata()
     return document, reader
-
-
-@contextmanager
-def put_back_on_failure(program: Program) -> Iterator[None]:
-    """Holds a copy of this rank's state in host memory while the block overwrites it. Every rank enters it: where the
-    block fails on one, all put their state back and raise.
-    """
-    optimizer = program.optimizer
-    had_state = optimizer is not None and bool(optimizer.state)
-    # off the CPU, .cpu() copies already
-    before = {key: local_tensor(tensor).cpu().clone() for key, tensor in state_dict(program).items()}
-    groups = [dict(group) for group in optimizer.param_groups] if optimizer is not None else []
-    step_index = program.step_index
-    own: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        own = error
-    failed = [what for what in _of_all_ranks(str(own) if own is not None else None) if what is not None]
-    if failed:
-        program.step_index = step_index
-        if optimizer is not None:
-            for group, options in zip(optimizer.param_groups, groups, strict=True):
-                group.update(options)
-            if not had_state:
-                optimizer.state.clear()
-        with torch.no_grad():
-            for key, tensor in state_dict(program).items():
-                local_tensor(tensor).copy_(before[key])
-        program.store.refresh()
-        raise own or ShardwrightError(
-            f"another rank could not load: {failed[0].splitlines()[0]}",
-            means="nothing was loaded on any rank",
-            change="the path, or what that rank was given",
-            works="a checkpoint that program.save wrote",
-        )
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _of_all_ranks(own: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [own]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
-    return everyone
-
-
-def _on_every_rank(action: Callable[[], _T]) -> _T:
-    """The action's result, where it succeeds on all ranks; else all raise the first one's error."""
-    result, parts = None, None
-    try:
-        result = action()
-    except ShardwrightError as error:
-        parts = {name: getattr(error, name) for name in ("what", "means", "change", "works", "exit_code")}
-    except OSError as error:
-        parts = {"what": f"{error.filename or 'a file of the checkpoint'}: {error.strerror}", "change": "the path"}
-    failed = [other for other in _of_all_ranks(parts) if other is not None]
-    if failed:
-        raise ShardwrightError(failed[0].pop("what"), **failed[0])
-    return result  # type: ignore[return-value]
 
 
 def _check_shapes(path: Path, found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> None:

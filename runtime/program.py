@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .by_hand import ByHand
 from .collectives import Summing
 from .evaluation import Evaluator, MakeEvaluation
 from .extents import DataCut
+from .half_loaded import HalfLoaded
 from .loss_scaling import loss_scaler
 from .memory import MemoryMeter
 from .mesh import RankGrid
@@ -36,10 +38,11 @@ from .optimizer import build_optimizer
 from .orders import forward_order, schedule_for
 from .parameters import ParameterStore, tied_subsets
 from .pipeline import PipelineEngine, Work
-from .safetensors import read_safetensors
+from .safetensors import open_safetensors
 from .specs import mirrors, param_specs, summed_axes
 from .stage import StageRunner, Variant
 from .stepping import Stepper
+from .together import on_every_rank
 from .totals import BatchTotals, counting_stage
 from .trace import Recorder
 from .transfers import communicating_lists
@@ -73,6 +76,7 @@ class Program:
         self.device = torch.device(device)
         self.grid = RankGrid.of(mesh)
         self.step_index = 0
+        self.half_loaded = HalfLoaded()
         self._make_evaluation, self._evaluator = evaluation, None  # type: MakeEvaluation | None, Evaluator | None
 
         stages = [stage.segments for stage in plan.stages]
@@ -183,14 +187,16 @@ class Program:
         self.settle()
         wanted = {*self.store.parameters, *self._buffer_names} - set(self.graph.constants)
         buffers = wanted - set(self.store.parameters)
-        found = set()
         shapes = {name: self._shape_of(name) for name in wanted}
-        with checkpoint.put_back_on_failure(self):
-            for name, value in read_safetensors(path, shapes, self.graph.tied, optional=buffers):
-                found.add(name)
-                self._fill(name, value)
-            for name, tensor in initial_tensors(self.workload.model, buffers - found, seed=self.workload.seed):
-                self._fill(name, tensor)
+        with ExitStack() as files:
+            opened = on_every_rank(lambda: open_safetensors(path, files, shapes, self.graph.tied, optional=buffers))
+            rest = buffers - set(opened)
+            computed = on_every_rank(
+                lambda: list(initial_tensors(self.workload.model, rest, seed=self.workload.seed)) if rest else []
+            )
+            with self.half_loaded.watched():
+                for name, value in (*opened.items(), *computed):
+                    self._fill(name, value)
         self.store.refresh()
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
@@ -198,6 +204,7 @@ class Program:
 
     def save(self, path: str | Path) -> None:
         """A checkpoint folder, by torch.distributed.checkpoint. Every rank calls it."""
+        self.half_loaded.refuse()
         checkpoint.save(self, path)
 
     def load(self, path: str | Path) -> None:
@@ -244,6 +251,7 @@ class Program:
 
     @torch.no_grad()
     def _forward_backward(self, batch: Any) -> Summing:
+        self.half_loaded.refuse()
         self.settle()
         self._by_hand.follow()
         self.recorder.begin()
@@ -299,6 +307,7 @@ class Program:
         return self._mean_loss(results, self._weights(parts), graph).wait()
 
     def _evaluated(self, batch: Any) -> tuple[list[MicrobatchPart], dict[int, dict[str, torch.Tensor]], ModelGraph]:
+        self.half_loaded.refuse()
         self.settle()
         self._by_hand.follow()
         if self._make_evaluation is None:
@@ -319,6 +328,7 @@ class Program:
         """What the model returns in evaluation mode, one entry for each microbatch: of this data-parallel rank's
         samples, whole over the tensor axis. Empty on ranks without the last stage."""
         if self._make_evaluation is not None:
+            self.half_loaded.refuse()
             self.settle()
             self._by_hand.follow()
             return self._evaluation().outputs(batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,61 +29,62 @@ class LazyTensor:
         return self._slice[index]
 
 
-def read_safetensors(
+def open_safetensors(
     path: str | Path,
+    files: ExitStack,
     shapes: Mapping[str, Sequence[int]],
     tied: Mapping[str, str] | None = None,
     optional: Collection[str] = (),
-) -> Iterator[tuple[str, LazyTensor]]:
-    """Yield (name, lazy tensor) for each name of `shapes` found in a file, or in all *.safetensors of a folder.
+) -> dict[str, LazyTensor]:
+    """Name -> lazy tensor, for each name of `shapes` found in a file, or in all *.safetensors of a folder. files: keeps
+    them open.
 
     tied: other names that tensors may go by. A file may carry or lack the name of the model's outer module ("model."),
-    as transformers' files do. Raises ShardwrightError, before the first is given, where a file is damaged, a tensor has
-    another shape, or one that is not optional is missing.
+    as transformers' files do. Raises ShardwrightError where a file is damaged, a tensor has another shape, or one that
+    is not optional is missing.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
+    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not paths or not all(file.is_file() for file in paths):
         raise ShardwrightError(
             f"no safetensors at {path}", change="the path", works="a .safetensors file, or a folder that holds some"
         )
     aliases: dict[str, list[str]] = {}
     for other, name in (tied or {}).items():
         aliases.setdefault(name, []).append(other)
-    with ExitStack() as stack:
-        where: dict[str, Any] = {}
-        for file in files:
-            try:
-                opened = stack.enter_context(safe_open(str(file), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ShardwrightError(
-                    f"cannot read {file}: {error}",
-                    means="it is damaged, cut short, or no safetensors file; nothing was loaded",
-                    change="the path",
-                    works="the file as its author published it",
-                ) from None
-            where.update(dict.fromkeys(opened.keys(), opened))
-        found = {name: _key_of([name, *aliases.get(name, [])], where) for name in shapes}
-        missing = sorted(name for name, key in found.items() if key is None and name not in optional)
-        if missing:
+    where: dict[str, Any] = {}
+    for file in paths:
+        try:
+            opened = files.enter_context(safe_open(str(file), framework="pt"))
+        except (SafetensorError, OSError) as error:
             raise ShardwrightError(
-                f"{path} lacks {len(missing)} of {len(found)} tensors, first {', '.join(missing[:3])}",
-                means=f"it has {len(where)} tensors, such as {', '.join(sorted(where)[:2])}: those of another model",
+                f"cannot read {file}: {error}",
+                means="it is damaged, cut short, or no safetensors file; nothing was loaded",
                 change="the path",
-                works="the file that the model's own library saves",
+                works="the file as its author published it",
+            ) from None
+        where.update(dict.fromkeys(opened.keys(), opened))
+    found = {name: _key_of([name, *aliases.get(name, [])], where) for name in shapes}
+    missing = sorted(name for name, key in found.items() if key is None and name not in optional)
+    if missing:
+        raise ShardwrightError(
+            f"{path} lacks {len(missing)} of {len(found)} tensors, first {', '.join(missing[:3])}",
+            means=f"it has {len(where)} tensors, such as {', '.join(sorted(where)[:2])}: those of another model",
+            change="the path",
+            works="the file that the model's own library saves",
+        )
+    tensors = {name: LazyTensor(where[key], key) for name, key in found.items() if key is not None}
+    for name, tensor in tensors.items():
+        if tensor.shape != tuple(shapes[name]):
+            raise ShardwrightError(
+                f"{name} has shape {tensor.shape} in {path}; this model has {tuple(shapes[name])}",
+                means="the file is of a model of another size; nothing was loaded",
+                change="the path",
+                works="the file of a model with this configuration",
             )
-        tensors = {name: LazyTensor(where[key], key) for name, key in found.items() if key is not None}
-        for name, tensor in tensors.items():
-            if tensor.shape != tuple(shapes[name]):
-                raise ShardwrightError(
-                    f"{name} has shape {tensor.shape} in {path}; this model has {tuple(shapes[name])}",
-                    means="the file is of a model of another size; nothing was loaded",
-                    change="the path",
-                    works="the file of a model with this configuration",
-                )
-        yield from tensors.items()
+    return tensors
 
 
 def _key_of(names: list[str], keys: Mapping[str, Any]) -> str | None:

@@ -1,10 +1,13 @@
-"""What one rank makes for all: its result, or its error, is everyone's, so that none waits for one that failed."""
+"""What ranks do together: the result of one is everyone's, and so is a failure, so that none waits for one that failed.
+
+Every rank calls these, in the same order. What travels does so by pickle. Without a process group they are plain calls.
+"""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -12,38 +15,87 @@ from ..errors import ExitCode, ShardwrightError
 from ..profiler.where import users_frame
 
 _PARTS = ("what", "means", "change", "works", "exit_code")
+_T = TypeVar("_T")
 
 
-def on_rank_0(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, on every rank, each of which must call it. It travels by pickle.
+def num_ranks() -> int:
+    return dist.get_world_size() if _are_several() else 1
 
-    Raises ShardwrightError on all ranks where rank 0 fails, whatever it failed with. Without a process group, make()
-    is called as it is.
+
+def of_all_ranks(own: Any) -> list[Any]:
+    """What each rank gave, by rank."""
+    if not _are_several():
+        return [own]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def on_rank_0(make: Callable[[], _T]) -> _T:
+    """What rank 0 makes, on every rank.
+
+    Raises ShardwrightError on all ranks where rank 0 fails, whatever it failed with.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _are_several():
         return make()
-    box: list[Any] = [None, None]
-    cause: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            box[0] = make()
-        except Exception as error:  # raised again below, on every rank
-            cause, told = error, error if isinstance(error, ShardwrightError) else _told(error)
-            box[1] = {name: getattr(told, name) for name in _PARTS}
+    made, cause = _tried(make) if dist.get_rank() == 0 else (None, None)
+    box: list[Any] = [made, None if cause is None else _parts_of(cause)]
     dist.broadcast_object_list(box, src=0)
-    if isinstance(cause, ShardwrightError):
-        raise cause
     if box[1] is not None:
-        raise ShardwrightError(box[1].pop("what"), **box[1]) from cause
-    return box[0]
+        raise _again(box[1], cause) from cause
+    return box[0]  # type: ignore[no-any-return]
+
+
+def on_every_rank(make: Callable[[], _T], *, others: str = "") -> _T:
+    """This rank's own result, where every rank has one.
+
+    Raises ShardwrightError on all ranks where any fails, whatever it failed with: its own on those that failed, the
+    first one's on the others, behind what `others` says.
+    """
+    if not _are_several():
+        return make()
+    made, cause = _tried(make)
+    failed = [parts for parts in of_all_ranks(None if cause is None else _parts_of(cause)) if parts is not None]
+    if failed:
+        elsewhere = {**failed[0], "what": others + failed[0]["what"]}
+        raise _again(elsewhere if cause is None else _parts_of(cause), cause) from cause
+    return made  # type: ignore[return-value]
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _tried(make: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
+    try:
+        return make(), None
+    except Exception as error:  # raised again, on every rank
+        return None, error
+
+
+def _again(parts: dict[str, Any], cause: Exception | None) -> ShardwrightError:
+    if isinstance(cause, ShardwrightError):
+        return cause
+    return ShardwrightError(parts["what"], **{name: parts[name] for name in _PARTS[1:]})
+
+
+def _parts_of(error: Exception) -> dict[str, Any]:
+    told = error if isinstance(error, ShardwrightError) else _told(error)
+    return {name: getattr(told, name) for name in _PARTS}
 
 
 def _told(error: Exception) -> ShardwrightError:
+    if isinstance(error, OSError) and error.filename:
+        return ShardwrightError(
+            f"cannot use {error.filename}: {error.strerror}",
+            means=f"rank {dist.get_rank()} needs it, and no rank goes on alone",
+            change="the path, or its permissions",
+        )
     frame = users_frame(traceback.extract_tb(error.__traceback__))
     reason = (str(error).strip().splitlines() or [""])[0][:300]
     return ShardwrightError(
-        f"rank 0 failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {reason}",
-        means="rank 0 makes this for all ranks, so none can go on",
+        f"rank {dist.get_rank()} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {reason}",
+        means="the ranks do this together, so none can go on",
         change=f"that line: {frame.line or frame.name}",
         works="code that runs in one process without an error",
         exit_code=ExitCode.INTERNAL,

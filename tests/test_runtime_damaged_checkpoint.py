@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.workload import OptimizerSpec
-from shardwright.runtime.checkpoint_files import _STANDS_FOR, digests, document_digest, file_names
+from shardwright.runtime.checkpoint_files import _STANDS_FOR, SafeReader, digests, document_digest, file_names
 from shardwright.runtime.program import Program
 
 ADAM = OptimizerSpec("AdamW", torch.optim.AdamW, {"lr": 1e-2}, 2)
@@ -156,6 +156,38 @@ def test_a_failure_in_the_middle_of_reading_puts_everything_back(saved: Path, tm
     assert not program.optimizer.state
     program.load(saved)
     assert program.step_index == 1
+
+
+def test_a_load_holds_no_second_copy_of_the_state(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is verified needs no copy to fall back on: no tensor of the program is cloned or brought to the host."""
+    program = _program()
+    program.step(make_batch(8))
+    for name in ("clone", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, **__: pytest.fail("a copy"))
+    program.load(saved)
+    assert program.step_index == 1
+
+
+def test_a_file_that_is_lost_between_reading_and_writing_stops_the_program(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = _program()
+    reads = []
+
+    def read(self: object, plan: object, planner: object) -> object:
+        reads.append(planner)
+        if len(reads) == 2:
+            raise OSError(5, "Input/output error", "__0_0.distcp")
+        return own(self, plan, planner)
+
+    own = SafeReader.read_data
+    monkeypatch.setattr(SafeReader, "read_data", read)
+    for refused in (lambda: program.load(saved), lambda: program.step(make_batch(8)), lambda: program.save(saved)):
+        with pytest.raises(ShardwrightError, match="Input/output error") as caught:
+            refused()
+        assert "some values are the old ones" in caught.value.means
+    program.load(saved)
+    assert float(program.step(make_batch(8))) > 0
 
 
 def _load_damaged(rank: int, folder: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from distributed import run_ranks
 
 from shardwright.errors import ExitCode, ShardwrightError
-from shardwright.runtime.together import on_rank_0
+from shardwright.runtime.together import of_all_ranks, on_every_rank, on_rank_0
 
 
 def _make(rank: int, failure: Exception | None) -> Any:
@@ -39,3 +39,33 @@ def test_whatever_rank_0_fails_with_is_an_error_on_every_rank(failure: Exception
 def test_an_error_in_four_parts_arrives_as_it_is() -> None:
     failure = ShardwrightError("a", means="b", change="c", works="d", exit_code=ExitCode.UNSUPPORTED_MODEL)
     assert run_ranks(2, _make, failure) == [(failure.lines(), ExitCode.UNSUPPORTED_MODEL)] * 2
+
+
+def _each(rank: int, failing: tuple[int, ...], failure: Exception) -> Any:
+    def make() -> str:
+        if rank in failing:
+            raise failure
+        return f"made by {rank}"
+
+    try:
+        made = on_every_rank(make, others="elsewhere: ")
+    except ShardwrightError as error:
+        made = error.lines()[0]
+    return made, of_all_ranks(rank)  # nobody was left waiting
+
+
+def test_each_has_its_own_result_where_none_fails() -> None:
+    assert run_ranks(2, _each, (), KeyError()) == [("made by 0", [0, 1]), ("made by 1", [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (ShardwrightError("a label is out of range"), "a label is out of range"),
+        (FileNotFoundError(2, "No such file", "/data/x"), "cannot use /data/x: No such file"),
+        (ZeroDivisionError("by zero"), "rank 1 failed at"),
+    ],
+)
+def test_what_one_rank_fails_with_stops_all(failure: Exception, said: str) -> None:
+    (first, _), (second, _) = run_ranks(2, _each, (1,), failure)
+    assert second.startswith(said) and first == f"elsewhere: {second}"
