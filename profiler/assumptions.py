@@ -9,8 +9,10 @@ numbers, or about what parameters make of them, are refused as before: their ans
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -102,15 +104,59 @@ def _value(node: fx.Node, needed: set[fx.Node], given: Mapping[fx.Node, torch.Te
     return env[node]
 
 
+def separate_conditions(graph: fx.Graph, state: Collection[fx.Node]) -> tuple[dict[fx.Node, str], list[str]]:
+    """(node that must be true of every microbatch -> the user's line, lines that ask computed numbers). state:
+    parameters, buffers that the forward writes and the random key. Nodes of the first kind are marked: meta["hoist"].
+    """
+    changing = set(state)
+    found: dict[fx.Node, str] = {}
+    later: list[str] = []
+    for node in graph.nodes:
+        if node.meta.get("random") or any(n in changing for n in node.all_input_nodes):
+            changing.add(node)
+    for node in graph.nodes:
+        if node.target is torch.ops.shardwright.assumed.default:
+            _, holds, line = node.args
+            if holds in changing:
+                later.append(line)
+                continue
+            found.setdefault(holds, line)
+            for one in needed_for([holds]):
+                if one.op == "call_function":
+                    one.meta["hoist"] = True
+    return found, list(dict.fromkeys(later))
+
+
+_noted: ContextVar[list[tuple[torch.Tensor, str]] | None] = ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[tuple[torch.Tensor, str]]]:
+    """Inside, nothing raises: (does it hold, line) of each question is put on a list, and no device is waited for."""
+    entries: list[tuple[torch.Tensor, str]] = []
+    token = _noted.set(entries)
+    try:
+        yield entries
+    finally:
+        _noted.reset(token)
+
+
+def answered_otherwise(line: str) -> ShardwrightError:
+    return ShardwrightError(
+        f"a batch answers the question at {line} otherwise than the example batch did",
+        means="the program takes the path that the example batch takes, so this step would not be the model's",
+        change="the batch, where the line checks for bad data; else plan with an example batch of this kind",
+        works="Workload(example_batch=...) whose whole-number entries lead to the same answer",
+        exit_code=ExitCode.PLAN_MISMATCH,
+    )
+
+
 def _assumed(x: torch.Tensor, holds: torch.Tensor, line: str) -> torch.Tensor:
-    if not bool(holds):
-        raise ShardwrightError(
-            f"a batch answers the question at {line} otherwise than the example batch did",
-            means="the program takes the path that the example batch takes, so this step would not be the model's",
-            change="the batch, where the line checks for bad data; else plan with an example batch of this kind",
-            works="Workload(example_batch=...) whose whole-number entries lead to the same answer",
-            exit_code=ExitCode.PLAN_MISMATCH,
-        )
+    entries = _noted.get()
+    if entries is not None:
+        entries.append((holds, line))
+    elif not bool(holds):
+        raise answered_otherwise(line)
     return x.clone()
 
 

@@ -26,7 +26,7 @@ from ..kernels import ops  # noqa: F401  registers the ops that normalization pu
 from . import fold, joint
 from ._torch import DATA_DEPENDENT, lazy_recompile
 from .as_written import AsWritten
-from .assumptions import Assumptions
+from .assumptions import Assumptions, separate_conditions
 from .attention_interface import shardwright_attention
 from .calling import PLAIN_CALL, Call
 from .global_loss import Totals, separate_totals
@@ -117,7 +117,9 @@ def capture(workload: Workload, *, evaluating: bool = False) -> ModelGraph:
     mutated, key = normalize(graph_module, param_fqn.keys(), lasting, written.hooks.place)
     dims = batch_dims_of(workload)
     samples = {placeholders[n] for n, name in user_inputs.items() if name.removeprefix("input:") in dims}
-    totals = separate_totals(graph, samples, {*(placeholders[n] for n in (*param_fqn, *mutated)), key})
+    state = {*(placeholders[n] for n in (*param_fqn, *mutated)), key}
+    totals = separate_totals(graph, samples, state)
+    conditions, later = separate_conditions(graph, state)
     user_inputs |= {name: f"input:{entry}" for name, entry in totals.placeholders.items()}
     nodes_of = lambda names: {placeholders[n] for n in names if n in placeholders}  # noqa: E731
     returned = next(n for n in reversed(graph.nodes) if n.op == "output").args[0]
@@ -132,14 +134,17 @@ def capture(workload: Workload, *, evaluating: bool = False) -> ModelGraph:
         nodes_of(param_fqn),
         nodes_of(buffer_fqn),
         {placeholders[name]: new for name, new in mutated.items()},
-        [*(n for n in returned if isinstance(n, fx.Node)), *mutated.values(), *totals.nodes.values()],
+        [*(n for n in returned if isinstance(n, fx.Node)), *mutated.values(), *totals.nodes.values(), *conditions],
     )
     try:
-        return _assemble(
+        made, names = _assemble(
             workload, exported, pieces, returned, key, mutated, param_fqn, buffer_fqn, user_inputs, totals, evaluating
         )
     except DATA_DEPENDENT as error:
         raise _capture_error(error) from error
+    made.conditions = {names[node]: line for node, line in conditions.items()}
+    made.later_conditions = tuple(later)
+    return made
 
 
 def _one_placeholder_each(graph: fx.Graph, model: nn.Module, buffers: dict[str, str]) -> dict[str, str]:
@@ -285,7 +290,8 @@ def _assemble(
     user_inputs: dict[str, str],
     totals: Totals,
     evaluating: bool,
-) -> ModelGraph:
+) -> tuple[ModelGraph, dict[fx.Node, str]]:
+    """The graph, and the names of the values that cross its segments' edges."""
     graph = exported.graph_module.graph
     model = workload.model
     canonical, tied = _canonical_params(model, param_fqn)
@@ -363,7 +369,7 @@ def _assemble(
     result.batch_dims = batch_dims_of(workload)
     result.structure_hash = _model_hash(result)
     result.constants = {f"constant:{k}": v for k, v in exported.constants.items() if isinstance(v, torch.Tensor)}
-    return result
+    return result, value_name
 
 
 def _outputs(

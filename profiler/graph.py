@@ -108,6 +108,10 @@ class ModelGraph:
     # parts add up ("sum") or count by their samples ("mean"); see global_loss.py
     totals: dict[str, tuple[str, str]] = field(default_factory=dict)
     loss_over: LossOver = "mean"  # of the batch: its samples' "mean", their "sum", or neither; see loss_over.py
+    # value of a prologue segment that must be true of every microbatch -> the line that asks for it, and lines that ask
+    # other numbers; see assumptions.py
+    conditions: dict[str, str] = field(default_factory=dict)
+    later_conditions: tuple[str, ...] = ()
     structure_hash: str = ""
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # "constant:NAME", tensors written into the code
 

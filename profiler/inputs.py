@@ -149,13 +149,18 @@ def batch_dims_of(workload: Workload) -> dict[str, int]:
 
 
 def make_batch(
-    workload: Workload, batch_size: int | None = None, device: torch.device | str = "cpu", seed: int = 0
+    workload: Workload,
+    batch_size: int | None = None,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    *,
+    in_order: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Random data that the workload's model accepts: batch_size samples, by default as many as in its example batch.
 
     For a model that Shardwright built, drawn anew. For a user's own, whose valid values only the user knows, samples
-    are taken from the example batch, in random order with repetition; where that has no values (meta), real numbers are
-    drawn and integers are 0, valid as an index of any table.
+    are taken from the example batch, in random order with repetition, or in_order, so that all are there where there is
+    room; where that has no values (meta), real numbers are drawn and integers are 0, valid as an index of any table.
     """
     from .models import batch_fields  # models builds on this module
 
@@ -165,7 +170,7 @@ def make_batch(
         return draw_batch(fields, count, device, seed)
     current, dims = example_batch_size(workload), batch_dims_of(workload)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(0, current, (count,), generator=generator)
+    rows = torch.arange(count) % current if in_order else torch.randint(0, current, (count,), generator=generator)
     batch = {}
     for name, tensor in workload.example_batch.items():
         dim = dims.get(name)
@@ -189,10 +194,21 @@ def resize_batch(workload: Workload, batch_size: int) -> Workload:
             f"a batch of {batch_size} samples", change="the batch size", works="1", means="a batch holds at least one"
         )
     device = next(iter(workload.example_batch.values())).device
-    batch = make_batch(workload, batch_size, device=device, seed=workload.seed)
+    batch = make_batch(workload, batch_size, device=device, seed=workload.seed, in_order=True)
     spec = {**workload.spec, "batch_size": batch_size} if workload.spec else workload.spec
     dims = workload.batch_dims if workload.batch_dims is not None else resized_dims(workload)
     return dataclasses.replace(workload, example_batch=batch, batch_size=batch_size, spec=spec, batch_dims=dims)
+
+
+def reshaped(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Its values in another shape: along each dimension cut short, or begun again. Zeros where it has none (meta)."""
+    if tensor.is_meta or not all(tensor.shape):
+        return torch.zeros(tuple(shape), dtype=tensor.dtype, device=tensor.device)
+    for dim, size in enumerate(shape):
+        if size != tensor.shape[dim]:
+            rows = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+            tensor = tensor.index_select(dim, rows)
+    return tensor
 
 
 def resized_dims(workload: Workload) -> dict[str, int | None]:

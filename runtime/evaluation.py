@@ -20,6 +20,7 @@ from ..profiler.initial_values import initial_tensors
 from ._torch import tree_unflatten
 from .batch import MicrobatchPart
 from .buffers import BorrowingBuffers, buffer_names
+from .conditions import Conditions
 from .microbatches import Keys, Microbatches, Rebuild
 from .pipeline import PipelineEngine, Work
 from .relayout import all_gather_dim
@@ -65,7 +66,9 @@ class Evaluator:
         self._read_buffers(buffer_names(graph, [*own, *counted]))
         self._keys = Keys(graph, program.workload.seed, program.device)
         self.runners = [self._runner(stage) for stage in own]
-        self.totals = BatchTotals(graph, counting, self._runner, of_each=program.plan.loss_over == "each")
+        self.conditions = Conditions(graph, program.device, grid.ranks.numel())
+        of_each = program.plan.loss_over == "each"
+        self.totals = BatchTotals(graph, counting, self._runner, self.conditions, of_each=of_each)
         self.microbatches = Microbatches(
             graph, evaluation.programs, program.microbatch_size, grid, program.device, evaluation.rebuild,
             program.workload.call.form,
@@ -148,18 +151,23 @@ class Evaluator:
         inputs = [self.microbatches.inputs(part, row) for part, row in zip(parts, variants, strict=True)]
         self._keys.begin(program.step_index, len(parts))
         try:
-            if program.grid.size("pp") > 1:
-                return self._run_stages(parts, inputs, variants)
-            results = {}
-            for k, (row, entries) in enumerate(zip(variants, inputs, strict=True)):
-                values: dict[str, torch.Tensor] = {}
-                for runner, variant in zip(self.runners, row, strict=True):
-                    values = runner.forward(k, variant, entries, list(values.values()), training=False)
-                results[k] = values
-            return results
+            with self.conditions.noting():
+                run = self._run_stages if program.grid.size("pp") > 1 else self._run_alone
+                results = run(parts, inputs, variants)
         finally:
             for runner in self.runners:
                 runner.clear()
+        self.conditions.look_at_forward()
+        return results
+
+    def _run_alone(self, parts: Any, inputs: Any, variants: Any) -> dict[int, dict[str, torch.Tensor]]:
+        results = {}
+        for k, (row, entries) in enumerate(zip(variants, inputs, strict=True)):
+            values: dict[str, torch.Tensor] = {}
+            for runner, variant in zip(self.runners, row, strict=True):
+                values = runner.forward(k, variant, entries, list(values.values()), training=False)
+            results[k] = values
+        return results
 
     def _run_stages(self, parts: Any, inputs: Any, variants: Any) -> dict[int, dict[str, torch.Tensor]]:
         program = self.program

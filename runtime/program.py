@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..costmodel.trace import COLLECTIVE, COMPUTE, Trace
+from ..errors import ShardwrightError
 from ..passes.program import SegmentProgram
 from ..planner.plan import Plan
 from ..planner.schedules import PipelineSchedule
@@ -26,6 +27,7 @@ from .batch import BatchPart, MicrobatchPart
 from .buffers import Buffers, SecondDirection, buffer_names, written_buffers
 from .by_hand import ByHand
 from .collectives import Summing
+from .conditions import Conditions
 from .evaluation import Evaluator, MakeEvaluation
 from .extents import DataCut
 from .half_loaded import HalfLoaded
@@ -132,9 +134,9 @@ class Program:
         self.recorder = Recorder(self.grid.rank, self.device)
         self._runners = [self._runner(self.wiring, stage) for stage in own]
         self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval if not stage.direction]
-        self._totals = BatchTotals(
-            graph, counting, lambda stage: self._runner(self._eval_wiring, stage), of_each=plan.loss_over == "each"
-        )
+        self._conditions = Conditions(graph, self.device, self.grid.ranks.numel())
+        make = lambda stage: self._runner(self._eval_wiring, stage)  # noqa: E731
+        self._totals = BatchTotals(graph, counting, make, self._conditions, of_each=plan.loss_over == "each")
         self.memory = MemoryMeter(self.device)
         self.memory.watch(self._runners, self.store, self.buffers)
         self._engines: dict[bool, PipelineEngine] = {}
@@ -272,11 +274,18 @@ class Program:
         tangents = {w: tangent.to(dtype) for w, tangent in wide.items()}
         if self._second is not None:
             self._second.begin()
+        before = dict(self.buffers.tensors)
         results = self._run(parts, self._runners, lambda k: tangents[weights[k]], training=True)
         if self._second is not None:
             self._second.join(sum(self.schedule(count).direction))
         with self.recorder.action("reduce", resource=COLLECTIVE):
             self.store.finish_gradients(1.0 / factor)
+        try:
+            self._conditions.look_at_forward()
+        except ShardwrightError:  # nothing has come of this batch
+            self.store.clear_gradients()
+            self.buffers.tensors.update(before)
+            raise
         return self._mean_loss(results, weights, self.graph)
 
     @torch.no_grad()
@@ -312,7 +321,9 @@ class Program:
         self._by_hand.follow()
         if self._make_evaluation is None:
             parts = self.microbatches.split(batch)
-            return parts, self._run(parts, self._eval_runners, None, training=False), self.graph
+            results = self._run(parts, self._eval_runners, None, training=False)
+            self._conditions.look_at_forward()
+            return parts, results, self.graph
         evaluator = self._evaluation()
         parts, results = evaluator.losses(batch)
         return parts, results, evaluator.graph
@@ -353,12 +364,13 @@ class Program:
         inputs = [self.microbatches.inputs(part, variant) for part, variant in zip(parts, variants, strict=True)]
         self._keys.begin(self.step_index, len(parts))
         try:
-            if self.grid.size("pp") == 1:
-                return self._run_alone(variants, inputs, runners, loss_grad, training)
-            by_number = {r.number: [variant[i] for variant in variants] for i, r in enumerate(runners)}
-            work = Work(inputs, by_number, loss_grad or _no_grad_of_loss, training)
-            self._engine(training).run(self.schedule(len(parts), training), work)
-            return work.results
+            with self._conditions.noting():
+                if self.grid.size("pp") == 1:
+                    return self._run_alone(variants, inputs, runners, loss_grad, training)
+                by_number = {r.number: [variant[i] for variant in variants] for i, r in enumerate(runners)}
+                work = Work(inputs, by_number, loss_grad or _no_grad_of_loss, training)
+                self._engine(training).run(self.schedule(len(parts), training), work)
+                return work.results
         finally:
             for runner in runners:
                 runner.clear()

@@ -2,29 +2,33 @@
 
 They depend on the batch alone (profiler/global_loss.py). Before the first forward of a step every rank whose stages
 read one runs, for each microbatch, the prologue instances that compute its part; the sum goes to all microbatches as an
-input. No rank waits for another pipeline stage. Where the loss is that of each microbatch (loss_over "each"), every
-microbatch is given its own part, as the model by itself would divide.
+input. No rank waits for another pipeline stage. What the model asks of its batch (conditions.py) is computed with them.
+Where the loss is that of each microbatch (loss_over "each"), every microbatch is given its own part, as the model by
+itself would divide.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from ..profiler.global_loss import SHARE
 from ..profiler.graph import ModelGraph
 from .batch import MicrobatchPart
+from .conditions import Conditions
 from .microbatches import Microbatches
 from .stage import StageRunner
 from .wiring import USER_INPUT, StageWiring, Wiring, prologue_needed
 
 
 def counting_stage(graph: ModelGraph, wiring: Wiring, rank: int) -> StageWiring | None:
-    """The prologue instances that compute the totals which this pipeline coordinate reads; None where it reads none."""
+    """The prologue instances that compute the totals which this pipeline coordinate reads, and what must hold of the
+    batch, on every one; None where there is nothing to compute."""
     by_index = {inst.index: inst for inst in graph.instances}
     read = {name for stage in wiring.stages_of(rank) for i in stage.instances for name in by_index[i].inputs}
     names = [value for entry, (value, _) in graph.totals.items() if USER_INPUT + entry in read]
+    names += graph.conditions
     if not names:
         return None
     instances = prologue_needed(graph, names)
@@ -40,10 +44,11 @@ class BatchTotals:
         graph: ModelGraph,
         stage: StageWiring | None,
         make: Callable[[StageWiring], StageRunner],
+        conditions: Conditions,
         *,
         of_each: bool = False,
     ) -> None:
-        self._of_each = of_each
+        self._of_each, self._conditions = of_each, conditions
         self._totals = graph.totals
         self._dtypes = {entry: graph.values[USER_INPUT + entry].dtype for entry in self._entries(graph)}
         self._stage = stage
@@ -55,20 +60,24 @@ class BatchTotals:
         return [name for name in names if name in graph.totals or name == SHARE]
 
     def fill(self, parts: Sequence[MicrobatchPart], microbatches: Microbatches) -> None:
-        """Give each microbatch the totals of all, and its share of the samples."""
+        """Give each microbatch the totals of all, and its share of the samples. Raises ShardwrightError, on all ranks,
+        where the batch is not as the graph assumes."""
         if self._stage is None:
             return
-        groups = [[part] for part in parts] if self._of_each else [list(parts)]
-        first = 0
-        for group in groups:
-            self._fill(first, group, microbatches)
-            first += len(group)
+        found = [self._count(k, part, microbatches) for k, part in enumerate(parts)]
+        self._conditions.look_at_batch(found)
+        if self._of_each:
+            for part, values in zip(parts, found, strict=True):
+                self._fill([part], [values], microbatches.device)
+        else:
+            self._fill(parts, found, microbatches.device)
 
-    def _fill(self, first: int, parts: Sequence[MicrobatchPart], microbatches: Microbatches) -> None:
-        """Of these microbatches together. first: index of the first of them."""
+    def _fill(
+        self, parts: Sequence[MicrobatchPart], found: Sequence[Mapping[str, torch.Tensor]], device: torch.device
+    ) -> None:
+        """Of these microbatches together. found: the values of each."""
         samples = sum(part.size for part in parts)
         shares = [part.size / samples for part in parts]
-        found = [self._count(k, part, microbatches) for k, part in enumerate(parts, first)]
         for entry, (name, kind) in self._totals.items():
             if name not in found[0]:
                 continue
@@ -78,7 +87,7 @@ class BatchTotals:
             for part in parts:
                 part.tensors[entry] = total
         for part, share in zip(parts, shares, strict=True):
-            part.tensors[SHARE] = torch.full((), share, dtype=self._dtypes.get(SHARE), device=microbatches.device)
+            part.tensors[SHARE] = torch.full((), share, dtype=self._dtypes.get(SHARE), device=device)
 
     def _count(self, k: int, part: MicrobatchPart, microbatches: Microbatches) -> dict[str, torch.Tensor]:
         (variant,) = microbatches.variants(part, self._runners)

@@ -32,13 +32,14 @@ from .profiler.batch_dims import with_batch_dims
 from .profiler.capture import capture, no_collection
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
-from .profiler.inputs import batch_dims_of, resize_batch
+from .profiler.inputs import batch_dims_of, reshaped, resize_batch
 from .profiler.models import load_workload
 from .profiler.watch import TimeUp, stop_at, telling
 from .profiler.workload import Workload
 from .runtime.evaluation import Evaluation
 from .runtime.mesh import RankGrid, build_mesh
 from .runtime.program import Program
+from .runtime.same_values import take_rank_0s
 from .runtime.together import on_rank_0
 from .self_test import BUDGET_S, is_applicable
 from .self_test import self_test as run_self_test
@@ -313,7 +314,8 @@ def build(
     """This rank's Program: its stages rewritten as the plan says, its shards of the parameters initialized.
 
     Under torchrun, torch.distributed must be initialized and every rank must call this with the same plan. device: by
-    default the plan's, the CPU or this rank's GPU, which becomes the current one. adopt: where the model has real
+    default the plan's, the CPU or this rank's GPU, which becomes the current one. Where ranks drew other values for the
+    model, all take rank 0's, as under DistributedDataParallel. adopt: where the model has real
     values on that device and nothing is sharded, use its own tensors as storage. self_test: of a model of your own with
     real values, where the plan was made without one.
 
@@ -331,6 +333,7 @@ def build(
     if distributed:
         devices.check_group(device)
         _verify_same_plan(plan)
+        take_rank_0s(workload.model, device)
     graph = _capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
     hashes.verify_model(plan, graph)
     refuse_missing_kernels(graph, device.type, of_this_build=True)
@@ -383,10 +386,9 @@ def _mesh_axes(grid: RankGrid, names: Sequence[str]) -> dict[str, MeshAxis]:
 
 
 def _reshaped(workload: Workload, shapes: Mapping[str, tuple[int, ...]]) -> Workload:
-    """The workload with an example batch of these shapes; values do not matter."""
+    """The workload with its example batch in these shapes: what its values answer is what a forward assumes."""
     batch = {
-        name: torch.zeros(shapes.get(name, tuple(tensor.shape)), dtype=tensor.dtype, device=tensor.device)
-        for name, tensor in workload.example_batch.items()
+        name: reshaped(tensor, shapes.get(name, tuple(tensor.shape))) for name, tensor in workload.example_batch.items()
     }
     dims = batch_dims_of(workload)
     size = next((shapes[name][dim] for name, dim in dims.items() if name in shapes), workload.batch_size)

@@ -54,6 +54,9 @@ def main(task_path: str) -> int:
 
 
 def _run(task: dict[str, Any], folder: Path, rank: int) -> None:
+    import random
+
+    import numpy as np
     import torch
     import torch.distributed as dist
 
@@ -61,6 +64,8 @@ def _run(task: dict[str, Any], folder: Path, rank: int) -> None:
     from .planner.plan import Plan
     from .tasks import TASKS
 
+    for seed in (random.seed, torch.manual_seed, np.random.seed):  # a factory draws the same on every rank
+        seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = join_torchrun(
         Plan.load(task["plan"]),

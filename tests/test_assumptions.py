@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distributed import run_ranks
 from split_modules import assert_equal_when_split, workload_of
 from torch import nn
 from torch.nn import functional as F
 
-from shardwright.errors import ShardwrightError
+import shardwright
+from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.capture import capture
 
 TP = [{"tp": 2}]
@@ -54,6 +56,102 @@ def test_what_holds_for_the_example_batch_is_assumed() -> None:
 def test_a_batch_that_answers_otherwise_is_refused_by_line_as_it_runs() -> None:
     with pytest.raises(ShardwrightError, match=r"the question at .*test_assumptions.py:\d+"):
         torch.ops.shardwright.assumed(torch.ones(()), torch.tensor(False), "test_assumptions.py:26")
+
+
+def test_answers_of_the_batch_alone_are_known_before_the_forward() -> None:
+    graph = capture(workload_of(Checked(), batch()))
+    prologue = {out for i in graph.instances if graph.segments[i.segment].is_prologue for out in i.outputs}
+    assert len(graph.conditions) == 3 and set(graph.conditions) <= prologue
+    assert len(graph.later_conditions) == 1
+
+
+class Normed(Checked):
+    """With a buffer that the forward writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        loss = super().forward(x, labels, lengths)
+        return loss + self.norm(self.linear(x).mean(1)).square().mean()
+
+
+def even_batch() -> dict[str, torch.Tensor]:
+    """Any microbatch of it answers alike."""
+    return {**batch(), "lengths": torch.full((4,), 6)}
+
+
+def _bad(kind: str) -> dict[str, torch.Tensor]:
+    found = even_batch()
+    if kind == "label":
+        found["labels"][3] = 7  # that cross entropy itself fails for, on the rank that has it
+    elif kind == "ignored":
+        found["labels"][0] = -100
+    else:
+        found["x"][2, 0, 0] = torch.inf
+    return found
+
+
+def _stopped(rank: int, force: dict[str, int]) -> list[tuple[str, int, bool, int]]:
+    """Of a bad batch of each kind: the reason, its code, whether all is as it was. Then the next step goes on."""
+    torch.manual_seed(0)
+    workload = workload_of(Normed(), even_batch())
+    plan = shardwright.plan(workload, "2xCPU", force={"global_microbatch": 2, **force}, self_test=False)
+    program = shardwright.build(plan, workload, self_test=False)
+    program.step(program.shard_batch(even_batch()))
+    found = []
+    for kind in ("label", "ignored", "infinite"):
+        before = {name: value.clone() for name, value in program.state_dict().items()}
+        try:
+            program.step(program.shard_batch(_bad(kind)))
+        except ShardwrightError as error:
+            after = program.state_dict()
+            same = all(torch.equal(after[name], before[name]) for name in before)
+            found.append((error.what, int(error.exit_code), same, program.step_index))
+    if "dp" in force:
+        with pytest.raises(ShardwrightError, match=r"test_assumptions\.py:"):
+            program.evaluate(program.shard_batch(_bad("label")))
+    program.step(program.shard_batch(even_batch()))
+    return found
+
+
+@pytest.mark.parametrize("force", [{"dp": 2}, {"pp": 2}, {"tp": 2}], ids=str)
+def test_a_batch_that_answers_otherwise_on_one_rank_stops_all_and_changes_nothing(force: dict[str, int]) -> None:
+    first, second = run_ranks(2, _stopped, force)
+    assert first == second and len(first) == 3
+    for what, code, same, step in first:
+        assert "test_assumptions.py:" in what and code == ExitCode.PLAN_MISMATCH
+        assert same and step == 1
+    assert len({what for what, *_ in first}) == 3  # the line of each
+
+
+def test_no_microbatch_waits_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a tensor is asked in Python makes the host wait for the device: once a step of each kind of question."""
+    torch.manual_seed(0)
+    workload = workload_of(Checked(), even_batch())
+    plan = shardwright.plan(workload, "1xCPU", force={"microbatch": 1}, self_test=False)
+    program = shardwright.build(plan, workload, self_test=False)
+    asked = []
+    for name in ("__bool__", "item", "tolist", "__int__"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda t, own=own, name=name: (asked.append(name), own(t))[1])
+    program.step(even_batch())
+    assert asked == ["tolist", "tolist"]
+
+
+def test_a_short_last_batch_is_asked_the_questions_of_the_example_batch() -> None:
+    torch.manual_seed(0)
+    model = Checked().double()
+    program = _built_for(model)
+    short = {name: tensor[:3] for name, tensor in batch().items()}
+    assert program.forward_backward(short).item() == pytest.approx(model(**short).item(), rel=1e-9)
+
+
+def _built_for(model: nn.Module) -> shardwright.Program:
+    workload = workload_of(model, batch())
+    plan = shardwright.plan(workload, "1xCPU", self_test=False)
+    return shardwright.build(plan, workload, self_test=False)
 
 
 class AsksOfNumbers(nn.Module):
