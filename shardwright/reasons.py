@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from . import api, hashes
+from . import api, hashes, trust
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
 from .planner.diff import Difference, compare
@@ -18,7 +18,6 @@ from .planner.sharding.training import Job
 from .profiler.cluster import Cluster
 from .profiler.discovery import discover_local
 from .profiler.hardware import parse_hardware
-from .profiler.models import reload_workload
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,16 @@ class WhyNot:
     refusal: ShardwrightError | None
 
 
-def explain(plan: Plan, *, hardware: Cluster | str | None = None) -> Explanation:
+def explain(plan: Plan, *, hardware: Cluster | str | None = None, trust_model: bool = False) -> Explanation:
     """What the plan decided for each op, its cost, module and source line. Captures the model again.
 
     hardware: the cluster, where its name is not enough to know it (a TOML file's, another machine's "local").
+    trust_model: import the Python that the plan names, though this user did not make the plan here.
     Raises ShardwrightError, exit code 7, where the model or the hardware is not what the plan was made for.
     """
     cluster = cluster_of(plan, hardware)
-    workload = reload_workload(plan.workload)
     hashes.verify_version(plan)
+    workload = trust.workload_of(plan, trust_model)
     graph = api.capture_of(plan, workload)
     hashes.verify_model(plan, graph)
     job = Job(state_kinds(workload), workload.global_batch)
@@ -54,6 +54,7 @@ def why_not(
     hardware: Cluster | str | None = None,
     time_limit_s: float | None = None,
     progress: api.Progress | None = None,
+    trust_model: bool = False,
 ) -> WhyNot:
     """Plan again with these choices forced, besides those that were (`shardwright plan --force` says which there are).
 
@@ -66,7 +67,7 @@ def why_not(
             forced.pop(other_name, None)
     try:
         other = api.plan(
-            reload_workload(plan.workload),
+            trust.workload_of(plan, trust_model),
             cluster_of(plan, hardware),
             force=forced,
             time_limit_s=time_limit_s,

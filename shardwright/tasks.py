@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from . import api, reference
+from . import api, reference, trust
 from .costmodel.trace import Trace, merge
 from .data import batch_source
 from .planner.plan import Plan
@@ -34,7 +34,7 @@ def whole_trace(program: Program) -> Trace:
 def run(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
     """Train for some steps. Reports {"event": "step", step, loss, step_s, peak_bytes (of each rank)} for each."""
     plan = Plan.load(task["plan"])
-    workload = reload_workload(plan.workload)
+    workload = trust.workload_of(plan, bool(task.get("trust_model")))
     started = time.perf_counter()
     program = api.build(plan, workload, device=device)
     batches = batch_source(workload, task.get("text"))

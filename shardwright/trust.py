@@ -2,7 +2,8 @@
 
 A plan can name a model that Python builds (package.module:factory); to run or explain it means to import that module
 and to call that function. That is done where this user's own command line or script made the plan, which leaves its
-seal in the cache folder, or where it is confirmed (--trust-model).
+seal in the cache folder, or where it is confirmed (--trust-model, trust_model=True). Whatever builds a plan's model,
+command or Python function, asks workload_of for it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import ExitCode, ShardwrightError
 from .planner.plan import Plan
 from .profiler.discovery import cache_folder
+
+if TYPE_CHECKING:
+    from .profiler.workload import Workload
 
 BUILT_HERE = ("preset:", "hf:", "diffusers:")
 _SEAL = re.compile(r"[0-9a-f]{16}")
@@ -40,8 +45,28 @@ def remember(plan: Plan) -> None:
         pass
 
 
+def workload_of(plan: Plan, trusted: bool, **changes: Any) -> Workload:
+    """The training job that the plan describes, built anew, with some of load_workload's arguments changed.
+
+    Raises ShardwrightError, exit code 7, as require does.
+    """
+    from .profiler.models import reload_workload
+
+    require(plan, trusted, "trust_model=True")
+    return reload_workload(plan.workload, **changes)
+
+
 def require(plan: Plan, trusted: bool, option: str = "--trust-model") -> None:
-    """Raises ShardwrightError, exit code 7, where the plan would import code that this user has not chosen."""
+    """Raises ShardwrightError, exit code 7, where the plan would import code that this user has not chosen, or where
+    its model was made in Python, so that nothing says how."""
+    if not (plan.workload.get("model") and plan.workload.get("kind")):
+        raise ShardwrightError(
+            f"the plan's model, {plan.workload.get('model')!r}, was made in Python; only its maker can build it",
+            means="the plan does not say how",
+            change="name a factory on the command line, or start your own script with torchrun",
+            works="shardwright plan package.module:factory, or shardwright.build(Plan.load('plan.json'), workload)",
+            exit_code=ExitCode.PLAN_MISMATCH,
+        )
     named = imports(plan)
     if not named or trusted or _record(plan.seal).is_file():
         return

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
-from shardwright import cli
+from shardwright import checking, cli, reasons
 from shardwright.errors import ExitCode, ShardwrightError
+from shardwright.planner.plan import Plan
 
 
 def run_main(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -222,9 +223,25 @@ def test_a_plan_runs_code_that_its_user_chose_alone(capsys, tmp_path, monkeypatc
     for command in ("explain", "run", "check"):
         code, out, err = run_main(capsys, command, str(path))
         assert code == ExitCode.PLAN_MISMATCH and not out and f"import and call {source}:make" in err, err
+    plan = Plan.load(path)
+    for function in (reasons.explain, lambda plan: reasons.why_not(plan, {"tp": "1"}), checking.check_plan):
+        with pytest.raises(ShardwrightError, match="import and call") as caught:
+            function(plan)
+        assert caught.value.works == "trust_model=True" and caught.value.exit_code == ExitCode.PLAN_MISMATCH
     assert not flag.exists()
+    assert reasons.explain(plan, trust_model=True).rows and flag.exists()
     code, _, err = run_main(capsys, "explain", str(path), "--trust-model")
     assert code == 0 and flag.exists(), err
+
+
+def test_a_plan_that_does_not_say_how_its_model_is_made_is_refused(capsys, tmp_path, hand_made_plan):
+    """Sealed, so that nothing else is wrong with it."""
+    path = tmp_path / "plan.json"
+    for workload in ({}, {"model": "Net"}, {"model": None, "kind": "factory"}):
+        hand_made_plan.model_copy(update={"workload": {**workload, "global_batch": 4}}).save(path)
+        for command in (["explain", path], ["explain", path, "--why-not", "tp=2"], ["run", path], ["check", path]):
+            code, out, err = run_main(capsys, *map(str, command))
+            assert code == ExitCode.PLAN_MISMATCH and not out and err.startswith("error: "), (command, err)
 
 
 DATA_DEPENDENT = {

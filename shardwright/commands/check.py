@@ -38,7 +38,8 @@ def execute(args: argparse.Namespace) -> int:
         if args.model.endswith(".json") and ":" not in args.model:
             if force:
                 raise ShardwrightError("--force goes with a model; a plan has its choices", change="--force", works="")
-            result = checking.check_plan(_options.load_plan(args, args.model), progress=progress, debug=args.debug)
+            plan = _options.load_plan(args, args.model)
+            result = checking.check_plan(plan, progress=progress, debug=args.debug, trust_model=args.trust_model)
         else:
             args.global_batch = args.global_batch or DEFAULT_BATCH
             hardware = args.hardware or f"{checking.DEFAULT_PROCESSES}xCPU"

@@ -55,7 +55,7 @@ def _explain(plan, args: argparse.Namespace) -> int:  # type: ignore[no-untyped-
         )
     with _options.progress_line() as progress:
         progress(f"capturing {plan.workload.get('model', 'the model')}")
-        explained = reasons.explain(plan, hardware=args.hardware)
+        explained = reasons.explain(plan, hardware=args.hardware, trust_model=args.trust_model)
     rows = explained.matching(args.segment, args.op)
     if not rows:
         modules = sorted({row.module for row in explained.rows if row.module})
@@ -77,7 +77,14 @@ def _why_not(plan, choices: dict[str, str], args: argparse.Namespace) -> int:  #
     from ..render_reasons import print_why_not
 
     with _options.progress_line() as progress:
-        answer = reasons.why_not(plan, choices, hardware=args.hardware, time_limit_s=args.time_limit, progress=progress)
+        answer = reasons.why_not(
+            plan,
+            choices,
+            hardware=args.hardware,
+            time_limit_s=args.time_limit,
+            progress=progress,
+            trust_model=args.trust_model,
+        )
     if args.json:
         refusal = answer.refusal
         _options.print_json(

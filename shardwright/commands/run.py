@@ -36,13 +36,6 @@ def execute(args: argparse.Namespace) -> int:
     from .. import launch
 
     plan = _options.load_plan(args, args.plan)
-    if "model" not in plan.workload or not plan.workload.get("kind"):
-        raise ShardwrightError(
-            f"the plan's model, {plan.workload.get('model')!r}, was made in Python; the command line cannot build it",
-            change="start your own script with torchrun",
-            works="program = shardwright.build(shardwright.Plan.load('plan.json'), workload)",
-            exit_code=ExitCode.PLAN_MISMATCH,
-        )
     if args.text is not None and not Path(args.text).is_file():
         raise ShardwrightError(f"there is no file {args.text}", change="--text", works="a text file")
     if args.trace is not None:
@@ -57,6 +50,7 @@ def execute(args: argparse.Namespace) -> int:
     _refuse_other_hardware(plan)
     printer = StepPrinter(plan, as_json=args.json)
     task = {"task": "run", "plan": str(Path(args.plan).resolve()), "steps": args.steps, "trace": bool(args.trace)}
+    task["trust_model"] = args.trust_model
     if args.text is not None:
         task["text"] = str(Path(args.text).resolve())
     launch.launch(task, plan.mesh.num_devices, printer, debug=args.debug)
