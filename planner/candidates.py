@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ..costmodel.memory import Extents
@@ -32,7 +33,15 @@ class Candidate:
     zero: int
     split: tuple[int, int] | None = None  # data-parallel ranks that share parameters, and other state; None: all
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # a search looks each up many times
+        mesh = self.pp, self.dp, self.tp, self.microbatch, self.count
+        return hash((*mesh, self.schedule, self.virtual_stages, self.zero, self.split))
+
+    @cached_property
     def extents(self) -> Extents:
         """Ranks over which each kind of training state is split."""
         if self.dp == 1 or self.zero == 0:

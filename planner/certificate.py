@@ -22,7 +22,7 @@ from .candidates import MAX_PP, Candidate
 from .chain import Chain
 from .evaluate import lower_bound, path_seconds
 from .memory_options import MemoryOption
-from .scoring import first_options, mean_fits
+from .scoring import mean_fits
 
 if TYPE_CHECKING:
     from .search import SearchState
@@ -48,10 +48,10 @@ def any_order_bound(state: SearchState, candidate: Candidate, options: Sequence[
     return bound_s
 
 
-def own_order_bound(state: SearchState, candidate: Candidate, options: Sequence[MemoryOption]) -> float:
-    """The same under the candidate's own schedule, before its cuts are known."""
+def own_order_bound(state: SearchState, candidate: Candidate, firsts: Sequence[MemoryOption]) -> float:
+    """The same under the candidate's own schedule, before its cuts are known. firsts: scoring.first_options of it."""
     found = [math.inf]
-    for option in first_options(state, candidate, options):
+    for option in firsts:
         chain = _split_all(state, candidate, state.setting.chain(option.solution, option.recompute))
         found.append(lower_bound(state.setting, candidate, chain) * option.solution.proven_share)
     return min(found)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -58,24 +59,42 @@ def path_seconds(schedule: str, forward_s: float, backward_s: float, num_ranks: 
     return max(work, once)
 
 
-def _once_through(setting: Setting, candidate: Candidate, chain: Chain) -> tuple[float, float]:
-    """Forward and backward of one microbatch, were all ranks the fastest."""
-    tables, n, scale = stage_tables(setting, candidate, chain), chain.num_instances, min(setting.mesh(candidate).scales)
-    return float(tables.forward_of[0, n]) * scale, float(tables.backward_of[0, n]) * scale
+class _Once(NamedTuple):
+    """Forward and backward of one microbatch through all positions, were all ranks the fastest; of the step's end, the
+    mean optimizer step with its gathers and the least reduction left of any position."""
+
+    forward_s: float
+    backward_s: float
+    step_s: float
+    reduce_s: float
+
+
+def _once_through(setting: Setting, candidate: Candidate, chain: Chain) -> _Once:
+    """The same for all candidates that share their tables."""
+    tables = stage_tables(setting, candidate, chain)
+    key = ("once", tables)
+    if key not in setting.cache:
+        mesh, n, p = setting.mesh(candidate), chain.num_instances, candidate.pp
+        scale = min(mesh.scales)
+        stepped = chain.trainable_of[0, n] / candidate.extents.optimizer / p
+        fastest = max(mesh.devices, key=lambda device: device.memory_bytes_per_s)
+        setting.cache[key] = _Once(
+            float(tables.forward_of[0, n]) * scale,
+            float(tables.backward_of[0, n]) * scale,
+            setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p,
+            float(tables.reduce_s.min()),
+        )
+    return setting.cache[key]
 
 
 def lower_bound(setting: Setting, candidate: Candidate, chain: Chain, *, any_order: bool = False) -> float:
     """Seconds that no cut of this candidate beats; any_order: under no other schedule either. See the module's
     docstring."""
-    mesh, p, m, n = setting.mesh(candidate), candidate.pp, candidate.count, chain.num_instances
-    tables = stage_tables(setting, candidate, chain)
-    forward_s, backward_s = _once_through(setting, candidate, chain)
-    stepped = chain.trainable_of[0, n] / candidate.extents.optimizer / p
-    fastest = max(mesh.devices, key=lambda device: device.memory_bytes_per_s)
-    step_s = setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p
+    p, m = candidate.pp, candidate.count
+    forward_s, backward_s, step_s, reduce_s = _once_through(setting, candidate, chain)
     path = path_seconds("" if any_order else candidate.schedule, forward_s, backward_s, p, m)
     waits = setting.workload.optimizer.waits_for_norm
-    work = m * (forward_s + backward_s) / p + float(tables.reduce_s.min()) + step_s
+    work = m * (forward_s + backward_s) / p + reduce_s + step_s
     return max(work, path + (step_s if waits else 0.0))
 
 
@@ -85,7 +104,7 @@ def estimate(setting: Setting, candidate: Candidate, chain: Chain) -> float:
     if candidate.virtual_stages == 1 or candidate.schedule == "gpipe":
         return bound
     p, v = candidate.pp, candidate.virtual_stages
-    once = sum(_once_through(setting, candidate, chain))
+    once = sum(_once_through(setting, candidate, chain)[:2])
     return max(bound, (candidate.count + INTERLEAVED_BUBBLE * (p - 1) / v) * once / p)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -196,17 +197,41 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: 
     """What the mean rank needs at least, whatever the cuts: lasting state, and activations that all chunks hold at
     once. in_flight: microbatches of those, in place of what the candidate's schedule holds.
     """
+    c = candidate
+    key = ("mean", chain, c.pp, c.dp, c.tp, c.zero, c.split, c.count > 1)
+    if key not in setting.cache:
+        setting.cache[key] = _whole_bytes(setting, candidate, chain)
+    whole: _WholeBytes = setting.cache[key]
+    if in_flight is None:
+        in_flight = least_in_flight(c.schedule, c.pp, c.count, c.virtual_stages)
+    shared = whole.lasting + max(in_flight * whole.activations + whole.gradients, whole.step)
+    return float(shared * whole.slack / c.pp + whole.reserve)
+
+
+class _WholeBytes(NamedTuple):
+    """Of the whole chain, without ranks. step: beside what lasts, in the optimizer step. slack, reserve: what is added
+    to a rank's sum."""
+
+    lasting: float
+    activations: float  # of one microbatch
+    gradients: float
+    step: float
+    slack: float
+    reserve: int
+
+
+def _whole_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
     n, kind = chain.num_instances, setting.mesh(candidate).devices[0].kind
     whole = StageState(chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n], 0)
     held = _state(setting, candidate, whole, kind)
-    if in_flight is None:
-        in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
-    moments = (
-        in_flight * float(chain.activation_bytes.sum()) + held.gradients,
+    return _WholeBytes(
+        held.parameters + held.optimizer + held.buffers,
+        float(chain.activation_bytes.sum()),
+        held.gradients,
         held.step_gradients + held.step_temporaries,
+        memory.slack_factor(kind),
+        memory.reserve_bytes(kind, num_groups(candidate)),
     )
-    shared = held.parameters + held.optimizer + held.buffers + max(moments)
-    return float(shared * memory.slack_factor(kind) / candidate.pp + memory.reserve_bytes(kind, num_groups(candidate)))
 
 
 def state_share(setting: Setting, candidate: Candidate) -> float:

@@ -45,7 +45,7 @@ def score(state: SearchState, candidate: Candidate, options: Sequence[MemoryOpti
 def mean_fits(state: SearchState, candidate: Candidate, option: MemoryOption, in_flight: int | None = None) -> bool:
     """May the mean rank fit? If not, no cuts do. in_flight: in place of what the candidate's schedule holds at once."""
     chain = state.setting.chain(option.solution, option.recompute)
-    return mean_bytes(state.setting, candidate, chain, in_flight) <= state.setting.limits(candidate).max()
+    return mean_bytes(state.setting, candidate, chain, in_flight) <= state.setting.most(candidate)
 
 
 def first_options(state: SearchState, candidate: Candidate, options: Sequence[MemoryOption]) -> list[MemoryOption]:

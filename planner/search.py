@@ -145,10 +145,11 @@ class SearchState:
     def _learn_bounds(self, candidate: Candidate, pool: MemoryPool) -> float:
         """Bounds of a candidate of a solved group; returns what it is estimated at."""
         outcome = self.outcomes[candidate]
-        starts = first_options(self, candidate, pool.options) or pool.options[-1:]
+        firsts = first_options(self, candidate, pool.options)
+        starts = firsts or pool.options[-1:]
         chains = [self.setting.chain(option.solution, option.recompute) for option in starts]
         outcome.search_bound_s = min(lower_bound(self.setting, candidate, chain) for chain in chains)
-        outcome.bound_s = max(outcome.bound_s, own_order_bound(self, candidate, pool.options))
+        outcome.bound_s = max(outcome.bound_s, own_order_bound(self, candidate, firsts))
         return min(estimate(self.setting, candidate, chain) for chain in chains)
 
     def _take_for_too_large(self, outcome: Outcome, smaller: Outcome) -> None:

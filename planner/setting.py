@@ -82,6 +82,13 @@ class Setting:
             self.cache[key] = np.array([self.limit(candidate, rank) for rank in range(candidate.pp)], dtype=float)
         return self.cache[key]
 
+    def most(self, candidate: Candidate) -> float:
+        """The limit of the rank that may use most."""
+        key = ("most", candidate.pp, candidate.dp, candidate.tp)
+        if key not in self.cache:
+            self.cache[key] = float(self.limits(candidate).max())
+        return self.cache[key]
+
     def optimizer_seconds(self, elements: float, device: Device) -> float:
         """Memory traffic alone."""
         moved = elements * self.kinds.moved_by_update

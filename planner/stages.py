@@ -47,6 +47,11 @@ def best_cuts(
     n = num_instances
     if num_stages > n:
         return None
+    window = n - num_stages + 1  # stage s begins at one of s..s+window-1, since every other stage gets a position
+
+    def part(table: np.ndarray, stage: int) -> np.ndarray:
+        return table[stage : stage + window, stage + 1 : stage + 1 + window]
+
     allowed = np.triu(np.ones((n + 1, n + 1), dtype=bool), 1)
     masked: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # stages may share one matrix
     tables = []
@@ -55,17 +60,17 @@ def best_cuts(
         if id(table) not in masked:
             masked[id(table)] = table, np.where(allowed, table, np.inf)
         tables.append(masked[id(table)][1])
-    best = np.full(n + 1, np.inf)
+    best = np.full(window, np.inf)
     best[0] = 0.0
-    for table in tables:
-        best = np.maximum(best[:, None], table).min(axis=0)
-    bottleneck = float(best[n])
+    for stage, table in enumerate(tables):
+        best = np.maximum(best[:, None], part(table, stage)).min(axis=0)
+    bottleneck = float(best[-1])
     if not math.isfinite(bottleneck):
         return None
     limit = bottleneck * (1 + 1e-12)
-    total = np.full(n + 1, np.inf)
+    total = np.full(window, np.inf)
     total[0] = 0.0
-    choices = []
+    choices, columns = [], np.arange(window)
     nothing = np.zeros((n + 1, n + 1))
     priced: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
     for stage, table in enumerate(tables):
@@ -73,13 +78,13 @@ def best_cuts(
         key = (id(table), id(extra))
         if key not in priced:
             priced[key] = extra, np.where(table <= limit, extra, np.inf)
-        through = total[:, None] + priced[key][1]
+        through = total[:, None] + part(priced[key][1], stage)
         choice = through.argmin(axis=0)
         choices.append(choice)
-        total = through[choice, np.arange(n + 1)]
+        total = through[choice, columns]
     bounds = [n]
-    for choice in reversed(choices):
-        bounds.append(int(choice[bounds[-1]]))
+    for stage in reversed(range(num_stages)):
+        bounds.append(stage + int(choices[stage][bounds[-1] - stage - 1]))
     return Cuts(tuple(reversed(bounds)), bottleneck)
 
 

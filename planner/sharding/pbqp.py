@@ -18,6 +18,7 @@ import copy
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -108,6 +109,46 @@ def solve(
     return choice, Solution(status, objective, bound, gap, time.perf_counter() - started)
 
 
+class _Compared(NamedTuple):
+    """possible: rows of the matrix that are not all infinite; None: all. worst[j, i]: row j in place of row i costs at
+    most this much more, whatever the column."""
+
+    matrix: np.ndarray
+    possible: np.ndarray | None
+    worst: np.ndarray
+
+    @classmethod
+    def of(cls, matrix: np.ndarray) -> _Compared:
+        difference = matrix[:, None, :] - matrix
+        worst = np.maximum.reduce(difference, axis=2)
+        if np.maximum.reduce(matrix, axis=None) < np.inf:
+            return cls(matrix, None, worst)
+        difference[np.isnan(difference)] = -np.inf  # impossible with either
+        return cls(matrix, np.isfinite(matrix).any(axis=1), np.maximum.reduce(difference, axis=2))
+
+
+def _undominated(costs: np.ndarray, weights: np.ndarray | None, worst_of: list[np.ndarray]) -> np.ndarray | None:
+    """Positions of options that no other beats whatever the neighbours take, in costs and, where they are not in the
+    costs yet, in weights; of two equal ones the first. None: all. worst_of: of each neighbour, _Compared.worst."""
+    worst = costs[:, None] - costs  # [j, i]: option j in place of i, at most this much dearer
+    for table in worst_of:
+        worst = worst + table
+    beaten = worst <= 0
+    if np.count_nonzero(beaten) <= np.count_nonzero(beaten.diagonal()):
+        return None
+    if weights is not None:
+        no_more = weights[:, None] <= weights[None, :]
+        beaten &= no_more if weights.ndim == 1 else no_more.all(axis=2)
+    np.fill_diagonal(beaten, False)
+    # of options that beat each other, the first stays
+    beaten &= ~(beaten.T & np.tri(len(costs), k=-1, dtype=bool))
+    alive = np.ones(len(costs), dtype=bool)
+    for i in np.flatnonzero(beaten.any(axis=0))[::-1]:  # one at a time: what beats an option must itself be there
+        if (beaten[:, i] & alive).any():
+            alive[i] = False
+    return np.flatnonzero(alive)
+
+
 class Elimination:
     """The exact reductions, with what is needed to recover the options of the variables that they removed."""
 
@@ -122,6 +163,7 @@ class Elimination:
         self.alive = set(range(len(problem.costs)))
         self.constant = 0.0
         self.stack: list[tuple[int, list[int], np.ndarray, list[np.ndarray]]] = []
+        self._compared: dict[tuple[int, int], _Compared] = {}
 
     def priced(self, price: Price) -> Elimination:
         """A copy with the weights at this price in the costs. Arrays are shared, since none is ever written to."""
@@ -130,6 +172,7 @@ class Elimination:
         other.weights = {}
         other.options, other.stack, other.alive = list(self.options), list(self.stack), set(self.alive)
         other.neighbours = [dict(row) for row in self.neighbours]
+        other._compared = dict(self._compared)
         return other
 
     def run(self) -> None:
@@ -160,50 +203,51 @@ class Elimination:
 
     def _prune(self, u: int) -> bool:
         """Remove impossible and dominated options; of two equal ones the first stays."""
-        costs = self.costs[u]
-        keep = np.isfinite(costs)
-        for matrix in self.neighbours[u].values():
-            keep &= np.isfinite(matrix).any(axis=1)
-        if not keep.any():
-            keep[0] = True  # infeasible: leave one option, whose infinite cost shows it
-        kept, matrices, weights = np.flatnonzero(keep), list(self.neighbours[u].values()), self.weights.get(u)
-        if len(kept) < len(costs):
-            matrices = [matrix[kept] for matrix in matrices]
+        costs, weights = self.costs[u], self.weights.get(u)
+        if len(costs) == 1:
+            return False
+        edges = [self._compare(u, v) for v in self.neighbours[u]]
+        kept = self._possible(costs, edges)
+        if kept is None:
+            kept = _undominated(costs, weights, [edge.worst for edge in edges])
+            if kept is None:
+                return False
+        else:
+            among = np.ix_(kept, kept)
             weights = None if weights is None else weights[kept]
-        kept = kept[self._undominated(costs[kept], weights, matrices)]
+            best = _undominated(costs[kept], weights, [edge.worst[among] for edge in edges])
+            kept = kept if best is None else kept[best]
         if len(kept) == len(costs):
             return False
         self.costs[u], self.options[u] = costs[kept], self.options[u][kept]
         if u in self.weights:
             self.weights[u] = self.weights[u][kept]
-        for v, matrix in list(self.neighbours[u].items()):
-            self.neighbours[u][v] = matrix[kept]
-            self.neighbours[v][u] = self.neighbours[u][v].T
+        for (v, matrix), edge in zip(list(self.neighbours[u].items()), edges, strict=True):
+            self.neighbours[u][v] = matrix = matrix[kept]
+            self.neighbours[v][u] = matrix.T
+            possible = None if edge.possible is None else edge.possible[kept]
+            self._compared[u, v] = _Compared(matrix, possible, edge.worst[np.ix_(kept, kept)])
         return True
 
     @staticmethod
-    def _undominated(costs: np.ndarray, weights: np.ndarray | None, matrices: list[np.ndarray]) -> np.ndarray:
-        """Positions of options that no other beats whatever the neighbours take, in costs and, where they are not in
-        the costs yet, in weights; of two equal ones the first."""
-        if len(costs) == 1:
-            return np.array([0])
-        worst = costs[:, None] - costs[None, :]  # [j, i]: option j in place of i, at most this much dearer
-        for matrix in matrices:
-            difference = matrix[:, None, :] - matrix[None, :, :]
-            difference[np.isnan(difference)] = -np.inf  # impossible with either
-            worst = worst + difference.max(axis=2)
-        beaten = worst <= 0
-        if weights is not None:
-            no_more = weights[:, None] <= weights[None, :]
-            beaten &= no_more if weights.ndim == 1 else no_more.all(axis=2)
-        np.fill_diagonal(beaten, False)
-        # of options that beat each other, the first stays
-        beaten &= ~(beaten.T & (np.arange(len(costs))[:, None] > np.arange(len(costs))[None, :]))
-        alive = np.ones(len(costs), dtype=bool)
-        for i in range(len(costs) - 1, -1, -1):  # one at a time: what beats an option must itself be there
-            if (beaten[:, i] & alive).any():
-                alive[i] = False
-        return np.flatnonzero(alive)
+    def _possible(costs: np.ndarray, edges: list[_Compared]) -> np.ndarray | None:
+        """Options of finite cost, whatever the neighbours must take for that. None: all."""
+        keep = np.isfinite(costs)
+        for edge in edges:
+            if edge.possible is not None:
+                keep &= edge.possible
+        if np.count_nonzero(keep) == len(costs):
+            return None
+        if not keep.any():
+            keep[0] = True  # infeasible: leave one option, whose infinite cost shows it
+        return np.flatnonzero(keep)
+
+    def _compare(self, u: int, v: int) -> _Compared:
+        """Options of u by what they cost at v; found anew only where the edge has changed."""
+        matrix, known = self.neighbours[u][v], self._compared.get((u, v))
+        if known is None or known.matrix is not matrix:
+            known = self._compared[u, v] = _Compared.of(matrix)
+        return known
 
     def _fix(self, u: int, touched: list[int]) -> None:
         """A variable with one option left is a cost of each neighbour."""
