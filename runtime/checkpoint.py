@@ -7,7 +7,7 @@ Keys of the flat state:
     optimizer.NAME.STATE    one entry of the optimizer's state for that parameter
     loss_scale.state        under float16: [scale, finite steps since it changed]
 
-Beside DCP's files stands program.json: {"format", "step", "groups": hyperparameters of each parameter group, "files":
+Beside DCP's files stands program.json: {"format", "step", "groups": parameters and options of each group, "files":
 SHA-256 of each, "sha256": of the document itself}. It is written last, so that a folder without it is an unfinished
 checkpoint.
 
@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ExitCode, ShardwrightError
 from .checkpoint_files import SafeReader, damaged, digests, document_digest, file_names, first_difference
+from .parameter_groups import merged, options_of, set_options
 from .parameters import local_tensor
 from .together import num_ranks, of_all_ranks, on_every_rank, on_rank_0
 
@@ -154,13 +155,14 @@ def save(program: Program, path: str | Path) -> None:
     names = on_rank_0(lambda: file_names(partial))  # a shared folder may be listed late elsewhere
     shares = of_all_ranks(on_every_rank(lambda: digests(partial, names[program.grid.rank :: num_ranks()])))
     files = {name: digest for share in shares for name, digest in share.items()}
-    on_rank_0(lambda: _writing(lambda: _finish(program, partial, path, files)))
+    groups = merged(of_all_ranks(options_of(program)))
+    on_rank_0(lambda: _writing(lambda: _finish(program, partial, path, files, groups)))
 
 
-def _finish(program: Program, partial: Path, path: Path, files: Mapping[str, str]) -> None:
+def _finish(
+    program: Program, partial: Path, path: Path, files: Mapping[str, str], groups: list[dict[str, Any]]
+) -> None:
     """Write the document, and put the new checkpoint in the place of an old one."""
-    optimizer = program.optimizer
-    groups = [_plain_options(group) for group in optimizer.param_groups] if optimizer is not None else []
     document: dict[str, Any] = {"format": FORMAT, "step": program.step_index, "groups": groups, "files": files}
     document["sha256"] = document_digest(document)
     (partial / _DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")
@@ -211,9 +213,8 @@ def load(program: Program, path: str | Path) -> None:
     with program.half_loaded.watched():
         _read(path, state, reader, DefaultLoadPlanner())
     program.step_index = document["step"]
-    if program.optimizer is not None and with_optimizer:
-        for group, options in zip(program.optimizer.param_groups, document["groups"], strict=False):
-            group.update(options)
+    if with_optimizer:
+        set_options(program, document["groups"])
     program.store.refresh()
 
 
@@ -299,17 +300,8 @@ def _read_document(path: Path) -> dict[str, Any]:
         raise damaged(path, f"{_DOCUMENT} is not as it was written")
     step, groups, files = (document.get(key) for key in ("step", "groups", "files"))
     sound = type(step) is int and step >= 0 and isinstance(groups, list) and isinstance(files, dict)
-    if not sound or not all(isinstance(group, dict) for group in groups):
+    if not sound or not all(
+        isinstance(group, dict) and isinstance(group.get("parameters", []), list) for group in groups
+    ):
         raise damaged(path, f"{_DOCUMENT} lacks the step, the parameter groups or the checksums")
     return document
-
-
-def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Hyperparameters of a parameter group that JSON can hold."""
-    options = {}
-    for key, value in group.items():
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        if key != "params" and isinstance(value, (int, float, bool, str, list, tuple, type(None))):
-            options[key] = value
-    return options

@@ -61,6 +61,32 @@ def test_a_checkpoint_of_one_layout_goes_on_in_another(index: int, tmp_path: Pat
         assert losses == pytest.approx(expected, rel=1e-9)
 
 
+def _groups(rank: int, layout: dict, path: str) -> list[list[tuple[str, float]]]:
+    """Hyperparameters of this rank's groups as set, and after they were changed and loaded."""
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, **layout), optimizer=ADAM)
+    named = dict(program.named_parameters())
+    by_kind: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in named.items():
+        by_kind.setdefault(f"{name.partition('.')[0]} {parameter.dim()}", []).append(parameter)
+    rates = {kind: 0.01 * (1 + sum(map(ord, kind)) % 17) for kind in by_kind}
+    program.optimizer = torch.optim.AdamW([{"params": p, "name": k, "lr": rates[k]} for k, p in by_kind.items()])
+    look = lambda: [(group["name"], group["lr"]) for group in program.optimizer.param_groups]  # noqa: E731
+    before = look()
+    program.step(program.shard_batch(make_batch(8)))
+    program.save(path)
+    for group in program.optimizer.param_groups:
+        group["lr"], group["name"] = 1.0, "other"
+    program.load(path)
+    return [before, look()]
+
+
+def test_each_stage_loads_the_options_of_its_own_groups(tmp_path: Path) -> None:
+    found = run_ranks(2, _groups, {"pp": 2}, str(tmp_path / "ckpt"))
+    assert found[0][0] != found[1][0]
+    assert all(before == after for before, after in found)
+
+
 def test_two_copies_of_a_stage_are_saved_once(tmp_path: Path) -> None:
     sizes = []
     for layout in ({"pp": 2}, {"pp": 2, "schedule": "chimera"}):
