@@ -128,6 +128,12 @@ def traced_node(tensor: torch.Tensor) -> tuple[Any, Any] | None:
     return None if slot is None else (slot.proxy.node, getattr(mode.tracer, "root", None))
 
 
+def running_trace() -> tuple[Any, Any] | None:
+    """(graph, what holds its attributes) of the running trace, as it stands."""
+    mode = proxy_tensor.get_proxy_mode()
+    return None if mode is None else (mode.tracer.graph, getattr(mode.tracer, "root", None))
+
+
 @contextlib.contextmanager
 def outside_trace_and_fakes() -> Iterator[None]:
     """Inside, tensors are real, and a running trace sees nothing."""

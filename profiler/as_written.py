@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .attributes import Attributes
 from .autograd_functions import Calls, guarded_engine, recorded_functions
 from .gradient_hooks import GradientHooks, recorded_hooks, refuse_hooks
-from .own_checkpoints import captured_through
+from .own_checkpoints import Parts, captured_through
 
 
 class AsWritten:
@@ -26,13 +27,26 @@ class AsWritten:
         }
         self.calls = Calls(originals)
         self.hooks = GradientHooks(model, self.calls)
+        self.parts, self.attributes = Parts(), Attributes(model)
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         with (
-            captured_through(),
+            self.attributes.put_back(),
+            captured_through(self.parts),
             guarded_engine(self.calls),
             recorded_functions(self.calls),
             recorded_hooks(self.hooks),
         ):
             yield
+
+    def begin(self) -> None:
+        """In the trace, before the forward."""
+        self.attributes.begin()
+        self.hooks.record_parameters()
+
+    def end(self) -> None:
+        """In the trace, after the forward."""
+        self.attributes.note_changes()
+        self.attributes.write_buffers()
+        self.parts.run_again()

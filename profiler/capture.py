@@ -38,6 +38,7 @@ from .normalize import normalize
 from .outside_random import refused_outside_random
 from .recurrent_layers import recurrent_layers
 from .scans import scans
+from .unregistered import refuse_unregistered
 from .watch import tell
 from .where import users_frame
 from .workload import Loss, Workload
@@ -52,7 +53,8 @@ class TrainingStep(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Loss | None, call: Call = PLAIN_CALL) -> None:
         super().__init__()
-        self.model, self.loss, self.call = model, loss, call
+        self.model, self.call = model, call
+        self.loss = loss if loss is None else lambda output, batch: loss(output, batch)  # not as a module within this
         self.begin: Callable[[], None] = lambda: None
         self.verified: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss
 
@@ -144,6 +146,7 @@ def capture(workload: Workload, *, evaluating: bool = False) -> ModelGraph:
         raise _capture_error(error) from error
     made.conditions = {names[node]: line for node, line in conditions.items()}
     made.later_conditions = tuple(later)
+    made.attributes_set = tuple(written.attributes.changed)
     return made
 
 
@@ -189,9 +192,9 @@ def export_step(
     step = (EvaluationStep if evaluating else TrainingStep)(workload.model, workload.loss, workload.call)
     shapes = None if symbolic is None else {n: dict.fromkeys(symbolic.get(n, ()), Dim.AUTO) for n in batch}
     written = written or AsWritten(workload.model)
-    step.begin = written.hooks.record_parameters
+    step.begin = written.begin
     assumptions = Assumptions(lambda: _real_entries(workload))
-    step.verified = assumptions.verified
+    step.verified = lambda loss: _finished(loss, written, assumptions, workload.loss)
     try:
         with (
             warnings.catch_warnings(),
@@ -213,6 +216,15 @@ def export_step(
         raise
     except Exception as error:
         raise _capture_error(error) from error
+
+
+def _finished(
+    loss: torch.Tensor, written: AsWritten, assumptions: Assumptions, loss_function: Loss | None
+) -> torch.Tensor:
+    """What is done at the end of the forward, while its trace still runs."""
+    written.end()
+    refuse_unregistered(loss, loss_function)
+    return assumptions.verified(loss)
 
 
 def _real_entries(workload: Workload) -> Mapping[str, torch.Tensor]:

@@ -1,4 +1,5 @@
-"""Copies of a model that do what it does: copy.deepcopy and new parameters lose the hooks that a parameter carries.
+"""Copies of a model that do what it does: copy.deepcopy and new parameters lose the hooks that a parameter carries, and
+functions (hooks, a loss) that close over the model go on reading the original.
 
 And what a run of the model itself leaves as it was.
 """
@@ -6,34 +7,142 @@ And what a run of the model itself leaves as it was.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from .workload import Workload
+
 
 def copy_model(model: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(model)
+    """Its hooks and its own functions read the copy where they close over the model."""
+    with _values_left_behind():
+        copied = copy.deepcopy(model)
     carry_hooks(model, copied)
+    followed = _Follows(model, copied)
+    for module in copied.modules():
+        for name, held in list(vars(module).items()):
+            if isinstance(held, (types.FunctionType, functools.partial)):
+                vars(module)[name] = followed(held)
+            elif name.endswith("_hooks") and isinstance(held, dict):
+                for number, hook in list(held.items()):
+                    held[number] = followed(hook)
     return copied
+
+
+def copy_workload(workload: Workload) -> Workload:
+    """With a copy of the model, and a loss that reads the copy where it closes over the model."""
+    model = copy_model(workload.model)
+    loss = None if workload.loss is None else _Follows(workload.model, model)(workload.loss)
+    return dataclasses.replace(workload, model=model, loss=loss)
+
+
+class _Follows:
+    """Functions that close over a model, or a part of it, as functions that close over its copy."""
+
+    def __init__(self, model: nn.Module, copied: nn.Module) -> None:
+        self.others: dict[int, Any] = {}
+        for kind in ("modules", "parameters", "buffers"):
+            these, those = (list(getattr(one, kind)()) for one in (model, copied))
+            if len(these) == len(those):
+                self.others |= {id(one): other for one, other in zip(these, those, strict=True)}
+
+    def __call__(self, thing: Any, depth: int = 3) -> Any:
+        """The thing itself where nothing of the model is in it."""
+        if id(thing) in self.others:
+            return self.others[id(thing)]
+        if depth == 0:
+            return thing
+        if isinstance(thing, types.MethodType):
+            owner = self._object(thing.__self__, depth)
+            return thing if owner is thing.__self__ else types.MethodType(thing.__func__, owner)
+        if isinstance(thing, functools.partial):
+            held = self([thing.func, *thing.args], depth)
+            keywords = {name: self(value, depth - 1) for name, value in thing.keywords.items()}
+            return functools.partial(*held, **keywords)
+        if type(thing) in (list, tuple):
+            found = [self(item, depth - 1) for item in thing]
+            return thing if all(a is b for a, b in zip(thing, found, strict=True)) else type(thing)(found)
+        return self._function(thing, depth) if isinstance(thing, types.FunctionType) else thing
+
+    def _object(self, thing: Any, depth: int) -> Any:
+        """What a bound method is of: a trainer that holds the model, say."""
+        if id(thing) in self.others or isinstance(thing, nn.Module) or not hasattr(thing, "__dict__"):
+            return self(thing, 0)
+        found = {name: self(value, depth - 1) for name, value in vars(thing).items()}
+        if all(found[name] is value for name, value in vars(thing).items()):
+            return thing
+        made = copy.copy(thing)
+        vars(made).update(found)
+        return made
+
+    def _function(self, function: types.FunctionType, depth: int) -> types.FunctionType:
+        cells = []
+        for cell in function.__closure__ or ():
+            try:
+                held = cell.cell_contents
+            except ValueError:  # not filled yet
+                cells.append(cell)
+                continue
+            found = self(held, depth - 1)
+            cells.append(cell if found is held else types.CellType(found))
+        defaults = self(function.__defaults__ or (), depth)
+        keywords = {name: self(value, depth - 1) for name, value in (function.__kwdefaults__ or {}).items()}
+        before = [
+            *(function.__closure__ or ()),
+            *(function.__defaults__ or ()),
+            *(function.__kwdefaults__ or {}).values(),
+        ]
+        if all(a is b for a, b in zip(before, [*cells, *defaults, *keywords.values()], strict=True)):
+            return function
+        made = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, defaults or None, tuple(cells)
+        )
+        made.__kwdefaults__ = keywords or None
+        made.__dict__.update(function.__dict__)
+        made.__qualname__ = function.__qualname__
+        return made
+
+
+@contextmanager
+def _values_left_behind() -> Iterator[None]:
+    """Values that a forward left on the model, which torch does not copy, are copied without their history."""
+    original = torch.Tensor.__deepcopy__
+
+    def without_history(tensor: torch.Tensor, memo: Any) -> Any:
+        return original(tensor if tensor.is_leaf else tensor.detach(), memo)
+
+    torch.Tensor.__deepcopy__ = without_history  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.__deepcopy__ = original  # type: ignore[method-assign]
 
 
 def carry_hooks(source: nn.Module, target: nn.Module) -> None:
     """To each parameter of target, where it has none, the hooks that the source's of the same name has."""
+    followed = _Follows(source, target)
     for name, parameter in source.named_parameters():
-        carry_hooks_of(parameter, target.get_parameter(name))
+        carry_hooks_of(parameter, target.get_parameter(name), followed)
 
 
-def carry_hooks_of(source: torch.Tensor, target: torch.Tensor) -> None:
+def carry_hooks_of(source: torch.Tensor, target: torch.Tensor, followed: Callable[[Any], Any] | None = None) -> None:
     if source is target:
         return
+    follow = followed or (lambda hook: hook)
     if target.requires_grad and not target._backward_hooks:
         for hook in (source._backward_hooks or {}).values():
-            target.register_hook(hook)
+            target.register_hook(follow(hook))
     if target.requires_grad and not getattr(target, "_post_accumulate_grad_hooks", None):
         for hook in (getattr(source, "_post_accumulate_grad_hooks", None) or {}).values():
-            target.register_post_accumulate_grad_hook(hook)
+            target.register_post_accumulate_grad_hook(follow(hook))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.autograd.function import Function
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
 from .autograd_functions import OP, Calls
-from .where import name_of, place_of
+from .where import name_of, place_of, users_line
 
 Hook = Callable[..., Any]
 
@@ -37,7 +38,9 @@ def _refusal(what: str, means: str, works: str) -> ShardwrightError:
 
 
 def described(hook: Hook) -> str:
-    return f"hook {name_of(hook)} ({place_of(hook)})"
+    place = place_of(hook)
+    # a hook of torch's own is put where the user's code is running just now
+    return f"hook {name_of(hook)} ({users_line() if '/torch/' in place else place})"
 
 
 def _observes(hook: Hook, where: str) -> ShardwrightError:
@@ -89,7 +92,14 @@ class GradientHooks:
             return [_OnTensor.apply(given[0], hook, where)]
 
         place = f"on {where}, {place_of(hook)}"
-        replayed = self.calls.traced(run, [tensor], f"hook {name_of(hook)}", place)
+        name = f"hook {name_of(hook)}"
+        replayed = self.calls.traced(run, [tensor], name, place)
+        if self.calls.traced(run, [tensor], name, place).digest() != replayed.digest():
+            raise _refusal(
+                f"{described(hook)} on {where} computes another gradient each time that it runs",
+                "it hangs on what Python keeps between its runs (a counter, a list), which a graph does not carry",
+                "a hook of its gradient, settings and the model's buffers",
+            )
         key = self.calls.keep(replayed)
         torch.ops.shardwright.autograd_function(self.calls.all_tensors([tensor], replayed), f"{key}@{self.count}")
         self.count += 1
@@ -112,6 +122,15 @@ class GradientHooks:
                 "register it once, when the model is made",
             )
         return _Handle(self, self.record(tensor, hook, "a tensor of the forward"))
+
+    def refuse_after(self, original: Any, tensor: torch.Tensor, hook: Hook) -> Any:
+        if self.calls.depth:
+            return original(tensor, hook)
+        raise _refusal(
+            f"{described(hook)} is put behind an accumulated gradient at {users_line()}, in the forward",
+            "gradients are accumulated shard by shard and over microbatches, so it would see parts of them",
+            "tensor.register_hook(...), which is captured",
+        )
 
     def module_hooks(self, module: nn.Module, hooks: Sequence[Hook], pre_hooks: Sequence[Hook]) -> Any:
         if self.calls.depth:
@@ -339,18 +358,58 @@ class _GradOutput:
 def recorded_hooks(hooks: GradientHooks) -> Iterator[None]:
     original = torch.Tensor.register_hook
     torch.Tensor.register_hook = lambda tensor, hook: hooks.register_hook(original, tensor, hook)  # type: ignore[method-assign, assignment]
+    after = torch.Tensor.register_post_accumulate_grad_hook
+    torch.Tensor.register_post_accumulate_grad_hook = lambda tensor, hook: hooks.refuse_after(after, tensor, hook)  # type: ignore[method-assign, assignment]
     tables = _torch.global_module_hooks()
     before = [dict(table) for table in tables]
     try:
         for table in tables:
             for number, hook in table.items():
                 table[number] = hooks.only_of_model(hook)
-        with _torch.backward_hook_replaced(hooks.module_hooks), _watched_saving(hooks.calls):
+        with (
+            _torch.backward_hook_replaced(hooks.module_hooks),
+            _watched_saving(hooks.calls),
+            _watched_nodes(hooks.calls),
+        ):
             yield
     finally:
         torch.Tensor.register_hook = original  # type: ignore[method-assign]
+        torch.Tensor.register_post_accumulate_grad_hook = after  # type: ignore[method-assign]
         for table, held in zip(tables, before, strict=True):
             table.update(held)
+
+
+class _GradFn:
+    """Stands for tensor.grad_fn: a node of a graph that is only traced, so that no hook on it would ever run."""
+
+    def __init__(self, node: Any) -> None:
+        object.__setattr__(self, "_node", node)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("register_hook", "register_prehook"):
+            raise _refusal(
+                f"a hook is put on a grad_fn at {users_line()}",
+                "the node is one of the trace, and not of the backward that runs",
+                "tensor.register_hook(...), which is captured",
+            )
+        return getattr(object.__getattribute__(self, "_node"), name)
+
+
+@contextlib.contextmanager
+def _watched_nodes(calls: Calls) -> Iterator[None]:
+    """Hooks on nodes of autograd's graph are refused. torch's own code gets the nodes themselves."""
+    original = torch.Tensor.grad_fn  # inherited from torch._C
+
+    def grad_fn(tensor: torch.Tensor) -> Any:
+        node = original.__get__(tensor)  # type: ignore[attr-defined]
+        is_users = not calls.depth and "/torch/" not in sys._getframe(1).f_code.co_filename
+        return _GradFn(node) if node is not None and is_users else node
+
+    torch.Tensor.grad_fn = property(grad_fn)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        del torch.Tensor.grad_fn
 
 
 @contextlib.contextmanager

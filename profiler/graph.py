@@ -113,6 +113,7 @@ class ModelGraph:
     conditions: dict[str, str] = field(default_factory=dict)
     later_conditions: tuple[str, ...] = ()
     structure_hash: str = ""
+    attributes_set: tuple[str, ...] = ()  # of modules, by the forward; see attributes.py
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # "constant:NAME", tensors written into the code
 
     @property

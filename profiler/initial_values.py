@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ExitCode, ShardwrightError
-from .copies import carry_hooks, copy_model
+from .copies import carry_hooks, copy_workload
 from .inputs import make_batch
 from .recorded import first_values
 from .workload import Workload
@@ -58,7 +58,8 @@ def materialize(workload: Workload, device: torch.device | str = "cpu") -> Workl
 
     The given one is not touched. For reference runs of models that fit one device.
     """
-    model = copy_model(workload.model)
+    copied = copy_workload(workload)
+    model = copied.model
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -78,7 +79,7 @@ def materialize(workload: Workload, device: torch.device | str = "cpu") -> Workl
         batch = make_batch(workload, device=device, seed=workload.seed)
     else:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    return dataclasses.replace(workload, model=model, example_batch=batch)
+    return dataclasses.replace(copied, example_batch=batch)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

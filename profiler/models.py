@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import ExitCode, ShardwrightError
 from . import diffusion, hf
 from .calling import named_entries, take_apart
-from .copies import carry_hooks, copy_model
+from .copies import carry_hooks, copy_workload
 from .hf_batches import default_seq_len, fields_for
 from .initial_values import materialize
 from .inputs import BatchField, common_size, draw_batch
@@ -146,7 +146,8 @@ def with_precision(workload: Workload, precision: Precision | torch.dtype | str)
     model's own code makes inside its forward are widened by reference_dtype.widened, which capture and reference share.
     """
     chosen = _precision(precision)
-    model = copy_model(workload.model)
+    copied = copy_workload(workload)
+    model = copied.model
     old = workload.precision.compute
     _cast(model, old, chosen.compute)
     carry_hooks(workload.model, model)
@@ -155,7 +156,7 @@ def with_precision(workload: Workload, precision: Precision | torch.dtype | str)
         for name, tensor in workload.example_batch.items()
     }
     spec = {**workload.spec, "precision": _precision_names(chosen)} if workload.spec else workload.spec
-    return dataclasses.replace(workload, model=model, example_batch=batch, precision=chosen, spec=spec)
+    return dataclasses.replace(copied, example_batch=batch, precision=chosen, spec=spec)
 
 
 def make_reference_dtype(workload: Workload, dtype: torch.dtype = torch.float64) -> Workload:

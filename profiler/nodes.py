@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import fx
+
+from .where import is_ours
+
+_FRAME = re.compile(r'File "(.+?)", line (\d+)')
 
 
 def value(node: Any) -> Any:
@@ -23,15 +29,10 @@ def emit(graph: fx.Graph, like: fx.Node, op: Any, *args: Any, **kwargs: Any) -> 
 
 
 def source_of(node: fx.Node) -> str:
-    """'file:line' of the user's code, the last frame of the stack that the trace kept."""
-    lines = [
-        line.strip() for line in node.meta.get("stack_trace", "").splitlines() if line.strip().startswith('File "')
-    ]
-    if not lines:
-        return ""
-    parts = lines[-1].split('"')
-    number = parts[2].split("line ")[1].split(",")[0].strip() if "line " in parts[2] else "?"
-    return f"{parts[1]}:{number}"
+    """'file:line' of the user's code that a node comes of: the innermost frame of the stack that the trace kept."""
+    found = [match.groups() for match in _FRAME.finditer(node.meta.get("stack_trace", ""))]
+    own = [(file, line) for file, line in found if "/torch/" not in file and not is_ours(Path(file))]
+    return ":".join((own or found)[-1]) if found else ""
 
 
 def needed_for(wanted: Iterable[Any], stop: Callable[[fx.Node], bool] = lambda node: False) -> set[fx.Node]:

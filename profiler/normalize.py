@@ -2,6 +2,7 @@
 
 Every pass takes an fx.Graph and changes it in place; they run in the order of `normalize`. What each leaves behind:
     inline_scopes         no higher-order set_grad_enabled/autocast wrappers
+    refuse_transforms     no torch.vmap
     refuse_sizes_from_data  no tensor whose shape follows from the data in another
     count_users           every node among the users of what it reads
     place_hooks           (gradient_hooks.py) each hook on a gradient right behind the tensor that it is on
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ from .global_loss import split_mean_losses
 from .loss_precision import widen_losses
 from .nodes import source_of, value
 from .random_ops import number_draws, replace_random
+from .where import is_ours
 from .writes import drop_unread_writes, is_inplace, refuse_param_writes, replace_inplace
 
 aten = torch.ops.aten
@@ -66,6 +69,7 @@ def normalize(
     """Run all passes. Returns the written buffers (placeholder name -> node of the new value) and the random key."""
     graph = graph_module.graph
     inline_scopes(graph_module)
+    refuse_transforms(graph)
     refuse_sizes_from_data(graph)
     refuse_opaque_constants(graph_module)
     count_users(graph)
@@ -112,6 +116,21 @@ def refuse_opaque_constants(graph_module: fx.GraphModule) -> None:
                     works="attn_implementation='eager', or a mask that the model is given",
                     exit_code=ExitCode.UNSUPPORTED_MODEL,
                 )
+
+
+def refuse_transforms(graph: fx.Graph) -> None:
+    """torch.vmap and its like leave their bookkeeping in a trace, beside ops on tensors without the added dimension."""
+    for node in graph.nodes:
+        if node.op == "call_function" and "functorch" in (getattr(node.target, "__module__", None) or ""):
+            line = source_of(node)
+            line = line if line and not is_ours(Path(line.rpartition(":")[0])) else "the loss"
+            raise ShardwrightError(
+                f"{line} calls a transform of torch.func ({getattr(node.target, '__name__', node.target)})",
+                means="the graph would show ops on one sample alone, so it cannot be planned",
+                change="that line: write the function out for the whole batch, without torch.vmap",
+                works="torch.einsum, broadcasting, or ops with a batch dimension",
+                exit_code=ExitCode.UNSUPPORTED_MODEL,
+            )
 
 
 def refuse_sizes_from_data(graph: fx.Graph) -> None:

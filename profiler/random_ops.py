@@ -27,12 +27,12 @@ _MARKERS = ("shardwright::sdpa_window", "shardwright::sdpa_masked")
 def number_draws(graph: fx.Graph) -> None:
     count = 0
     for node in graph.nodes:
-        if node.op == "call_function" and _draws(node):
+        if node.op == "call_function" and draws(node):
             node.meta[NUMBER] = count
             count += 1
 
 
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     if node.target._schema.name in _MARKERS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -226,11 +227,22 @@ class _Trace:
             module = make_fx(lambda *flat: self._joint(flat, pattern))(*plain)
         _refuse_random(module, self.name, self.place)
         lifted = _lift_constants(module)
+        self._refuse_outer_writes(module.graph, len(plain))
         found = _Found(
             self._split(module, plain + lifted), self.wanted, self.differentiable, self.returned, self.written,
             tuple(lifted),
         )  # fmt: skip
         return found, bool(told)
+
+    def _refuse_outer_writes(self, graph: fx.Graph, num_given: int) -> None:
+        """To what it is not given: a statistic of gradients, a counter of a module that it closes over."""
+        outer = set([n for n in graph.nodes if n.op == "placeholder"][num_given:])
+        for node in graph.nodes:
+            if any(_memory(n) in outer for n in _writes(node)):
+                raise _refusal(
+                    self.name, self.place, f"writes to a tensor that it is not given ({node.target})",
+                    works="the tensor written in the model's forward, or given to the Function as an argument",
+                )  # fmt: skip
 
     def _joint(self, flat: Sequence[torch.Tensor], pattern: tuple[bool, ...] | None) -> tuple[Any, ...]:
         leaves = [t.detach().requires_grad_(w) for t, w in zip(flat, self.wanted, strict=True)]
@@ -260,49 +272,75 @@ class _Trace:
         graph = module.graph
         results = list(next(n for n in graph.nodes if n.op == "output").args[0])
         end = len(self.differentiable) + len(self.written)
-        forward_nodes: set[fx.Node] = set()
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                forward_nodes.add(node)
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        forward_nodes = set(placeholders)
         for node in graph.nodes:
             forward_nodes.add(node)
             if node.name == self.boundary:
                 break
         tangents = [n for n in graph.nodes if n.name in set(self.gradients)]
-        needed = _needed([r for r in results[end:] if isinstance(r, fx.Node)], forward_nodes)
+        needed = _needed([r for r in results[end:] if isinstance(r, fx.Node)], graph, forward_nodes)
         saved = [n for n in graph.nodes if n in needed and n in forward_nodes]
-        forward = _subgraph(graph, [n for n in graph.nodes if n.op == "placeholder"], [*results[:end], *saved])
+        forward = _subgraph(graph, forward_nodes, placeholders, [*results[:end], *saved])
         forward = _plain(forward, given)
         if not any(isinstance(r, fx.Node) for r in results[end:]):
             return Graphs(forward, None, len(saved), ())
         layouts = tuple(layout(n.meta["val"]) for n in tangents)
         values = [n.meta["val"] for n in (*saved, *tangents)]
-        backward = _plain(_subgraph(graph, [*saved, *tangents], results[end:]), values)
+        backward = _plain(_subgraph(graph, needed - forward_nodes, [*saved, *tangents], results[end:]), values)
         return Graphs(forward, backward, len(saved), layouts)
 
 
-def _needed(results: Sequence[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    """What the backward reads, down to and with what the forward left."""
+def _needed(results: Sequence[fx.Node], graph: fx.Graph, stop: set[fx.Node]) -> set[fx.Node]:
+    """What the backward reads, down to and with what the forward left, and what it writes to memory that it reads."""
     found: set[fx.Node] = set()
     stack = list(results)
+    writes = [n for n in graph.nodes if n not in stop and _writes(n)]
     while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            if node not in stop:
-                stack.extend(node.all_input_nodes)
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                if node not in stop:
+                    stack.extend(node.all_input_nodes)
+        read = {_memory(node) for node in found}
+        stack = [n for n in writes if n not in found and any(_memory(w) in read for w in _writes(n))]
     return found
 
 
-def _subgraph(graph: fx.Graph, given: Sequence[fx.Node], results: Sequence[Any]) -> fx.GraphModule:
-    """given -> results, with all that writes in place between them. Devices become the CPU, as in every segment."""
+def _writes(node: fx.Node) -> list[fx.Node]:
+    """The operands that an op writes to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    written: list[fx.Node] = []
+    for i, argument in enumerate(node.target._schema.arguments):
+        given = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written += [n for n in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(n, fx.Node)]
+    return written
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """The node whose memory this one is in: itself, or what it is a view of."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):
+        returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
+        if node.target is not operator.getitem and not any(r.alias_info is not None for r in returns):
+            break
+        node = node.args[0]
+    return node
+
+
+def _subgraph(
+    graph: fx.Graph, within: set[fx.Node], given: Sequence[fx.Node], results: Sequence[Any]
+) -> fx.GraphModule:
+    """given -> results, with all of `within` that writes in place. Devices become the CPU, as in every segment."""
     made = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(given):
         env[node] = made.placeholder(f"given_{i}")
     cpu = torch.device("cpu")
     for node in graph.nodes:
-        if node in env or node.op != "call_function" or any(n not in env for n in node.all_input_nodes):
+        if node in env or node not in within or node.op != "call_function":
             continue
         env[node] = made.node_copy(node, lambda n: env[n])
         env[node].args = fx.node.map_aggregate(env[node].args, lambda a: cpu if isinstance(a, torch.device) else a)

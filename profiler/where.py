@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 _OURS = Path(__file__).parents[1]  # this package (or checkout)
+_STDLIB = sysconfig.get_path("stdlib") + os.sep
 _TESTED = ("tests", "examples", "benchmarks")  # beside it in a checkout, and the user's as far as errors go
 
 
@@ -21,7 +24,7 @@ def is_ours(path: Path) -> bool:
 def users_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary:
     """The innermost of these that is the user's; of a library's where none is, and the innermost of all else."""
     outside = [f for f in frames if "/torch/" not in f.filename and not is_ours(Path(f.filename))]
-    own = [f for f in outside if "site-packages" not in f.filename and not f.filename.startswith("<")]
+    own = [f for f in outside if "site-packages" not in f.filename and not f.filename.startswith(("<", _STDLIB))]
     return (own or outside or frames)[-1]
 
 

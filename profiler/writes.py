@@ -35,10 +35,8 @@ def refuse_param_writes(graph: fx.Graph, param_placeholders: Collection[str]) ->
     for node in reversed(list(graph.nodes)):
         if node.op != "call_function" or not is_inplace(node.target):
             continue
-        written = node.args[0]
-        while isinstance(written, fx.Node) and is_view(written):
-            written = written.args[0]
-        if not isinstance(written, fx.Node) or written.op != "placeholder" or written.name not in param_placeholders:
+        written = written_memory(node)
+        if written is None or written.op != "placeholder" or written.name not in param_placeholders:
             continue
         if node.target in _SCALINGS and node.args[1] in (1, 1.0):
             node.replace_all_uses_with(node.args[0])
@@ -79,6 +77,14 @@ def _written(node: fx.Node) -> fx.Node | None:
     if isinstance(out, fx.Node) and node.target._schema.is_mutable:
         return out
     return node.args[0] if is_inplace(node.target) and isinstance(node.args[0], fx.Node) else None
+
+
+def written_memory(node: fx.Node) -> fx.Node | None:
+    """The tensor that owns the memory that an op writes to."""
+    written = _written(node)
+    while written is not None and is_view(written):
+        written = written.args[0]  # type: ignore[assignment]
+    return written
 
 
 def _without_out(target: Any) -> Any | None:

@@ -27,7 +27,7 @@ from .errors import ExitCode, ShardwrightError
 from .kernels.ops import make_key
 from .planner.plan import SelfTest
 from .profiler.capture import capture
-from .profiler.copies import buffers_kept, copy_model
+from .profiler.copies import buffers_kept, copy_workload
 from .profiler.graph import ModelGraph
 from .profiler.inputs import make_batch
 from .profiler.models import make_reference_dtype
@@ -101,7 +101,7 @@ def _in_either_dtype(workload: Workload, graph: ModelGraph, device: torch.device
         if found is not None and own != torch.float32 and not found.is_near(torch.float64):
             _require_equal_in_float32(workload, device)
     try:
-        copied = dataclasses.replace(workload, model=copy_model(workload.model))
+        copied = copy_workload(workload)
     except Exception as error:  # whatever a module that holds locks, handles or groups raises when it is copied
         return f"the model cannot be copied: {type(error).__name__}: {error}"
     try:
@@ -203,6 +203,7 @@ class _Differences:
     """Of every tensor compared: relative to its largest entry; infinite where one side lacks it."""
 
     by_name: Mapping[str, float]
+    sets: tuple[str, ...] = ()  # attributes that the forward sets
     unknown: tuple[str, ...] = ()  # NaN on both sides, of which nothing can be told
 
     @property
@@ -225,10 +226,16 @@ class _Differences:
         return ShardwrightError(
             f"the graph captured of {workload.name} differs from the model as written: {shown}{more}{lacking}",
             means=f"relative to the largest entry, in {str(dtype).removeprefix('torch.')}; training would be another's",
-            change="what of the model a trace of its forward does not see; or --no-self-test (self_test=False)",
+            change=self._suspects() + "; or --no-self-test (self_test=False)",
             works="a model without it: docs/capture.md says what is captured",
             exit_code=ExitCode.UNSUPPORTED_MODEL,
         )
+
+    def _suspects(self) -> str:
+        if not self.sets:
+            return "what of the model a trace of its forward does not see"
+        names = ", ".join(self.sets[:4]) + (f" and {len(self.sets) - 4} more" if len(self.sets) > 4 else "")
+        return f"{names}: the forward sets that, and a graph does not carry it to the next step (register_buffer does)"
 
 
 class _Comparison:
@@ -265,13 +272,13 @@ class _Comparison:
             mine.step()
             theirs.step()
             self._compare_state()
-        return _Differences(self.found, tuple(self.unknown))
+        return _Differences(self.found, self.graph.attributes_set, tuple(self.unknown))
 
     def run_once(self) -> _Differences:
         size = self.workload.batch_size
         ran = self._run_graph(0)
         self._compare(ran, reference.forward_backward(self.workload, self.workload.example_batch, microbatch_size=size))
-        return _Differences(self.found, tuple(self.unknown))
+        return _Differences(self.found, self.graph.attributes_set, tuple(self.unknown))
 
     def _trained(self, parameters: object) -> list[torch.nn.Parameter]:
         return [p for p in parameters if p.requires_grad]  # type: ignore[attr-defined]

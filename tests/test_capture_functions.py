@@ -164,7 +164,32 @@ def beside_a_write_to_a_view(net: Net, i: int, block: nn.Module, h: torch.Tensor
     return block(h)
 
 
+class Cleared(Function):
+    """PyTorch's own tutorial: a gradient is copied and written where what was saved says so."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        y = x.clone()
+        y[:, ::2].mul_(slope)
+        return y.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        g = g.clone()
+        g[x < 0] = 0
+        part = g[:, :4]
+        part.mul_(x[:, 4:])
+        return g, None
+
+
+def written_in_the_backward(net: Net, i: int, block: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    return block(Cleared.apply(h, torch.tensor(3.0, dtype=h.dtype)))
+
+
 FUNCTIONS = [
+    written_in_the_backward,
     made_in_a_factory,
     several_results,
     written_in_place,
@@ -226,6 +251,43 @@ def test_checkpoints_of_the_model_are_captured_through(layer: Callable[..., torc
     assert largest_difference(workload_of(Net(layer), batch())) < TOLERANCE
 
 
+class Normed(nn.Module):
+    """Batch norms in checkpointed parts, one of which is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norms = nn.Linear(5, 8), nn.ModuleList(nn.BatchNorm1d(8) for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def part(self, i: int, h: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.norms[i](self.a.weight[:, 0] * h))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        h = checkpoint(self.part, 0, h, use_reentrant=False) + checkpoint(self.part, 0, 2 * h, use_reentrant=True)
+        h = checkpoint(self.part, 1, h, use_reentrant=False)
+        return F.cross_entropy(self.head(h), y)
+
+
+def test_norms_in_checkpoints_update_their_statistics_as_often_as_pytorch_does() -> None:
+    workload = workload_of(Normed(), batch())
+    assert largest_difference(workload) < TOLERANCE
+    assert [norm.num_batches_tracked.item() for norm in workload.model.norms] == [4, 2]
+
+
+def within_another(net: Net, i: int, block: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    def counted(h: torch.Tensor) -> torch.Tensor:
+        net.seen.add_(1)
+        return block(h)
+
+    return checkpoint(lambda h: checkpoint(counted, h, use_reentrant=False), h, use_reentrant=False)
+
+
+def without_its_numbers(net: Net, i: int, block: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    return checkpoint(block, h, use_reentrant=bool(i), preserve_rng_state=False)
+
+
 class Draws(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -266,6 +328,8 @@ def takes_a_gradient(net: Net, i: int, block: nn.Module, h: torch.Tensor) -> tor
 
 
 REFUSED = {
+    "nested": (within_another, "lies within another, and writes to buffers"),
+    "numbers": (without_its_numbers, "draws random numbers, with preserve_rng_state=False"),
     "Draws": (lambda net, i, block, h: block(Draws.apply(h)), "draws random numbers"),
     "own checkpoint": (lambda net, i, block, h: OwnCheckpoint.apply(block[0], h), r"calls backward\(\) inside"),
     "Decides": (lambda net, i, block, h: block(Decides.apply(h)), "cannot be traced"),

@@ -69,7 +69,17 @@ def forward_hooks(model: Net) -> None:
     model.b.register_forward_hook(lambda module, args, result: result * 3)
 
 
-@pytest.mark.parametrize("put", [on_parameter, twice_in_order, reads_a_buffer, on_module, forward_hooks])
+def clears_rows(model: Net) -> None:
+    def hook(g: torch.Tensor) -> torch.Tensor:
+        g = g.clone()
+        g[:3] = 0
+        g[:, model.scale > 1.0] = 0.5
+        return g
+
+    model.b.weight.register_hook(hook)
+
+
+@pytest.mark.parametrize("put", [clears_rows, on_parameter, twice_in_order, reads_a_buffer, on_module, forward_hooks])
 def test_hooks_on_a_model_are_in_the_graph(put: Callable[[Net], None]) -> None:
     model = Net()
     put(model)
@@ -194,7 +204,37 @@ def saves_otherwise(model: Net) -> None:
     model.between = between
 
 
+def counts_its_runs(model: Net) -> None:
+    runs = [0.0]
+
+    def hook(g: torch.Tensor) -> torch.Tensor:
+        runs[0] += 1
+        return g * runs[0]
+
+    model.head.weight.register_hook(hook)
+
+
+def keeps_a_statistic(model: Net) -> None:
+    def hook(g: torch.Tensor) -> torch.Tensor:
+        model.scale.add_(g.norm())
+        return g * 2
+
+    model.head.weight.register_hook(hook)
+
+
+def on_a_node(model: Net) -> None:
+    model.between = lambda model, h: h.grad_fn.register_hook(lambda gi, go: (gi[0] * 2,)) and None
+
+
+def after_accumulation_in_the_forward(model: Net) -> None:
+    model.between = lambda model, h: model.b.weight.register_post_accumulate_grad_hook(lambda p: None) and None
+
+
 REFUSED = {
+    counts_its_runs: "computes another gradient each time",
+    keeps_a_statistic: "writes to a tensor that it is not given",
+    on_a_node: "a hook is put on a grad_fn",
+    after_accumulation_in_the_forward: "put behind an accumulated gradient",
     after_accumulation: "parameter head.weight runs after its gradient is accumulated",
     observer: "parameter head.weight returns nothing",
     reads_the_data: "cannot be traced",
