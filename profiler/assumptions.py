@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
-from .nodes import needed_for
+from .nodes import needed_for, value
+from .random_forms import base_name
+from .random_ops import draws
 from .where import users_line
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
@@ -76,13 +78,36 @@ class Assumptions(TorchFunctionMode):
             return None
         with _torch.outside_trace_and_fakes(), torch.no_grad():
             checked = any(m in finite for n in needed for m in (n, *n.all_input_nodes))
-            return _value(node, needed, given, root), bool(entries) or checked
+            answers = [_value(node, needed, {**given, **drawn}, root) for drawn in _possible_draws(needed)]
+        if not all(torch.equal(answer, answers[0]) for answer in answers):
+            raise _by_chance()
+        return answers[0], bool(entries) or checked
 
     def verified(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss, on the condition that all of it holds."""
         for holds, line in self.held:
             loss = torch.ops.shardwright.assumed(loss, holds, line)
         return loss
+
+
+def _possible_draws(needed: set[fx.Node]) -> list[dict[fx.Node, torch.Tensor]]:
+    """What the random numbers that a question hangs on may be: the least, the middle and the largest ones."""
+    draw = [n for n in needed if n.op == "call_function" and draws(n)]
+    if any(base_name(n.target) not in ("rand", "rand_like", "bernoulli") for n in draw):  # type: ignore[arg-type]
+        raise _by_chance()
+    largest = 1 - 2**-11 if any(value(n).dtype in (torch.float16, torch.bfloat16) for n in draw) else 1 - 2**-24
+    fills = (0.0, 0.5, largest) if draw else (0.0,)
+    return [{n: torch.full(value(n).shape, fill, dtype=value(n).dtype) for n in draw} for fill in fills]
+
+
+def _by_chance() -> ShardwrightError:
+    return ShardwrightError(
+        f"{users_line()} decides by a random number",
+        means="a graph takes one path: the one that was drawn as it was captured, the same at every step",
+        change="that line, or the setting of the model that leads there (in transformers: layerdrop)",
+        works="layerdrop=0.0, or torch.where(torch.rand(()) < p, a, b), which computes both",
+        exit_code=ExitCode.UNSUPPORTED_MODEL,
+    )
 
 
 def _holds(asked: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import secrets
 import sys
 import sysconfig
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -26,6 +28,7 @@ from ..errors import ExitCode, ShardwrightError
 
 _STATES = ("getstate", "setstate", "get_state", "set_state")  # draw nothing
 _NUMPY_TOO = ("seed", "default_rng", "ranf", "sample")  # functions of numpy.random that are no methods
+_KINDS, _NUMPY_KINDS = ("Random", "SystemRandom"), ("RandomState", "Generator")
 _SEEDS = ("manual_seed", "seed", "set_rng_state")
 _LIBRARIES = (
     "torch",
@@ -78,10 +81,17 @@ def _own_modules(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _owners() -> Iterator[tuple[Any, str, tuple[str, ...]]]:
-    yield random, "random", _methods(random, random._inst)
+    yield random, "random", (*_methods(random, random._inst), *_KINDS)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        yield numpy.random, "numpy.random", (*_methods(numpy.random, numpy.random.mtrand._rand), *_NUMPY_TOO)
+        yield (
+            numpy.random,
+            "numpy.random",
+            (*_methods(numpy.random, numpy.random.mtrand._rand), *_NUMPY_TOO, *_NUMPY_KINDS),
+        )
+    yield os, "os", ("urandom",)
+    yield secrets, "secrets", ("choice", "randbelow", "randbits", "token_bytes", "token_hex", "token_urlsafe")
+    yield uuid, "uuid", ("uuid1", "uuid4")
     yield torch, "torch", _SEEDS
     yield torch.random, "torch.random", _SEEDS
 
@@ -120,11 +130,16 @@ def _refuse_used(before: list[tuple[str, Any, str]]) -> None:
             )
 
 
-def _refusing(original: Callable[..., Any], shown: str) -> Callable[..., Any]:
+def _refusing(original: Callable[..., Any], shown: str) -> Any:
+    """In its place; a class stays one, as far as isinstance goes."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _is_library(sys._getframe(1)):
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+            frame = frame.f_back
+        if _is_library(frame):
             return original(*args, **kwargs)
-        caller = traceback.extract_stack(limit=2)[0]
+        caller = traceback.extract_stack(frame, limit=1)[0]
         raise ShardwrightError(
             f"the forward calls {shown} at {caller.filename}:{caller.lineno}: {caller.line}",
             means=_CONSTANT
@@ -135,7 +150,30 @@ def _refusing(original: Callable[..., Any], shown: str) -> Callable[..., Any]:
             exit_code=ExitCode.UNSUPPORTED_MODEL,
         )
 
-    return call
+    return (
+        _RefusingKind(original.__name__, (), {"original": original, "call": call})
+        if isinstance(original, type)
+        else call
+    )
+
+
+class _RefusingKind(type):
+    """Stands for a class whose instances the forward must not make."""
+
+    original: Any
+    call: Any
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.call(*args, **kwargs)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(cls.original, name)
+
+    def __instancecheck__(cls, thing: Any) -> bool:
+        return isinstance(thing, cls.original)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, cls.original)
 
 
 def _is_library(frame: FrameType) -> bool:

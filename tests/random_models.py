@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from random import gauss
@@ -154,6 +155,9 @@ REFUSED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "of_a_generator_of_numpy": of_a_generator_of_numpy, "by_another_name": by_another_name,
     "seeded": seeded, "hidden": hidden, "by_a_helper": lambda x: x * random_helper.tossed(),
     "by_a_helper_of_numpy": lambda x: x * random_helper.spread(),
+    "a_generator_made_there": lambda x: x * random.Random().random(),
+    "a_generator_of_numpy_made_there": lambda x: x * np.random.RandomState(0).rand(),
+    "of_the_system": lambda x: x * (os.urandom(1)[0] / 256),
     "by_a_helpers_own": lambda x: x * random_helper.of_its_own(),
 }  # fmt: skip
 

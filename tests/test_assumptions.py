@@ -169,6 +169,25 @@ def test_questions_about_what_parameters_make_are_refused() -> None:
         capture(workload_of(AsksOfNumbers(), {"x": batch()["x"]}))
 
 
+class Skips(nn.Module):
+    """Layer drop: a layer that is left out by chance."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.linear, self.probability = nn.Linear(6, 5), probability
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.linear(x)
+        return (h if torch.rand([]) < self.probability else h.tanh()).square().mean()
+
+
+def test_a_path_by_chance_is_refused_by_line_unless_it_is_always_the_same() -> None:
+    capture(workload_of(Skips(0.0), {"x": batch()["x"]}))
+    with pytest.raises(ShardwrightError, match=r"test_assumptions.py:\d+ decides by a random number") as found:
+        capture(workload_of(Skips(0.1), {"x": batch()["x"]}))
+    assert found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
+
+
 class Masked(nn.Module):
     """torch's own transformer looks whether its mask is causal."""
 
