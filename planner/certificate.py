@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,9 +22,7 @@ from .chain import Chain
 from .evaluate import lower_bound, path_seconds
 from .memory_options import MemoryOption
 from .scoring import mean_fits
-
-if TYPE_CHECKING:
-    from .search import SearchState
+from .state import MemoryPool, SearchState
 
 MAX_TIGHTENED = 4
 WHOLE = 0.999  # of what the tensor axis could split
@@ -94,6 +91,11 @@ def ideal_seconds(state: SearchState, candidate: Candidate, schedule: str) -> fl
     return path_seconds(schedule, forward_s, backward_s, candidate.pp, candidate.count)
 
 
+def learn_any_order(state: SearchState, base: Candidate, pool: MemoryPool) -> None:
+    bound_s = any_order_bound(state, base, pool.options)
+    state.any_order_s[base] = max(ideal_seconds(state, base, ""), bound_s)
+
+
 def certified_bound(state: SearchState, step_s: float, *, tighten: bool) -> float:
     """Seconds that no plan in the searched space beats; step_s: of the plan found. tighten: solve a few meshes that
     were passed over, where they alone keep the bound low."""
@@ -111,7 +113,7 @@ def certified_bound(state: SearchState, step_s: float, *, tighten: bool) -> floa
             pool = state.pool(lowest, solution)
             if not mean_fits(state, lowest, pool.options[0], in_flight=1):
                 state.widen(pool)
-            state.learn_any_order(lowest, pool)
+            learn_any_order(state, lowest, pool)
         bounds[lowest] = state.any_order_s[lowest]
     return min(step_s, *bounds.values())
 

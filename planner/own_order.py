@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from ..costmodel.activation_memory import peak_host_memory
 from ..costmodel.simulator import Timeline
@@ -28,9 +27,7 @@ from .schedules.problem import PipelineProblem
 from .schedules.synthesis import synthesize
 from .setting import Setting
 from .stages import improve_cuts
-
-if TYPE_CHECKING:
-    from .search import SearchState
+from .state import SearchState
 
 MAX_SECONDS = 3.0
 MAX_CHUNKS = 2  # of plans besides the best one

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..costmodel.simulator import Timeline
 from ..costmodel.stage_times import Hop, StageTimes
@@ -22,10 +21,9 @@ from .outcome import Outcome, considered_rows, is_preferable
 from .own_order import own_order
 from .schedule_choice import best_order
 from .schedules import PipelineSchedule
+from .scoring import score_alone
 from .setting import Setting
-
-if TYPE_CHECKING:
-    from .search import SearchState
+from .state import SearchState
 
 OPTIMAL_GAP = 1e-3
 ALIKE = 1.01  # of the step time: closer than the cost model can tell
@@ -78,7 +76,7 @@ def _simplest(state: SearchState) -> Outcome:
     for candidate in sorted(simpler, key=lambda c: (c.simplicity, -c.microbatch)):
         outcome = state.outcomes[candidate]
         if outcome.step_s is None and outcome.fits is not False and outcome.bound_s <= limit_s:
-            outcome = state.score_alone(candidate)
+            outcome = score_alone(state, candidate)
         fast = outcome.step_s is not None and outcome.step_s <= limit_s and outcome.solution is not None
         if fast and not any(is_preferable(other, outcome) for other in state.outcomes.values()):
             assert outcome.solution is not None

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..profiler.buffer_updates import update_scales
 from .candidates import Candidate
@@ -20,10 +19,9 @@ from .evaluate import lower_bound, step_seconds
 from .footprint import fits, quick_peaks
 from .outcome import Outcome, is_preferable
 from .schedules.library import SCHEDULES, SEARCHED
+from .scoring import score_alone
 from .stages import improve_cuts
-
-if TYPE_CHECKING:
-    from .search import SearchState
+from .state import SearchState
 
 MAX_SECONDS = 3.0
 MAX_RIVALS, RIVAL_SECONDS = 4, 0.5  # other meshes, and the time for each
@@ -47,7 +45,7 @@ def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
                 break
             state.candidates.append(candidate)
             state.outcomes[candidate] = Outcome(candidate, bound_s=bound_s, search_bound_s=bound_s)
-            outcome = state.outcomes[candidate] = state.score_alone(candidate)
+            outcome = state.outcomes[candidate] = score_alone(state, candidate)
             if outcome.step_s is not None and outcome.step_s < limit_s * POLISH_MARGIN:
                 outcome = state.outcomes[candidate] = _polished(state, outcome)
                 if (outcome.step_s or 0.0) < limit_s or is_preferable(outcome, chosen):

@@ -11,18 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..errors import ExitCode, ShardwrightError
 from .candidates import Candidate
 from .chain import Chain
 from .evaluate import estimate, find_cuts, level_ranks, lower_bound, order_bound, step_seconds
-from .footprint import fits, mean_bytes, quick_peaks
+from .footprint import fits, mean_bytes, quick_peaks, state_share
 from .memory_options import MemoryOption
 from .outcome import Outcome
+from .state import MemoryPool, SearchState
 
-if TYPE_CHECKING:
-    from .search import SearchState
+LEAST_GAIN = 1.01  # of a step over its bound for which other placements are asked for
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,45 @@ def score(state: SearchState, candidate: Candidate, options: Sequence[MemoryOpti
     bound_s of the outcome: infinite where it is proven that nothing fits.
     """
     return _Scoring(state, candidate, options).run()
+
+
+def score_alone(state: SearchState, candidate: Candidate) -> Outcome:
+    """A candidate of its own, outside its group."""
+    solution = state.solve(candidate)
+    if solution is None:
+        return state.outcomes[candidate]
+    return score_in_pool(state, candidate, state.pool(candidate, solution))
+
+
+def score_in_pool(state: SearchState, candidate: Candidate, pool: MemoryPool) -> Outcome:
+    """Placements that keep less are asked for where the fastest cannot have their best cuts."""
+    outcome = _score_pool(state, candidate, pool)
+    return _score_leanest(state, candidate, pool) if outcome.fits is False else outcome
+
+
+def _score_pool(state: SearchState, candidate: Candidate, pool: MemoryPool) -> Outcome:
+    outcome = score(state, candidate, pool.options)
+    if not outcome.tight or pool.widened:
+        return outcome
+    fastest = state.setting.chain(pool.options[0].solution, pool.options[0].recompute)
+    worth_s = LEAST_GAIN * lower_bound(state.setting, candidate, fastest)
+    if (outcome.step_s is None or outcome.step_s > worth_s) and state.may_win(worth_s) and state.widen(pool):
+        return score(state, candidate, pool.options)
+    return outcome
+
+
+def _score_leanest(state: SearchState, candidate: Candidate, pool: MemoryPool) -> Outcome:
+    """Before a candidate is said not to fit: placements of least bytes in its own proportion of state."""
+    if candidate.tp > 1 and pool.widened:
+        own, share = pool.solved_for, state_share(state.setting, candidate)
+        found = state.sharder.leanest(dp=own.dp, tp=own.tp, local_batch=own.local_batch, state_share=share)
+        solutions = {id(option.solution): option.solution for option in pool.options}
+        if found is not None and id(found) not in solutions:
+            options = state.options([*solutions.values(), found])
+            if any(option.solution is found for option in options):
+                pool.options = options
+                return score(state, candidate, options)
+    return state.outcomes[candidate]
 
 
 def mean_fits(state: SearchState, candidate: Candidate, option: MemoryOption, in_flight: int | None = None) -> bool:
