@@ -9,7 +9,7 @@ WORKERS ?= 2
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 READY  := $(STAMPS)/package
-CHECKED := shardwright profiler costmodel planner kernels passes runtime tests tools examples benchmarks
+CHECKED := kernels profiler ops costmodel schedules plans planner passes runtime shardwright tests tools examples benchmarks
 
 export OMP_NUM_THREADS ?= 1
 

@@ -26,14 +26,14 @@ import torch.distributed as dist
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from shardwright.costmodel.stage_times import Hop, StageTimes
-from shardwright.planner.schedules import SCHEDULES, PipelineSchedule, build_schedule, loop_placement, v_placement
-from shardwright.planner.schedules.problem import PipelineProblem
-from shardwright.planner.schedules.synthesis import synthesize
 from shardwright.runtime._torch import StageBase
 from shardwright.runtime.pipeline import PipelineEngine, Work
 from shardwright.runtime.stage import Variant
 from shardwright.runtime.trace import Recorder
 from shardwright.runtime.wiring import StageWiring, Wiring
+from shardwright.schedules import SCHEDULES, PipelineSchedule, build_schedule, loop_placement, v_placement
+from shardwright.schedules.problem import PipelineProblem
+from shardwright.schedules.synthesis.synthesize import synthesize
 
 RESULTS = Path(__file__).parent / "results" / "pipeline.md"
 NAMES = ("1f1b", "interleaved_1f1b", "zb_v", "v_half", "auto")

@@ -25,10 +25,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from shardwright.planner.schedules.base import loop_placement, v_placement
-from shardwright.planner.schedules.placements import placed
-from shardwright.planner.schedules.problem import PipelineProblem, problem_of_shares
-from shardwright.planner.schedules.synthesis import synthesize
+from shardwright.schedules.placements import placed
+from shardwright.schedules.problem import PipelineProblem, problem_of_shares
+from shardwright.schedules.schedule import loop_placement, v_placement
+from shardwright.schedules.synthesis.synthesize import synthesize
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "schedules.md"

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from shardwright.planner.schedules.base import loop_placement
-from shardwright.planner.schedules.placements import placed
-from shardwright.planner.schedules.problem import problem_of_shares
-from shardwright.planner.schedules.synthesis import synthesize
+from shardwright.schedules.placements import placed
+from shardwright.schedules.problem import problem_of_shares
+from shardwright.schedules.schedule import loop_placement
+from shardwright.schedules.synthesis.synthesize import synthesize
 
 PIPELINES = ((8, 16), (8, 64))
 MEMORIES = (6.0, 4.0, 3.0, 2.0, 1.5, 1.0)

@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
-from ..planner.order import splits_backward
-from ..planner.plan import Plan
-from ..planner.sharding.placement import P, R
-from ..planner.sharding.solution import AxisSolution, read_placements
-from ..planner.sharding.strategy import is_op
+from ..ops.placement import P, R
+from ..plans.document import Plan
+from ..plans.order import splits_backward
+from ..plans.placements import AxisSolution, read_placements
 from ..profiler.graph import ModelGraph, Segment
+from ..profiler.op_view import is_op
 from .gradients import write_gradients
 from .loss import early_count, fuse_cross_entropy_backward
 from .partition import partition

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..planner.sharding.rules import find_rule
+from ..ops.rules import find_rule
 from ._torch import suggest_memory_format
 
 aten = torch.ops.aten

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..planner.sharding.placement import shard_size, shard_start
+from ..ops.placement import shard_size, shard_start
 from .redistribute import Emitter, MeshAxis
 
 aten = torch.ops.aten

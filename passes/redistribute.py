@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..planner.sharding.placement import P, R, shard_size, shard_start
+from ..ops.placement import P, R, shard_size, shard_start
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..planner.sharding.catalog import RULES
-from ..planner.sharding.evaluate import results
-from ..planner.sharding.placement import R, route, shard_size, shard_start
-from ..planner.sharding.solution import AxisSolution
-from ..planner.sharding.strategy import is_op, origin, replicated, view_of
+from ..ops.catalog import RULES
+from ..ops.placement import R, route, shard_size, shard_start
+from ..ops.strategy import replicated
+from ..plans.placements import AxisSolution
 from ..profiler.graph import Segment
+from ..profiler.op_view import is_op, origin, view_of
+from ..profiler.signature import results
 from .formats import arranged
 from .lowerings import LOWERINGS, nll
 from .redistribute import Emitter, MeshAxis, redistribute

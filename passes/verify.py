@@ -1,6 +1,6 @@
 """Proof that a built segment holds the collectives that its placements imply: these, of these bytes, and no others.
 
-What is expected is read off the placements alone, as the planner counts (planner/sharding/evaluate.py): one collective
+What is expected is read off the placements alone, as the planner counts (planner/sharding/cost.py): one collective
 for each step of each route that some reader or result asks for, once in a phase, and those inside the lowerings. What
 is there is read off the finished graphs. build runs this on every segment; a difference is a mistake of a pass.
 """
@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from ..planner.sharding.evaluate import results
-from ..planner.sharding.placement import R, route, transition
-from ..planner.sharding.strategy import Strategy, is_op, origin, view_of
+from ..ops.placement import R, route, transition
+from ..ops.strategy import Strategy
 from ..profiler.graph import Segment
 from ..profiler.joint import flatten_outputs
 from ..profiler.nodes import needed_for
+from ..profiler.op_view import is_op, origin, view_of
+from ..profiler.signature import results
 from .shard import Places, ShardContext, local_shape, whole_on_short
 from .values import c10d
 

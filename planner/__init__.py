@@ -1,1 +1,1 @@
-"""What is best? The Plan document, the solvers, the joint search and the explanation."""
+"""What is best? The joint search over meshes, placements, stages, schedules and memory, with its certificate."""

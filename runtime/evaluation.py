@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ExitCode, ShardwrightError
 from ..passes.program import SegmentProgram
-from ..planner.sharding.solution import AxisSolution
+from ..plans.placements import AxisSolution
 from ..profiler.graph import Leaf, ModelGraph
 from ..profiler.initial_values import initial_tensors
 from ._torch import tree_unflatten

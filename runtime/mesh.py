@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import ExitCode, ShardwrightError
-from ..planner.plan import MESH_AXES, Mesh
+from ..plans.document import MESH_AXES, Mesh
 from .extents import DataCut, Level
 
 

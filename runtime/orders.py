@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..costmodel.actions import FORWARD, Action
 from ..errors import ExitCode, ShardwrightError
-from ..planner.order import pipeline_schedule
-from ..planner.plan import Plan
-from ..planner.schedules import PipelineSchedule
+from ..plans.document import Plan
+from ..plans.order import pipeline_schedule
+from ..schedules import PipelineSchedule
 
 
 def schedule_for(plan: Plan, stage_rank: tuple[int, ...], num_microbatches: int) -> PipelineSchedule:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..costmodel.actions import LOAD, OFFLOAD, RECOMPUTE
-from ..planner.schedules import PipelineSchedule
+from ..schedules import PipelineSchedule
 from ._torch import ComputationType, ScheduleRuntime, StageBase, TorchAction
 from .stage import Meta, StageRunner, Variant
 from .trace import Recorder

@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from ..costmodel.trace import COLLECTIVE, COMPUTE, Trace
 from ..errors import ShardwrightError
 from ..passes.program import SegmentProgram
-from ..planner.plan import Plan
-from ..planner.schedules import PipelineSchedule
+from ..plans.document import Plan
 from ..profiler.graph import ModelGraph
 from ..profiler.initial_values import initial_tensors
 from ..profiler.workload import Workload
+from ..schedules import PipelineSchedule
 from . import checkpoint
 from .batch import BatchPart, MicrobatchPart
 from .buffers import Buffers, SecondDirection, buffer_names, written_buffers

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..costmodel.actions import BACKWARD, BACKWARD_INPUT, FORWARD, Action
 from ..errors import ShardwrightError
-from ..planner.schedules import PipelineSchedule
+from ..schedules import PipelineSchedule
 
 SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD, RECEIVE_BACKWARD = "SEND_F", "RECV_F", "SEND_B", "RECV_B"  # as torch
 _SENDS = {SEND_FORWARD: 1, SEND_BACKWARD: -1}  # to which stage

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 # In a source checkout the sub-packages stand beside this folder rather than inside it (package-dir in pyproject.toml).
 # Python started in the checkout's root finds this folder before any installed copy, so it must find the others too.
 _CHECKOUT = Path(__file__).resolve().parent.parent
-if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "planner" / "plan.py").is_file():
+if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "plans" / "document.py").is_file():
     __path__.append(str(_CHECKOUT))
 
 _EXPORTS = {
@@ -23,20 +23,20 @@ _EXPORTS = {
     "LossScaling": ".profiler.workload",
     "OptimizerSpec": ".profiler.workload",
     "Parallel": ".doors",
-    "Plan": ".planner.plan",
+    "Plan": ".plans.document",
     "Precision": ".profiler.workload",
     "ShardwrightError": ".errors",
     "Workload": ".profiler.workload",
     "build": ".api",
     "check": ".checking",
-    "check_sharding": ".planner.sharding.register",
-    "compare": ".planner.diff",
+    "check_sharding": ".ops.register",
+    "compare": ".planner.report.diff",
     "explain": ".reasons",
     "join_torchrun": ".devices",
     "load_workload": ".api",
     "parallelize": ".doors",
     "plan": ".api",
-    "register_sharding": ".planner.sharding.register",
+    "register_sharding": ".ops.register",
     "why_not": ".reasons",
 }
 
@@ -70,9 +70,9 @@ if TYPE_CHECKING:
     from .devices import join_torchrun
     from .doors import Parallel, parallelize
     from .errors import ExitCode, ShardwrightError
-    from .planner.diff import compare
-    from .planner.plan import Plan
-    from .planner.sharding.register import check_sharding, register_sharding
+    from .ops.register import check_sharding, register_sharding
+    from .planner.report.diff import compare
+    from .plans.document import Plan
     from .profiler.hardware import Cluster
     from .profiler.workload import LossScaling, OptimizerSpec, Precision, Workload
     from .reasons import explain, why_not

@@ -14,20 +14,20 @@ from . import devices, hashes, trust
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
 from .evaluation import fitting, make_evaluation
+from .ops.placement import from_text
 from .passes.build import build_segment_programs
 from .passes.device_kernels import refuse_missing_kernels
 from .passes.fuse import fuse_model
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
-from .planner.forcing import parse_forced
 from .planner.interfaces import ShardingSolution
-from .planner.plan import Plan, PlanningTime, SelfTest, ShardingProof
-from .planner.search import search
-from .planner.setting import state_kinds
+from .planner.search.search import search
 from .planner.sharding.pins import Pins, choices_of, is_pin
-from .planner.sharding.placement import from_text
 from .planner.sharding.sharder import PLACEMENT_AXES, Sharder
 from .planner.sharding.training import Job
+from .planner.space.forcing import parse_forced
+from .planner.stages.setting import state_kinds
+from .plans.document import Plan, PlanningTime, SelfTest, ShardingProof
 from .profiler.batch_dims import with_batch_dims
 from .profiler.capture import capture, no_collection
 from .profiler.cluster import Cluster

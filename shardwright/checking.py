@@ -16,7 +16,7 @@ import torch
 
 from . import api, trust
 from .launch import Event, launch
-from .planner.plan import MESH_AXES, Plan
+from .plans.document import MESH_AXES, Plan
 from .profiler import diffusion
 from .profiler.batch_dims import with_batch_dims
 from .profiler.hardware import parse_hardware

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import ExitCode, ShardwrightError
-from .planner.plan import Plan
+from .plans.document import Plan
 from .profiler.cluster import Cluster
 from .profiler.discovery import discover_local, num_accelerators
 from .profiler.hardware import parse_hardware

@@ -24,7 +24,7 @@ from torch import nn
 from . import api
 from .devices import join_torchrun
 from .errors import ShardwrightError
-from .planner.plan import Plan
+from .plans.document import Plan
 from .profiler.calling import take_apart
 from .profiler.cluster import Cluster
 from .profiler.copies import carry_hooks_of

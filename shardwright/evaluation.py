@@ -11,9 +11,9 @@ from .errors import ShardwrightError
 from .passes.build import build_segment_programs, fits
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
-from .planner.plan import MemoryPolicy, Plan
 from .planner.sharding.sharder import Sharder
-from .planner.sharding.solution import read_placements
+from .plans.document import MemoryPolicy, Plan
+from .plans.placements import read_placements
 from .profiler.capture import capture
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph

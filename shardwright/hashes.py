@@ -11,7 +11,7 @@ import torch
 
 from . import __version__
 from .errors import ExitCode, ShardwrightError
-from .planner.plan import Hashes, Plan
+from .plans.document import Hashes, Plan
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
 from .profiler.inputs import batch_dims_of

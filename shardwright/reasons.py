@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from . import api, hashes, trust
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
-from .planner.diff import Difference, compare
-from .planner.explain import Explanation
-from .planner.explain import explain as explain_graph
-from .planner.plan import Plan
-from .planner.setting import state_kinds
+from .planner.report.diff import Difference, compare
+from .planner.report.explain import Explanation
+from .planner.report.explain import explain as explain_graph
 from .planner.sharding.sharder import Sharder
 from .planner.sharding.training import Job
+from .planner.stages.setting import state_kinds
+from .plans.document import Plan
 from .profiler.cluster import Cluster
 from .profiler.discovery import discover_local
 from .profiler.hardware import parse_hardware

@@ -14,8 +14,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .planner.order import num_activations, num_let_go
-from .planner.plan import MESH_AXES, Considered, Mesh, Plan, SelfTest, ShardingProof, Stage
+from .plans.document import MESH_AXES, Considered, Mesh, Plan, SelfTest, ShardingProof, Stage
+from .plans.order import num_activations, num_let_go
 from .units import format_bytes, format_seconds
 
 AXIS_MEANING = {

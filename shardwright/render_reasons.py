@@ -9,9 +9,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .planner.diff import Difference
-from .planner.explain import Explanation, Row
-from .planner.plan import Plan
+from .planner.report.diff import Difference
+from .planner.report.explain import Explanation, Row
+from .plans.document import Plan
 from .reasons import WhyNot
 from .render import make_console, make_table, mesh_text, pairs, section
 from .units import format_bytes, format_seconds

@@ -25,7 +25,7 @@ import torch
 from . import reference
 from .errors import ExitCode, ShardwrightError
 from .kernels.ops import make_key
-from .planner.plan import SelfTest
+from .plans.document import SelfTest
 from .profiler.capture import capture
 from .profiler.copies import buffers_kept, copy_workload
 from .profiler.graph import ModelGraph

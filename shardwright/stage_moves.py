@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from .planner.plan import MemoryPolicy, Stage
+from .plans.document import MemoryPolicy, Stage
 from .profiler.graph import ModelGraph
 from .runtime.evaluation import follow_stages
 from .runtime.wiring import prologue_needed

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from . import api, reference, trust
 from .costmodel.trace import Trace, merge
 from .data import batch_source
-from .planner.plan import Plan
+from .plans.document import Plan
 from .profiler.initial_values import materialize
 from .profiler.inputs import make_batch
 from .profiler.models import make_reference_dtype, reload_workload

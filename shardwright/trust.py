@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ExitCode, ShardwrightError
-from .planner.plan import Plan
+from .plans.document import Plan
 from .profiler.discovery import cache_folder
 
 if TYPE_CHECKING:

@@ -61,7 +61,7 @@ def _run(task: dict[str, Any], folder: Path, rank: int) -> None:
     import torch.distributed as dist
 
     from .devices import join_torchrun
-    from .planner.plan import Plan
+    from .plans.document import Plan
     from .tasks import TASKS
 
     for seed in (random.seed, torch.manual_seed, np.random.seed):  # a factory draws the same on every rank

@@ -13,12 +13,12 @@ from torch import fx
 
 from shardwright.kernels.ops import make_key
 from shardwright.passes.formats import arranged
-from shardwright.planner.sharding.strategy import is_op
 from shardwright.profiler.capture import capture
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance
 from shardwright.profiler.initial_values import materialize
 from shardwright.profiler.inputs import make_batch, resize_batch
 from shardwright.profiler.models import load_workload, make_reference_dtype
+from shardwright.profiler.op_view import is_op
 from shardwright.profiler.workload import Workload
 
 PRESETS = ("tiny-gpt2", "tiny-llama", "tiny-bert", "tiny-t5", "tiny-vit", "mlp", "tiny-unet", "tiny-mixtral")

@@ -11,7 +11,7 @@ os.environ.setdefault("SHARDWRIGHT_CACHE", str(Path(__file__).parents[1] / ".pyt
 
 import pytest
 
-from shardwright.planner.plan import (
+from shardwright.plans.document import (
     Certificate,
     Considered,
     Hashes,

@@ -10,12 +10,13 @@ import torch
 from simulated_ranks import cut, join, mesh, run
 from torch import fx
 
+from shardwright.ops.catalog import fits, strategies
+from shardwright.ops.strategy import Strategy
 from shardwright.passes.shard import ShardContext, shard_segment
-from shardwright.planner.sharding.catalog import fits, strategies
-from shardwright.planner.sharding.solution import AxisSolution
-from shardwright.planner.sharding.strategy import OpView, Strategy, view_of
+from shardwright.plans.placements import AxisSolution
 from shardwright.profiler._torch import lazy_recompile
 from shardwright.profiler.graph import Segment, ValueInfo
+from shardwright.profiler.op_view import OpView, view_of
 
 CPU = torch.device("cpu")
 

@@ -192,7 +192,7 @@ class Case:
         self.sharder = FakeSharder(self.graph, sizes, self.cost_model, precision.compute, **kw)
 
     def search(self, **force: object):
-        from shardwright.planner.search import search
+        from shardwright.planner.search.search import search
 
         options = {k: force.pop(k) for k in ("time_limit_s", "memory_limit_bytes", "progress") if k in force}
         forced = {name: str(value) for name, value in force.items()}

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from shardwright.planner.sharding.catalog import strategies
-from shardwright.planner.sharding.evaluate import results
+from shardwright.ops.catalog import strategies
+from shardwright.ops.placement import P, R, can_shard
+from shardwright.ops.strategy import Strategy
 from shardwright.planner.sharding.mesh import compatible
-from shardwright.planner.sharding.placement import P, R, can_shard
-from shardwright.planner.sharding.solution import AxisSolution
-from shardwright.planner.sharding.strategy import Strategy, is_op, origin, view_of
+from shardwright.plans.placements import AxisSolution
 from shardwright.profiler.graph import Segment
+from shardwright.profiler.op_view import is_op, origin, view_of
+from shardwright.profiler.signature import results
 
 
 def random_solutions(

@@ -25,7 +25,7 @@ from torch import nn
 
 from shardwright.passes.program import SegmentProgram
 from shardwright.passes.split import SplitBackward
-from shardwright.planner.plan import (
+from shardwright.plans.document import (
     Certificate,
     Hashes,
     MemoryPolicy,
@@ -37,11 +37,11 @@ from shardwright.planner.plan import (
     Schedule,
     Stage,
 )
-from shardwright.planner.schedules import build_schedule
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from shardwright.profiler.workload import OptimizerSpec, Precision, Workload
 from shardwright.runtime.mesh import RankGrid, build_mesh
 from shardwright.runtime.program import Program
+from shardwright.schedules import build_schedule
 
 VOCAB, WIDTH, HIDDEN, LENGTH = 7, 6, 5, 3
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from shardwright.ops.placement import P
 from shardwright.passes.redistribute import MeshAxis
 from shardwright.passes.shard import local_offset, local_shape
-from shardwright.planner.sharding.placement import P
 
 c10d = torch.ops._c10d_functional
 COLLECTIVES = {

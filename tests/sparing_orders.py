@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 from shardwright.costmodel.actions import Action
-from shardwright.planner.order import pipeline_schedule
-from shardwright.planner.plan import Plan
-from shardwright.planner.schedules.base import SYNTHESIZED
+from shardwright.plans.document import Plan
+from shardwright.plans.order import pipeline_schedule
+from shardwright.schedules.schedule import SYNTHESIZED
 
 
 def letting_go(plan: Plan, seed: int = 0) -> Plan:

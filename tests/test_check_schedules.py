@@ -17,8 +17,8 @@ from sparing_orders import letting_go
 from test_check_matrix import MODELS, _compare, _once, spec
 
 from shardwright import api, tasks
-from shardwright.planner.schedules import SCHEDULES
-from shardwright.planner.schedules.base import SYNTHESIZED
+from shardwright.schedules import SCHEDULES
+from shardwright.schedules.schedule import SYNTHESIZED
 
 # Deep enough for four ranks with two stages each.
 OVERRIDES: dict[str, dict[str, Any]] = {

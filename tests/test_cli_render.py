@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from shardwright.planner.plan import ConservativeOp, Plan, Stage
+from shardwright.plans.document import ConservativeOp, Plan, Stage
 from shardwright.render import make_console, print_plan
 
 

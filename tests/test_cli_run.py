@@ -13,7 +13,7 @@ import pytest
 from shardwright import api, checking, cli
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.launch import launch
-from shardwright.planner.plan import Plan
+from shardwright.plans.document import Plan
 from shardwright.profiler.models import load_workload
 
 

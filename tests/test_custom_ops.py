@@ -15,8 +15,8 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 import shardwright
 from shardwright import api, tasks
 from shardwright.errors import ShardwrightError
-from shardwright.planner.sharding.catalog import CUSTOM, strategies
-from shardwright.planner.sharding.strategy import Strategy
+from shardwright.ops.catalog import CUSTOM, strategies
+from shardwright.ops.strategy import Strategy
 
 
 def plan_of(kind: str, **force: object) -> Any:

@@ -119,7 +119,7 @@ def test_sealed_nonsense_is_refused_too(folder: Path) -> None:
     """A document that agrees with its seal but not with itself or with the model."""
     import json
 
-    from shardwright.planner.plan_checks import seal
+    from shardwright.plans.document_checks import seal
 
     original = json.loads((folder / "plan.json").read_text())
     found = {}

@@ -13,7 +13,7 @@ from global_losses import CLASSES, EACH, LOSSES, OVER, SAMPLES, Small, batch_of
 
 import shardwright
 from shardwright.api import capture_for_planning
-from shardwright.planner.plan import Plan
+from shardwright.plans.document import Plan
 from shardwright.profiler.batch_dims import with_batch_dims
 from shardwright.profiler.capture import capture
 from shardwright.profiler.inputs import resize_batch

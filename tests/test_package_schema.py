@@ -7,11 +7,11 @@ from importlib import resources
 
 import jsonschema
 
-from shardwright.planner.plan import plan_json_schema
+from shardwright.plans.document import plan_json_schema
 
 
 def published_schema() -> dict:
-    return json.loads(resources.files("shardwright.planner").joinpath("plan.schema.json").read_text())
+    return json.loads(resources.files("shardwright.plans").joinpath("plan.schema.json").read_text())
 
 
 def test_published_schema_is_current():

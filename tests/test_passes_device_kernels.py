@@ -18,7 +18,7 @@ from shardwright.passes.device_kernels import missing_kernels
 from shardwright.passes.redistribute import MeshAxis
 from shardwright.passes.shard import ShardContext
 from shardwright.planner.sharding.sharder import PLACEMENT_AXES, Sharder
-from shardwright.planner.sharding.solution import read_placements
+from shardwright.plans.placements import read_placements
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.workload import Workload
 

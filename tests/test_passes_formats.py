@@ -18,12 +18,12 @@ from test_sharding_rules_other import CASES, IMAGE, UNDEFINED, node_of, randn
 from torch import fx, nn
 from torch.nn import functional as F
 
+from shardwright.ops.strategy import replicated
 from shardwright.passes.redistribute import MeshAxis
 from shardwright.passes.reuse import reuse
 from shardwright.passes.shard import ShardContext, shard_segment
 from shardwright.passes.values import propagate
-from shardwright.planner.sharding.solution import AxisSolution
-from shardwright.planner.sharding.strategy import replicated
+from shardwright.plans.placements import AxisSolution
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")

@@ -15,11 +15,11 @@ from one_op import assert_same
 from random_placements import random_solutions
 from simulated_ranks import cut, join, mesh, run
 
+from shardwright.ops.placement import R
 from shardwright.passes.build import build_segment_program
 from shardwright.passes.program import SegmentProgram
 from shardwright.passes.shard import ShardContext, result_keys
-from shardwright.planner.sharding.placement import R
-from shardwright.planner.sharding.solution import AxisSolution
+from shardwright.plans.placements import AxisSolution
 from shardwright.profiler._torch import lazy_recompile
 
 MESHES = ({"dp": 2, "tp": 2}, {"dp": 1, "tp": 3}, {"dp": 3, "tp": 2})

@@ -17,7 +17,7 @@ from shardwright.passes.program import SegmentProgram
 from shardwright.passes.redistribute import MeshAxis
 from shardwright.passes.shard import ShardContext, shard_segment
 from shardwright.passes.split import split_backward
-from shardwright.planner.sharding.solution import whole
+from shardwright.plans.placements import whole
 
 aten = torch.ops.aten
 HEAVY = {aten.mm, aten.addmm, aten.bmm, aten.convolution_backward, aten.embedding_dense_backward,

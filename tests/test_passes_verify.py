@@ -20,10 +20,10 @@ from shardwright.passes.program import SegmentProgram
 from shardwright.passes.redistribute import MeshAxis
 from shardwright.passes.shard import ShardContext
 from shardwright.passes.verify import Collective, implied_collectives, moved_collectives, totals, verify
-from shardwright.planner.plan import Plan
-from shardwright.planner.sharding.evaluate import Placed, moves
+from shardwright.planner.sharding.cost import Placed, moves
 from shardwright.planner.sharding.mesh import Axis, Mesh
-from shardwright.planner.sharding.solution import read_placements
+from shardwright.plans.document import Plan
+from shardwright.plans.placements import read_placements
 from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.inputs import resize_batch
 

@@ -16,10 +16,10 @@ from shardwright.costmodel.actions import Action
 from shardwright.costmodel.activation_memory import peak_host_memory
 from shardwright.costmodel.stage_times import StageTimes
 from shardwright.errors import ExitCode, ShardwrightError
-from shardwright.planner.order import num_let_go, pipeline_schedule
-from shardwright.planner.plan import Plan
-from shardwright.planner.schedules.base import SYNTHESIZED
-from shardwright.planner.timeline import predicted_trace
+from shardwright.planner.report.timeline import predicted_trace
+from shardwright.plans.document import Plan
+from shardwright.plans.order import num_let_go, pipeline_schedule
+from shardwright.schedules.schedule import SYNTHESIZED
 
 LIMIT = 1300 << 10
 SHAPE = {"num_layers": 8, "hidden_size": 32}

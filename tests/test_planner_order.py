@@ -8,12 +8,12 @@ import pytest
 
 from shardwright import api
 from shardwright.errors import ShardwrightError
-from shardwright.planner.order import pipeline_schedule, splits_backward
-from shardwright.planner.plan import Plan
-from shardwright.planner.schedules import build_schedule
-from shardwright.planner.schedules.base import SYNTHESIZED
-from shardwright.planner.timeline import predicted_trace
+from shardwright.planner.report.timeline import predicted_trace
+from shardwright.plans.document import Plan
+from shardwright.plans.order import pipeline_schedule, splits_backward
 from shardwright.profiler.models import load_workload
+from shardwright.schedules import build_schedule
+from shardwright.schedules.schedule import SYNTHESIZED
 
 ASKED = {"pp": "4", "tp": "1", "dp": "2", "global_microbatch": "4"}
 
@@ -95,7 +95,7 @@ def test_ctrl_c_while_an_order_is_made_keeps_the_best_published_one(monkeypatch:
         raise KeyboardInterrupt
 
     whole = planned()
-    monkeypatch.setattr("shardwright.planner.result.own_order", interrupted)
+    monkeypatch.setattr("shardwright.planner.search.result.own_order", interrupted)
     plan = planned()
     timed = [row.step_s for row in plan.considered if row.step_s is not None]
     assert plan.predicted.step_s <= min(timed) * 1.011

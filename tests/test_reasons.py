@@ -9,7 +9,7 @@ import pytest
 from shardwright import api, cli, reasons
 from shardwright.costmodel.model import CostModel
 from shardwright.errors import ShardwrightError
-from shardwright.planner.diff import compare
+from shardwright.planner.report.diff import compare
 from shardwright.planner.sharding.sharder import Sharder
 
 MODEL = dict(global_batch=32, seq_len=256, overrides={"num_layers": 2})
@@ -115,7 +115,7 @@ def test_a_plan_does_not_differ_from_itself(plan):
 
 
 def test_differences_are_those_of_the_documents(plan, paths):
-    from shardwright.planner.plan import Plan
+    from shardwright.plans.document import Plan
 
     a, b = map(Plan.load, paths)
     found = compare(a, b)

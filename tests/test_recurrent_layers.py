@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from shardwright import api, tasks
 from shardwright.checking import TOLERANCE
 from shardwright.errors import ShardwrightError
-from shardwright.planner.sharding.placement import P
+from shardwright.ops.placement import P
 from shardwright.profiler.inputs import make_batch
 from shardwright.profiler.recurrent_layers import recurrent_layers
 from shardwright.profiler.work import op_work

@@ -13,7 +13,7 @@ from test_check_matrix import _compare
 
 from shardwright import api, tasks
 from shardwright.checking import TOLERANCE
-from shardwright.planner.plan import Schedule
+from shardwright.plans.document import Schedule
 from shardwright.profiler.workload import OptimizerSpec
 from shardwright.runtime.specs import ParamUse
 from shardwright.runtime.units import WholeUnit

@@ -11,10 +11,10 @@ from runtime_toy import make_batch, make_plan, make_program, make_toy, reference
 from sparing_orders import letting_go
 
 from shardwright.errors import ShardwrightError
-from shardwright.planner.schedules import SCHEDULES, build_schedule
 from shardwright.runtime.buffers import written_buffers
 from shardwright.runtime.orders import schedule_for
 from shardwright.runtime.wiring import wire
+from shardwright.schedules import SCHEDULES, build_schedule
 
 TOLERANCE = 1e-9
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from shardwright.costmodel.actions import parse_action
 from shardwright.errors import ShardwrightError
-from shardwright.planner.schedules import SCHEDULES, PipelineSchedule, build_schedule
 from shardwright.runtime.orders import forward_order
 from shardwright.runtime.transfers import SEND_FORWARD, Action, communicating_lists, verify, with_transfers
+from shardwright.schedules import SCHEDULES, PipelineSchedule, build_schedule
 
 TWO_STAGES = build_schedule("1f1b", 2, 2)
 

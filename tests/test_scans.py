@@ -14,7 +14,7 @@ from test_check_matrix import _compare
 
 from shardwright import api, tasks
 from shardwright.checking import TOLERANCE
-from shardwright.planner.sharding.placement import P
+from shardwright.ops.placement import P
 from shardwright.profiler import scan_ops
 from shardwright.profiler.work import op_work
 from shardwright.profiler.workload import Workload

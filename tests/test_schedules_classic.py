@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shardwright.costmodel.actions import Action
 from shardwright.costmodel.stage_times import Hop, StageTimes
 from shardwright.errors import ShardwrightError
-from shardwright.planner.schedules import (
+from shardwright.schedules import (
     SCHEDULES,
     SEARCHED,
     PipelineSchedule,

@@ -11,8 +11,8 @@ from shardwright import cli
 from shardwright.costmodel.stage_times import Hop, StageTimes
 from shardwright.errors import ExitCode
 from shardwright.gantt import render_gantt
-from shardwright.planner.schedules import PipelineSchedule, one_f_one_b
 from shardwright.render import make_console
+from shardwright.schedules import PipelineSchedule, one_f_one_b
 
 SMALL = ("schedule", "--ranks", "4", "--microbatches", "6", "--time-limit", "0.5")
 

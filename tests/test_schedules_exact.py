@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.costmodel.stage_times import Hop, StageTimes
-from shardwright.planner.schedules import loop_placement, native, v_placement
-from shardwright.planner.schedules.bounds import lower_bound
-from shardwright.planner.schedules.exact import common_unit, solve
-from shardwright.planner.schedules.local_search import anneal
-from shardwright.planner.schedules.order_graph import OrderGraph
-from shardwright.planner.schedules.problem import PipelineProblem, problem_of_shares
-from shardwright.planner.schedules.repeats import MULTIPLE, lengthened, repeats
-from shardwright.planner.schedules.starts import library_orders
-from shardwright.planner.schedules.synthesis import synthesize
+from shardwright.schedules import loop_placement, v_placement
+from shardwright.schedules.bounds import lower_bound
+from shardwright.schedules.graph import OrderGraph
+from shardwright.schedules.native import binding as native
+from shardwright.schedules.problem import PipelineProblem, problem_of_shares
+from shardwright.schedules.synthesis.annealing import anneal
+from shardwright.schedules.synthesis.exact import common_unit, solve
+from shardwright.schedules.synthesis.initial_orders import library_orders
+from shardwright.schedules.synthesis.steady_state import MULTIPLE, lengthened, repeats
+from shardwright.schedules.synthesis.synthesize import synthesize
 
 
 def every_row(graph: OrderGraph, rank: int) -> Iterator[np.ndarray]:

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from shardwright.costmodel.stage_times import Hop, StageTimes
 from shardwright.errors import ShardwrightError
-from shardwright.planner.schedules import SCHEDULES, SEARCHED, PipelineSchedule, build_schedule, one_f_one_b
-from shardwright.planner.schedules.library import canonical_name
-from shardwright.planner.schedules.v_blocks import STEPS, chunks_in_turn, v_block
-from shardwright.planner.schedules.zero_bubble import two_bp
+from shardwright.schedules import SCHEDULES, SEARCHED, PipelineSchedule, build_schedule, one_f_one_b
+from shardwright.schedules.published.library import canonical_name
+from shardwright.schedules.published.v_blocks import STEPS, chunks_in_turn, v_block
+from shardwright.schedules.published.zero_bubble import two_bp
 
 
 def uniform(schedule, times=(1.0, 1.0, 1.0)):

@@ -15,13 +15,13 @@ from outside_judge import shared_judge
 from shardwright.costmodel.actions import Action
 from shardwright.costmodel.simulator import simulate
 from shardwright.costmodel.stage_times import Hop, StageTimes
-from shardwright.planner.schedules import PipelineSchedule, loop_placement, v_placement
-from shardwright.planner.schedules.base import SPARING
-from shardwright.planner.schedules.bounds import lower_bound
-from shardwright.planner.schedules.order_graph import OrderGraph
-from shardwright.planner.schedules.problem import PipelineProblem, problem_of_shares
-from shardwright.planner.schedules.sparing import Sparing, spared_order, without_sparing
-from shardwright.planner.schedules.synthesis import synthesize
+from shardwright.schedules import PipelineSchedule, loop_placement, v_placement
+from shardwright.schedules.bounds import lower_bound
+from shardwright.schedules.graph import OrderGraph
+from shardwright.schedules.problem import PipelineProblem, problem_of_shares
+from shardwright.schedules.schedule import SPARING
+from shardwright.schedules.synthesis.recompute_offload import Sparing, spared_order, without_sparing
+from shardwright.schedules.synthesis.synthesize import synthesize
 
 INFINITE = float("inf")
 

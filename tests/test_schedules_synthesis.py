@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from outside_judge import shared_judge
 
 from shardwright.costmodel.stage_times import Hop, StageTimes
-from shardwright.planner.schedules import SCHEDULES, build_schedule, loop_placement, native, v_placement
-from shardwright.planner.schedules.bounds import lower_bound
-from shardwright.planner.schedules.lattices import Lattices
-from shardwright.planner.schedules.local_search import anneal
-from shardwright.planner.schedules.order_graph import OrderGraph
-from shardwright.planner.schedules.problem import PipelineProblem, problem_of_shares
-from shardwright.planner.schedules.starts import library_orders
-from shardwright.planner.schedules.synthesis import synthesize
+from shardwright.schedules import SCHEDULES, build_schedule, loop_placement, v_placement
+from shardwright.schedules.bounds import lower_bound
+from shardwright.schedules.graph import OrderGraph
+from shardwright.schedules.native import binding as native
+from shardwright.schedules.problem import PipelineProblem, problem_of_shares
+from shardwright.schedules.synthesis.annealing import anneal
+from shardwright.schedules.synthesis.initial_orders import library_orders
+from shardwright.schedules.synthesis.lattices import Lattices
+from shardwright.schedules.synthesis.synthesize import synthesize
 
 needs_compiler = pytest.mark.skipif(
     all(shutil.which(name) is None for name in ("cc", "gcc", "clang")), reason="no C compiler"

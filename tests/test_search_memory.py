@@ -13,10 +13,10 @@ from shardwright.costmodel import memory
 from shardwright.costmodel.activation_memory import peak_memory
 from shardwright.costmodel.memory import StageState, StateBytes
 from shardwright.errors import ShardwrightError
-from shardwright.planner.candidates import Candidate
-from shardwright.planner.evaluate import find_cuts, stage_times
-from shardwright.planner.footprint import cached_schedule, in_flight_profiles, quick_peaks, rank_breakdown
-from shardwright.planner.setting import Setting
+from shardwright.planner.memory.rank_bytes import cached_schedule, in_flight_profiles, quick_peaks, rank_breakdown
+from shardwright.planner.search.step_time import find_cuts, stage_times
+from shardwright.planner.space.candidates import Candidate
+from shardwright.planner.stages.setting import Setting
 from shardwright.profiler.workload import OptimizerSpec, Precision
 
 MIXED = StateBytes(compute=2, master=4, reduce=4, state_tensors=2, single_copy=False)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from planner_fakes import LLAMA_8B, LLAMA_70B, Case, Sizes
 
 from shardwright.errors import ExitCode, ShardwrightError
-from shardwright.planner import plan as plan_document
-from shardwright.planner.candidates import enumerate_candidates
-from shardwright.planner.evaluate import lower_bound, run_timeline
-from shardwright.planner.footprint import rank_breakdown
-from shardwright.planner.forcing import FORCE_KEYS, Forced, divisors, parse_forced
-from shardwright.planner.setting import Setting
+from shardwright.planner.memory.rank_bytes import rank_breakdown
+from shardwright.planner.search.step_time import lower_bound, run_timeline
+from shardwright.planner.space.candidates import enumerate_candidates
+from shardwright.planner.space.forcing import FORCE_KEYS, Forced, divisors, parse_forced
+from shardwright.planner.stages.setting import Setting
+from shardwright.plans import document as plan_document
 from shardwright.profiler.workload import OptimizerSpec, Precision
 from shardwright.units import GIB, MIB
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.costmodel.stage_times import StageTimes
-from shardwright.planner.chain import interval_maxima, interval_sums
-from shardwright.planner.schedules import gpipe, one_f_one_b
-from shardwright.planner.stages import best_cuts, improve_cuts, pipeline_cost
+from shardwright.planner.stages.chain import interval_maxima, interval_sums
+from shardwright.planner.stages.cuts import best_cuts, improve_cuts, pipeline_cost
+from shardwright.schedules import gpipe, one_f_one_b
 
 
 def all_cuts(n: int, num_stages: int):

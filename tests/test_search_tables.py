@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from planner_fakes import LLAMA_8B, Case, Sizes
 
-from shardwright.planner.candidates import Candidate
-from shardwright.planner.evaluate import lower_bound, stage_times, step_seconds, tails
-from shardwright.planner.setting import Setting
-from shardwright.planner.tables import stage_tables
+from shardwright.planner.search.step_time import lower_bound, stage_times, step_seconds, tails
+from shardwright.planner.space.candidates import Candidate
+from shardwright.planner.stages.setting import Setting
+from shardwright.planner.stages.zero_seconds import stage_tables
 
 
 def tables_of(zero, dp=4, count=4, sizes=Sizes(layers=6), hardware="8xH100-80GB"):  # noqa: B008

@@ -18,8 +18,8 @@ from torch import nn
 from shardwright import api
 from shardwright.costmodel.model import CostModel
 from shardwright.planner.interfaces import ShardingSolution
-from shardwright.planner.plan import Plan
 from shardwright.planner.sharding.sharder import Sharder
+from shardwright.plans.document import Plan
 from shardwright.profiler.capture import capture
 from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.hardware import parse_hardware

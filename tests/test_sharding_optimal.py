@@ -16,13 +16,13 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from shardwright.planner.sharding.catalog import strategies
+from shardwright.ops.catalog import strategies
+from shardwright.ops.placement import P, Places, R, can_shard, route, transition
 from shardwright.planner.sharding.mesh import Axis, Mesh, Sizes, compatible
-from shardwright.planner.sharding.pbqp import solve
-from shardwright.planner.sharding.placement import P, Places, R, can_shard, route, transition
 from shardwright.planner.sharding.problem import Demands, build
-from shardwright.planner.sharding.strategy import is_op, operands_of
+from shardwright.planner.sharding.solve.pbqp import solve
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance, ValueInfo
+from shardwright.profiler.op_view import is_op, operands_of
 
 MOST_COMBINATIONS = 150_000
 ALPHA_S, PER_BYTE_S, FLOP_S = 2e-6, 1e-9, 3e-8

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.planner.sharding import core, pbqp
-from shardwright.planner.sharding.pbqp import Problem, solve
+from shardwright.planner.sharding.solve import core, pbqp
+from shardwright.planner.sharding.solve.pbqp import Problem, solve
 from shardwright.planner.solver import Solution, solve_model
 
 SCALES = (1.0, 1e-6, 1e5)  # microseconds to hours

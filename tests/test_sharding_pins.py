@@ -8,8 +8,8 @@ import pytest
 
 from shardwright import api
 from shardwright.errors import ExitCode, ShardwrightError
-from shardwright.planner.plan import Plan
 from shardwright.planner.sharding.pins import Pin, Pins, is_pin
+from shardwright.plans.document import Plan
 from shardwright.profiler.models import load_workload
 
 

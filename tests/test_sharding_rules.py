@@ -14,7 +14,7 @@ from captured import PRESETS, recorded
 from one_op import OneOp, assert_same
 from torch import fx
 
-from shardwright.planner.sharding.strategy import is_op, view_of
+from shardwright.profiler.op_view import is_op, view_of
 
 SIZES = (2, 3)  # three does not divide hidden sizes, sequence lengths and vocabularies
 

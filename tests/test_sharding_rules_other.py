@@ -12,9 +12,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from shardwright.kernels import ops as kernels
-from shardwright.planner.sharding.catalog import strategies
-from shardwright.planner.sharding.rules import RULES
-from shardwright.planner.sharding.strategy import is_op, replicated
+from shardwright.ops.catalog import strategies
+from shardwright.ops.rules import RULES
+from shardwright.ops.strategy import replicated
+from shardwright.profiler.op_view import is_op
 
 aten, experts = torch.ops.aten, torch.ops.shardwright
 generator = torch.Generator().manual_seed(0)

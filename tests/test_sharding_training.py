@@ -16,13 +16,13 @@ from shardwright import api
 from shardwright.checking import _split_state
 from shardwright.costmodel.model import CostModel
 from shardwright.errors import ShardwrightError
-from shardwright.planner.search import search
-from shardwright.planner.setting import state_kinds
-from shardwright.planner.sharding.pbqp import solve
-from shardwright.planner.sharding.placement import R
+from shardwright.ops.placement import R
+from shardwright.planner.search.search import search
 from shardwright.planner.sharding.problem import SUMS
 from shardwright.planner.sharding.sharder import Prices, Sharder
+from shardwright.planner.sharding.solve.pbqp import solve
 from shardwright.planner.sharding.training import Job
+from shardwright.planner.stages.setting import state_kinds
 from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.models import load_workload

@@ -14,8 +14,8 @@ from shardwright.costmodel.actions import Action, parse_action
 from shardwright.costmodel.simulator import Deadlock, simulate
 from shardwright.costmodel.stage_times import Hop, StageTimes, Tail
 from shardwright.costmodel.trace import Trace, busy_seconds, mean_action_seconds, merge, to_chrome
-from shardwright.planner.schedules import gpipe, interleaved_1f1b, loop_placement, one_f_one_b, v_placement
-from shardwright.planner.schedules.base import PipelineSchedule
+from shardwright.schedules import gpipe, interleaved_1f1b, loop_placement, one_f_one_b, v_placement
+from shardwright.schedules.schedule import PipelineSchedule
 
 
 def longest_path_makespan(schedule: PipelineSchedule, stages: list[StageTimes], latency_s: float) -> float:

@@ -1,13 +1,13 @@
-"""Writes planner/plan.schema.json from planner/plan.py. Run after changing the Plan."""
+"""Writes plans/plan.schema.json from plans/document.py. Run after changing the Plan."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from shardwright.planner.plan import plan_json_schema
+from shardwright.plans.document import plan_json_schema
 
-PATH = Path(__file__).parent.parent / "planner" / "plan.schema.json"
+PATH = Path(__file__).parent.parent / "plans" / "plan.schema.json"
 
 
 def schema_text() -> str:

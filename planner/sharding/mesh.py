@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from .placement import INFINITE, P, Places, R, can_shard, route, shares, transition
-from .strategy import Strategy
+from ...ops.placement import INFINITE, P, Places, R, can_shard, route, shares, transition
+from ...ops.strategy import Strategy
 
 TIE_BREAK_S_PER_BYTE = 1e-16  # of two equal choices, the one that leaves fewer bytes on a rank
 

@@ -23,10 +23,10 @@ import torch
 from torch import fx
 
 from ...errors import ExitCode, ShardwrightError
+from ...ops.placement import from_text
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.near import near_matches
-from .placement import from_text
-from .strategy import is_op
+from ...profiler.op_view import is_op
 
 FORM = re.compile(r"(?:(?P<axis>[a-z]+):)?(?P<form>colwise|rowwise|replicated|R|P|S\(\d+\))$")
 FEATURES = ("colwise", "rowwise")

@@ -43,14 +43,15 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from ...ops.catalog import strategies
+from ...ops.placement import P, Places, R, shares, to_text
+from ...ops.strategy import Strategy
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
-from .catalog import strategies
+from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
 from .mesh import Mesh, Sizes, compatible
-from .pbqp import Elimination, Problem, prepare
 from .pins import Demand, Resolved, cannot_meet
-from .placement import P, Places, R, shares, to_text
-from .strategy import OpView, Strategy, is_op, origin, storage_root, view_of
+from .solve.pbqp import Elimination, Problem, prepare
 
 Strategies = tuple[Strategy, ...]  # of one op, one per axis
 OWN, COPY = "own", "copy"

@@ -20,20 +20,21 @@ from torch import fx
 from ...costmodel.attention import AttentionCall
 from ...costmodel.model import CostModel
 from ...errors import ExitCode, ShardwrightError
+from ...ops.placement import Places, R, shares
+from ...plans.document import ConservativeOp
+from ...plans.placements import AxisSolution, write_placements
 from ...profiler.graph import ModelGraph
 from ...profiler.nodes import source_of
+from ...profiler.op_view import is_op, view_of
 from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
-from ..plan import ConservativeOp
 from ..solver import Solution
-from .evaluate import Move, Placed, evaluate, matrix_flops, moves, op_load, saved_tensors
+from .cost import Move, Placed, evaluate, matrix_flops, moves, op_load, saved_tensors
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
-from .pbqp import solve
 from .pins import Pins, cannot_meet
-from .placement import Places, R, shares
 from .problem import STATE, Build, Catalog, Demands, build
-from .solution import AxisSolution, read_choice, write_placements
-from .strategy import is_op, view_of
+from .solution import read_choice
+from .solve.pbqp import solve
 from .training import Job, Sums
 
 PLACEMENT_AXES = ["dp", "tp"]

@@ -11,7 +11,7 @@ from ...costmodel.communication import MOST_BUCKET_BYTES, bucket_bytes
 from ...costmodel.memory import StateBytes
 from ...costmodel.model import CostModel
 from ...profiler.graph import ModelGraph
-from ..mesh_costs import sum_shape
+from ..space.mesh_costs import sum_shape
 
 MOST_BYTES = 4 * MOST_BUCKET_BYTES  # of one collective; larger ones are no faster for a byte
 SAMPLE_BYTES = 1 << 30  # of a copy

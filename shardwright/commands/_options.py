@@ -18,7 +18,7 @@ from ._stdout import write_json
 
 if TYPE_CHECKING:
     from ..api import Progress
-    from ..planner.plan import Plan
+    from ..plans.document import Plan
     from ..profiler.workload import Workload
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -99,7 +99,7 @@ def add_trust_option(parser: argparse._ActionsContainer) -> None:
 def load_plan(args: argparse.Namespace, path: str) -> Plan:
     """A plan whose model is about to be built. Says what of the user's own Python that imports, or refuses it."""
     from .. import trust
-    from ..planner.plan import Plan
+    from ..plans.document import Plan
 
     plan = Plan.load(path)
     trust.require(plan, args.trust_model)

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    from ..planner.diff import compare
-    from ..planner.plan import Plan
+    from ..planner.report.diff import compare
+    from ..plans.document import Plan
     from ..render_reasons import print_difference
 
     difference = compare(Plan.load(args.first), Plan.load(args.second))

@@ -121,10 +121,10 @@ def _solver() -> str:
 
 def _cp_sat() -> str:
     """One microbatch through two ranks: forwards there, input gradients back, and the first rank's weight gradient."""
-    from ..planner.schedules import loop_placement
-    from ..planner.schedules.exact import solve
-    from ..planner.schedules.order_graph import OrderGraph
-    from ..planner.schedules.problem import problem_of_shares
+    from ..schedules import loop_placement
+    from ..schedules.graph import OrderGraph
+    from ..schedules.problem import problem_of_shares
+    from ..schedules.synthesis.exact import solve
 
     graph = OrderGraph(problem_of_shares(1, loop_placement(2, 1), 2, (1.0, 1.0, 1.0)))
     found = solve(graph, None, 10.0, 0.0, time_limit_s=10.0)

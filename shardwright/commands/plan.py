@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    from ..planner.plan import Plan
+    from ..plans.document import Plan
 
     if args.model.endswith(".json") and ":" not in args.model:
         return _show(Plan.load(args.model), args)
@@ -68,8 +68,8 @@ def execute(args: argparse.Namespace) -> int:
 
 def _check_names(args: argparse.Namespace, force: dict[str, str]) -> Cluster:
     """The cluster. What is mistyped is said before what is missing, and before the model is traced."""
-    from ..planner.forcing import parse_forced
     from ..planner.sharding.pins import choices_of
+    from ..planner.space.forcing import parse_forced
     from ..profiler.hardware import parse_hardware
 
     parse_forced(choices_of(force))

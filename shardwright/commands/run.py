@@ -57,7 +57,7 @@ def execute(args: argparse.Namespace) -> int:
     printer.summary()
     if args.trace is not None:
         from ..costmodel.trace import Trace, save_chrome
-        from ..planner.timeline import predicted_trace
+        from ..planner.report.timeline import predicted_trace
 
         save_chrome(args.trace, [predicted_trace(plan), Trace.from_json(printer.trace)])
         if not args.json:

@@ -15,9 +15,9 @@ from ..errors import ExitCode, ShardwrightError
 from . import _options
 
 if TYPE_CHECKING:
-    from ..planner.schedules import PipelineSchedule
-    from ..planner.schedules.problem import PipelineProblem
-    from ..planner.schedules.synthesis import Synthesis
+    from ..schedules import PipelineSchedule
+    from ..schedules.problem import PipelineProblem
+    from ..schedules.synthesis.synthesize import Synthesis
 
 NAME = "schedule"
 HELP = "find the order of a pipeline's actions"
@@ -99,8 +99,8 @@ def execute(args: argparse.Namespace) -> int:
 
 def _problems(args: argparse.Namespace) -> list[PipelineProblem]:
     """One for each number of chunks, or that of the placement."""
-    from ..planner.schedules.base import loop_placement
-    from ..planner.schedules.problem import problem_of_shares
+    from ..schedules.problem import problem_of_shares
+    from ..schedules.schedule import loop_placement
 
     p, m = args.ranks, args.microbatches
     forward_s, input_s, weight_s = _numbers(args.times, "--times", 3, "1,1.4,0.6")
@@ -161,7 +161,7 @@ def _numbers(text: str, option: str, count: int, works: str) -> tuple[float, ...
 
 def _placement(args: argparse.Namespace) -> tuple[int, ...] | None:
     """The one asked for; None where it is free."""
-    from ..planner.schedules.base import loop_placement, v_placement
+    from ..schedules.schedule import loop_placement, v_placement
 
     shapes = {"loop": loop_placement, "v": v_placement}
     if args.placement == AUTO:
@@ -184,9 +184,9 @@ def _placement(args: argparse.Namespace) -> tuple[int, ...] | None:
 
 
 def _searched(problems: list[PipelineProblem], args: argparse.Namespace) -> Synthesis:
-    from ..planner.schedules.bounds import lower_bound
-    from ..planner.schedules.placements import placed
-    from ..planner.schedules.synthesis import synthesize
+    from ..schedules.bounds import lower_bound
+    from ..schedules.placements import placed
+    from ..schedules.synthesis.synthesize import synthesize
 
     if args.placement == AUTO:
         problems = [candidate for problem in problems for candidate in placed(problem)]
@@ -222,9 +222,9 @@ def _published(problems: list[PipelineProblem], args: argparse.Namespace) -> Syn
     """The schedule of that name, with as many chunks as it takes and --chunks allows."""
     from dataclasses import replace
 
-    from ..planner.schedules.bounds import lower_bound
-    from ..planner.schedules.library import SCHEDULES, build_schedule, canonical_name
-    from ..planner.schedules.synthesis import Synthesis
+    from ..schedules.bounds import lower_bound
+    from ..schedules.published.library import SCHEDULES, build_schedule, canonical_name
+    from ..schedules.synthesis.synthesize import Synthesis
 
     began = time.monotonic()
     name = canonical_name(args.name, option="--name ")
@@ -279,7 +279,7 @@ def _let_go(schedule: PipelineSchedule) -> str:
 
 
 def _shape(schedule: PipelineSchedule) -> str:
-    from ..planner.schedules.base import loop_placement, v_placement
+    from ..schedules.schedule import loop_placement, v_placement
 
     if schedule.reverse_stage_rank:
         return "two directions"

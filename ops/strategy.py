@@ -1,0 +1,25 @@
+"""A strategy: one way to run one op on one mesh axis."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..profiler.op_view import OpView
+from .placement import R
+
+
+class Strategy(NamedTuple):
+    """inputs: placement of each tensor operand, in order of appearance. outputs: of each tensor result.
+
+    even: the sharded sizes must divide evenly. lowering: name of the local program where it is not just the op on local
+    tensors (passes/lowerings.py); it may use collectives on the axis.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    even: bool = False
+    lowering: str = ""
+
+
+def replicated(view: OpView) -> Strategy:
+    return Strategy((R,) * len(view.inputs), (R,) * len(view.outputs))

@@ -1,0 +1,1 @@
+"""What does each rank hold, and what trades time for memory?"""

@@ -1,0 +1,292 @@
+"""Bytes of each pipeline rank under a candidate, a chain and stage cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ...costmodel import memory
+from ...costmodel.memory import StageState
+from ...schedules.published.library import SCHEDULES, build_schedule
+from ...schedules.schedule import PipelineSchedule
+from ..space.candidates import Candidate
+from ..stages.chain import Chain
+from ..stages.setting import Setting
+
+# Send and receive buffers of each boundary, activations and gradients: one in use, one in flight.
+BUFFERS_PER_BOUNDARY = 2
+PROFILES = 8192  # orders whose small tables are kept: a search asks for each of its candidates' several times
+
+
+@lru_cache(maxsize=128)
+def cached_schedule(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> PipelineSchedule:
+    return build_schedule(name, num_ranks, num_microbatches, num_chunks)
+
+
+@lru_cache(maxsize=PROFILES)
+def placements(name: str, num_ranks: int, num_chunks: int) -> tuple[tuple[int, ...], ...]:
+    """For each direction, the pipeline rank of each virtual stage; the same for any number of microbatches."""
+    if num_chunks == 1 and SCHEDULES[name].directions == 1:
+        return (tuple(range(num_ranks)),)
+    return tuple(cached_schedule(name, num_ranks, 2 * num_ranks, num_chunks).placements)
+
+
+@lru_cache(maxsize=PROFILES)
+def stages_by_rank(name: str, num_ranks: int, num_chunks: int) -> np.ndarray:
+    """[chunk, rank] -> virtual stage, in order of execution on each rank; those of a second direction follow."""
+    rows: list[list[int]] = [[] for _ in range(num_ranks)]
+    for place in placements(name, num_ranks, num_chunks):
+        for stage, rank in enumerate(place):
+            rows[rank].append(stage)
+    return np.array(rows).T
+
+
+def placements_of(candidate: Candidate) -> tuple[tuple[int, ...], ...]:
+    return placements(candidate.schedule, candidate.pp, candidate.virtual_stages)
+
+
+def placement_of(candidate: Candidate) -> tuple[int, ...]:
+    """Of the first direction."""
+    return placements_of(candidate)[0]
+
+
+@lru_cache(maxsize=PROFILES)
+def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> tuple[np.ndarray, ...]:
+    """For each rank, the greatest numbers of microbatches held on its chunks (stages_by_rank) at once: rows that no
+    other row covers."""
+    p, m, v = num_ranks, num_microbatches, num_chunks
+    if name == "1f1b":
+        return tuple(np.array([[min(m, p - rank)]]) for rank in range(p))
+    if name == "gpipe" and v == 1:
+        return tuple(np.array([[m]]) for _ in range(p))
+    # beyond a few rounds the steady state of one direction repeats, where there is one
+    few = [cached_schedule(name, p, min(m, rounds * p + m % p), v) for rounds in (4, 5)]
+    repeats = SCHEDULES[name].directions == 1 and few[0].in_flight() == few[1].in_flight()
+    schedule = few[0] if repeats else cached_schedule(name, p, m, v)
+    profiles = []
+    direction, stages = schedule.direction, stages_by_rank(name, p, v)
+    for rank, actions in enumerate(schedule.ranks):
+        chunk_of = {(chunk // v, stage): chunk for chunk, stage in enumerate(stages[:, rank].tolist())}
+        held = [0] * len(chunk_of)
+        seen: set[tuple[int, ...]] = set()
+        for kind, stage, microbatch in actions:
+            if kind == "F":
+                held[chunk_of[direction[microbatch], stage]] += 1
+                seen.add(tuple(held))
+            elif kind in "BW":
+                held[chunk_of[direction[microbatch], stage]] -= 1
+        rows = np.array(sorted(seen))
+        covered = (rows[:, None, :] <= rows[None, :, :]).all(-1).sum(1) > 1
+        profiles.append(rows[~covered])
+    return tuple(profiles)
+
+
+def num_groups(candidate: Candidate) -> int:
+    """Communicators of a rank: the world, and one for each axis wider than 1."""
+    return 1 + sum(size > 1 for size in (candidate.pp, candidate.dp, candidate.tp)) + 2 * (candidate.split is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class IntervalBytes:
+    """[i, j] -> bytes of a stage over positions i..j-1, on a rank that holds no other.
+
+    lasting: held all through, boundary buffers included. activation: of one microbatch; prologue values, of which a
+    stage may need any, in full. pipeline: held beside activations; pipeline_each: by one stage of the rank at a time.
+    step: held in the optimizer step in their place. slack, reserve: what is added to a rank's sum.
+    """
+
+    lasting: np.ndarray
+    activation: np.ndarray
+    pipeline: np.ndarray
+    pipeline_each: np.ndarray
+    step: np.ndarray
+    slack: float
+    reserve: int
+
+    def with_in_flight(self, in_flight: int) -> np.ndarray:
+        """[i, j] -> bytes of a rank with this stage alone."""
+        pipeline = in_flight * self.activation + self.pipeline + self.pipeline_each
+        return (self.lasting + np.maximum(pipeline, self.step)) * self.slack + self.reserve
+
+    def peaks(self, bounds: Sequence[int], profiles: np.ndarray, stages: np.ndarray) -> np.ndarray:
+        """Bytes of each pipeline rank. profiles: [rank, row, chunk] of in_flight_profiles. stages: [chunk, rank]."""
+        edges = np.asarray(bounds)
+        at = (edges[stages], edges[stages + 1])
+
+        def of(table: np.ndarray) -> np.ndarray:
+            return table[at]
+
+        activations = np.einsum("rkc,cr->rk", profiles, of(self.activation)).max(axis=1)
+        pipeline = activations + of(self.pipeline).sum(axis=0) + of(self.pipeline_each).max(axis=0)
+        held = of(self.lasting).sum(axis=0) + np.maximum(pipeline, of(self.step).sum(axis=0))
+        return held * self.slack + self.reserve
+
+
+def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
+    """Cached: the same for all candidates that share a chain, dp, ZeRO stage and communicators."""
+    several = candidate.count > 1
+    key = (
+        "bytes",
+        chain,
+        candidate.dp,
+        candidate.zero,
+        candidate.extents,
+        several,
+        candidate.num_stages > 1,
+        num_groups(candidate),
+    )
+    if key not in setting.cache:
+        setting.cache[key] = _interval_bytes(setting, candidate, chain)
+    return setting.cache[key]
+
+
+def _state(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
+    c = candidate
+    return memory.state_memory(state, setting.kinds, c.dp, c.zero, c.count, kind, c.extents)
+
+
+def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
+    kind = setting.mesh(candidate).devices[0].kind
+    state = StageState(chain.param_of, chain.trainable_of, chain.buffer_of, chain.largest_of)
+    held = _state(setting, candidate, state, kind)
+    lasting = held.parameters + held.optimizer + held.buffers
+    if candidate.num_stages > 1:
+        cut = BUFFERS_PER_BOUNDARY * (chain.cut_forward_bytes + chain.cut_backward_bytes)
+        lasting = lasting + cut[:, None] + cut[None, :]
+    return IntervalBytes(
+        lasting=lasting,
+        activation=chain.activation_of,
+        pipeline=held.gradients,
+        pipeline_each=held.gathered_each + held.fresh_each + chain.workspace_of,
+        step=held.step_gradients + held.step_temporaries,
+        slack=memory.slack_factor(kind),
+        reserve=memory.reserve_bytes(kind, num_groups(candidate)),
+    )
+
+
+@lru_cache(maxsize=PROFILES)
+def profile_table(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> np.ndarray:
+    """[rank, row, chunk]: in_flight_profiles, rows repeated to equal number."""
+    profiles = in_flight_profiles(name, num_ranks, num_microbatches, num_chunks)
+    rows = max(len(profile) for profile in profiles)
+    return np.stack([np.resize(profile, (rows, profile.shape[1])) for profile in profiles]).astype(float)
+
+
+def quick_peaks(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> np.ndarray:
+    """Bytes of each pipeline rank; never less than the sum of rank_breakdown."""
+    c = candidate
+    table = profile_table(c.schedule, c.pp, c.count, c.virtual_stages)
+    stages = stages_by_rank(c.schedule, c.pp, c.virtual_stages)
+    return interval_bytes(setting, candidate, chain).peaks(bounds, table, stages)
+
+
+@lru_cache(maxsize=PROFILES)
+def least_in_flight(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> int:
+    """At some moment every chunk of every rank holds at least this many microbatches (the moment may differ by
+    rank).
+    """
+    profiles = in_flight_profiles(name, num_ranks, num_microbatches, num_chunks)
+    return min(int(rows.min(axis=1).max()) for rows in profiles)
+
+
+def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: int | None = None) -> float:
+    """What the mean rank needs at least, whatever the cuts: lasting state, and activations that all chunks hold at
+    once. in_flight: microbatches of those, in place of what the candidate's schedule holds.
+    """
+    c = candidate
+    key = ("mean", chain, c.pp, c.dp, c.tp, c.zero, c.split, c.count > 1)
+    if key not in setting.cache:
+        setting.cache[key] = _whole_bytes(setting, candidate, chain)
+    whole: _WholeBytes = setting.cache[key]
+    if in_flight is None:
+        in_flight = least_in_flight(c.schedule, c.pp, c.count, c.virtual_stages)
+    shared = whole.lasting + max(in_flight * whole.activations + whole.gradients, whole.step)
+    return float(shared * whole.slack / c.pp + whole.reserve)
+
+
+class _WholeBytes(NamedTuple):
+    """Of the whole chain, without ranks. step: beside what lasts, in the optimizer step. slack, reserve: what is added
+    to a rank's sum."""
+
+    lasting: float
+    activations: float  # of one microbatch
+    gradients: float
+    step: float
+    slack: float
+    reserve: int
+
+
+def _whole_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
+    n, kind = chain.num_instances, setting.mesh(candidate).devices[0].kind
+    whole = StageState(chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n], 0)
+    held = _state(setting, candidate, whole, kind)
+    return _WholeBytes(
+        held.parameters + held.optimizer + held.buffers,
+        float(chain.activation_bytes.sum()),
+        held.gradients,
+        held.step_gradients + held.step_temporaries,
+        memory.slack_factor(kind),
+        memory.reserve_bytes(kind, num_groups(candidate)),
+    )
+
+
+def state_share(setting: Setting, candidate: Candidate) -> float:
+    """What a byte of training state, before ZeRO, weighs beside one that a microbatch keeps for the backward."""
+    unit = 1 << 20
+    held = _state(setting, candidate, StageState(unit, unit, 0, 0), setting.mesh(candidate).devices[0].kind)
+    each = (held.parameters + held.optimizer + held.gradients) / unit / setting.kinds.of_trained
+    in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
+    return float(f"{each / in_flight:.1g}")
+
+
+def fits(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> bool:
+    return bool((quick_peaks(setting, candidate, chain, bounds) <= setting.limits(candidate)).all())
+
+
+def rank_breakdown(
+    setting: Setting,
+    candidate: Candidate,
+    chain: Chain,
+    bounds: tuple[int, ...],
+    rank: int,
+    activation_bytes: int | None = None,
+) -> dict[str, int]:
+    """Every item of the worst rank among those of a pipeline rank; their sum is its peak. activation_bytes: in place of
+    what the candidate's schedule holds at once."""
+    chunks = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)[:, rank].tolist()
+    stages = [(bounds[s], bounds[s + 1]) for s in sorted(set(chunks))]  # two directions may share one
+    kind = setting.mesh(candidate).devices[rank].kind
+    held = [_state(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
+    if activation_bytes is None:
+        each = np.array([stage_activation(chain, bounds[s], bounds[s + 1]) for s in chunks])
+        profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]
+        activation_bytes = int((profiles @ each).max())
+    boundary = 0.0
+    if candidate.num_stages > 1:
+        cut = chain.cut_forward_bytes + chain.cut_backward_bytes
+        boundary = BUFFERS_PER_BOUNDARY * sum(cut[i] + cut[j] for i, j in stages)
+    return memory.rank_items(
+        held,
+        activation_bytes=activation_bytes,
+        workspace_bytes=int(max(chain.workspace_of[i, j] for i, j in stages)),
+        communication_bytes=int(boundary),
+        device_kind=kind,
+        num_groups=num_groups(candidate),
+    )
+
+
+def activation_room(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...], rank: int) -> float:
+    """Bytes of activations that a pipeline rank can hold at once beside all else."""
+    share = memory.slack_factor(setting.mesh(candidate).devices[rank].kind)
+    much = setting.limit(candidate, rank)  # more than there is room for, so that the pipeline is the worst moment
+    over = sum(rank_breakdown(setting, candidate, chain, bounds, rank, much).values()) - much
+    return much - over / share
+
+
+def stage_activation(chain: Chain, start: int, stop: int) -> float:
+    prologue = sum(chain.prologue_bytes[index] for index in chain.prologue_of(start, stop))
+    return float(chain.activation_bytes[start:stop].sum()) + prologue

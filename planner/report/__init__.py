@@ -1,0 +1,1 @@
+"""Why this plan? Explanations, differences between plans, the predicted timeline."""

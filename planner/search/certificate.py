@@ -1,0 +1,144 @@
+"""What is proven of the whole space: the least bound over all candidates that may hold a plan.
+
+Where the schedule is free, a candidate stands for every order on its mesh and microbatch, published or synthesized, so
+its bound is that of any order (evaluate.lower_bound), under the least recomputation with which one microbatch at a time
+fits on the mean rank: an order of the plan's own may let go of single activations. Where the schedule is forced, the
+bounds are those that the search found.
+
+Placements that split more of the parameters than the fastest ones do step less of them, and sum less over the tensor
+axis: optimizer and ZeRO traffic are counted as if the tensor axis split all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..memory.options import MemoryOption
+from ..space.candidates import MAX_PP, Candidate
+from ..stages.chain import Chain
+from .scoring import mean_fits
+from .state import MemoryPool, SearchState
+from .step_time import lower_bound, path_seconds
+
+MAX_TIGHTENED = 4
+WHOLE = 0.999  # of what the tensor axis could split
+
+
+def base_of(candidate: Candidate) -> Candidate:
+    """What all orders on the candidate's mesh and microbatch have in common."""
+    return replace(candidate, schedule="1f1b", virtual_stages=1)
+
+
+def any_order_bound(state: SearchState, candidate: Candidate, options: Sequence[MemoryOption]) -> float:
+    """Seconds that no plan on the candidate's mesh and microbatch beats, under any order; infinite where none fits."""
+    base, seen, bound_s = base_of(candidate), set[int](), math.inf
+    for option in options:
+        if id(option.solution) not in seen and mean_fits(state, base, option, in_flight=1):
+            seen.add(id(option.solution))
+            chain = _split_all(state, base, state.setting.chain(option.solution, option.recompute))
+            seconds = lower_bound(state.setting, base, chain, any_order=True)
+            bound_s = min(bound_s, seconds * option.solution.proven_share)
+    return bound_s
+
+
+def own_order_bound(state: SearchState, candidate: Candidate, firsts: Sequence[MemoryOption]) -> float:
+    """The same under the candidate's own schedule, before its cuts are known. firsts: scoring.first_options of it."""
+    found = [math.inf]
+    for option in firsts:
+        chain = _split_all(state, candidate, state.setting.chain(option.solution, option.recompute))
+        found.append(lower_bound(state.setting, candidate, chain) * option.solution.proven_share)
+    return min(found)
+
+
+def _split_all(state: SearchState, candidate: Candidate, chain: Chain) -> Chain:
+    """The chain, with the parameters that a tensor axis which splits all of them leaves."""
+    setting, key = state.setting, ("split all", chain)
+    if candidate.tp == 1:
+        return chain
+    if key not in setting.cache:
+        held = chain.param_elements.sum(), chain.trainable_elements.sum()
+        shares = [
+            min(1.0, least / candidate.tp / max(have, 1.0)) for least, have in zip(_elements(state), held, strict=True)
+        ]
+        setting.cache[key] = (
+            chain
+            if min(shares) > WHOLE and not chain.summed_elements.any()
+            else replace(
+                chain,
+                summed_elements=np.zeros_like(chain.summed_elements),
+                param_elements=chain.param_elements * shares[0],
+                trainable_elements=chain.trainable_elements * shares[1],
+                repeats=(),
+            )
+        )
+    return setting.cache[key]
+
+
+def _elements(state: SearchState) -> tuple[float, float]:
+    """Parameters of the model, and the trainable ones among them."""
+    params = state.setting.graph.params.values()
+    return sum(math.prod(dims) for dims, _, _ in params), sum(math.prod(dims) for dims, _, trains in params if trains)
+
+
+def ideal_seconds(state: SearchState, candidate: Candidate, schedule: str) -> float:
+    """Step without collectives, every op as efficient as on the whole batch. schedule: '' for any."""
+    parts = candidate.dp * candidate.tp * candidate.count
+    forward_s, backward_s = state.whole_forward_s / parts, state.whole_backward_s / parts
+    return path_seconds(schedule, forward_s, backward_s, candidate.pp, candidate.count)
+
+
+def learn_any_order(state: SearchState, base: Candidate, pool: MemoryPool) -> None:
+    bound_s = any_order_bound(state, base, pool.options)
+    state.any_order_s[base] = max(ideal_seconds(state, base, ""), bound_s)
+
+
+def certified_bound(state: SearchState, step_s: float, *, tighten: bool) -> float:
+    """Seconds that no plan in the searched space beats; step_s: of the plan found. tighten: solve a few meshes that
+    were passed over, where they alone keep the bound low."""
+    if state.forced.schedule is not None:
+        return min([step_s, *(_bound(state, candidate) for candidate in state.candidates)])
+    bounds = {base: _any_order(state, base) for base in {base_of(candidate) for candidate in state.candidates}}
+    for _ in range(MAX_TIGHTENED if tighten else 0):
+        lowest = min(bounds, key=lambda base: (bounds[base], base.local_batch))
+        if lowest in state.any_order_s or bounds[lowest] >= step_s:
+            break
+        solution = state.solve(lowest)
+        if solution is None:
+            state.any_order_s[lowest] = math.inf
+        else:
+            pool = state.pool(lowest, solution)
+            if not mean_fits(state, lowest, pool.options[0], in_flight=1):
+                state.widen(pool)
+            learn_any_order(state, lowest, pool)
+        bounds[lowest] = state.any_order_s[lowest]
+    return min(step_s, *bounds.values())
+
+
+def not_searched(state: SearchState) -> list[str]:
+    """In few words, what a plan could have that none of the candidates has."""
+    forced, cluster = state.forced, state.setting.cluster
+    left_out = ["context and expert axes", "other orders of the axes"]
+    widest = max(candidate.tp for candidate in state.candidates)
+    if forced.tp is None and forced.pp is None and forced.dp is None and widest < cluster.num_devices:
+        left_out.append(f"tp above {widest}")
+    if cluster.num_devices > MAX_PP and forced.pp is None:
+        left_out.append(f"pp above {MAX_PP}")
+    if any(outcome.assumed for outcome in state.outcomes.values()):
+        left_out.append("larger microbatches than one that does not fit")
+    if not forced.offload and cluster.worst_device().kind != "cpu":
+        left_out.append("offload")
+    return left_out
+
+
+def _bound(state: SearchState, candidate: Candidate) -> float:
+    outcome = state.outcomes.get(candidate)
+    return ideal_seconds(state, candidate, candidate.schedule) if outcome is None else outcome.bound_s
+
+
+def _any_order(state: SearchState, base: Candidate) -> float:
+    found = state.any_order_s.get(base)
+    return ideal_seconds(state, base, "") if found is None else found

@@ -1,0 +1,162 @@
+"""Nothing fits: how many GiB are missing on which rank, and the nearest change that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from ...errors import ExitCode, ShardwrightError
+from ...profiler.accelerators import accelerators
+from ...profiler.cluster import Cluster
+from ...profiler.hardware import parse_hardware
+from ...units import GIB, format_bytes
+from ..interfaces import ShardingSolution
+from ..memory.rank_bytes import fits
+from ..space.candidates import Candidate, enumerate_candidates, value_of
+from ..space.forcing import Forced
+from ..stages.setting import Setting
+from .outcome import Outcome
+from .smaller_job import smaller_jobs
+from .step_time import find_cuts
+
+Solutions = Mapping[tuple[int, int, int], ShardingSolution | None]
+Solve = Callable[[int, int, int], ShardingSolution | None]  # dp, tp, local batch
+
+# Most candidates looked at for one change.
+MAX_TRIES = 120
+FACTORS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
+WIDER_TP = (2, 8)
+
+
+def does_not_fit(
+    setting: Setting, forced: Forced, outcomes: Sequence[Outcome], solutions: Solutions, solve: Solve
+) -> ShardwrightError:
+    """The error to raise (exit 3). Solutions found stand in for those of other meshes with the same tensor axis."""
+    tried = [outcome for outcome in outcomes if outcome.fits is False]
+    if not tried:
+        return ShardwrightError(
+            "no tensor axis can shard this model over these devices",
+            means=f"{len(outcomes)} candidates, all without a sharding",
+            change="--force tp",
+            works="--force tp=1",
+            exit_code=ExitCode.DOES_NOT_FIT,
+        )
+    nearest = min(tried, key=lambda outcome: outcome.missing_bytes)
+    candidate = nearest.candidate
+    first = nearest.worst_rank * candidate.dp * candidate.tp
+    device = setting.cluster.device(first)
+    what = (
+        f"nothing fits: rank {first} ({device.name}) needs {format_bytes(nearest.peak_bytes or 0)} of "
+        f"{format_bytes(nearest.limit_bytes)}, {format_bytes(nearest.missing_bytes)} missing"
+    )
+    change, works = _nearest_change(setting, forced, nearest, solutions, solve)
+    return ShardwrightError(
+        what,
+        means=f"the nearest of {len(outcomes)} candidates is {candidate}, recompute={nearest_recompute(forced)}",
+        change=change,
+        works=works,
+        exit_code=ExitCode.DOES_NOT_FIT,
+    )
+
+
+def nearest_recompute(forced: Forced) -> str:
+    return "none" if forced.recompute == "none" else "all"
+
+
+def _nearest_change(
+    setting: Setting, forced: Forced, nearest: Outcome, solutions: Solutions, solve: Solve
+) -> tuple[str, str]:
+    """(setting to change, value that fits)."""
+    known = {(tp, batch): found for (_, tp, batch), found in solutions.items() if found is not None}
+    for name in (
+        "recompute",
+        "zero",
+        "microbatch",
+        "global_microbatch",
+        "schedule",
+        "virtual_stages",
+        "cuts",
+        "pp",
+        "dp",
+        "tp",
+    ):
+        default: Any = "auto" if name == "recompute" else None
+        if getattr(forced, name) == default:
+            continue
+        found = first_fit(setting, replace(forced, **{name: default}), known)
+        if found is not None:
+            value = "all" if name == "recompute" else value_of(name, found)
+            return f"--force {name}", f"--force {name}={value}" if value is not None else f"no --force {name}"
+    if setting.memory_limit_bytes is not None or setting.cluster.memory_limit_bytes is not None:
+        need = nearest.peak_bytes or 0
+        return "--memory-limit", f"--memory-limit {need / GIB + 0.05:.1f}GiB"
+    for tp in WIDER_TP:  # more devices could also share a layer
+        if forced.tp in (None, tp) and (tp, 1) not in known:
+            found_solution = solve(1, tp, 1)
+            if found_solution is not None:
+                known[tp, 1] = found_solution
+    found_texts = smaller_jobs(setting, forced, known, first_fit)
+    change = "the job, on this hardware, or --hardware" if found_texts else "--hardware"
+    for names in (_more_of_the_same(setting.cluster), _larger_devices(setting.cluster)):
+        found_name = _first_cluster_that_fits(setting, forced, known, names)
+        if found_name is not None:
+            return change, ", or ".join([*found_texts, f"--hardware {found_name}"])
+    if found_texts:
+        return "the job", ", or ".join(found_texts)
+    return "the model, or --seq-len", "a shorter sequence"
+
+
+def first_fit(setting: Setting, forced: Forced, known: Mapping[tuple[int, int], ShardingSolution]) -> Candidate | None:
+    """A candidate that fits with most recomputation, the leanest first."""
+    num_instances = len(setting.shape.instances)
+    options: Iterable[Candidate] = (
+        candidate
+        for candidate in enumerate_candidates(
+            forced, setting.cluster.num_devices, setting.workload.global_batch, num_instances, max_tp=1 << 30
+        )
+        if (candidate.tp, candidate.local_batch) in known and candidate.virtual_stages <= 2
+    )
+    lean = sorted(options, key=lambda c: (c.local_batch, -c.zero, c.virtual_stages, c.schedule != "1f1b", -c.pp * c.tp))
+    for candidate in lean[:MAX_TRIES]:
+        solution = known[candidate.tp, candidate.local_batch]
+        recompute = frozenset() if forced.recompute == "none" else frozenset(setting.shape.segments)
+        chain = setting.chain(solution, recompute)
+        cuts = find_cuts(setting, candidate, chain)
+        if cuts is not None and fits(setting, candidate, chain, cuts.bounds):
+            return candidate
+    return None
+
+
+def _first_cluster_that_fits(
+    setting: Setting, forced: Forced, known: Mapping[tuple[int, int], ShardingSolution], names: Iterable[str]
+) -> str | None:
+    free = {field.name: None for field in fields(forced) if field.name in ("pp", "dp", "tp", "cuts")}
+    for name in names:
+        try:
+            cluster = parse_hardware(name)
+        except ShardwrightError:
+            continue
+        larger = replace(setting, cluster=cluster, cost_model=replace(setting.cost_model, cluster=cluster))
+        if first_fit(larger, replace(forced, **free), known) is not None:  # type: ignore[arg-type]
+            return name
+    return None
+
+
+def _more_of_the_same(cluster: Cluster) -> list[str]:
+    """'1x1xRTX4090' gives '2x1xRTX4090', '4x1xRTX4090', ...; none for clusters that are no single row of like hosts."""
+    if len(cluster.groups) != 1 or cluster.host_pairs:
+        return []
+    group = cluster.groups[0]
+    if group.device.kind == "cpu":
+        return [f"{group.num_devices * factor}xCPU" for factor in FACTORS]
+    return [f"{group.count * factor}x{group.devices_per_host}x{group.device.name}" for factor in FACTORS]
+
+
+def _larger_devices(cluster: Cluster) -> list[str]:
+    """Full hosts of catalog devices with more memory, the smallest device first."""
+    have = max(group.device.memory_bytes for group in cluster.groups)
+    larger = [e for e in accelerators().values() if e.device.memory_bytes > have and e.host_devices]
+    larger.sort(key=lambda entry: entry.device.memory_bytes)
+    hosts = {entry.key: -(-cluster.num_devices // entry.host_devices) for entry in larger}
+    return [f"{hosts[e.key] * factor}x{e.host_devices}x{e.key}" for e in larger for factor in (1, *FACTORS[:5])]

@@ -1,0 +1,119 @@
+"""Every other published order for the mesh that the search chose, each with its own cuts and recomputation.
+
+The search itself compares meshes by the orders in SEARCHED, whose bounds it knows; what splits the backward or places
+its chunks in a V then competes with the winner. An order must be faster by more than the cost model can tell apart.
+Cuts are moved one by one under each order that could win. own_order.py then looks for an order of the winner's own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ...profiler.buffer_updates import update_scales
+from ...schedules.published.library import SCHEDULES, SEARCHED
+from ..memory.rank_bytes import fits, quick_peaks
+from ..space.candidates import Candidate
+from ..stages.cuts import improve_cuts
+from .certificate import base_of
+from .outcome import Outcome, is_preferable
+from .scoring import score_alone
+from .state import SearchState
+from .step_time import lower_bound, step_seconds
+
+MAX_SECONDS = 3.0
+MAX_RIVALS, RIVAL_SECONDS = 4, 0.5  # other meshes, and the time for each
+RIVAL = 0.95  # of the best step: bounds above that are not looked at
+POLISH_SECONDS = 2.0
+POLISH_MARGIN = 1.1  # cuts are moved under an order that takes at most so many times the best
+
+
+def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
+    """The best outcome over all orders, its cuts polished; `best` unless another is faster by the factor least_gain, or
+    faster and no larger."""
+    best = state.incumbent = _polished(state, best)  # what Ctrl-C leaves
+    if state.forced.schedule is not None or best.solution is None:
+        return best
+    chosen, limit_s = best, (best.step_s or 0.0) / least_gain
+    for base, seconds in _meshes(state, best.candidate):
+        stop_at = min(time.monotonic() + seconds, state.deadline)
+        bound_s = free_bound(state, base) if base.pp > 1 and time.monotonic() < stop_at else math.inf
+        for candidate in _others(state, base):
+            if bound_s >= limit_s or time.monotonic() > stop_at:
+                break
+            state.candidates.append(candidate)
+            state.outcomes[candidate] = Outcome(candidate, bound_s=bound_s, search_bound_s=bound_s)
+            outcome = state.outcomes[candidate] = score_alone(state, candidate)
+            if outcome.step_s is not None and outcome.step_s < limit_s * POLISH_MARGIN:
+                outcome = state.outcomes[candidate] = _polished(state, outcome)
+                if (outcome.step_s or 0.0) < limit_s or is_preferable(outcome, chosen):
+                    chosen, limit_s = outcome, min(limit_s, outcome.step_s or 0.0)
+                    state.incumbent = chosen
+    return chosen
+
+
+def _meshes(state: SearchState, best: Candidate) -> Iterator[tuple[Candidate, float]]:
+    """The best plan's mesh and microbatch, then those on which another order could be faster still, those first whose
+    published plans are fastest; seconds for each."""
+    yield best, MAX_SECONDS
+    step_s = state.incumbent.step_s if state.incumbent is not None else None
+    rivals = [base for base, bound_s in state.any_order_s.items() if base.pp > 1 and bound_s < (step_s or 0.0) * RIVAL]
+    rivals = [base for base in rivals if base != base_of(best)]
+    found: dict[Candidate, float] = {}
+    for candidate, outcome in state.outcomes.items():
+        if outcome.step_s is not None:
+            base = base_of(candidate)
+            found[base] = min(found.get(base, math.inf), outcome.step_s)
+    for base in sorted(rivals, key=lambda base: (found.get(base, math.inf), state.any_order_s[base]))[:MAX_RIVALS]:
+        yield base, RIVAL_SECONDS
+
+
+def _polished(state: SearchState, outcome: Outcome) -> Outcome:
+    """Single cuts moved while the simulated step falls, for a short while."""
+    setting, candidate = state.setting, outcome.candidate
+    if state.forced.cuts is not None or candidate.num_stages == 1 or outcome.solution is None:
+        return outcome
+    chain = setting.chain(outcome.solution, outcome.recompute)
+    stop_at = min(time.monotonic() + POLISH_SECONDS, state.deadline)
+
+    def seconds(bounds: tuple[int, ...]) -> float:
+        if bounds != outcome.bounds and (time.monotonic() > stop_at or not fits(setting, candidate, chain, bounds)):
+            return float("inf")
+        return step_seconds(setting, candidate, chain, bounds)
+
+    bounds = improve_cuts(outcome.bounds, seconds)
+    if bounds == outcome.bounds:
+        return outcome
+    peak_bytes = int(quick_peaks(setting, candidate, chain, bounds).max())
+    return replace(
+        outcome, bounds=bounds, step_s=step_seconds(setting, candidate, chain, bounds), peak_bytes=peak_bytes
+    )
+
+
+def free_bound(state: SearchState, candidate: Candidate) -> float:
+    """Seconds that no order, published or synthesized, goes below on the candidate's mesh and microbatch, whatever the
+    cuts, the sharding and the recomputation."""
+    solution = state.solve(candidate)
+    if solution is None:
+        return 0.0
+    chain = state.setting.chain(solution, ())
+    return lower_bound(state.setting, candidate, chain, any_order=True) * solution.proven_share
+
+
+def _others(state: SearchState, best: Candidate) -> Iterator[Candidate]:
+    """Those that split the backward first: they leave the smallest bubbles. Two directions need written buffers whose
+    updates can be joined. Orders are synthesized for one direction alone."""
+    num_instances = len(state.setting.shape.instances)
+    written = [segment for segment in state.setting.graph.segments.values() if segment.mutated_buffers]
+    joined = all(None not in update_scales(segment).values() for segment in written)
+    directions = 2 if joined and not state.forced.synthesize else 1
+    names = [name for name in SCHEDULES if name not in SEARCHED and SCHEDULES[name].directions <= directions]
+    for name in sorted(names, key=lambda n: not SCHEDULES[n].splits_backward):
+        chunks = SCHEDULES[name].chunks
+        own = best.virtual_stages if best.virtual_stages > 1 and best.virtual_stages in chunks else chunks[0]
+        wanted = state.forced.virtual_stages or own
+        if wanted in chunks and (wanted > 1 or chunks[0] == 1) and best.pp * wanted <= num_instances:
+            if state.forced.cuts is None or len(state.forced.cuts) + 1 == best.pp * wanted:
+                yield replace(best, schedule=name, virtual_stages=wanted)

@@ -1,0 +1,213 @@
+"""The result of a search: its best plan polished, timed, weighed and certified, in the Plan document's own types."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...costmodel.simulator import Timeline
+from ...costmodel.stage_times import Hop, StageTimes
+from ...plans import document as plan_document
+from ...profiler.cluster import Cluster
+from ...profiler.workload import Workload
+from ...schedules import PipelineSchedule
+from ..interfaces import ShardingSolution
+from ..memory.rank_bytes import placements_of, rank_breakdown
+from ..space.candidates import Candidate
+from ..stages.chain import Chain
+from ..stages.setting import Setting
+from .certificate import certified_bound, not_searched
+from .outcome import Outcome, considered_rows, is_preferable
+from .published_schedules import best_order
+from .scoring import score_alone
+from .state import SearchState
+from .step_time import hops, run_timeline, stage_times, tails
+from .synthesized_schedule import own_order
+
+OPTIMAL_GAP = 1e-3
+ALIKE = 1.01  # of the step time: closer than the cost model can tell
+
+
+@dataclass
+class SearchResult:
+    """The chosen plan's parts, in the Plan document's own types, and how it was found."""
+
+    candidate: Candidate
+    mesh: plan_document.Mesh
+    microbatch: plan_document.Microbatch
+    schedule: plan_document.Schedule
+    stages: list[plan_document.Stage]
+    zero: int
+    zero_extents: dict[str, int]
+    memory_policy: plan_document.MemoryPolicy
+    predicted: plan_document.Predicted
+    certificate: plan_document.Certificate
+    considered: list[plan_document.Considered]
+    solution: ShardingSolution
+    timeline: Timeline
+    seconds: float
+    solve_seconds: float  # of it, in the sharding solver
+    num_candidates: int
+    interrupted: str = ""  # 'time limit' or 'Ctrl-C'
+
+
+def _one_of_each(cluster: Cluster) -> list[int]:
+    ranks, first = [], 0
+    for group in cluster.groups:
+        ranks.append(first)
+        first += group.num_devices
+    return ranks
+
+
+def _simplest(state: SearchState) -> Outcome:
+    """Of the plans on the same mesh that are as fast as the incumbent, to ALIKE, the simplest to which no other plan is
+    preferable in both step and memory."""
+    best = state.incumbent
+    assert best is not None and best.step_s is not None
+    own = best.candidate
+    state.tolerance = ALIKE
+    simpler = [
+        c
+        for c in state.candidates
+        if (c.pp, c.dp, c.tp) == (own.pp, own.dp, own.tp) and c.simplicity < own.simplicity and c in state.outcomes
+    ]
+    limit_s = best.step_s * ALIKE
+    for candidate in sorted(simpler, key=lambda c: (c.simplicity, -c.microbatch)):
+        outcome = state.outcomes[candidate]
+        if outcome.step_s is None and outcome.fits is not False and outcome.bound_s <= limit_s:
+            outcome = score_alone(state, candidate)
+        fast = outcome.step_s is not None and outcome.step_s <= limit_s and outcome.solution is not None
+        if fast and not any(is_preferable(other, outcome) for other in state.outcomes.values()):
+            assert outcome.solution is not None
+            if state.is_own(outcome.solution, candidate):
+                return outcome
+    return best
+
+
+def build_result(state: SearchState, started: float, interrupted: str) -> SearchResult:
+    if not interrupted:
+        state.progress("comparing orders and cuts for the best mesh")
+    best = state.incumbent if interrupted else best_order(state, _simplest(state), ALIKE)
+    assert best is not None and best.solution is not None
+    setting, candidate, solution = state.setting, best.candidate, best.solution
+    bounds, chain = best.bounds, setting.chain(solution, best.recompute)
+    timeline = run_timeline(setting, candidate, chain, bounds)
+    if not interrupted and candidate.pp > 1 and state.forced.schedule is None:
+        state.progress("looking for an order of the plan's own")
+    own = None if interrupted else own_order(state, best, timeline, ALIKE)
+    held: list[int] | list[None] = [None] * candidate.pp
+    order: PipelineSchedule | None = None
+    if own is not None:
+        best = own.base
+        assert best.solution is not None
+        solution = best.solution
+        order, timeline, bounds, candidate = own.schedule, own.timeline, own.bounds, own.candidate
+        chain, best.recompute = own.way.chain, own.way.recompute
+        held = timeline.peak_bytes
+    step_s = timeline.makespan_s
+    best.step_s, best.bounds = step_s, bounds
+    counted = chain if own is None else own.way.memory_chain
+    stages = stage_times(setting, candidate, chain, bounds) if own is None else own.stages
+    breakdowns = [rank_breakdown(setting, candidate, counted, bounds, r, held[r]) for r in range(candidate.pp)]
+    peaks = [sum(items.values()) for items in breakdowns]
+    worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
+    bound_s = certified_bound(state, step_s, tighten=not interrupted)
+    gap = (step_s - bound_s) / step_s if step_s else 0.0
+    workload = setting.workload
+    tokens = workload.global_batch * max(1, _tokens_per_sample(workload))
+    flops = chain.model_flops * candidate.dp * candidate.tp * candidate.count
+    peak_rate = sum(
+        group.num_devices * setting.cluster.device(rank).peak_flops_per_s(workload.precision.compute)
+        for group, rank in zip(setting.cluster.groups, _one_of_each(setting.cluster), strict=True)
+    )
+    return SearchResult(
+        candidate=candidate,
+        mesh=plan_document.Mesh(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp),
+        microbatch=plan_document.Microbatch(size=candidate.microbatch, count=candidate.count),
+        schedule=_schedule(candidate, order),
+        stages=_stages(setting, candidate, chain, bounds),
+        zero=candidate.zero,
+        zero_extents=candidate.extents._asdict() if candidate.split is not None else {},
+        memory_policy=plan_document.MemoryPolicy(
+            recompute={name: "all" if name in best.recompute else "none" for name in setting.graph.segments}
+        ),
+        predicted=plan_document.Predicted(
+            step_s=step_s,
+            tokens_per_s_per_device=tokens / step_s / setting.cluster.num_devices,
+            mfu=flops / (peak_rate * step_s),
+            peak_bytes=[max(peaks[rank] for rank in ranks) for ranks in zip(*placements_of(candidate), strict=True)],
+            bubble_fraction=max(0.0, timeline.bubble_fraction),
+            exposed_comm_s=max(timeline.exposed_comm_s),
+            memory=breakdowns[worst],
+            memory_limit_bytes=setting.limit(candidate, worst),
+            stage_s=_stage_seconds(stages, hops(setting, candidate, chain, bounds)),
+            tail_s=[tail.optimizer_s + tail.gather_s for tail in tails(setting, candidate, chain, bounds)],
+            tails_wait=setting.workload.optimizer.waits_for_norm,
+        ),
+        certificate=plan_document.Certificate(
+            status="optimal" if gap <= OPTIMAL_GAP and not interrupted else "feasible",
+            lower_bound_s=bound_s,
+            gap_fraction=gap,
+            not_searched=not_searched(state),
+        ),
+        considered=considered_rows(state.candidates, state.outcomes, best, interrupted),
+        solution=solution,
+        timeline=timeline,
+        seconds=time.monotonic() - started,
+        solve_seconds=state.solve_seconds,
+        num_candidates=len(state.candidates),
+        interrupted=interrupted,
+    )
+
+
+def _schedule(candidate: Candidate, own: PipelineSchedule | None) -> plan_document.Schedule:
+    if own is None:
+        return plan_document.Schedule(name=candidate.schedule, virtual_stages=candidate.virtual_stages)
+    return plan_document.Schedule(
+        name=own.name,
+        virtual_stages=candidate.virtual_stages,
+        stage_rank=list(own.stage_rank),
+        order=[" ".join(map(str, row)) for row in own.ranks],
+    )
+
+
+def _stage_seconds(stages: Sequence[StageTimes], hops: Sequence[Hop]) -> list[plan_document.StageSeconds]:
+    return [
+        plan_document.StageSeconds(
+            forward_s=times.forward_s,
+            backward_input_s=times.backward_input_s,
+            backward_weight_s=times.backward_weight_s,
+            reduce_s=times.reduce_s,
+            send_s=hop.forward_occupancy_s,
+            send_back_s=hop.backward_occupancy_s,
+            send_latency_s=hop.forward_latency_s,
+            send_back_latency_s=hop.backward_latency_s,
+            offload_s=times.offload_s,
+        )
+        for times, hop in zip(stages, (*hops, Hop()), strict=True)
+    ]
+
+
+def _tokens_per_sample(workload: Workload) -> int:
+    """Sequence length; as Workload says: dimension 1 of the first integer tensor of the batch, else 1."""
+    if workload.tokens_per_sample:
+        return workload.tokens_per_sample
+    for tensor in workload.example_batch.values():
+        if not tensor.is_floating_point() and tensor.dim() > 1:
+            return int(tensor.shape[1])
+    return 1
+
+
+def _stages(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[plan_document.Stage]:
+    mesh, holders = setting.mesh(candidate), list(zip(*placements_of(candidate), strict=True))
+    return [
+        plan_document.Stage(
+            segments=[
+                *chain.prologue_of(bounds[stage], bounds[stage + 1]),
+                *setting.shape.instances[bounds[stage] : bounds[stage + 1]],
+            ],
+            ranks=[rank for place in dict.fromkeys(holders[stage]) for rank in mesh.ranks_of(place)],
+        )
+        for stage in range(candidate.num_stages)
+    ]

@@ -1,0 +1,108 @@
+"""SearchState: one search under way. What was solved, what was found, and the best so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ...errors import ExitCode, ShardwrightError
+from ...profiler.watch import TimeUp
+from ..interfaces import Sharder, ShardingSolution
+from ..memory.options import MemoryOption, memory_options
+from ..space.candidates import Candidate
+from ..space.forcing import Forced
+from ..stages.setting import Setting
+from .outcome import Outcome
+
+Progress = Callable[[str], None]
+
+BETTER = 1 - 1e-6  # a new incumbent is better by more than this
+
+
+@dataclass
+class MemoryPool:
+    """The memory options of a group. solved_for: the candidate whose sharding they have. widened: the frontier was
+    asked for."""
+
+    solved_for: Candidate
+    options: list[MemoryOption]
+    widened: bool = False
+
+
+@dataclass
+class SearchState:
+    """One search under way."""
+
+    setting: Setting
+    sharder: Sharder
+    forced: Forced
+    candidates: list[Candidate]
+    deadline: float
+    progress: Progress
+    solutions: dict[tuple[int, int, int], ShardingSolution | None] = field(default_factory=dict)  # dp, tp, batch
+    outcomes: dict[Candidate, Outcome] = field(default_factory=dict)
+    incumbent: Outcome | None = None
+    solve_seconds: float = 0.0
+    whole_forward_s: float = 0.0  # of the whole batch on one device
+    whole_backward_s: float = 0.0
+    refusal: ShardwrightError | None = None  # the latest of the sharder's
+    any_order_s: dict[Candidate, float] = field(default_factory=dict)  # of each certificate.base_of
+    tolerance: float = BETTER  # of the incumbent's step: what is slower than this share of it is not looked at
+
+    def solve(self, candidate: Candidate) -> ShardingSolution | None:
+        return self.solve_for(candidate.dp, candidate.tp, candidate.local_batch)
+
+    def solve_for(self, dp: int, tp: int, local_batch: int) -> ShardingSolution | None:
+        key = (dp, tp, local_batch)
+        if key not in self.solutions:
+            self.progress(f"sharding dp={dp} tp={tp}, {local_batch} sequences a rank")
+            started = time.monotonic()
+            try:
+                self.solutions[key] = self.sharder.solve(dp=dp, tp=tp, local_batch=local_batch)
+            except ShardwrightError as error:
+                if error.exit_code == ExitCode.TIME_LIMIT and time.monotonic() > self.deadline:
+                    raise TimeUp from None
+                self.solutions[key], self.refusal = None, error
+            self.solve_seconds += time.monotonic() - started
+        return self.solutions[key]
+
+    def frontier(self, candidate: Candidate) -> list[ShardingSolution]:
+        self.progress(f"frontier of dp={candidate.dp} tp={candidate.tp}, {candidate.local_batch} sequences a rank")
+        started = time.monotonic()
+        try:
+            found = self.sharder.frontier(dp=candidate.dp, tp=candidate.tp, local_batch=candidate.local_batch)
+        except ShardwrightError as error:
+            if error.exit_code == ExitCode.TIME_LIMIT and time.monotonic() > self.deadline:
+                raise TimeUp from None
+            raise
+        self.solve_seconds += time.monotonic() - started
+        return found
+
+    def is_own(self, solution: ShardingSolution, candidate: Candidate) -> bool:
+        """Was this solved for the candidate's own mesh?"""
+        own = self.solve(candidate)
+        return own is solution or any(found is solution for found in self.frontier(candidate))
+
+    def pool(self, candidate: Candidate, solution: ShardingSolution) -> MemoryPool:
+        return MemoryPool(candidate, self.options([solution]))
+
+    def options(self, solutions: Sequence[ShardingSolution]) -> list[MemoryOption]:
+        return memory_options(self.setting.shape, solutions, self.forced.recompute)
+
+    def widen(self, pool: MemoryPool) -> bool:
+        """Ask for placements that keep less; was that of any use?"""
+        if pool.widened:
+            return False
+        pool.widened = True
+        solutions = self.frontier(pool.solved_for)
+        pool.options = self.options(solutions)
+        return len(solutions) > 1
+
+    def may_win(self, at_least_s: float) -> bool:
+        return self.incumbent is None or at_least_s < (self.incumbent.step_s or 0.0) * self.tolerance
+
+    def is_better(self, outcome: Outcome) -> bool:
+        if outcome.step_s is None:
+            return False
+        return self.may_win(outcome.step_s)

@@ -1,0 +1,358 @@
+"""One candidate: a lower bound on its step, its best cuts, its memory and its simulated step.
+
+The bound is the greater of two that every order and every cut must pay. p pipeline ranks, m microbatches; F and B the
+forward and backward of one microbatch through all positions (tables.py), T = F + B:
+
+    work   m T / p + tail                          some rank does at least the mean, and its own tail after it
+    path   gpipe        T + (m-1) T / p             the greatest stage is at least the mean
+           1f1b         T + ((m-1) B + (m - min(m, p)) F) / p     stages.pipeline_cost, averaged over stages
+           interleaved  T
+           and, where clipping makes all ranks wait for each other, the mean optimizer step and gather
+
+The tail of work is the least reduction left of any position, the mean rank's optimizer step and its gathers after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ...costmodel.simulator import Timeline
+from ...costmodel.stage_times import Hop, StageTimes, Tail
+from ...schedules.schedule import PipelineSchedule
+from ..memory.rank_bytes import (
+    cached_schedule,
+    fits,
+    interval_bytes,
+    mean_bytes,
+    placement_of,
+    placements_of,
+    profile_table,
+    stage_activation,
+    stages_by_rank,
+)
+from ..space.candidates import Candidate
+from ..space.mesh_costs import MeshCosts
+from ..stages.chain import Chain
+from ..stages.cuts import Cuts, best_cuts, improve_cuts, pipeline_cost
+from ..stages.setting import Setting
+from ..stages.zero_seconds import stage_tables
+
+# Orders longer than this are simulated at two smaller microbatch counts and extended along their steady state.
+MAX_SIMULATED_ACTIONS = 12_000
+# Uneven stages can have a smaller bubble than equal ones; the least share seen with 4 to 8 ranks and 2 to 4 chunks is
+# 0.6.
+INTERLEAVED_BUBBLE = 0.6
+
+
+def path_seconds(schedule: str, forward_s: float, backward_s: float, num_ranks: int, num_microbatches: int) -> float:
+    """path of the bound above, or the work without its tail where that is more. schedule: "" for any."""
+    p, m, once = num_ranks, num_microbatches, forward_s + backward_s
+    work = m * once / p
+    if schedule == "gpipe":
+        return max(work, once + (m - 1) * once / p)
+    if schedule == "1f1b":
+        return max(work, once + ((m - 1) * backward_s + (m - min(m, p)) * forward_s) / p)
+    return max(work, once)
+
+
+class _Once(NamedTuple):
+    """Forward and backward of one microbatch through all positions, were all ranks the fastest; of the step's end, the
+    mean optimizer step with its gathers and the least reduction left of any position."""
+
+    forward_s: float
+    backward_s: float
+    step_s: float
+    reduce_s: float
+
+
+def _once_through(setting: Setting, candidate: Candidate, chain: Chain) -> _Once:
+    """The same for all candidates that share their tables."""
+    tables = stage_tables(setting, candidate, chain)
+    key = ("once", tables)
+    if key not in setting.cache:
+        mesh, n, p = setting.mesh(candidate), chain.num_instances, candidate.pp
+        scale = min(mesh.scales)
+        stepped = chain.trainable_of[0, n] / candidate.extents.optimizer / p
+        fastest = max(mesh.devices, key=lambda device: device.memory_bytes_per_s)
+        setting.cache[key] = _Once(
+            float(tables.forward_of[0, n]) * scale,
+            float(tables.backward_of[0, n]) * scale,
+            setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p,
+            float(tables.reduce_s.min()),
+        )
+    return setting.cache[key]
+
+
+def lower_bound(setting: Setting, candidate: Candidate, chain: Chain, *, any_order: bool = False) -> float:
+    """Seconds that no cut of this candidate beats; any_order: under no other schedule either. See the module's
+    docstring."""
+    p, m = candidate.pp, candidate.count
+    forward_s, backward_s, step_s, reduce_s = _once_through(setting, candidate, chain)
+    path = path_seconds("" if any_order else candidate.schedule, forward_s, backward_s, p, m)
+    waits = setting.workload.optimizer.waits_for_norm
+    work = m * (forward_s + backward_s) / p + reduce_s + step_s
+    return max(work, path + (step_s if waits else 0.0))
+
+
+def estimate(setting: Setting, candidate: Candidate, chain: Chain) -> float:
+    """lower_bound, for interleaving with INTERLEAVED_BUBBLE of the bubble that equal stages have: (p-1) T / (p v)."""
+    bound = lower_bound(setting, candidate, chain)
+    if candidate.virtual_stages == 1 or candidate.schedule == "gpipe":
+        return bound
+    p, v = candidate.pp, candidate.virtual_stages
+    once = sum(_once_through(setting, candidate, chain)[:2])
+    return max(bound, (candidate.count + INTERLEAVED_BUBBLE * (p - 1) / v) * once / p)
+
+
+def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_memory: bool = False) -> Cuts | None:
+    """Best cuts that fit in memory (see stages.py). None: no cut fits (with several chunks on a rank: none was
+    found).
+    """
+    n, num_stages = chain.num_instances, candidate.num_stages
+    mesh = setting.mesh(candidate)
+    tables = stage_tables(setting, candidate, chain)
+    if len(stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)) > 1:
+        return _find_interleaved_cuts(setting, candidate, chain, ignore_memory)
+    in_flight = profile_table(candidate.schedule, candidate.pp, candidate.count, 1).max(axis=1)[:, 0]
+    limits = setting.limits(candidate)
+    held = interval_bytes(setting, candidate, chain)
+    if not ignore_memory and mean_bytes(setting, candidate, chain) > limits.max():
+        return None
+
+    def cost(stage: int) -> np.ndarray:
+        seconds = pipeline_cost(
+            tables.forward_of,
+            tables.backward_of,
+            candidate.count,
+            stage,
+            num_stages,
+            schedule=candidate.schedule,
+            scale=mesh.scales[stage],
+            least_scale=min(mesh.scales),
+        )
+        if ignore_memory:
+            return seconds
+        return np.where(held.with_in_flight(int(in_flight[stage])) <= limits[stage], seconds, np.inf)
+
+    return best_cuts(cost, num_stages, n, _secondary(mesh, chain))
+
+
+def _secondary(mesh: MeshCosts, chain: Chain) -> Callable[[int], np.ndarray]:
+    """Transfers over the cut at the end of a stage, then evenness of the loads."""
+    load = chain.forward_of + chain.backward_of
+    whole = max(float(load[0, -1]), 1e-30)
+    even = load * load / whole * 1e-3
+    hop = mesh.hop(0, 1, 1e9, 1e9) if mesh.pp > 1 else Hop()
+    cut = chain.cut_forward_bytes * hop.forward_occupancy_s / 1e9
+    cut = cut + chain.cut_backward_bytes * hop.backward_occupancy_s / 1e9
+
+    both = even + cut[None, :]
+    return lambda stage: both
+
+
+def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain, ignore_memory: bool) -> Cuts | None:
+    """Even chunks first; where they do not fit, chunks that each keep to their share of the rank's memory, then chunks
+    of least memory."""
+    p, v, n = candidate.pp, candidate.virtual_stages, chain.num_instances
+    mesh, limits = setting.mesh(candidate), setting.limits(candidate)
+    load = stage_tables(setting, candidate, chain).load_of
+    loads = {scale: load * scale for scale in set(mesh.scales)}
+    secondary = _secondary(mesh, chain)
+    place, order = placement_of(candidate), stages_by_rank(candidate.schedule, p, v)
+    chunk_of = {int(stage): chunk for chunk, row in enumerate(order[:v]) for stage in row}
+    key = ("even", chain, place, candidate.dp, candidate.tp, v, candidate.zero, candidate.extents)
+    if key not in setting.cache:
+        setting.cache[key] = best_cuts(lambda stage: loads[mesh.scales[place[stage]]], p * v, n, secondary)
+    cuts: Cuts | None = setting.cache[key]
+    if cuts is None or ignore_memory or fits(setting, candidate, chain, cuts.bounds):
+        return cuts
+    in_flight = profile_table(candidate.schedule, p, candidate.count, v).max(axis=1)
+    held = interval_bytes(setting, candidate, chain)
+    if mean_bytes(setting, candidate, chain) > limits.max():
+        return None
+
+    @cache
+    def share_at(held_at_once: int, limit: float) -> np.ndarray:
+        return held.with_in_flight(held_at_once) / ((limit - held.reserve) / len(order) + held.reserve)
+
+    @cache
+    def load_at(held_at_once: int, limit: float, scale: float) -> np.ndarray:
+        return np.where(share_at(held_at_once, limit) <= 1.0, loads[scale], np.inf)
+
+    def share_used(stage: int) -> np.ndarray:
+        rank, chunk = place[stage], chunk_of[stage]
+        return share_at(int(in_flight[rank, chunk]), float(limits[rank]))
+
+    def by_share(stage: int) -> np.ndarray:
+        rank, chunk = place[stage], chunk_of[stage]
+        return load_at(int(in_flight[rank, chunk]), float(limits[rank]), mesh.scales[rank])
+
+    for cost in (by_share, share_used):
+        cuts = best_cuts(cost, p * v, n, secondary)
+        if cuts is not None and fits(setting, candidate, chain, cuts.bounds):
+            return cuts
+    return None
+
+
+def level_ranks(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> tuple[int, ...]:
+    """Move single cuts while the most loaded rank of an interleaved candidate gets faster and all of it still fits."""
+    if candidate.virtual_stages == 1:
+        return bounds
+    best = loop_bound(setting, candidate, chain, bounds)
+
+    def score(trial: tuple[int, ...]) -> float:
+        nonlocal best
+        seconds = loop_bound(setting, candidate, chain, trial)
+        if trial != bounds and (seconds >= best or not fits(setting, candidate, chain, trial)):
+            return np.inf
+        best = min(best, seconds)
+        return seconds
+
+    return improve_cuts(bounds, score, max_rounds=3)
+
+
+def unevenness(setting: Setting, chain: Chain, num_stages: int) -> float:
+    """Greatest over mean stage time of the most even cuts; 1: all equal."""
+    key = ("uneven", chain, num_stages)
+    if key not in setting.cache:
+        load = chain.forward_of + chain.backward_of
+        cuts = best_cuts(lambda stage: load, num_stages, chain.num_instances)
+        setting.cache[key] = np.inf if cuts is None else cuts.bottleneck * num_stages / max(float(load[0, -1]), 1e-30)
+    return setting.cache[key]
+
+
+def loop_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> float:
+    """Seconds that these cuts take at least, whatever the order: greatest over the ranks of the first microbatch's way
+    to it and the last one's way on from it, and its own work."""
+    edges, p, v = np.asarray(bounds), candidate.pp, candidate.virtual_stages
+    load = stage_tables(setting, candidate, chain).load_of[edges[:-1], edges[1:]]
+    order, scales = stages_by_rank(candidate.schedule, p, v), np.array(setting.mesh(candidate).scales)
+    directions = placements_of(candidate)
+    bound_s, work_s = np.full(p, np.inf), np.zeros(p)
+    for k, place in enumerate(map(np.array, directions)):
+        times = load * scales[place]
+        before = np.concatenate([[0.0], np.cumsum(times)[:-1]])
+        bound_s = np.minimum(bound_s, before[order[k * v]])
+        count = (candidate.count + (k == 0)) // 2 if len(directions) == 2 else candidate.count
+        work_s += count * np.bincount(place, weights=times, minlength=p)
+    return float((bound_s + work_s).max())
+
+
+def order_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> float:
+    """loop_bound, and the least tail of any rank."""
+    tail_s = min(tail.optimizer_s + tail.gather_s for tail in tails(setting, candidate, chain, bounds))
+    return loop_bound(setting, candidate, chain, bounds) + tail_s
+
+
+def stage_times(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[StageTimes]:
+    mesh, tables, directions = (
+        setting.mesh(candidate),
+        stage_tables(setting, candidate, chain),
+        placements_of(candidate),
+    )
+    result = []
+    for stage in range(candidate.num_stages):
+        i, j = bounds[stage], bounds[stage + 1]
+        scale = max(mesh.scales[place[stage]] for place in directions)
+        prologue_s = sum(chain.prologue_s[index] for index in chain.prologue_of(i, j))
+        forward, backward = float(tables.forward_of[i, j]), float(tables.backward_of[i, j])
+        weight = float((chain.backward_weight_s + tables.accumulate_s)[i:j].sum())
+        own_forward = float((chain.forward_s - chain.forward_comm_s)[i:j].sum())
+        own_backward = float((chain.backward_s - chain.backward_comm_s + tables.accumulate_s)[i:j].sum())
+        faster = (1.0 - scale) * np.array([own_forward, own_backward - weight, weight])
+        result.append(
+            StageTimes(
+                forward_s=forward + prologue_s - faster[0],
+                backward_input_s=backward - weight - faster[1],
+                backward_weight_s=weight - faster[2],
+                forward_comm_s=forward - own_forward,
+                backward_comm_s=backward - own_backward,
+                activation_bytes=int(stage_activation(chain, i, j)),
+                reduce_s=tables.reduction_left(i, j) + _copies_sum_s(setting, candidate, chain, i, j, stage),
+            )
+        )
+    return result
+
+
+def _copies_sum_s(setting: Setting, candidate: Candidate, chain: Chain, i: int, j: int, stage: int) -> float:
+    """Of the gradients of a stage that two directions hold on two ranks: each sends the other what it has."""
+    first, *others = (place[stage] for place in placements_of(candidate))
+    if others in ([], [first]):
+        return 0.0
+    num_bytes = chain.trainable_of[i, j] / candidate.extents.optimizer * setting.kinds.reduce
+    hop = setting.mesh(candidate).hop(first, others[0], num_bytes, 0.0)
+    return float(hop.forward_latency_s + hop.forward_occupancy_s)
+
+
+def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[Tail]:
+    """Optimizer step, the gathers after it, and sums over the stages that share a parameter."""
+    mesh, tables, p = setting.mesh(candidate), stage_tables(setting, candidate, chain), candidate.pp
+    parts, place = candidate.extents.optimizer, placement_of(candidate)
+    elements, gather_s = [0.0] * p, [0.0] * p
+    for stage in range(candidate.num_stages):
+        i, j = bounds[stage], bounds[stage + 1]
+        for rank in {row[stage] for row in placements_of(candidate)}:
+            elements[rank] += chain.trainable_of[i, j] / parts
+            gather_s[rank] += float(tables.refresh_s[i:j].sum())
+    rank_of = np.repeat(place, np.diff(bounds))
+    for repeat in chain.repeats:
+        ends = int(rank_of[repeat.earlier]), int(rank_of[repeat.later])
+        if ends[0] != ends[1]:
+            hop = mesh.hop(*ends, repeat.trainable / parts * setting.kinds.reduce, 0.0)
+            for rank in ends:
+                gather_s[rank] += 2 * (hop.forward_latency_s + hop.forward_occupancy_s)
+    return [Tail(setting.optimizer_seconds(elements[r], mesh.devices[r]), gather_s[r]) for r in range(p)]
+
+
+def hops(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[Hop]:
+    """Between each stage and the next."""
+    mesh, place = setting.mesh(candidate), placement_of(candidate)
+    forward, backward = chain.cut_forward_bytes, chain.cut_backward_bytes
+    return [
+        mesh.hop(place[s], place[s + 1], forward[bounds[s + 1]], backward[bounds[s + 1]])
+        for s in range(candidate.num_stages - 1)
+    ]
+
+
+def run_timeline(
+    setting: Setting,
+    candidate: Candidate,
+    chain: Chain,
+    bounds: tuple[int, ...],
+    *,
+    num_microbatches: int | None = None,
+    schedule: PipelineSchedule | None = None,
+    stages: Sequence[StageTimes] | None = None,
+    with_events: bool = False,
+    with_memory: bool = False,
+) -> Timeline:
+    """schedule, stages: in place of the candidate's and the chain's.
+    with_memory: also the most activation bytes at once on each rank."""
+    if schedule is None:
+        count = num_microbatches or candidate.count
+        schedule = cached_schedule(candidate.schedule, candidate.pp, count, candidate.virtual_stages)
+    return schedule.simulate(
+        stage_times(setting, candidate, chain, bounds) if stages is None else stages,
+        hops(setting, candidate, chain, bounds),
+        overlap_reductions=True,
+        tails=tails(setting, candidate, chain, bounds),
+        wait_for_all=setting.workload.optimizer.waits_for_norm,
+        with_events=with_events,
+        with_memory=with_memory,
+    )
+
+
+def step_seconds(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> float:
+    """Simulated step. Long orders: simulated at 4 and 5 rounds of p microbatches (and the remainder), then extended."""
+    p, m = candidate.pp, candidate.count
+    if 2 * m * candidate.num_stages <= MAX_SIMULATED_ACTIONS or m <= 5 * p + m % p:
+        return run_timeline(setting, candidate, chain, bounds).makespan_s
+    rest = m % p
+    near, far = (
+        run_timeline(setting, candidate, chain, bounds, num_microbatches=k * p + rest).makespan_s for k in (4, 5)
+    )
+    return far + (far - near) * (m - 5 * p - rest) / p

@@ -1,0 +1,222 @@
+"""What the outer search may choose from.
+
+A candidate is a mesh (pp x dp x tp, all devices), a microbatch, a schedule with its virtual stages and a ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ...costmodel.memory import Extents
+from ...errors import ShardwrightError
+from ...schedules.published.library import SCHEDULES, SEARCHED
+from .forcing import Forced, contradiction, divisors, nearest_multiple
+
+VIRTUAL_STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
+MAX_PP = 64
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """microbatch: sequences that all dp ranks hold together; count of them in a step."""
+
+    pp: int
+    dp: int
+    tp: int
+    microbatch: int
+    count: int
+    schedule: str
+    virtual_stages: int
+    zero: int
+    split: tuple[int, int] | None = None  # data-parallel ranks that share parameters, and other state; None: all
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # a search looks each up many times
+        mesh = self.pp, self.dp, self.tp, self.microbatch, self.count
+        return hash((*mesh, self.schedule, self.virtual_stages, self.zero, self.split))
+
+    @cached_property
+    def extents(self) -> Extents:
+        """Ranks over which each kind of training state is split."""
+        if self.dp == 1 or self.zero == 0:
+            return Extents()
+        return Extents.of(self.zero, *(self.split or (self.dp, self.dp)))
+
+    @property
+    def simplicity(self) -> tuple[int, int, int, str]:
+        """Of plans as fast as each other, the least is taken."""
+        return (
+            self.zero,
+            self.virtual_stages,
+            0 if self.split is None else 1 + (self.split[0] != self.split[1]),
+            self.schedule,
+        )
+
+    @property
+    def local_batch(self) -> int:
+        return self.microbatch // self.dp
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp * self.virtual_stages
+
+    @property
+    def mesh_shape(self) -> dict[str, int]:
+        return {"pp": self.pp, "dp": self.dp, "cp": 1, "ep": 1, "tp": self.tp}
+
+    def __str__(self) -> str:
+        chunks = f" x{self.virtual_stages}" if self.virtual_stages > 1 else ""
+        mesh = f"pp={self.pp} dp={self.dp} tp={self.tp}"
+        return f"{mesh} microbatch={self.microbatch} {self.schedule}{chunks} zero={self.zero}{self.split_text}"
+
+    @property
+    def split_text(self) -> str:
+        if self.split is None:
+            return ""
+        return (
+            f" over {self.split[1]}"
+            if self.zero < 3 or self.split[0] == self.split[1]
+            else f" over {self.split[0]}/{self.split[1]}"
+        )
+
+
+def enumerate_candidates(
+    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int, domain: int = 1
+) -> Iterator[Candidate]:
+    """All candidates that divide. max_tp: widest tensor axis tried, unless forced. domain: devices that fast links
+    join, inside which hybrid sharding may keep a copy.
+    """
+    for pp in divisors(num_devices):
+        if forced.pp not in (None, pp) or pp > num_instances or (pp > MAX_PP and forced.pp is None):
+            continue
+        for tp in divisors(num_devices // pp):
+            if forced.tp not in (None, tp) or (tp > max_tp and forced.tp is None):
+                continue
+            dp = num_devices // pp // tp
+            if forced.dp not in (None, dp) or global_batch % dp:
+                continue
+            for local_batch in divisors(global_batch // dp):
+                microbatch = local_batch * dp
+                if forced.microbatch not in (None, local_batch) or forced.global_microbatch not in (None, microbatch):
+                    continue
+                count = global_batch // microbatch
+                for schedule, chunks in _schedules(forced, pp, num_instances):
+                    for zero in _zeros(forced, dp):
+                        for split in _splits(forced, zero, dp, domain // tp):
+                            yield Candidate(pp, dp, tp, microbatch, count, schedule, chunks, zero, split)
+
+
+def _zeros(forced: Forced, dp: int) -> Sequence[int]:
+    if forced.zero is not None:
+        return (forced.zero,)
+    return (0,) if dp == 1 else (0, 1, 2, 3)
+
+
+def _splits(forced: Forced, zero: int, dp: int, near: int) -> Iterator[tuple[int, int] | None]:
+    """How far each kind of state is split: over all data-parallel ranks, or inside a fast domain of `near` of them;
+    parameters inside and the rest over all is the third way."""
+    if zero == 0 or dp == 1:
+        if forced.zero_extent is None:
+            yield None
+        return
+    if forced.zero_extent is not None:
+        params, others = forced.zero_extent
+        if dp % params == 0 and dp % others == 0 and others % params == 0:
+            yield None if params == others == dp else forced.zero_extent
+        return
+    yield None
+    if 1 < near < dp and dp % near == 0:
+        yield near, near
+        if zero == 3:
+            yield near, dp
+
+
+def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[str, int]]:
+    if pp == 1:
+        name = forced.schedule or "1f1b"
+        if SCHEDULES[name].chunks[0] == 1 and forced.virtual_stages in (None, 1):
+            if forced.cuts in (None, ()):
+                yield name, 1
+        return
+    for name in SEARCHED if forced.schedule is None else (forced.schedule,):
+        entry = SCHEDULES[name]
+        options = [1] if entry.chunks[0] == 1 else [v for v in VIRTUAL_STAGES if v in entry.chunks]
+        if forced.virtual_stages is not None:
+            usual = forced.schedule is not None or forced.virtual_stages > 1 or entry.chunks[0] == 1
+            options = [forced.virtual_stages] if forced.virtual_stages in entry.chunks and usual else []
+        for chunks in options:
+            if pp * chunks <= num_instances and (forced.cuts is None or len(forced.cuts) + 1 == pp * chunks):
+                yield name, chunks
+
+
+# What a user may let go of, most particular first.
+LET_GO = ("cuts", "zero_extent", "virtual_stages", "schedule", "global_microbatch", "microbatch", "dp", "pp", "tp")
+MAX_BATCHES = 1024  # looked at
+
+
+def nothing_divides(
+    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int, domain: int = 1
+) -> ShardwrightError:
+    """No candidate at all: names the forced value without which there is one, else the nearest batch that has one."""
+
+    def first(of: Forced, batch: int) -> Candidate | None:
+        return next(enumerate_candidates(of, num_devices, batch, num_instances, max_tp, domain), None)
+
+    values = {name: getattr(forced, name) for name in LET_GO if getattr(forced, name) is not None}
+    named = " ".join(f"{name}={_text(value)}" for name, value in values.items())
+    under = f"{num_devices} devices" + (f" with {named}" if named else "")
+    near = (
+        batch for d in range(1, min(num_devices, MAX_BATCHES) + 1) for batch in (global_batch + d, global_batch - d)
+    )
+    axes_alone = Forced(pp=forced.pp, dp=forced.dp, tp=forced.tp)
+    if first(axes_alone, global_batch) is None:
+        works = next((batch for batch in near if batch > 0 and first(forced, batch) is not None), None)
+        if works is not None:
+            return contradiction(
+                f"a global batch of {global_batch} does not divide over {under}",
+                f"data-parallel ranks take equal numbers of sequences; {num_instances} segments make no more stages",
+                "--global-batch",
+                f"--global-batch {works}",
+            )
+    for name in values:
+        without: dict[str, Any] = {name: None}
+        found = first(replace(forced, **without), global_batch)
+        if found is not None:
+            return contradiction(
+                f"{name}={_text(values[name])} goes with no mesh of {num_devices} devices and a global batch of "
+                f"{global_batch}" + (f", with {named}" if len(values) > 1 else ""),
+                _why_not(name, values[name]),
+                f"--force {name}",
+                f"--force {name}={value_of(name, found)}" if value_of(name, found) else f"no --force {name}",
+            )
+    return contradiction(
+        f"{under} cannot be divided over a model of {num_instances} segments and a global batch of {global_batch}",
+        f"every stage runs a segment, every data-parallel rank takes a sequence, and tp is at most {max_tp}",
+        "--global-batch",
+        f"--global-batch {nearest_multiple(global_batch, num_devices)}",
+    )
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _why_not(name: str, value: object) -> str:
+    if name == "microbatch":
+        return f"dp times {value} sequences must divide the global batch, for a dp that divides the devices"
+    if name == "global_microbatch":
+        return f"{value} sequences must divide over dp, for a dp that divides the devices"
+    return "no candidate has it"
+
+
+def value_of(name: str, candidate: Candidate) -> int | str | None:
+    """The candidate's own value of a forced key."""
+    if name == "microbatch":
+        return candidate.local_batch
+    return getattr(candidate, "microbatch" if name == "global_microbatch" else name, None)

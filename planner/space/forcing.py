@@ -1,0 +1,300 @@
+"""What the user forces: read from text, and checked against itself, the devices, the batch and the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...errors import ExitCode, ShardwrightError
+from ...profiler.cluster import Cluster
+from ...profiler.near import near_matches
+from ...schedules.published.library import SCHEDULES, canonical_name
+
+FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "global_microbatch", "virtual_stages",
+              "recompute", "cuts", "zero_extent", "offload", "prefer")  # fmt: skip
+ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
+RECOMPUTE_CHOICES = ("auto", "none", "all")
+OFFLOAD_CHOICES = ("none", "auto")
+PREFER_CHOICES = ("time", "memory")
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What the user fixed; None: the search decides. microbatch: sequences on each data-parallel rank;
+    global_microbatch: on all of them together."""
+
+    pp: int | None = None
+    dp: int | None = None
+    tp: int | None = None
+    zero: int | None = None
+    schedule: str | None = None
+    synthesize: bool = False  # an order of the plan's own, however little it saves
+    microbatch: int | None = None
+    global_microbatch: int | None = None
+    virtual_stages: int | None = None
+    recompute: str = "auto"
+    cuts: tuple[int, ...] | None = None  # segment instance at which each next stage begins
+    zero_extent: tuple[int, int] | None = None  # ranks that share parameters, ranks that share other state
+    offload: bool = False  # an order of the plan's own may send activations to host memory
+    prefer: str = "time"  # of placements: "memory" splits all training state that can be split, whatever it takes
+
+    @property
+    def axes(self) -> dict[str, int]:
+        return {name: size for name in ("pp", "dp", "tp") if (size := getattr(self, name)) is not None}
+
+
+def parse_forced(force: Mapping[str, str]) -> Forced:
+    """Raises ShardwrightError: unknown keys with near matches, values that are not what the key takes."""
+    values: dict[str, object] = {}
+    for key, text in force.items():
+        name, text = key.strip().lower(), str(text).strip()
+        name = ALIASES.get(name, name)
+        if name not in FORCE_KEYS:
+            near = near_matches(name, FORCE_KEYS)
+            raise ShardwrightError(
+                f"unknown force key {key!r}; known: {', '.join(FORCE_KEYS)}",
+                means=f"did you mean {' or '.join(near)}?" if near else "nothing in a plan goes by that name",
+                change="--force KEY=VALUE",
+                works=f"--force {near[0] if near else 'pp'}={_example(near[0] if near else 'pp')}",
+            )
+        if name == "schedule" and text.lower() in ("auto", "synthesized"):
+            values["synthesize"] = True
+        elif name == "schedule":
+            values[name] = canonical_name(text)
+        elif name == "recompute":
+            values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
+        elif name == "offload":
+            values[name] = _one_of(name, text.lower(), OFFLOAD_CHOICES) == "auto"
+        elif name == "prefer":
+            values[name] = _one_of(name, text.lower(), PREFER_CHOICES)
+        elif name == "cuts":
+            values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
+        elif name == "zero_extent":
+            parts = [_integer(name, part, 1) for part in text.split("/")]
+            values[name] = (parts[0], parts[-1])
+        elif name in ("cp", "ep"):
+            if _integer(name, text, 1) != 1:
+                raise ShardwrightError(
+                    f"--force {name}={text}: plans have {name}=1",
+                    means=f"the search space has no {'context' if name == 'cp' else 'expert'}-parallel axis",
+                    change=f"--force {name}",
+                    works=f"--force {name}=1",
+                )
+        elif name == "zero":
+            values[name] = int(_one_of(name, text, ("0", "1", "2", "3")))
+        else:
+            values[name] = _integer(name, text, 1)
+    return Forced(**values)  # type: ignore[arg-type]
+
+
+def _example(key: str) -> str:
+    return {
+        "schedule": "1f1b",
+        "recompute": "all",
+        "cuts": "12",
+        "zero": "1",
+        "zero_extent": "8",
+        "offload": "auto",
+        "prefer": "memory",
+    }.get(key, "2")
+
+
+def _integer(key: str, text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise ShardwrightError(
+            f"--force {key}={text}: {key} takes a whole number, {least} or more",
+            change=f"--force {key}",
+            works=f"--force {key}={_example(key)}",
+        )
+    return value
+
+
+def _one_of(key: str, text: str, choices: Sequence[str]) -> str:
+    if text not in choices:
+        raise ShardwrightError(
+            f"--force {key}={text}: {key} takes {', '.join(choices)}",
+            change=f"--force {key}",
+            works=f"--force {key}={_example(key)}",
+        )
+    return text
+
+
+def divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def contradiction(what: str, means: str, change: str, works: str) -> ShardwrightError:
+    return ShardwrightError(what, means=means, change=change, works=works, exit_code=ExitCode.CONTRADICTION)
+
+
+def check_forced(forced: Forced, cluster: Cluster, global_batch: int, num_instances: int) -> None:
+    """Raises ShardwrightError (exit 4) where forced values exclude each other, the devices, the batch or the model."""
+    num_devices = cluster.num_devices
+    _check_axes(forced, num_devices)
+    _check_batch(forced, num_devices, global_batch)
+    _check_stages(forced, num_devices, num_instances)
+    if forced.offload:
+        _check_offload(forced, cluster)
+
+
+def _check_offload(forced: Forced, cluster: Cluster) -> None:
+    """Is there anything that offloading could be part of?"""
+    device = cluster.worst_device()
+    if device.kind == "cpu":
+        raise contradiction(
+            f"--force offload=auto: {device.name} has no other memory than its host's",
+            "nothing would be saved",
+            "--force offload",
+            "--force offload=none",
+        )
+    if forced.schedule is not None:
+        raise contradiction(
+            f"--force offload=auto: schedule {forced.schedule} is run as it was published",
+            "it keeps all activations",
+            "--force schedule",
+            "--force schedule=auto",
+        )
+    if forced.pp == 1:
+        raise contradiction(
+            "--force offload=auto: pp=1 has no pipeline",
+            "activations are offloaded as actions of a pipeline's order",
+            "--force pp",
+            "--force pp=2",
+        )
+
+
+def _check_axes(forced: Forced, num_devices: int) -> None:
+    axes = forced.axes
+    product = math.prod(axes.values())
+    named = " ".join(f"{name}={size}" for name, size in axes.items())
+    if num_devices % product == 0 and (len(axes) < 3 or product == num_devices):
+        return
+    free = [name for name in ("dp", "pp", "tp") if name not in axes]
+    name = free[0] if free else max(axes, key=lambda axis: axes[axis])
+    rest = product // axes.get(name, 1)
+    if num_devices % rest == 0:
+        works = f"--force {name}={num_devices // rest}"
+    else:
+        name = max(axes, key=lambda axis: axes[axis])
+        fits = [d for d in divisors(num_devices) if num_devices % (product // axes[name] * d) == 0] or [1]
+        works = f"--force {name}={min(fits, key=lambda d: abs(d - axes[name]))}"
+    raise contradiction(
+        f"forced {named} makes {product} ranks, and there are {num_devices} devices",
+        "pp x dp x tp must be the number of devices",
+        f"--force {name}",
+        works,
+    )
+
+
+def _check_batch(forced: Forced, num_devices: int, global_batch: int) -> None:
+    if global_batch < 1:
+        raise ShardwrightError(f"a global batch of {global_batch} is no batch", change="--global-batch", works="8")
+    _check_microbatch(forced, global_batch)
+    if forced.dp is not None and global_batch % forced.dp:
+        raise contradiction(
+            f"a global batch of {global_batch} does not divide over dp={forced.dp} data-parallel ranks",
+            "every data-parallel rank takes the same number of sequences",
+            "--global-batch",
+            f"--global-batch {nearest_multiple(global_batch, forced.dp)}",
+        )
+    _check_microbatch_of_ranks(forced, global_batch)
+
+
+def _check_microbatch(forced: Forced, global_batch: int) -> None:
+    """Does the global batch divide into microbatches, whatever dp is?"""
+    for name, on in (("microbatch", " on each data-parallel rank"), ("global_microbatch", "")):
+        size = getattr(forced, name)
+        if size is not None and global_batch % size:
+            near = min(divisors(global_batch), key=lambda d: abs(d - size))
+            raise contradiction(
+                f"a global batch of {global_batch} does not divide into microbatches of {size} sequences{on}",
+                "every microbatch has the same number of sequences",
+                f"--force {name} or --global-batch",
+                f"--force {name}={near} or --global-batch {nearest_multiple(global_batch, size)}",
+            )
+
+
+def _check_microbatch_of_ranks(forced: Forced, global_batch: int) -> None:
+    """Does it divide over the data-parallel ranks, as far as those are known?"""
+    dp, local, whole = forced.dp, forced.microbatch, forced.global_microbatch
+    if dp is not None and local is not None and global_batch % (dp * local):
+        near = min(divisors(global_batch // dp), key=lambda d: abs(d - local))
+        raise contradiction(
+            f"microbatch={local} on each of dp={dp} data-parallel ranks is {dp * local} sequences, which a global "
+            f"batch of {global_batch} does not divide into",
+            f"each rank has {global_batch // dp} sequences of the batch, and takes as many in every microbatch",
+            "--force microbatch",
+            f"--force microbatch={near}",
+        )
+    if dp is not None and whole is not None and whole % dp:
+        fit = [d * dp for d in divisors(global_batch // dp)]
+        raise contradiction(
+            f"global_microbatch={whole} does not divide over dp={dp}",
+            "all data-parallel ranks together hold it; --force microbatch counts the sequences of one rank",
+            "--force global_microbatch",
+            f"--force global_microbatch={min(fit, key=lambda size: abs(size - whole))}",
+        )
+    if local is not None and whole is not None and (whole % local or (dp is not None and whole != local * dp)):
+        raise contradiction(
+            f"microbatch={local} and global_microbatch={whole}" + (f" with dp={dp}" if dp is not None else ""),
+            "the second is the first times dp",
+            "--force global_microbatch",
+            f"--force global_microbatch={local * (dp or 1)}",
+        )
+
+
+def nearest_multiple(number: int, of: int) -> int:
+    return max(of, round(number / of) * of)
+
+
+def _check_stages(forced: Forced, num_devices: int, num_instances: int) -> None:
+    pp, chunks, schedule = forced.pp, forced.virtual_stages, forced.schedule
+    if schedule is not None and chunks is not None and chunks not in SCHEDULES[schedule].chunks:
+        taken = SCHEDULES[schedule].chunks
+        works = taken[0]
+        raise contradiction(
+            f"schedule={schedule} with virtual_stages={chunks}",
+            f"{schedule} takes virtual_stages={min(taken)}{' or more' if len(taken) > 1 else ''}",
+            "--force virtual_stages",
+            f"--force virtual_stages={works}",
+        )
+    interleaved = (schedule is not None and SCHEDULES[schedule].chunks[0] > 1) or (chunks or 1) > 1
+    if interleaved and (pp == 1 or num_devices == 1):
+        raise contradiction(
+            f"{'schedule=' + schedule if schedule else f'virtual_stages={chunks}'} with pp=1",
+            "there is no pipeline to interleave on one pipeline rank",
+            "--force pp" if num_devices > 1 else "--force schedule",
+            "--force pp=2" if num_devices > 1 else "--force schedule=1f1b",
+        )
+    least = (pp or 1) * (chunks or (2 if interleaved else 1))
+    if least > num_instances:
+        raise contradiction(
+            f"{least} stages forced (pp={pp or 1}, virtual_stages={chunks or 1}), and the model has {num_instances} "
+            "segments",
+            "a stage runs at least one segment",
+            "--force pp or virtual_stages",
+            f"--force pp={max(1, num_instances // (chunks or (2 if interleaved else 1)))}",
+        )
+    if forced.cuts is not None:
+        stages = len(forced.cuts) + 1
+        if list(forced.cuts) != sorted(set(forced.cuts)):
+            raise contradiction(
+                f"cuts={','.join(map(str, forced.cuts))} do not rise",
+                "each cut is the segment instance at which the next stage begins",
+                "--force cuts",
+                f"--force cuts={','.join(map(str, sorted(set(forced.cuts))))}",
+            )
+        if pp is not None and stages != pp * (chunks or 1) and (chunks is not None or stages % pp):
+            raise contradiction(
+                f"{len(forced.cuts)} cuts make {stages} stages, and pp={pp} virtual_stages={chunks or 1} need "
+                f"{pp * (chunks or 1)}",
+                "there is one cut fewer than stages",
+                "--force cuts",
+                f"--force pp={stages}",
+            )

@@ -1,0 +1,112 @@
+"""What a mesh of a cluster offers the search: data-parallel collectives, transfers between stages, memory, speed."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from typing import Any
+
+from ...costmodel.model import CostModel
+from ...costmodel.stage_times import Hop
+from ...profiler.cluster import Cluster
+
+SAMPLE_BYTES = 1 << 30
+
+
+def sum_shape(pp: int, dp: int, tp: int, with_data: bool) -> dict[str, int]:
+    """The mesh, with the ranks that sum whole gradients as axis "sum"."""
+    return {"pp": pp, "sum": dp * tp} if with_data else {"pp": pp, "dp": dp, "sum": tp}
+
+
+class MeshCosts:
+    """Of one (pp, dp, tp). Ranks are row-major indices, tp innermost; pipeline rank r holds ranks r*dp*tp and on."""
+
+    def __init__(self, cluster: Cluster, cost_model: CostModel, pp: int, dp: int, tp: int, compute_dtype: Any) -> None:
+        self.cluster, self.cost_model = cluster, cost_model
+        self.pp, self.dp, self.tp, self.compute_dtype = pp, dp, tp, compute_dtype
+        self.dp_seconds = lru_cache(maxsize=4096)(self._dp_seconds)
+        self.sum_seconds = lru_cache(maxsize=4096)(self._sum_seconds)
+        self._lines: dict[tuple[int, int], tuple[float, float]] = {}
+
+    @property
+    def ranks_per_stage(self) -> int:
+        return self.dp * self.tp
+
+    def ranks_of(self, pipeline_rank: int) -> list[int]:
+        first = pipeline_rank * self.ranks_per_stage
+        return list(range(first, first + self.ranks_per_stage))
+
+    def _links(self, extent: int, across: bool) -> Any:
+        """Of the groups of `extent` neighbours on the data-parallel axis, or of their replicas across."""
+        shape = {"pp": self.pp, "replica": self.dp // extent, "dp": extent, "cp": 1, "ep": 1, "tp": self.tp}
+        return self.cluster.axis_links(shape, "replica" if across else "dp")
+
+    def _dp_seconds(self, kind: str, num_bytes: float, extent: int | None = None, across: bool = False) -> float:
+        """A collective over `extent` neighbouring data-parallel ranks (all where None), or across those groups.
+
+        num_bytes: of the whole tensor in the group.
+        """
+        extent = extent or self.dp
+        size = self.dp // extent if across else extent
+        if size == 1 or num_bytes <= 0:
+            return 0.0
+        return self.cost_model.collective_seconds(kind, num_bytes, self._links(extent, across))
+
+    def _sum_seconds(self, num_bytes: float, with_data: bool) -> float:
+        """An all-reduce over the tensor axis, or over it and the data axis as one."""
+        size = self.tp * self.dp if with_data else self.tp
+        if size == 1 or num_bytes <= 0:
+            return 0.0
+        links = self.cluster.axis_links(sum_shape(self.pp, self.dp, self.tp, with_data), "sum")
+        return self.cost_model.collective_seconds("all_reduce", num_bytes, links)
+
+    def _line(self, source: int, target: int) -> tuple[float, float]:
+        """(latency in s, s per byte) between two pipeline ranks: the worst of their first and last pairs."""
+        key = (source, target)
+        if key not in self._lines:
+            per_stage = self.ranks_per_stage
+            lines = []
+            for offset in {0, per_stage - 1}:
+                link = self.cluster.link_between(source * per_stage + offset, target * per_stage + offset)
+                latency_s = self.cost_model.p2p_seconds(1, link)
+                lines.append((latency_s, (self.cost_model.p2p_seconds(SAMPLE_BYTES, link) - latency_s) / SAMPLE_BYTES))
+            self._lines[key] = max(line[0] for line in lines), max(line[1] for line in lines)
+        return self._lines[key]
+
+    def hop(self, source: int, target: int, forward_bytes: float, backward_bytes: float) -> Hop:
+        """Between the pipeline ranks of two neighbouring stages."""
+        if source == target:
+            return Hop()
+        latency_s, per_byte_s = self._line(source, target)
+        back_latency_s, back_per_byte_s = self._line(target, source)
+        return Hop(
+            latency_s if forward_bytes else 0.0,
+            per_byte_s * forward_bytes,
+            back_latency_s if backward_bytes else 0.0,
+            back_per_byte_s * backward_bytes,
+        )
+
+    @cached_property
+    def devices(self) -> list[Any]:
+        """The worst device of each pipeline rank."""
+        if self.cluster.is_homogeneous:
+            return [self.cluster.device(0)] * self.pp
+        return [self.cluster.worst_device(self.ranks_of(rank)) for rank in range(self.pp)]
+
+    @cached_property
+    def scales(self) -> list[float]:
+        """Time of each pipeline rank over that of the cluster's worst device, which sharding was costed on; at most
+        1.
+        """
+        if self.cluster.is_homogeneous:
+            return [1.0] * self.pp
+        worst = self.cluster.worst_device()
+        return [
+            min(
+                1.0,
+                max(
+                    worst.peak_flops_per_s(self.compute_dtype) / device.peak_flops_per_s(self.compute_dtype),
+                    worst.memory_bytes_per_s / device.memory_bytes_per_s,
+                ),
+            )
+            for device in self.devices
+        ]

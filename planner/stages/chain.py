@@ -1,0 +1,274 @@
+"""Chain: the segment instances of a model in execution order, as arrays that stage cuts and bounds are computed from.
+
+Prologue instances (input-only work) stand outside: every stage that reads their values runs them itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ...costmodel.memory import StageState
+from ...profiler.graph import ModelGraph
+from ..interfaces import ShardingSolution
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A parameter that instance `later` reads and instance `earlier` has read before it (tied, or a module called
+    twice).
+    """
+
+    earlier: int
+    later: int
+    elements: float
+    trainable: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What depends on the model alone. Positions count the instances outside the prologue."""
+
+    instances: tuple[int, ...]  # position -> index in ModelGraph.instances
+    segments: tuple[str, ...]  # position -> distinct segment
+    prologue: tuple[int, ...]  # indices of prologue instances, in order
+    needs: tuple[frozenset[int], ...]  # position -> prologue instances that it needs, through others too
+    spans: tuple[tuple[str, int, int, bool], ...]  # value, position of its producer, of its last reader, has a gradient
+    repeats: tuple[tuple[int, int, str], ...]  # earlier position, later position, parameter
+
+
+def model_shape(graph: ModelGraph) -> Shape:
+    """Who feeds whom, once for each model."""
+    producer: dict[str, int] = {}
+    for instance in graph.instances:
+        for value in instance.outputs:
+            producer.setdefault(value, instance.index)
+    # a number of the whole batch is computed, part by part, where it is read
+    producer |= {f"input:{entry}": producer[part] for entry, (part, _) in graph.totals.items()}
+    by_index = {instance.index: instance for instance in graph.instances}
+    prologue = [i.index for i in graph.instances if graph.segments[i.segment].is_prologue]
+    inside = set(prologue)
+    needed: dict[int, frozenset[int]] = {}
+    for index in prologue:  # execution order: producers first
+        direct = {producer[value] for value in by_index[index].inputs if producer.get(value, -1) in inside}
+        needed[index] = frozenset({index}).union(*(needed[other] for other in direct))
+    body = [instance for instance in graph.instances if instance.index not in inside]
+    place = {instance.index: position for position, instance in enumerate(body)}
+    needs, last_use = [], {}
+    latest: dict[str, int] = {}
+    repeats = []
+    for position, instance in enumerate(body):
+        wanted: frozenset[int] = frozenset()
+        for value in instance.inputs:
+            source = producer.get(value)
+            if source is None:
+                continue
+            if source in inside:
+                wanted |= needed[source]
+            else:
+                last_use[value] = position
+        needs.append(wanted)
+        for name in dict.fromkeys(instance.params):
+            name = graph.tied.get(name, name)
+            if name in latest:
+                repeats.append((latest[name], position, name))
+            latest[name] = position
+    spans = tuple(
+        (value, place[producer[value]], position, _has_gradient(graph, value))
+        for value, position in last_use.items()
+        if place[producer[value]] < position
+    )
+    return Shape(
+        tuple(instance.index for instance in body),
+        tuple(instance.segment for instance in body),
+        tuple(prologue),
+        tuple(needs),
+        spans,
+        tuple(repeats),
+    )
+
+
+def _has_gradient(graph: ModelGraph, value: str) -> bool:
+    info = graph.values.get(value)
+    return info is None or info.requires_grad
+
+
+def _sums(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0.0], np.cumsum(values)])
+
+
+def interval_sums(values: np.ndarray) -> np.ndarray:
+    """[i, j] -> sum of values[i:j], for 0 <= i <= j <= n; below the diagonal: negative sums, never read."""
+    prefix = _sums(values)
+    return prefix[None, :] - prefix[:, None]
+
+
+def interval_maxima(values: np.ndarray) -> np.ndarray:
+    """[i, j] -> max of values[i:j], 0 where empty."""
+    n = len(values)
+    table = np.zeros((n + 1, n + 1))
+    for i in range(n):
+        table[i, i + 1 :] = np.maximum.accumulate(values[i:])
+    return table
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
+class Chain:
+    """Per microbatch and rank, under one sharding and one choice of what to recompute. Arrays of length n (cuts: n+1).
+
+    Seconds include the collectives inside the segments; *_comm_s say how much of them that is. backward_input_s
+    includes recomputation.
+    """
+
+    shape: Shape
+    forward_s: np.ndarray
+    backward_input_s: np.ndarray
+    backward_weight_s: np.ndarray
+    forward_comm_s: np.ndarray
+    backward_comm_s: np.ndarray
+    activation_bytes: np.ndarray
+    forward_workspace_bytes: np.ndarray
+    backward_workspace_bytes: np.ndarray
+    param_elements: np.ndarray
+    trainable_elements: np.ndarray
+    summed_elements: np.ndarray  # of those: gradients are partial sums over the tensor axis
+    buffer_bytes: np.ndarray
+    cut_forward_bytes: np.ndarray  # sent over cut k, between positions k-1 and k
+    cut_backward_bytes: np.ndarray
+    prologue_s: dict[int, float]
+    prologue_bytes: dict[int, int]
+    repeats: tuple[Repeat, ...]
+    model_flops: float  # of one rank, one microbatch, all instances
+
+    @property
+    def num_instances(self) -> int:
+        return len(self.forward_s)
+
+    @cached_property
+    def backward_s(self) -> np.ndarray:
+        return self.backward_input_s + self.backward_weight_s
+
+    @cached_property
+    def forward_of(self) -> np.ndarray:
+        """[i, j] -> seconds of a forward over positions i..j-1."""
+        return interval_sums(self.forward_s)
+
+    @cached_property
+    def backward_of(self) -> np.ndarray:
+        return interval_sums(self.backward_s)
+
+    @cached_property
+    def activation_of(self) -> np.ndarray:
+        """Prologue values, of which a stage may need any, are counted in full."""
+        return interval_sums(self.activation_bytes) + sum(self.prologue_bytes.values())
+
+    @cached_property
+    def workspace_of(self) -> np.ndarray:
+        return interval_maxima(np.maximum(self.forward_workspace_bytes, self.backward_workspace_bytes))
+
+    @cached_property
+    def param_of(self) -> np.ndarray:
+        return self._without_repeats(self.param_elements, "elements")
+
+    @cached_property
+    def trainable_of(self) -> np.ndarray:
+        return self._without_repeats(self.trainable_elements, "trainable")
+
+    @cached_property
+    def largest_of(self) -> np.ndarray:
+        return interval_maxima(self.param_elements)
+
+    @cached_property
+    def buffer_of(self) -> np.ndarray:
+        return interval_sums(self.buffer_bytes)
+
+    def _without_repeats(self, values: np.ndarray, kind: str) -> np.ndarray:
+        """A parameter read twice within a stage is held once."""
+        table = interval_sums(values)
+        for repeat in self.repeats:
+            table[: repeat.earlier + 1, repeat.later + 1 :] -= getattr(repeat, kind)
+        return table
+
+    def stage_state(self, start: int, stop: int) -> StageState:
+        return StageState(
+            math.ceil(self.param_of[start, stop]),
+            math.ceil(self.trainable_of[start, stop]),
+            int(self.buffer_of[start, stop]),
+            math.ceil(self.largest_of[start, stop]),
+        )
+
+    def prologue_of(self, start: int, stop: int) -> list[int]:
+        """Prologue instances that a stage of these positions runs, in execution order."""
+        needed = frozenset[int]().union(*self.shape.needs[start:stop])
+        return [index for index in self.shape.prologue if index in needed]
+
+
+def build_chain(
+    graph: ModelGraph, shape: Shape, solution: ShardingSolution, recompute: Collection[str], compute_scale: float = 1.0
+) -> Chain:
+    """recompute: distinct segments whose forward runs again in the backward. compute_scale: slower (or faster)
+    device.
+    """
+    costs = [solution.costs[name] for name in shape.segments]
+    again = np.array([name in recompute for name in shape.segments])
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(cost, name) for cost in costs], dtype=float)
+
+    forward_comm, backward_comm = column("forward_comm_s"), column("backward_comm_s")
+    forward_compute = column("forward_s") * compute_scale
+    forward = forward_compute + forward_comm
+    weight = column("backward_weight_s") * compute_scale
+    # a backward that runs the forward again is one piece, whatever the schedule
+    backward_input = column("backward_input_s") * compute_scale + backward_comm + np.where(again, forward + weight, 0.0)
+    saved, inputs = column("saved_bytes"), column("recompute_saved_bytes")
+    n = len(costs)
+    cuts = {True: np.zeros(n + 2), False: np.zeros(n + 2)}
+    for value, start, stop, has_gradient in shape.spans:
+        size = solution.boundary_bytes.get(value, 0)
+        for direction in (True, False):
+            if direction or has_gradient:
+                cuts[direction][start + 1] += size
+                cuts[direction][stop + 1] -= size
+    by_index = {instance.index: instance for instance in graph.instances}
+    prologue_costs = {index: solution.costs[by_index[index].segment] for index in shape.prologue}
+    share = {
+        name: _share_of(graph, name, solution) for name in {shape.segments[later] for _, later, _ in shape.repeats}
+    }
+    repeats = []
+    for earlier, later, name in shape.repeats:
+        dims, _, trainable = graph.params[name]
+        elements = math.prod(dims) * share[shape.segments[later]]
+        repeats.append(Repeat(earlier, later, elements, elements if trainable else 0.0))
+    return Chain(
+        shape=shape,
+        forward_s=forward,
+        backward_input_s=backward_input,
+        backward_weight_s=np.where(again, 0.0, weight),
+        forward_comm_s=forward_comm,
+        backward_comm_s=backward_comm + np.where(again, forward_comm, 0.0),
+        activation_bytes=np.where(again, inputs, saved),
+        forward_workspace_bytes=column("workspace_bytes"),
+        backward_workspace_bytes=column("workspace_bytes") + np.where(again, np.maximum(saved - inputs, 0.0), 0.0),
+        param_elements=column("param_elements"),
+        trainable_elements=column("trainable_elements"),
+        summed_elements=column("summed_elements"),
+        buffer_bytes=column("buffer_bytes"),
+        cut_forward_bytes=np.cumsum(cuts[True])[: n + 1],
+        cut_backward_bytes=np.cumsum(cuts[False])[: n + 1],
+        prologue_s={index: cost.forward_s * compute_scale for index, cost in prologue_costs.items()},
+        prologue_bytes={index: max(cost.output_bytes, cost.saved_bytes) for index, cost in prologue_costs.items()},
+        repeats=tuple(repeats),
+        model_flops=sum(cost.model_flops for cost in costs),
+    )
+
+
+def _share_of(graph: ModelGraph, segment: str, solution: ShardingSolution) -> float:
+    """Share of a segment's parameter elements that one tensor rank holds; at most 1, so that no stage is undercounted
+    by more than a sharded copy of what it reads twice."""
+    total = sum(math.prod(dims) for dims in graph.segments[segment].param_shapes)
+    return min(1.0, solution.costs[segment].param_elements / total) if total else 1.0

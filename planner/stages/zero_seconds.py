@@ -1,0 +1,170 @@
+"""Seconds of a stage over any run of positions, with the collectives of ZeRO around its segments.
+
+Parameters are gathered, and gradients reduced, by segment instance, beside the compute of its neighbours. With F_k, B_k
+the forward and backward of instance k, g_k its gather, r_k its reduction, a stage i..j-1 takes
+
+    ZeRO-3     forward    g_i + sum over k < j-1 of max(F_k, g_k+1) + F_j-1
+               backward   g_j-1 + sum over k > i of max(B_k, g_k-1 + r_k) + B_i + r_i
+    ZeRO-2     backward   max(B, r - F), sums over the stage: reductions pass beside all of its work
+    hybrid     the sums across the groups that share a copy come once a step, like the reductions of ZeRO-0
+    ZeRO-0, 1  after the stage's last backward, what is left of a queue of r_k that each joined when B_k ended
+    tensor     gradients that are partial sums over the tensor axis, because the parameter is whole on it, join the same
+               queue: under ZeRO-0 one all-reduce over data and tensor ranks, else one over tensor ranks of what ZeRO
+               leaves of them. A parameter that is whole on the tensor axis costs what it costs on the data axis
+
+Under ZeRO-0 to 2 the gradients of small instances travel together (costmodel/communication.py: bucket_bytes).
+
+A stage split in two never takes less, so the table's entry of the whole chain bounds the sum over any cut. Each
+backward also adds gradients to those accumulated (or packs them): memory traffic, in the weight part. On a CPU nothing
+hides: collectives take the cores that compute needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...costmodel.communication import bucket_bytes
+from ...costmodel.memory import Extents
+from ..space.candidates import Candidate
+from ..space.mesh_costs import MeshCosts
+from .chain import Chain, interval_sums
+from .setting import Setting
+
+
+@dataclass(frozen=True, eq=False)
+class StageTables:
+    """[i, j] -> seconds over positions i..j-1, for one microbatch."""
+
+    forward_of: np.ndarray
+    backward_of: np.ndarray
+    accumulate_s: np.ndarray  # of each position; inside backward_of
+    reduce_s: np.ndarray  # of each position, once a step (ZeRO-0 and 1, and sums across replicas)
+    refresh_s: np.ndarray  # of each position, once after the optimizer (parameters split over fewer ranks than it)
+    backward_s: np.ndarray  # of each position, as far as reductions pass beside it
+    _reductions: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    @property
+    def load_of(self) -> np.ndarray:
+        return self.forward_of + self.backward_of
+
+    def reduction_left(self, start: int, stop: int) -> float:
+        """Seconds from the end of the stage's last backward to the end of its reductions."""
+        key = (start, stop)
+        if key not in self._reductions:
+            now = free = 0.0
+            for k in range(stop - 1, start - 1, -1):
+                now += self.backward_s[k]
+                free = max(free, now) + self.reduce_s[k]
+            self._reductions[key] = max(0.0, free - now) if self.reduce_s[start:stop].any() else 0.0
+        return self._reductions[key]
+
+
+def stage_tables(setting: Setting, candidate: Candidate, chain: Chain) -> StageTables:
+    """Cached for each chain, mesh and ZeRO stage."""
+    zero = candidate.zero if candidate.dp > 1 else 0
+    accumulates = candidate.dp > 1 or candidate.count > 1
+    extents = candidate.extents
+    key = ("tables", chain, candidate.pp, candidate.dp, candidate.tp, zero, extents, accumulates)
+    if key not in setting.cache:
+        setting.cache[key] = _build(setting, setting.mesh(candidate), chain, zero, extents, accumulates)
+    return setting.cache[key]
+
+
+def _build(
+    setting: Setting, mesh: MeshCosts, chain: Chain, zero: int, extents: Extents, accumulates: bool
+) -> StageTables:
+    kinds, n = setting.kinds, chain.num_instances
+    device = min(mesh.devices, key=lambda one: one.memory_bytes_per_s)
+
+    def per_position(elements: np.ndarray, seconds: Callable[[float], float]) -> np.ndarray:
+        known = {value: seconds(value) for value in set(elements.tolist()) if value > 0}
+        return np.array([known.get(value, 0.0) for value in elements.tolist()])
+
+    def moving(num_bytes: float) -> float:
+        return setting.cost_model.op_seconds("copy_", 0.0, num_bytes, setting.workload.precision.master, device)
+
+    nothing = np.zeros(n)
+    accumulated = chain.trainable_elements if accumulates else chain.summed_elements
+    accumulate = per_position(accumulated, lambda e: moving(e * kinds.moved_by_accumulation))
+    inside, use = extents.optimizer, extents.parameters
+
+    def over(kind: str, element_bytes: int, extent: int, across: bool = False) -> Callable[[float], float]:
+        return lambda e: mesh.dp_seconds(kind, e * element_bytes, extent, across)
+
+    def in_buckets(elements: np.ndarray, seconds: Callable[[float], float]) -> np.ndarray:
+        """seconds: of a collective, by bytes."""
+        total = float(elements.sum()) * kinds.reduce
+        bucket = min(total, bucket_bytes(total / mesh.pp)) if zero < 3 else 0.0
+
+        def share(held: float) -> float:
+            together = max(held * kinds.reduce, bucket)
+            return seconds(together) * held * kinds.reduce / together
+
+        return per_position(elements, share)
+
+    summed, alone = chain.summed_elements, chain.trainable_elements - chain.summed_elements
+    if zero:
+        scatters = in_buckets(chain.trainable_elements, lambda b: mesh.dp_seconds("reduce_scatter", b, inside))
+        sums = per_position(chain.trainable_elements / inside, over("all_reduce", kinds.reduce, inside, True))
+        sums = sums + in_buckets(summed / inside, lambda b: mesh.sum_seconds(b, False))
+    else:
+        scatters = in_buckets(alone, lambda b: mesh.dp_seconds("all_reduce", b))
+        scatters = scatters + in_buckets(summed, lambda b: mesh.sum_seconds(b, True))
+        sums = nothing
+    gathers = per_position(chain.param_elements, over("all_gather", kinds.compute, use)) if zero == 3 else nothing
+    refreshed = (
+        per_position(chain.param_elements / use, _refresh(mesh, kinds.compute, use, inside)) if zero else nothing
+    )
+    forward, backward = chain.forward_s, chain.backward_s + accumulate
+    forward_of, backward_of = interval_sums(forward), interval_sums(backward)
+    hides = device.kind != "cpu"
+    unpack = per_position(chain.param_elements, lambda e: moving(2 * e * kinds.compute)) if zero == 3 else nothing
+    if zero >= 2 and not hides:
+        forward, backward = forward + unpack, backward + unpack + scatters
+        if zero == 3:
+            forward, backward = forward + gathers, backward + gathers
+        forward_of, backward_of = interval_sums(forward), interval_sums(backward)
+    elif zero == 2:
+        backward_of = np.maximum(backward_of, interval_sums(scatters) - forward_of)
+    elif zero == 3:
+        forward, backward = forward + unpack, backward + unpack
+        forward_of = _gathered_forward(forward, gathers)
+        backward_of = _gathered_backward(backward, gathers, scatters)
+    return StageTables(
+        forward_of=forward_of,
+        backward_of=backward_of,
+        accumulate_s=accumulate,
+        reduce_s=sums + (scatters if zero < 2 else nothing),
+        refresh_s=refreshed,
+        backward_s=backward if hides else nothing,
+    )
+
+
+def _refresh(mesh: MeshCosts, element_bytes: int, use: int, inside: int) -> Callable[[float], float]:
+    """After the optimizer: ranks with the same part of the parameters put together what each of them stepped."""
+    if inside <= use:
+        return lambda e: 0.0
+    if use == 1:
+        return lambda e: mesh.dp_seconds("all_gather", e * element_bytes, inside)
+    return lambda e: mesh.dp_seconds("all_gather", e * element_bytes, use, inside == mesh.dp)
+
+
+def _gathered_forward(forward: np.ndarray, gathers: np.ndarray) -> np.ndarray:
+    steps = np.append(np.maximum(forward[:-1], gathers[1:]), 0.0)  # at k: until k+1 may begin
+    between = interval_sums(steps)
+    table = np.zeros_like(between)
+    table[:-1, 1:] = gathers[:, None] + between[:-1, :-1] + forward[None, :]
+    return table
+
+
+def _gathered_backward(backward: np.ndarray, gathers: np.ndarray, scatters: np.ndarray) -> np.ndarray:
+    before = np.append(0.0, gathers[:-1])  # g_k-1
+    steps = np.maximum(backward, before + scatters)
+    between = interval_sums(steps)
+    table = np.zeros_like(between)
+    # gather of j-1, steps of i+1..j-1, then B_i and r_i
+    table[:-1, 1:] = gathers[None, :] + between[1:, 1:] + (backward + scatters)[:, None]
+    return table

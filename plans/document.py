@@ -1,0 +1,280 @@
+"""The Plan: one JSON document that says everything the runtime needs and everything the planner claims.
+
+Versioned; loads without pickle; keys are in a fixed order so that two plans can be diffed as text.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import ExitCode, ShardwrightError
+from ..profiler.files import replace_text
+from .document_checks import problem_of, seal
+
+SCHEMA_VERSION = "shardwright.plan/1"
+MESH_AXES = ("pp", "dp", "cp", "ep", "tp")  # outermost (slowest links) first
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Hashes(_Document):
+    """document: the seal, a digest of all the rest, written with the file; a plan that was edited is refused by it."""
+
+    model: str
+    shapes: str
+    hardware: str
+    version: str
+    document: str = ""
+
+
+class Mesh(_Document):
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    ep: int = 1
+    tp: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        return self.pp * self.dp * self.cp * self.ep * self.tp
+
+
+class Microbatch(_Document):
+    """size: sequences in one global microbatch (all data-parallel ranks together); count: microbatches in a step."""
+
+    size: int
+    count: int
+
+
+class Schedule(_Document):
+    """name: one of schedules/published, or "synthesized": then order has each pipeline rank's actions with spaces
+    between, as "0F0 0F1 0B0" (stage, kind, microbatch), and stage_rank the pipeline rank of each virtual stage.
+
+    What an R stands for is not kept from its F to there; what stands between O and L is in host memory."""
+
+    name: str
+    virtual_stages: int = 1  # stages on each pipeline rank
+    order: list[str] = Field(default_factory=list)
+    stage_rank: list[int] = Field(default_factory=list)
+
+
+class Stage(_Document):
+    """segments: indices of the segment instances it runs, in order. ranks: the global ranks that run it; of a schedule
+    of two directions, those of the first come first."""
+
+    segments: list[int]
+    ranks: list[int]
+
+
+class MemoryPolicy(_Document):
+    """recompute: for each distinct segment, 'none' or 'all' (its forward runs again in the backward)."""
+
+    recompute: dict[str, Literal["none", "all"]] = Field(default_factory=dict)
+
+
+class StageSeconds(_Document):
+    """One virtual stage, for one microbatch; reduce_s: of its gradients, once a step. send_s, send_back_s: what its
+    value takes to the next stage, and the value's gradient back, in which the link is busy; *_latency_s: until it has
+    arrived after that. offload_s: of its activations to host memory, and
+    back; 0 where that was not offered."""
+
+    forward_s: float
+    backward_input_s: float
+    backward_weight_s: float
+    reduce_s: float = 0.0
+    send_s: float = 0.0
+    send_back_s: float = 0.0
+    send_latency_s: float = 0.0
+    send_back_latency_s: float = 0.0
+    offload_s: float = 0.0
+
+
+class Predicted(_Document):
+    step_s: float
+    tokens_per_s_per_device: float
+    mfu: float
+    peak_bytes: list[int]  # the worst rank of each stage
+    bubble_fraction: float
+    exposed_comm_s: float
+    memory: dict[str, int] = Field(
+        default_factory=dict
+    )  # worst rank: parameters, gradients, optimizer, activations, ...
+    memory_limit_bytes: int = 0
+    stage_s: list[StageSeconds] = Field(default_factory=list)
+    tail_s: list[float] = Field(default_factory=list)  # of each pipeline rank: optimizer step and gathers after it
+    tails_wait: bool = False  # an optimizer step begins once all ranks have their gradients, as it needs their norm
+    # mesh axis -> the shares of "parameters", and of the bytes of "activations" kept for the backward, that it splits
+    split: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+
+class ShardingProof(_Document):
+    """What the sharding solver proved on the plan's own mesh. objective_s: of all segments, a microbatch, one rank."""
+
+    status: str
+    objective_s: float
+    lower_bound_s: float
+    gap_fraction: float
+    seconds: float
+
+
+class Certificate(_Document):
+    """status: optimal (gap proven within tolerance) | feasible. lower_bound_s: of any plan in the searched space.
+    not_searched: what the bound says nothing about."""
+
+    status: str
+    lower_bound_s: float
+    gap_fraction: float
+    not_searched: list[str] = Field(default_factory=list)
+    sharding: ShardingProof | None = None
+
+
+class PlanningTime(_Document):
+    capture: float
+    solve: float
+    total: float
+
+
+class SelfTest(_Document):
+    """The captured graph beside the model as written: loss, gradients, buffers and an optimizer step, twice.
+
+    largest_difference: of any of these tensors, relative to its largest entry. reason: why it was not run.
+    """
+
+    status: Literal["passed", "skipped", "off", "not applicable"]
+    reason: str = ""
+    dtype: str = ""
+    samples: int = 0
+    largest_difference: float | None = None
+    seconds: float = 0.0
+
+
+class Considered(_Document):
+    """microbatch: sequences of one, all data-parallel ranks together."""
+
+    mesh: Mesh
+    microbatch: int
+    schedule: str
+    zero: int
+    zero_extents: dict[str, int] = Field(default_factory=dict)  # as in Plan
+    recompute: str
+    step_s: float | None
+    peak_bytes: int | None
+    reason: str  # why it lost: 'slower by 3.1 %', 'needs 91.2 GiB of 80.0 GiB', 'bound 1.9 s is above the incumbent'
+
+
+class ConservativeOp(_Document):
+    op: str
+    node: str
+    source: str
+    cost_s: float
+
+
+class Plan(_Document):
+    schema_: str = Field(default=SCHEMA_VERSION, alias="schema")
+    hashes: Hashes
+    workload: dict[
+        str, Any
+    ]  # enough for the command line to rebuild the Workload: model spec, batch, seq_len, dtype, ...
+    hardware: dict[str, Any]  # name, devices, sources of the figures
+    mesh: Mesh
+    microbatch: Microbatch
+    # of the batch: "mean" or "sum" of its samples, which a step gives exactly over microbatches, or neither: "each"
+    # microbatch's is averaged, as under gradient accumulation
+    loss_over: Literal["mean", "sum", "each"] = "mean"
+    schedule: Schedule
+    stages: list[Stage]
+    segments: list[str] = Field(default_factory=list)  # distinct segment of each instance, in execution order
+    # distinct segment -> joint-graph node -> one placement per axis of placement_axes: "R", "S(1)", "P"
+    placement_axes: list[str]
+    placements: dict[str, dict[str, list[str]]]
+    zero: int
+    # data-parallel ranks, next to each other, that share one copy of "parameters", "gradients" and "optimizer" state;
+    # empty: what the ZeRO stage splits is split over all of them
+    zero_extents: dict[str, int] = Field(default_factory=dict)
+    memory_policy: MemoryPolicy
+    fusions: list[str] = Field(default_factory=list)  # fused kernels that the cost model says win
+    forced: dict[str, str] = Field(default_factory=dict)
+    predicted: Predicted
+    certificate: Certificate
+    planning_s: PlanningTime
+    considered: list[Considered] = Field(default_factory=list)
+    conservative_ops: list[ConservativeOp] = Field(default_factory=list)
+    self_test: SelfTest | None = None
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    def to_json(self) -> str:
+        document = self.model_dump(by_alias=True, mode="json")
+        document["hashes"]["document"] = self.seal
+        return json.dumps(document, indent=1)
+
+    @property
+    def seal(self) -> str:
+        """What stands in hashes.document of the plan's file."""
+        return seal(self.model_dump(by_alias=True, mode="json"))
+
+    def save(self, path: str | Path) -> None:
+        """Whole or not at all: an old plan is never lost."""
+        try:
+            replace_text(Path(path), self.to_json() + "\n")
+        except (OSError, ValueError, RuntimeError) as error:  # a zero byte in the name; a ring of links
+            raise ShardwrightError(
+                f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
+                means="the plan was made but could not be saved; nothing was overwritten",
+                change="-o PATH",
+                works=f"-o {Path(tempfile.gettempdir()) / 'plan.json'}",
+            ) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Raises ShardwrightError, exit code 7, for a file that is no plan, or not the whole of one as it was made."""
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            raise ShardwrightError(
+                f"cannot read plan {path}: {error}", change="the plan's path", works="plan.json"
+            ) from None
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _refused(f"{path} is not JSON: {error}", "it is not a plan") from None
+        found = document.get("schema") if isinstance(document, dict) else None
+        if found != SCHEMA_VERSION:
+            raise _refused(
+                f"{path} has schema {found!r}; this version reads {SCHEMA_VERSION!r}",
+                "it was made by another version, or is not a plan",
+            )
+        try:
+            plan = cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _refused(
+                f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']} ({error.error_count()} problems)"
+            ) from None
+        if problem := problem_of(plan.model_dump(by_alias=True, mode="json")):
+            raise _refused(f"{path}: field {problem}")
+        if document["hashes"].get("document") != seal(document):
+            raise _refused(f"{path} is not as it was made: its digest is not that of its contents")
+        return plan
+
+
+def _refused(what: str, means: str = "the document was edited, cut short or damaged") -> ShardwrightError:
+    return ShardwrightError(
+        what,
+        means=means,
+        change="make the plan again; what you want in it can be forced",
+        works="shardwright plan MODEL --hardware NAME --force pp=2 -o plan.json",
+        exit_code=ExitCode.PLAN_MISMATCH,
+    )
+
+
+def plan_json_schema() -> dict[str, Any]:
+    """The JSON schema of the document, as published in plans/plan.schema.json."""
+    return Plan.model_json_schema(by_alias=True)

@@ -1,0 +1,1 @@
+"""The hot loops of synthesis in C, compiled when first needed."""

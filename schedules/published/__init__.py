@@ -1,0 +1,1 @@
+"""Orders of actions as papers give them."""

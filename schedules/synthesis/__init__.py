@@ -1,0 +1,1 @@
+"""Orders of actions that are made for given times and memory."""
