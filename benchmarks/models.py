@@ -152,7 +152,7 @@ def compare_on_ranks(plan: Any, workload: Any, path: str) -> dict[str, Any]:
     from distributed import Pool
 
     from shardwright import api
-    from shardwright.profiler.inputs import resize_batch
+    from shardwright.profiler.batches import resize_batch
 
     class Forked(Pool):
         def __init__(self) -> None:

@@ -128,7 +128,7 @@ def _groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 def contestants(model: str, only: list[str]) -> list[Contestant]:
     import by_hand
 
-    from shardwright.profiler.inputs import make_batch
+    from shardwright.profiler.batches import make_batch
 
     workload = load(model)
     batch = dict(make_batch(workload, workload.global_batch, seed=1))

@@ -10,7 +10,7 @@ from pathlib import Path
 from shardwright.profiler.accelerators import find_link
 from shardwright.profiler.cluster import Cluster
 from shardwright.profiler.device import GroupLink
-from shardwright.profiler.hardware import find_accelerator, host_group
+from shardwright.profiler.host_groups import find_accelerator, host_group
 
 KINDS = {"all_reduce": "all_reduce", "allreduce": "all_reduce", "allgather": "all_gather", "all_gather": "all_gather",
          "reducescatter": "reduce_scatter", "reduce_scatter": "reduce_scatter", "alltoall": "all_to_all"}  # fmt: skip

@@ -16,7 +16,7 @@ from transformer_run import Layout, Software, Transformer
 
 from shardwright.profiler.accelerators import find_link
 from shardwright.profiler.cluster import Cluster
-from shardwright.profiler.hardware import find_accelerator, host_group
+from shardwright.profiler.host_groups import find_accelerator, host_group
 
 DOUBTFUL = ("SUSPECT", "WARN", "LOW TRUST", "inconsistent", "STATUS=failed")
 

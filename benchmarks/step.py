@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from shardwright import api
+from shardwright.profiler.batches import make_batch
 from shardwright.profiler.capture import compute_loss
 from shardwright.profiler.initial_values import materialize
-from shardwright.profiler.inputs import make_batch
 from shardwright.profiler.models import load_workload
 from shardwright.profiler.workload import Workload
 

@@ -24,7 +24,7 @@ from shardwright.commands.run import StepPrinter
 from shardwright.data import batch_source
 from shardwright.launch import launch
 from shardwright.profiler.capture import compute_loss
-from shardwright.profiler.discovery import calibrate_cpu
+from shardwright.profiler.cpu_calibration import calibrate_cpu
 from shardwright.profiler.initial_values import materialize
 from shardwright.render import make_console, print_plan
 from shardwright.units import MIB, format_bytes, format_seconds, parse_bytes

@@ -22,8 +22,9 @@ import torch
 from torch import fx
 
 from ..errors import ShardwrightError
+from .batches import batch_fields, resize_batch, resized_dims
 from .capture import export_step
-from .inputs import example_batch_size, resize_batch, resized_dims
+from .inputs import example_batch_size
 from .workload import Workload
 
 # what transformers calls tensors of one row a sample
@@ -35,8 +36,6 @@ _TRANSFORMERS_SAMPLES = {
 
 def with_batch_dims(workload: Workload) -> Workload:
     """The workload with batch_dims for every entry. Raises ShardwrightError where a declaration cannot be."""
-    from .models import batch_fields  # models builds on this module
-
     tensors = workload.example_batch
     if batch_fields(workload) is not None:
         return dataclasses.replace(workload, batch_dims=resized_dims(workload))

@@ -28,10 +28,11 @@ from ._torch import DATA_DEPENDENT, lazy_recompile
 from .as_written import AsWritten
 from .assumptions import Assumptions, separate_conditions
 from .attention_interface import shardwright_attention
+from .batches import batch_dims_of, make_batch
 from .calling import PLAIN_CALL, Call
 from .global_loss import Totals, separate_totals
 from .graph import Leaf, ModelGraph, Segment, SegmentInstance, ValueInfo
-from .inputs import batch_dims_of, example_batch_size, make_batch
+from .inputs import example_batch_size
 from .loss_over import loss_over
 from .nodes import value
 from .normalize import normalize

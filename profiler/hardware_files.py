@@ -11,7 +11,7 @@ from ..errors import ShardwrightError
 from ..units import GB, GIB
 from .accelerators import find_link, read_toml
 from .cluster import Cluster, Figure, HostGroup, HostPairLink, Link
-from .hardware import MAX_DEVICES, checked_groups, notes_on, parse_term
+from .host_groups import MAX_DEVICES, checked_groups, notes_on, parse_term
 
 HOST_KEYS = {"devices", "count", "local_link", "network_link", "memory_gib", "host_memory_gib", "nvme_gib",
              "nvme_gb_per_s", "domain_devices"}  # fmt: skip

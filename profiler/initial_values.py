@@ -18,8 +18,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ExitCode, ShardwrightError
+from .batches import make_batch
 from .copies import carry_hooks, copy_workload
-from .inputs import make_batch
 from .recorded import first_values
 from .workload import Workload
 

@@ -19,7 +19,7 @@ from .calling import named_entries, take_apart
 from .copies import carry_hooks, copy_workload
 from .hf_batches import default_seq_len, fields_for
 from .initial_values import materialize
-from .inputs import BatchField, common_size, draw_batch
+from .inputs import common_size, draw_batch
 from .losses import denoising, loss_of
 from .model_kinds import KINDS
 from .near import near_matches
@@ -162,21 +162,6 @@ def with_precision(workload: Workload, precision: Precision | torch.dtype | str)
 def make_reference_dtype(workload: Workload, dtype: torch.dtype = torch.float64) -> Workload:
     """The job with everything in dtype, for checks."""
     return with_precision(workload, Precision(compute=dtype, master=dtype, grad_reduce=dtype))
-
-
-def batch_fields(workload: Workload) -> tuple[BatchField, ...] | None:
-    """What a batch of this workload holds; None for a user's own model."""
-    spec, dtype = workload.spec, workload.precision.compute
-    kind = spec.get("kind")
-    if kind in KINDS:
-        return fields_for(kind, workload.model, spec.get("seq_len"), dtype)
-    if kind == diffusion.KIND:
-        config: Any = workload.model.config
-        return diffusion.fields_for(spec["class_name"], config, spec.get("seq_len"), dtype, spec.get("overrides", {}))
-    if kind == "small":
-        small = SMALL_MODELS[spec["builder"]]
-        return small.fields({**small.options, **spec.get("overrides", {})}, dtype)
-    return None
 
 
 @dataclass(frozen=True)

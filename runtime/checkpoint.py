@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -38,16 +38,14 @@ from .checkpoint_files import SafeReader, damaged, digests, document_digest, fil
 from .parameter_groups import merged, options_of, set_options
 from .parameters import local_tensor
 from .together import num_ranks, of_all_ranks, on_every_rank, on_rank_0
-
-if TYPE_CHECKING:
-    from .program import Program
+from .trained import Trained
 
 FORMAT = "shardwright.checkpoint/2"
 _DOCUMENT = "program.json"
 _LOSS_SCALE = "loss_scale.state"
 
 
-def state_dict(program: Program) -> dict[str, torch.Tensor]:
+def state_dict(program: Trained) -> dict[str, torch.Tensor]:
     """This rank's tensors by the keys above, without copies: DTensors, or plain tensors that one rank holds alone."""
     state: dict[str, torch.Tensor] = {f"model.{n}": p.detach() for n, p in program.named_parameters()}
     state.update({f"buffer.{name}": tensor for name, tensor in program.named_buffers()})
@@ -63,7 +61,7 @@ def state_dict(program: Program) -> dict[str, torch.Tensor]:
     return state
 
 
-def _as_parameter(program: Program, name: str, value: torch.Tensor) -> torch.Tensor:
+def _as_parameter(program: Trained, name: str, value: torch.Tensor) -> torch.Tensor:
     """Optimizer state that lies as its parameter does; a count of steps is the same everywhere."""
     shape = program.store.local_parameters[name].shape
     same = value.shape == shape and not isinstance(value, DTensor)
@@ -71,7 +69,7 @@ def _as_parameter(program: Program, name: str, value: torch.Tensor) -> torch.Ten
 
 
 @torch.no_grad()
-def load_state_dict(program: Program, state: Mapping[str, torch.Tensor]) -> None:
+def load_state_dict(program: Trained, state: Mapping[str, torch.Tensor]) -> None:
     """Copy values in. Each may be laid out as here, or be a whole tensor, of which each rank takes its shard."""
     program.settle()
     with _new_optimizer_state(program, any(key.startswith("optimizer.") for key in state)):
@@ -88,7 +86,7 @@ def load_state_dict(program: Program, state: Mapping[str, torch.Tensor]) -> None
     program.store.refresh()
 
 
-def _own_part(program: Program, key: str, given: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+def _own_part(program: Trained, key: str, given: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     """A tensor laid out as here, or this rank's shard of a whole one. No other shape: copy_ would repeat it."""
     name = key.split(".", 1)[1]
     if key.startswith("optimizer."):
@@ -108,7 +106,7 @@ def _own_part(program: Program, key: str, given: torch.Tensor, here: torch.Tenso
 
 
 @contextmanager
-def _new_optimizer_state(program: Program, wanted: bool) -> Iterator[None]:
+def _new_optimizer_state(program: Trained, wanted: bool) -> Iterator[None]:
     """Where the optimizer has no state yet, inside it has what it makes on its first step. It is dropped if the block
     fails."""
     optimizer = program.optimizer if wanted else None
@@ -124,7 +122,7 @@ def _new_optimizer_state(program: Program, wanted: bool) -> Iterator[None]:
 
 
 @torch.no_grad()
-def make_optimizer_state(program: Program) -> None:
+def make_optimizer_state(program: Trained) -> None:
     """Give the optimizer the state that it makes on its first step, without moving a parameter."""
     optimizer = program.optimizer
     if optimizer is None or optimizer.state:
@@ -145,7 +143,7 @@ def make_optimizer_state(program: Program) -> None:
             parameter.grad = before[name]
 
 
-def save(program: Program, path: str | Path) -> None:
+def save(program: Trained, path: str | Path) -> None:
     """Every rank calls it. Written beside the path and renamed at the end: an old checkpoint survives a failure."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -160,7 +158,7 @@ def save(program: Program, path: str | Path) -> None:
 
 
 def _finish(
-    program: Program, partial: Path, path: Path, files: Mapping[str, str], groups: list[dict[str, Any]]
+    program: Trained, partial: Path, path: Path, files: Mapping[str, str], groups: list[dict[str, Any]]
 ) -> None:
     """Write the document, and put the new checkpoint in the place of an old one."""
     document: dict[str, Any] = {"format": FORMAT, "step": program.step_index, "groups": groups, "files": files}
@@ -193,7 +191,7 @@ def _writing(action: Callable[[], None]) -> None:
         ) from None
 
 
-def load(program: Program, path: str | Path) -> None:
+def load(program: Trained, path: str | Path) -> None:
     """Every rank calls it. The checkpoint may come from any layout of the same model; each rank reads its own shards.
 
     Optimizer state is loaded where the checkpoint has it. Raises ShardwrightError where the folder is no finished
@@ -235,7 +233,7 @@ def _read(path: Path, state: dict[str, torch.Tensor], reader: SafeReader, planne
         raise damaged(path, causes.split("\n")[0][:200]) from None
 
 
-def _loaded_state(program: Program, found: Mapping[str, Any], *, with_optimizer: bool) -> dict[str, torch.Tensor]:
+def _loaded_state(program: Trained, found: Mapping[str, Any], *, with_optimizer: bool) -> dict[str, torch.Tensor]:
     """What is to come from a checkpoint that has these entries. One made in another dtype has no loss scale."""
     state = {k: tensor for k, tensor in state_dict(program).items() if with_optimizer or not k.startswith("optimizer.")}
     if _LOSS_SCALE not in found:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -27,10 +27,8 @@ from .relayout import all_gather_dim
 from .shards import chunk_bounds
 from .stage import StageRunner
 from .totals import BatchTotals, counting_stage
+from .trained import Trained
 from .wiring import USER_INPUT, wire
-
-if TYPE_CHECKING:
-    from .program import Program
 
 _FIRST_INDEX = 1 << 20  # of this graph's instances: others than those that train
 _CONSTANT = "constant:"
@@ -50,7 +48,7 @@ class Evaluation:
 
 
 class Evaluator:
-    def __init__(self, program: Program, evaluation: Evaluation) -> None:
+    def __init__(self, program: Trained, evaluation: Evaluation) -> None:
         self.program, self.evaluation = program, evaluation
         grid, rank = program.grid, program.grid.coord("pp")
         graph = self.graph = _renamed(evaluation.graph)

@@ -29,10 +29,11 @@ from .planner.space.forcing import parse_forced
 from .planner.stages.setting import state_kinds
 from .plans.document import Plan, PlanningTime, SelfTest, ShardingProof
 from .profiler.batch_dims import with_batch_dims
+from .profiler.batches import batch_dims_of, resize_batch
 from .profiler.capture import capture, no_collection
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
-from .profiler.inputs import batch_dims_of, reshaped, resize_batch
+from .profiler.inputs import reshaped
 from .profiler.models import load_workload
 from .profiler.watch import TimeUp, stop_at, telling
 from .profiler.workload import Workload

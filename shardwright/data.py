@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .errors import ShardwrightError
-from .profiler.inputs import make_batch
+from .profiler.batches import make_batch
 from .profiler.workload import Workload
 
 BatchSource = Callable[[int], dict[str, torch.Tensor]]

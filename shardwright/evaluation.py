@@ -14,11 +14,11 @@ from .passes.redistribute import MeshAxis
 from .planner.sharding.sharder import Sharder
 from .plans.document import MemoryPolicy, Plan
 from .plans.placements import read_placements
+from .profiler.batches import resize_batch
 from .profiler.capture import capture
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
 from .profiler.hardware import parse_hardware
-from .profiler.inputs import resize_batch
 from .profiler.workload import Workload
 from .runtime.evaluation import Evaluation
 from .runtime.together import on_rank_0

@@ -12,9 +12,9 @@ import torch
 from . import __version__
 from .errors import ExitCode, ShardwrightError
 from .plans.document import Hashes, Plan
+from .profiler.batches import batch_dims_of
 from .profiler.cluster import Cluster
 from .profiler.graph import ModelGraph
-from .profiler.inputs import batch_dims_of
 from .profiler.workload import Workload
 
 DIGEST_LENGTH = 16

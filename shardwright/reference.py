@@ -15,9 +15,9 @@ import torch
 
 from .counter_random import CounterBasedRandom
 from .profiler.attention_interface import shardwright_attention
+from .profiler.batches import batch_dims_of
 from .profiler.capture import compute_loss
 from .profiler.copies import buffers_kept
-from .profiler.inputs import batch_dims_of
 from .profiler.workload import Workload
 from .reference_checkpoint import modes_kept_in_recomputation
 from .reference_counts import CountedTargets, has_batch_statistics

@@ -26,10 +26,10 @@ from . import reference
 from .errors import ExitCode, ShardwrightError
 from .kernels.ops import make_key
 from .plans.document import SelfTest
+from .profiler.batches import make_batch
 from .profiler.capture import capture
 from .profiler.copies import buffers_kept, copy_workload
 from .profiler.graph import ModelGraph
-from .profiler.inputs import make_batch
 from .profiler.models import make_reference_dtype
 from .profiler.run_graph import Ran, run_graph
 from .profiler.work import op_costs

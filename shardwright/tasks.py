@@ -15,8 +15,8 @@ from . import api, reference, trust
 from .costmodel.trace import Trace, merge
 from .data import batch_source
 from .plans.document import Plan
+from .profiler.batches import make_batch
 from .profiler.initial_values import materialize
-from .profiler.inputs import make_batch
 from .profiler.models import make_reference_dtype, reload_workload
 from .profiler.workload import OptimizerSpec, Workload
 from .runtime.program import Program

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import ExitCode, ShardwrightError
 from .plans.document import Plan
-from .profiler.discovery import cache_folder
+from .profiler.cpu_calibration import cache_folder
 
 if TYPE_CHECKING:
     from .profiler.workload import Workload

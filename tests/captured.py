@@ -13,10 +13,10 @@ from torch import fx
 
 from shardwright.kernels.ops import make_key
 from shardwright.passes.formats import arranged
+from shardwright.profiler.batches import make_batch, resize_batch
 from shardwright.profiler.capture import capture
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance
 from shardwright.profiler.initial_values import materialize
-from shardwright.profiler.inputs import make_batch, resize_batch
 from shardwright.profiler.models import load_workload, make_reference_dtype
 from shardwright.profiler.op_view import is_op
 from shardwright.profiler.workload import Workload

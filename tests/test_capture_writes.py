@@ -13,8 +13,8 @@ from torch import nn
 
 from shardwright import api, tasks
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.batches import make_batch
 from shardwright.profiler.capture import capture, compute_loss
-from shardwright.profiler.inputs import make_batch
 
 
 class Rebuilds(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler import discovery
+from shardwright.profiler import cpu_calibration, discovery
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.units import GIB
 
@@ -116,9 +116,9 @@ def test_nominal_figures_are_used_and_said_so_until_measured(empty_cache: Path) 
 
 def test_calibration_measures_once_and_marks_its_figures(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = parse_hardware("2xCPU")
-    first = discovery.calibrate_cpu()
-    monkeypatch.setattr(discovery, "_measure_gloo", lambda: pytest.fail("measured twice"))
-    assert discovery.calibrate_cpu() == first
+    first = cpu_calibration.calibrate_cpu()
+    monkeypatch.setattr(cpu_calibration, "_measure_gloo", lambda: pytest.fail("measured twice"))
+    assert cpu_calibration.calibrate_cpu() == first
     assert 1e8 < first.flops_per_s["fp32"] < 1e14
     assert 1e8 < first.memory_bytes_per_s < 1e13
     assert 1e-6 < first.loopback_latency_s < 0.1 and 1e6 < first.loopback_bytes_per_s < 1e12
@@ -130,21 +130,21 @@ def test_calibration_measures_once_and_marks_its_figures(empty_cache: Path, monk
 
 
 def test_another_machines_calibration_is_not_used(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "MEASURE_S", 0.01)
-    discovery.calibrate_cpu()
-    monkeypatch.setattr(discovery, "machine_name", lambda: "another")
-    assert discovery.read_cpu_calibration() is None
+    monkeypatch.setattr(cpu_calibration, "MEASURE_S", 0.01)
+    cpu_calibration.calibrate_cpu()
+    monkeypatch.setattr(cpu_calibration, "machine_name", lambda: "another")
+    assert cpu_calibration.read_cpu_calibration() is None
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 0}', "\x00"])
 def test_a_damaged_cache_is_ignored(empty_cache: Path, text: str) -> None:
     empty_cache.mkdir()
     (empty_cache / "cpu.json").write_text(text)
-    assert discovery.read_cpu_calibration() is None
+    assert cpu_calibration.read_cpu_calibration() is None
 
 
 def test_local_is_this_machine_or_this_job(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "MEASURE_S", 0.01)
+    monkeypatch.setattr(cpu_calibration, "MEASURE_S", 0.01)
     monkeypatch.setattr(discovery, "_visible_accelerator", lambda: ("", 0, 0))
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

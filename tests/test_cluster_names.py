@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.accelerators import accelerators, links
 from shardwright.profiler.cluster import _row_keys, dtype_key
-from shardwright.profiler.hardware import describe, find_accelerator, known_hardware, parse_hardware
+from shardwright.profiler.hardware import describe, known_hardware, parse_hardware
+from shardwright.profiler.host_groups import find_accelerator
 from shardwright.units import GIB
 
 

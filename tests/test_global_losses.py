@@ -15,8 +15,8 @@ import shardwright
 from shardwright.api import capture_for_planning
 from shardwright.plans.document import Plan
 from shardwright.profiler.batch_dims import with_batch_dims
+from shardwright.profiler.batches import resize_batch
 from shardwright.profiler.capture import capture
-from shardwright.profiler.inputs import resize_batch
 from shardwright.profiler.workload import Precision, Workload
 
 DOUBLE = Precision(torch.float64, torch.float64, torch.float64)

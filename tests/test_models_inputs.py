@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.batches import make_batch, resize_batch
 from shardwright.profiler.initial_values import materialize
-from shardwright.profiler.inputs import BatchField, draw_batch, make_batch, resize_batch, target_length
+from shardwright.profiler.inputs import BatchField, draw_batch, target_length
 from shardwright.profiler.models import load_workload
 from shardwright.profiler.workload import Workload
 

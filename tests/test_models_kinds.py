@@ -14,9 +14,9 @@ pytest.importorskip("transformers")
 
 from shardwright import checking
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.batches import make_batch
 from shardwright.profiler.capture import compute_loss
 from shardwright.profiler.initial_values import materialize
-from shardwright.profiler.inputs import make_batch
 from shardwright.profiler.models import load_workload, make_reference_dtype, reload_workload
 from shardwright.profiler.workload import Workload
 

@@ -24,8 +24,8 @@ from shardwright.planner.sharding.cost import Placed, moves
 from shardwright.planner.sharding.mesh import Axis, Mesh
 from shardwright.plans.document import Plan
 from shardwright.plans.placements import read_placements
+from shardwright.profiler.batches import resize_batch
 from shardwright.profiler.graph import ModelGraph
-from shardwright.profiler.inputs import resize_batch
 
 LAYOUTS = ({"dp": 1, "tp": 2}, {"dp": 2, "tp": 2}, {"dp": 1, "tp": 4})
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from shardwright import api, tasks
 from shardwright.checking import TOLERANCE
 from shardwright.errors import ShardwrightError
 from shardwright.ops.placement import P
-from shardwright.profiler.inputs import make_batch
+from shardwright.profiler.batches import make_batch
 from shardwright.profiler.recurrent_layers import recurrent_layers
 from shardwright.profiler.work import op_work
 from shardwright.profiler.workload import Workload

@@ -170,7 +170,7 @@ def _entry_point() -> str:
 
 
 def _calibration() -> str:
-    from ..profiler.discovery import calibration_path, read_cpu_calibration
+    from ..profiler.cpu_calibration import calibration_path, read_cpu_calibration
 
     if read_cpu_calibration() is None:
         raise RuntimeError("not measured yet")
