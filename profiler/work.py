@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -101,7 +102,8 @@ def attention_pairs(queries: int, keys: int, causal: bool, window: int) -> float
 def _attention_flops(node: fx.Node) -> float:
     """Two products of pairs by head size, one over the queries' and one over the values'; the backward works the scores
     out again and has three and two."""
-    given = {a.name: value for a, value in zip(node.target._schema.arguments, node.args, strict=False)}  # type: ignore[union-attr]
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
     query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
     batch, heads, queries, dim = query.shape
     sizes = 3 * dim + 2 * value.shape[3] if "grad_out" in given else dim + value.shape[3]

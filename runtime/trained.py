@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -33,7 +33,7 @@ class Trained(Protocol):
     host: HostMemory
     recorder: Recorder
     stage_rank: tuple[int, ...]
-    written: Mapping[str, Written]
+    written: dict[str, Written]
     step_index: int
     half_loaded: HalfLoaded
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..costmodel.actions import Action
-from . import native
 from .list_scheduling import Targets, list_schedule
+from .native import binding as native
 from .problem import PipelineProblem
 
 INFINITE = float("inf")

@@ -12,7 +12,7 @@ import pytest
 
 from shardwright import checking, cli, reasons
 from shardwright.errors import ExitCode, ShardwrightError
-from shardwright.planner.plan import Plan
+from shardwright.plans.document import Plan
 
 
 def run_main(capsys, *arguments: str) -> tuple[int, str, str]:
