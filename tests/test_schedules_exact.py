@@ -99,7 +99,7 @@ def test_the_optimum_is_that_of_every_order(problem):
 )
 def test_small_pipelines_are_proven_optimal(times, transfer_s, memory, optimum_s):
     problem = problem_of_shares(8, loop_placement(4, 1), 4, times, transfer_s, memory_limit=memory)
-    found = synthesize([problem], time_limit_s=6.0)
+    found = synthesize([problem], time_limit_s=10.0)
     assert found.makespan_s == pytest.approx(optimum_s, abs=1e-9)
     assert found.gap_fraction == pytest.approx(0.0, abs=1e-9)
 
