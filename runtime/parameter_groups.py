@@ -6,15 +6,14 @@ A rank of a pipeline has the groups of its own stages, so their positions mean n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .program import Program
+from .trained import Trained
 
 
-def options_of(program: Program) -> list[dict[str, Any]]:
+def options_of(program: Trained) -> list[dict[str, Any]]:
     """Of this rank's groups: {"parameters": names, and the hyperparameters that JSON can hold}."""
     groups = program.optimizer.param_groups if program.optimizer is not None else []
     return [{"parameters": _names(program, group), **_plain(group)} for group in groups]
@@ -34,7 +33,7 @@ def merged(ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return found
 
 
-def set_options(program: Program, saved: Sequence[Mapping[str, Any]]) -> None:
+def set_options(program: Trained, saved: Sequence[Mapping[str, Any]]) -> None:
     """Each group gets what the checkpoint has for its parameters; one that it knows none of stays as it is."""
     by_name = {name: group for group in saved for name in group.get("parameters", ())}
     for group in program.optimizer.param_groups if program.optimizer is not None else []:
@@ -43,7 +42,7 @@ def set_options(program: Program, saved: Sequence[Mapping[str, Any]]) -> None:
             group.update({key: value for key, value in found.items() if key != "parameters"})
 
 
-def _names(program: Program, group: Mapping[str, Any]) -> list[str]:
+def _names(program: Trained, group: Mapping[str, Any]) -> list[str]:
     return [program.store.name_of(parameter) for parameter in group["params"]]
 
 
