@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shardwright.costmodel.stage_times import StageTimes
 from shardwright.planner.stages.chain import interval_maxima, interval_sums
-from shardwright.planner.stages.cuts import best_cuts, improve_cuts, pipeline_cost
+from shardwright.planner.stages.cuts import WindowCuts, best_cuts, improve_cuts, pipeline_cost, windows
 from shardwright.schedules import gpipe, one_f_one_b
 
 
@@ -42,6 +42,20 @@ def test_the_bottleneck_and_the_secondary_cost_are_those_of_brute_force(n, num_s
         return
     assert found.bottleneck == least[0] == max(of(costs, found.bounds))
     assert sum(of(extra, found.bounds)) == pytest.approx(least[1])
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 10**6))
+def test_cuts_are_the_same_where_stages_see_only_the_positions_that_they_can_have(n, num_stages, seed):
+    num_stages, rng = min(n, num_stages), np.random.default_rng(seed)
+    costs = rng.integers(1, 6, (num_stages, n + 1, n + 1)).astype(float)
+    costs[rng.random(costs.shape) < 0.1] = np.inf
+    extra = rng.integers(1, 4, (n + 1, n + 1)).astype(float)
+    seen = np.stack([windows(cost, num_stages)[s] for s, cost in enumerate(costs)])
+    found = WindowCuts(seen, windows(extra, num_stages))
+    whole = best_cuts(lambda s: costs[s], num_stages, n, lambda s: extra)
+    assert found.cuts() == whole
+    assert found.bottleneck == (np.inf if whole is None else whole.bottleneck)
 
 
 def test_interval_tables_are_sums_and_maxima():

@@ -15,6 +15,7 @@ from ...schedules.published.library import SCHEDULES, build_schedule
 from ...schedules.schedule import PipelineSchedule
 from ..space.candidates import Candidate
 from ..stages.chain import Chain
+from ..stages.cuts import windows
 from ..stages.setting import Setting
 
 # Send and receive buffers of each boundary, activations and gradients: one in use, one in flight.
@@ -111,6 +112,15 @@ class IntervalBytes:
         """[i, j] -> bytes of a rank with this stage alone."""
         pipeline = in_flight * self.activation + self.pipeline + self.pipeline_each
         return (self.lasting + np.maximum(pipeline, self.step)) * self.slack + self.reserve
+
+    def windows(self, in_flight: np.ndarray) -> np.ndarray:
+        """[stage, i, j] -> the same for the windows of stages (stages.windows), each with its own in_flight."""
+
+        def of(table: np.ndarray) -> np.ndarray:
+            return windows(table, len(in_flight))
+
+        pipeline = in_flight[:, None, None] * of(self.activation) + of(self.pipeline) + of(self.pipeline_each)
+        return (of(self.lasting) + np.maximum(pipeline, of(self.step))) * self.slack + self.reserve
 
     def peaks(self, bounds: Sequence[int], profiles: np.ndarray, stages: np.ndarray) -> np.ndarray:
         """Bytes of each pipeline rank. profiles: [rank, row, chunk] of in_flight_profiles. stages: [chunk, rank]."""

@@ -15,7 +15,6 @@ The tail of work is the least reduction left of any position, the mean rank's op
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ from ..memory.rank_bytes import (
 from ..space.candidates import Candidate
 from ..space.mesh_costs import MeshCosts
 from ..stages.chain import Chain
-from ..stages.cuts import Cuts, best_cuts, improve_cuts, pipeline_cost
+from ..stages.cuts import Cuts, WindowCuts, best_cuts, improve_cuts, pipeline_cost, windows
 from ..stages.setting import Setting
 from ..stages.zero_seconds import stage_tables
 
@@ -170,32 +169,26 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
     cuts: Cuts | None = setting.cache[key]
     if cuts is None or ignore_memory or fits(setting, candidate, chain, cuts.bounds):
         return cuts
-    in_flight = profile_table(candidate.schedule, p, candidate.count, v).max(axis=1)
     held = interval_bytes(setting, candidate, chain)
     if mean_bytes(setting, candidate, chain) > limits.max():
         return None
+    in_flight = profile_table(candidate.schedule, p, candidate.count, v).max(axis=1)
+    held_at_once = np.array([in_flight[place[stage], chunk_of[stage]] for stage in range(p * v)])
+    rooms = np.array([(limits[rank] - held.reserve) / len(order) + held.reserve for rank in place])
+    shares = held.windows(held_at_once) / rooms[:, None, None]
+    by_share = WindowCuts(shares, windows(secondary(0), p * v))
 
-    @cache
-    def share_at(held_at_once: int, limit: float) -> np.ndarray:
-        return held.with_in_flight(held_at_once) / ((limit - held.reserve) / len(order) + held.reserve)
+    def by_load(stage: int) -> np.ndarray:
+        """Of chunks that each keep to their share."""
+        share = held.with_in_flight(int(held_at_once[stage])) / rooms[stage]
+        return np.where(share <= 1.0, loads[mesh.scales[place[stage]]], np.inf)
 
-    @cache
-    def load_at(held_at_once: int, limit: float, scale: float) -> np.ndarray:
-        return np.where(share_at(held_at_once, limit) <= 1.0, loads[scale], np.inf)
-
-    def share_used(stage: int) -> np.ndarray:
-        rank, chunk = place[stage], chunk_of[stage]
-        return share_at(int(in_flight[rank, chunk]), float(limits[rank]))
-
-    def by_share(stage: int) -> np.ndarray:
-        rank, chunk = place[stage], chunk_of[stage]
-        return load_at(int(in_flight[rank, chunk]), float(limits[rank]), mesh.scales[rank])
-
-    for cost in (by_share, share_used):
-        cuts = best_cuts(cost, p * v, n, secondary)
+    if by_share.bottleneck <= 1.0:
+        cuts = best_cuts(by_load, p * v, n, secondary)
         if cuts is not None and fits(setting, candidate, chain, cuts.bounds):
             return cuts
-    return None
+    cuts = by_share.cuts()
+    return cuts if cuts is not None and fits(setting, candidate, chain, cuts.bounds) else None
 
 
 def level_ranks(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,10 +16,13 @@ makespan over all cuts, and the makespan itself where stages are equal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+
+ROUNDING = 1 + 1e-12  # of a bottleneck that is compared with what it was found from
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,7 @@ def best_cuts(
     n = num_instances
     if num_stages > n:
         return None
-    window = n - num_stages + 1  # stage s begins at one of s..s+window-1, since every other stage gets a position
-
-    def part(table: np.ndarray, stage: int) -> np.ndarray:
-        return table[stage : stage + window, stage + 1 : stage + 1 + window]
-
-    allowed = np.triu(np.ones((n + 1, n + 1), dtype=bool), 1)
+    allowed = _after(n)
     masked: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # stages may share one matrix
     tables = []
     for stage in range(num_stages):
@@ -60,32 +58,81 @@ def best_cuts(
         if id(table) not in masked:
             masked[id(table)] = table, np.where(allowed, table, np.inf)
         tables.append(masked[id(table)][1])
-    best = np.full(window, np.inf)
-    best[0] = 0.0
-    for stage, table in enumerate(tables):
-        best = np.maximum(best[:, None], part(table, stage)).min(axis=0)
-    bottleneck = float(best[-1])
+    bottleneck = _bottleneck([_window(table, num_stages, stage) for stage, table in enumerate(tables)])
     if not math.isfinite(bottleneck):
         return None
-    limit = bottleneck * (1 + 1e-12)
-    total = np.full(window, np.inf)
-    total[0] = 0.0
-    choices, columns = [], np.arange(window)
+    limit = bottleneck * ROUNDING
     nothing = np.zeros((n + 1, n + 1))
     priced: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    parts = []
     for stage, table in enumerate(tables):
         extra = secondary(stage) if secondary is not None else nothing
         key = (id(table), id(extra))
         if key not in priced:
             priced[key] = extra, np.where(table <= limit, extra, np.inf)
-        through = total[:, None] + part(priced[key][1], stage)
+        parts.append(_window(priced[key][1], num_stages, stage))
+    return Cuts(_cheapest(parts), bottleneck)
+
+
+class WindowCuts:
+    """best_cuts, of stages whose costs are given at once. costs: [stage, i, j] as in windows."""
+
+    def __init__(self, costs: np.ndarray, secondary: np.ndarray) -> None:
+        window = costs.shape[1]
+        self._costs = np.where(np.triu(np.ones((window, window), dtype=bool)), costs, np.inf)
+        self._secondary = secondary
+        self.bottleneck = _bottleneck(self._costs)
+
+    def cuts(self) -> Cuts | None:
+        if not math.isfinite(self.bottleneck):
+            return None
+        within = self._costs <= self.bottleneck * ROUNDING
+        return Cuts(_cheapest(np.where(within, self._secondary, np.inf)), self.bottleneck)
+
+
+def windows(table: np.ndarray, num_stages: int) -> np.ndarray:
+    """[stage, i, j] -> table[stage + i, stage + 1 + j], no copy: every stage gets a position, so stage s begins at one
+    of the positions s..n-S+s, and ends one further on at least."""
+    size = len(table) - num_stages
+    down, right = table.strides
+    shape, strides = (num_stages, size, size), (down + right, down, right)
+    return np.lib.stride_tricks.as_strided(table[:, 1:], shape, strides, writeable=False)
+
+
+def _window(table: np.ndarray, num_stages: int, stage: int) -> np.ndarray:
+    size = len(table) - num_stages
+    return table[stage : stage + size, stage + 1 : stage + 1 + size]
+
+
+@cache
+def _after(num_instances: int) -> np.ndarray:
+    """[i, j] -> is i < j?"""
+    return np.triu(np.ones((num_instances + 1, num_instances + 1), dtype=bool), 1)
+
+
+def _bottleneck(parts: Sequence[np.ndarray] | np.ndarray) -> float:
+    """f_S(n). parts: of each stage its window, infinite where a stage would be empty."""
+    best = np.full(len(parts[0]), np.inf)
+    best[0] = 0.0
+    for part in parts:
+        best = np.minimum.reduce(np.maximum(best[:, None], part), axis=0)
+    return float(best[-1])
+
+
+def _cheapest(parts: Sequence[np.ndarray] | np.ndarray) -> tuple[int, ...]:
+    """Bounds of the least sum over the stages of their windows' entries."""
+    columns, choices = np.arange(len(parts[0])), []
+    total = np.full(len(columns), np.inf)
+    total[0] = 0.0
+    for part in parts:
+        through = total[:, None] + part
         choice = through.argmin(axis=0)
         choices.append(choice)
         total = through[choice, columns]
-    bounds = [n]
-    for stage in reversed(range(num_stages)):
+    bounds = [len(parts) + len(columns) - 1]
+    for stage in reversed(range(len(parts))):
         bounds.append(stage + int(choices[stage][bounds[-1] - stage - 1]))
-    return Cuts(tuple(reversed(bounds)), bottleneck)
+    return tuple(reversed(bounds))
 
 
 def pipeline_cost(
