@@ -126,7 +126,7 @@ class OrderGraph:
         thrift_s: float = -1.0,
         give_up_s: float = INFINITE,
     ) -> tuple[Order, float] | None:
-        """List scheduling by the targets of all nodes; listing.py says how.
+        """List scheduling by the targets of all nodes; list_scheduling.py says how.
 
         in_order: forwards of a rank strictly by those starts. Memory then goes to whom it is meant for, but the list
         may come to where nothing can run. None there, where nothing fits, and beyond give_up_s. thrift_s: weight

@@ -1,9 +1,9 @@
 """What is proven of the whole space: the least bound over all candidates that may hold a plan.
 
 Where the schedule is free, a candidate stands for every order on its mesh and microbatch, published or synthesized, so
-its bound is that of any order (evaluate.lower_bound), under the least recomputation with which one microbatch at a time
-fits on the mean rank: an order of the plan's own may let go of single activations. Where the schedule is forced, the
-bounds are those that the search found.
+its bound is that of any order (step_time.lower_bound), under the least recomputation with which one microbatch at a
+time fits on the mean rank: a synthesized order may recompute or offload single activations. Where the schedule is
+forced, the bounds are those that the search found.
 
 Placements that split more of the parameters than the fastest ones do step less of them, and sum less over the tensor
 axis: optimizer and ZeRO traffic are counted as if the tensor axis split all.

@@ -2,7 +2,7 @@
 
 The search itself compares meshes by the orders in SEARCHED, whose bounds it knows; what splits the backward or places
 its chunks in a V then competes with the winner. An order must be faster by more than the cost model can tell apart.
-Cuts are moved one by one under each order that could win. own_order.py then looks for an order of the winner's own.
+Cuts are moved one by one under each order that could win. synthesized_schedule.py then makes orders for the winner.
 """
 
 from __future__ import annotations

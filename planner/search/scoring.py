@@ -1,6 +1,6 @@
 """One candidate under each of its memory options: the least simulated step that fits, and what is proven of all.
 
-Options (memory_options.py) are looked at fastest first. One that fits only with uneven cuts may take longer than a
+Options (memory/options.py) are looked at fastest first. One that fits only with uneven cuts may take longer than a
 slower one with even cuts, so each is priced by its own simulated step until the bound of those left is above the best.
 An option whose best cuts fit as they would without any limit ends those of the same placements: more recomputation
 only takes longer.

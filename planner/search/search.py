@@ -3,7 +3,7 @@
 Candidates are taken in groups that share a sharding solution: equal tensor axis and equal sequences on a rank. A
 group is solved only while the bound of its best candidate is below the incumbent. That bound needs no solution of its
 own: an op never takes less than its share of the same op on the whole batch on one device, which is costed once.
-Inside a group candidates go by their own bound (evaluate.lower_bound). Each is priced under all memory options that
+Inside a group candidates go by their own bound (step_time.lower_bound). Each is priced under all memory options that
 could be its best (scoring.py): cuts, then the simulated step. The sharding frontier is asked for where the fastest
 placements leave too little memory for their best cuts.
 

@@ -1,7 +1,7 @@
 """One candidate: a lower bound on its step, its best cuts, its memory and its simulated step.
 
 The bound is the greater of two that every order and every cut must pay. p pipeline ranks, m microbatches; F and B the
-forward and backward of one microbatch through all positions (tables.py), T = F + B:
+forward and backward of one microbatch through all positions (stages/zero_seconds.py), T = F + B:
 
     work   m T / p + tail                          some rank does at least the mean, and its own tail after it
     path   gpipe        T + (m-1) T / p             the greatest stage is at least the mean
@@ -108,7 +108,7 @@ def estimate(setting: Setting, candidate: Candidate, chain: Chain) -> float:
 
 
 def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_memory: bool = False) -> Cuts | None:
-    """Best cuts that fit in memory (see stages.py). None: no cut fits (with several chunks on a rank: none was
+    """Best cuts that fit in memory (see stages/cuts.py). None: no cut fits (with several chunks on a rank: none was
     found).
     """
     n, num_stages = chain.num_instances, candidate.num_stages

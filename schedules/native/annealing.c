@@ -1,4 +1,4 @@
-/* Simulated annealing on the order of a pipeline's actions. local_search.py says what is searched and calls it.
+/* Simulated annealing on the order of a pipeline's actions. annealing.py says what is searched and calls it.
 
    Most moves are refused by the longest path through the few actions that they move, and only promising ones are
    evaluated, from the first moved action on. */

@@ -1,5 +1,5 @@
 /* Justification: actions move into earlier gaps of their rank, then, from the end back, into later ones, in turn, until
-   nothing more is gained. Of orders without `own`. order_graph.py calls it. */
+   nothing more is gained. Of orders without `own`. graph.py calls it. */
 
 #include "pipeline.h"
 

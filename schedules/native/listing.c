@@ -1,4 +1,4 @@
-/* List scheduling as in listing.py, which says what it is. */
+/* List scheduling as in list_scheduling.py, which says what it is. */
 
 #include "pipeline.h"
 

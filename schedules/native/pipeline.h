@@ -1,4 +1,4 @@
-/* A pipeline's actions as numbered nodes: order_graph.py.
+/* A pipeline's actions as numbered nodes: graph.py.
 
    `row` holds the orders of all ranks one after the other, rank r's from offset[r] to offset[r + 1]. A node starts when
    its predecessor in the row has ended and, `lag` later than its end, the node `before` it; up to two nodes are `after`

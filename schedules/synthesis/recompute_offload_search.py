@@ -1,7 +1,7 @@
 """Orders that let activations go, for pipelines that offer it.
 
-Orders are searched for several times the memory there is, made to fit by sparing.py, and annealed beside those that
-keep everything. What anneals well is stripped and made to fit again: in its new order less may have to go.
+Orders are searched for several times the memory there is, made to fit by recompute_offload.py, and annealed beside
+those that keep everything. What anneals well is stripped and made to fit again: in its new order less may have to go.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Anytime; the best of all placements is kept throughout:
     proof       of small pipelines: an exact solver looks for anything shorter, or shows that there is none
 
 Where activations may be let go (recomputed, offloaded) that is done for more memory than there is, too, and what it
-finds is made to fit (spared_search.py).
+finds is made to fit (recompute_offload_search.py).
 
 A placement is left alone once its lower bound reaches the best makespan. Everything is drawn from one seed; how far a
 search gets depends on time.
