@@ -160,10 +160,14 @@ def compare_on_ranks(plan: Any, workload: Any, path: str) -> dict[str, Any]:
 
     api.capture(resize_batch(workload, plan.microbatch.size))
     pool = Forked()
+    gc.freeze()  # a collection in a rank would walk, and so copy, all that it shares with this process
+    gc.disable()  # and what it makes lives until its process ends
     try:
         payload = pickle.dumps((test_check_matrix._compare, (path,), {}))
         return pool.run(plan.mesh.num_devices, payload, TIME_LIMIT_S)[0]
     finally:
+        gc.enable()
+        gc.unfreeze()
         for worker in pool.workers:
             worker.stop()
 
@@ -243,7 +247,7 @@ def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--zoo", type=Path, help="a file with names() and tiny(model_type)")
-    parser.add_argument("--only", default="", help="names, with commas between")
+    parser.add_argument("--only", default="", help="names in the order to run them, with commas between")
     parser.add_argument("--families", action="store_true", help="the models of every field but language, and no others")
     parser.add_argument("--layouts", default="", help="instead of all, with commas between")
     parser.add_argument("--plan-only", action="store_true")
@@ -260,14 +264,16 @@ def main() -> int:
     zoo = model_zoo()
     names = [f"causal_{n.replace('-', '__')}" for n in zoo.zoo().names()] if args.zoo else []
     names = [*([] if args.families else [*names, *zoo.OTHERS]), *zoo.FAMILIES]
-    only = {n for n in args.only.split(",") if n}
-    names = [n for n in names if not only or {n, n.removeprefix("causal_"), n.removeprefix(zoo.FAMILY)} & only]
-    asked = [text.strip() for text in args.layouts.split(",") if text.strip()]
+    only = [n for n in args.only.split(",") if n]
+    short = {n: n.removeprefix("causal_").removeprefix(zoo.FAMILY) for n in names}
+    if only:  # in the order in which they are asked for
+        names = [n for asked in only for n in names if asked in (n, short[n])]
+    layouts = [text.strip() for text in args.layouts.split(",") if text.strip()]
     rows = read(args.results)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with args.results.open("a") as file:
         for name in names:
-            for layout in (LIKE, *(asked or layouts_of(name))):
+            for layout in (LIKE, *(layouts or layouts_of(name))):
                 known = rows.get((name, layout))
                 done = known is not None and (args.plan_only or "ok" in known or "why" in known)
                 if done and not (args.again and known is not None and known.get("why") and layout != LIKE):

@@ -25,7 +25,7 @@ FAMILY_LAYOUTS: Layouts = {
     OWN: {},
     "zero=3": {"pp": "1", "dp": "2", "zero": "3"},
     "tp=2": {"pp": "1", "tp": "2", "prefer": "memory"},
-    "pp=2": {"pp": "2", "microbatch": "1"},
+    "pp=2": {"pp": "2", "global_microbatch": "2"},
 }
 FAMILY_PROCESSES = 2
 

@@ -111,7 +111,7 @@ HF: dict[str, Config] = {
     "idefics3": _made("Idefics3ForConditionalGeneration", "idefics3", image_token_id=59, scale_factor=2,
                       text_config=_LLAMA, vision_config=dict(model_type="idefics3_vision", **_IMAGE)),
     "blip2": _made("Blip2ForConditionalGeneration", "blip-2", num_query_tokens=3, image_token_index=59,
-                   vision_config=_IMAGE, qformer_config=dict(**_ENCODER, encoder_hidden_size=16),
+                   vision_config=_IMAGE, qformer_config=dict(**_ENCODER, encoder_hidden_size=16, layer_norm_eps=0.01),
                    text_config=dict(model_type="opt", hidden_size=16, ffn_dim=24, num_hidden_layers=1, vocab_size=60,
                                     num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=40)),
     # text encoders with heads

@@ -82,6 +82,15 @@ def route(before: Places, after: Places) -> tuple[Step, ...] | None:
     return ((k, before[k], R), *rest) if rest is not None else None
 
 
+def way(before: Places, after: Places) -> tuple[Step, ...] | None:
+    """The route of a value that is there. The gradient of a parameter may also be a shard that has to leave as a
+    partial sum (on data axes all do): it is padded with zeros, first and without traffic. No op is offered that."""
+    padded = tuple((k, b, P) for k, (b, a) in enumerate(zip(before, after, strict=True)) if b >= 0 and a == P)
+    sums = tuple(P if b >= 0 and a == P else b for b, a in zip(before, after, strict=True))
+    rest = route(sums, after)
+    return (*padded, *rest) if rest is not None else None
+
+
 _BYTES = {"local": 0.0, "all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 0.5}
 
 

@@ -60,7 +60,8 @@ def redistribute(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis
         return emit.all_reduce(x, axis) if after == R else _reduce_scatter(emit, x, shape, axis, after)
     if after == R:
         return _all_gather(emit, x, shape, axis, before)
-    assert after != P, "a shard is never turned into a partial sum"
+    if after == P:
+        return _among_zeros(emit, x, shape, axis, before)
     return _all_to_all(emit, x, shape, axis, before, after)
 
 
@@ -78,6 +79,13 @@ def _part(emit: Emitter, x: fx.Node, dim: int, start: int, end: int) -> fx.Node:
 def _keep_on_first(emit: Emitter, x: fx.Node, axis: MeshAxis) -> fx.Node:
     """A whole tensor as a partial sum: one rank has it, the others zeros."""
     return x if axis.index == 0 else emit.call(aten.zeros_like.default, x)
+
+
+def _among_zeros(emit: Emitter, x: fx.Node, shape: Sequence[int], axis: MeshAxis, dim: int) -> fx.Node:
+    """A shard as a partial sum: zeros stand where the other ranks' shards are."""
+    start = shard_start(shape[dim], axis.size, axis.index)
+    behind = shape[dim] - start - shard_size(shape[dim], axis.size, axis.index)
+    return emit.call(aten.constant_pad_nd.default, x, [0, 0] * (len(shape) - 1 - dim) + [start, behind])
 
 
 def _pad(emit: Emitter, x: fx.Node, rank: int, dim: int, amount: int) -> fx.Node:

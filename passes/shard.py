@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ..ops.catalog import RULES
-from ..ops.placement import R, route, shard_size, shard_start
+from ..ops.placement import R, shard_size, shard_start, way
 from ..ops.strategy import replicated
 from ..plans.placements import AxisSolution
 from ..profiler.graph import Segment
@@ -156,8 +156,8 @@ class _Sharding:
         return self.moved[key]
 
     def _move_axes(self, x: fx.Node, shape: Sequence[int], current: list[int], after: Places) -> fx.Node:
-        """Along the route that the planner counted on (placement.route)."""
-        steps = route(tuple(current), after)
+        """Along the route that the planner counted on (placement.way)."""
+        steps = way(tuple(current), after)
         assert steps is not None, f"no collective leads from {current} to {after}"
         for k, place, target in steps:
             x = redistribute(self.emit, x, self._whole_on(shape, current, k), self.axes[k], place, target)

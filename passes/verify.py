@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from ..ops.placement import R, route, transition
+from ..ops.placement import R, transition, way
 from ..ops.strategy import Strategy
 from ..profiler.graph import Segment
 from ..profiler.joint import flatten_outputs
@@ -156,7 +156,7 @@ class _Implied:
     ) -> Iterator[tuple[str, str, list[int]]]:
         """(kind, axis, padded sizes of the tensor whole on that axis) of each collective on the way."""
         current = list(before)
-        for k, place, target in route(before, after) or ():
+        for k, place, target in way(before, after) or ():
             kind = transition(place, target)
             current[k] = R
             if kind not in ("", "local", None):

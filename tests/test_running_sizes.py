@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from distributed import run_ranks
 from torch import nn
 
 import shardwright
@@ -15,6 +16,7 @@ from shardwright.api import capture_for_planning
 from shardwright.passes.fuse import fuse_model
 from shardwright.profiler.models import with_precision
 from shardwright.profiler.workload import Precision, Workload
+from shardwright.tasks import whole_gradients
 
 DOUBLE = Precision(torch.float64, torch.float64, torch.float64)
 WIDTH, CLASSES = 6, 5
@@ -55,6 +57,40 @@ def test_ops_that_depend_on_the_batch_size_are_planned_as_they_run() -> None:
         model(**batch_of(size)).backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(program.gradients()[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+class BranchingWide(Branching):
+    """As wide as its microbatch: sizes alone do not tell which dimension of a weight's gradient holds samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, CLASSES)
+
+
+def _gradients_of_wide(rank: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+    model, batch = BranchingWide().double(), _wide_batch()
+    workload = Workload(model=model, example_batch=batch, global_batch=8, precision=DOUBLE)
+    plan = shardwright.plan(workload, "2xCPU", force={"dp": 2, "pp": 1, "zero": 3, "microbatch": 4})
+    program = shardwright.build(plan, workload)
+    program.forward_backward(program.shard_batch(batch))
+    made = [row[key][0] for row in plan.placements.values() for key in row if key.startswith("mm")]
+    return made, whole_gradients(program)
+
+
+def _wide_batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 8, dtype=torch.float64, generator=generator)
+    return {"x": x, "y": torch.randint(CLASSES, (8,), generator=generator)}
+
+
+def test_a_gradient_that_lies_in_shards_is_summed_over_the_data_axis() -> None:
+    made, found = run_ranks(2, _gradients_of_wide)[0]
+    assert any(text.endswith(("->S(0)", "->S(1)")) for text in made)
+    model = BranchingWide().double()
+    model(**_wide_batch()).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-9, atol=1e-12)
 
 
 class Pair(nn.Module):

@@ -262,8 +262,8 @@ def stage_times(setting: Setting, candidate: Candidate, chain: Chain, bounds: tu
                 forward_s=forward + prologue_s - faster[0],
                 backward_input_s=backward - weight - faster[1],
                 backward_weight_s=weight - faster[2],
-                forward_comm_s=forward - own_forward,
-                backward_comm_s=backward - own_backward,
+                forward_comm_s=max(0.0, forward - own_forward),  # a difference of sums may be below zero by rounding
+                backward_comm_s=max(0.0, backward - own_backward),
                 activation_bytes=int(stage_activation(chain, i, j)),
                 reduce_s=tables.reduction_left(i, j) + _copies_sum_s(setting, candidate, chain, i, j, stage),
             )

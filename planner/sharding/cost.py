@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ...costmodel.segment import SegmentCost
-from ...ops.placement import P, Places, R, route, shares, transition
+from ...ops.placement import P, Places, R, shares, transition, way
 from ...ops.strategy import Strategy
 from ...plans.placements import AxisSolution
 from ...profiler.graph import Segment
@@ -104,7 +104,7 @@ def _steps(placed: Placed, source: fx.Node, output: int, before: Places, after: 
     wide = [axis.size > 1 for axis in mesh.axes]
     start, end = (tuple(p if w else R for p, w in zip(places, wide, strict=True)) for places in (before, after))
     current = list(start)
-    for k, place, target in route(start, end) or ():
+    for k, place, target in way(start, end) or ():
         kind = transition(place, target)
         current[k] = R
         if kind not in ("", "local", None):

@@ -457,7 +457,12 @@ class _SegmentBuilder:
         if producer == param:
             return
         mesh, sizes = self.mesh, self.mesh.sizes(source, output)
-        before, after = self._places(producer, output), self.made.place_options[param]
+        data = [axis.data for axis in mesh.axes]  # on those a shard becomes a partial sum for nothing (placement.way)
+        before = [
+            tuple(P if d and place >= 0 else place for d, place in zip(data, places, strict=True))
+            for places in self._places(producer, output)
+        ]
+        after = self.made.place_options[param]
         reached = list(dict.fromkeys(_unsummed(b, a) for b in before for a in after))
         index = _place_variable(self.made, reached, ("sum", self.segment.name, source.name, output))
         stays = [[_stays(b, r) for r in reached] for b in before]
