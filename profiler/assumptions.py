@@ -24,6 +24,7 @@ from . import _torch
 from .nodes import needed_for, value
 from .random_forms import base_name
 from .random_ops import draws
+from .selected_targets import SELECT, ctc_loss_in_rows, selection_of_rows
 from .where import users_line
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
@@ -53,6 +54,13 @@ class Assumptions(TorchFunctionMode):
                     return answer.tolist()
                 number = answer.item()
                 return bool(number) if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero) else number
+        if func in SELECT and (selected := selection_of_rows(args, kwargs)) is not None:
+            return selected
+        if func is torch.nn.functional.ctc_loss:
+            in_rows = ctc_loss_in_rows(args, kwargs)
+            if in_rows is not None:
+                self.held.append((in_rows[1], users_line()))
+                return in_rows[0]
         return func(*args, **(kwargs or {}))
 
     @functools.cached_property

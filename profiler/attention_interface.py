@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import ExitCode, ShardwrightError
 from . import experts
 from .marker_ops import sdpa_masked, sdpa_window, visible
+from .mask_indices import NotElementwise, at_all_indices
 from .mask_patterns import MaskPattern, recognise
 from .reference_dtype import widened
 
@@ -229,7 +230,12 @@ def make_mask(
             attention_mask=attention_mask, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, device=device,
         )  # fmt: skip
         place = {"cache_position": position} if position is not None else {"q_length": q_length, "q_offset": q_offset}
-        return masking_utils.sdpa_mask(**arguments, **place, **{k: v for k, v in kwargs.items() if k not in place})
+        arguments |= place | {k: v for k, v in kwargs.items() if k not in place}
+        if arguments.get("use_vmap"):
+            with contextlib.suppress(NotElementwise):
+                broadcast = {"mask_function": at_all_indices(function), "use_vmap": False}
+                return masking_utils.sdpa_mask(**{**arguments, **broadcast})
+        return masking_utils.sdpa_mask(**arguments)
     assert state is not None
     if attention_mask is None:
         skippable = allow_is_causal_skip if pattern.causal else allow_is_bidirectional_skip or pattern.is_full

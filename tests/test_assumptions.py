@@ -220,3 +220,39 @@ def test_connectionist_temporal_classification_equals_eager() -> None:
     torch.manual_seed(0)
     labels, lengths = torch.tensor([[1, 2], [3, 1], [4, 4], [2, 0]]), torch.tensor([2, 2, 2, 1])
     assert_equal_when_split(Aligned(), TP, x=batch()["x"], labels=labels, lengths=lengths)
+
+
+class AlignedByMask(nn.Module):
+    """Targets in one row, as transformers gives them: those that are neither ignored nor blank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        frames = self.linear(x).log_softmax(-1).transpose(0, 1)
+        counts = (labels != -100) & (labels != 0)
+        frames_of = torch.full_like(labels[:, 0], x.shape[1])
+        return F.ctc_loss(frames, labels.masked_select(counts), frames_of, counts.sum(-1), reduction="sum")
+
+
+def test_targets_that_a_mask_selects_are_those_of_padded_rows() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, 2, -100], [-100, 3, 1], [4, -100, 4], [2, 0, -100]])
+    graph = assert_equal_when_split(AlignedByMask(), TP, x=batch()["x"], labels=labels)
+    assert len(conditions(graph)) == 1  # that each row has as many targets as it is said to have
+
+
+class SelectsElsewhere(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).square().mean() * labels.masked_select(labels > 1).sum()
+
+
+def test_a_selection_that_anything_else_reads_is_refused_by_line() -> None:
+    labels = torch.tensor([[1, 2, 3], [0, 3, 1], [4, 1, 4], [2, 0, 2]])
+    with pytest.raises(ShardwrightError, match=r"size follows from data|cannot be captured"):
+        capture(workload_of(SelectsElsewhere(), {"x": batch()["x"], "labels": labels}))
