@@ -3,7 +3,8 @@
 `causal_TYPE` is the causal language model of that model type, built by the zoo file that the environment variable
 SHARDWRIGHT_ZOO names (a module with names() and tiny(model_type) -> (model, inputs)). The others, encoders,
 encoder-decoders, vision, audio and state-space models of transformers, are listed in OTHERS. FAMILIES, of every other
-field, are configurations for hf: and diffusers: (zoo_configs.py) and models written out (zoo_written.py).
+field, are configurations for hf: and diffusers: (zoo_configs.py), models written out (zoo_written.py) and models of
+other packages (zoo_packages.py).
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import zoo_configs
+import zoo_packages
 import zoo_written
 
 BATCH, LENGTH, VOCABULARY = 8, 16, 96
 CAUSAL = "causal_"
 FAMILY = "family_"
-FAMILIES = tuple(FAMILY + name for name in (*zoo_configs.HF, *zoo_configs.DIFFUSERS, *zoo_written.NAMES))
+_FACTORIES = {name: module for module in (zoo_written, zoo_packages) for name in module.NAMES}
+FAMILIES = tuple(FAMILY + name for name in (*zoo_configs.HF, *zoo_configs.DIFFUSERS, *_FACTORIES))
 # what configurations call their sizes; each model takes those that it has
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY, decoder_vocab_size=VOCABULARY, hidden_size=32,
@@ -176,8 +179,8 @@ def family_spec(name: str, folder: Path) -> dict[str, Any]:
     """What load_workload takes, as in Workload.spec. Configurations are written into the folder."""
     name = name.removeprefix(FAMILY)
     batch = {"global_batch": zoo_written.BATCH, "batch_size": zoo_written.BATCH}
-    if name in zoo_written.NAMES:
-        return {"model": f"{zoo_written.__file__}:{name}", "kind": "factory", **batch}
+    if name in _FACTORIES:
+        return {"model": f"{_FACTORIES[name].__file__}:{name}", "kind": "factory", **batch}
     scheme = "hf" if name in zoo_configs.HF else "diffusers"
     file = folder / name / "config.json"
     file.parent.mkdir(parents=True, exist_ok=True)

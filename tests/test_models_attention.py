@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -185,3 +187,12 @@ def test_a_float64_model_rounds_nowhere(name: str) -> None:
     program = exported(make_reference_dtype(load_workload(f"preset:{name}")))
     dtypes = {n.meta["val"].dtype for n in program.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
     assert not dtypes & {torch.float32, torch.bfloat16, torch.float16}
+
+
+def test_a_model_without_transformers_is_captured_where_transformers_does_not_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other packages import it in part; an optional package of the wrong version makes the rest fail."""
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    with shardwright_attention(torch.nn.Linear(2, 2)):
+        pass
