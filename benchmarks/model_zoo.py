@@ -3,8 +3,8 @@
 `causal_TYPE` is the causal language model of that model type, built by the zoo file that the environment variable
 SHARDWRIGHT_ZOO names (a module with names() and tiny(model_type) -> (model, inputs)). The others, encoders,
 encoder-decoders, vision, audio and state-space models of transformers, are listed in OTHERS. FAMILIES, of every other
-field, are configurations for hf: and diffusers: (zoo_configs.py), models written out (zoo_written.py) and models of
-other packages (zoo_packages.py).
+field, are configurations for hf: and diffusers: (zoo_configs.py), models written out (zoo_written.py) or
+wrapped (zoo_wrapped.py) and models of other packages (zoo_packages.py).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any
 
 import zoo_configs
 import zoo_packages
+import zoo_wrapped
 import zoo_written
 
 BATCH, LENGTH, VOCABULARY = 8, 16, 96
 CAUSAL = "causal_"
 FAMILY = "family_"
-_FACTORIES = {name: module for module in (zoo_written, zoo_packages) for name in module.NAMES}
+_FACTORIES = {name: module for module in (zoo_written, zoo_wrapped, zoo_packages) for name in module.NAMES}
 FAMILIES = tuple(FAMILY + name for name in (*zoo_configs.HF, *zoo_configs.DIFFUSERS, *_FACTORIES))
 # what configurations call their sizes; each model takes those that it has
 SIZES: dict[str, Any] = dict(

@@ -1,11 +1,9 @@
-"""Small models written out here, of fields that transformers and diffusers do not cover, and LoRA adapters by PEFT.
+"""Small models written out here, of fields that transformers and diffusers do not cover.
 
 Each factory returns (module, batch); the module computes its own loss.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -364,35 +362,7 @@ def evoformer() -> Made:
     }
 
 
-def _adapted(name: str, modules: list[str]) -> Made:
-    """A model of zoo_configs with adapters of rank 2 on these modules; all else is frozen."""
-    import peft
-    import transformers
-    import zoo_configs
-
-    config = dict(zoo_configs.HF[name])
-    model_class = getattr(transformers, config.pop("architectures")[0])
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**{k: v for k, v in config.items() if k != "model_type"}))
-    lora: Any = peft.LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
-    adapted = peft.get_peft_model(model, lora)
-    draw = _draw()
-    if name == "vit":
-        image = torch.randn(BATCH, 3, 8, 8, generator=draw)
-        return adapted, {"pixel_values": image, "labels": torch.randint(0, 2, (BATCH,), generator=draw)}
-    tokens = torch.randint(3, 60, (BATCH, 16), generator=draw)
-    return adapted, {"input_ids": tokens, "labels": torch.randint(0, 3, (BATCH,), generator=draw)}
-
-
-def lora_vit() -> Made:
-    return _adapted("vit", ["q_proj", "v_proj"])
-
-
-def lora_bert() -> Made:
-    return _adapted("bert_sentence", ["query", "value"])
-
-
 NAMES = (
     "dlrm", "two_towers", "deep_fm", "gcn", "gat", "edge_messages", "fno", "pointnet", "wavenet", "variational",
-    "mixer", "evoformer", "lora_vit", "lora_bert",
+    "mixer", "evoformer",
 )  # fmt: skip

@@ -3,7 +3,8 @@
 Models look at labels, masks, lengths and image grids to refuse bad ones (`if labels.max() >= vocab_size: raise`) or to
 choose a path. A trace takes one path. Where the question hangs on whole-number or boolean entries of the batch alone,
 the answer for the example batch is taken, and the loss is handed through shardwright::assumed, which raises where a
-batch answers otherwise. Whether numbers are finite is taken to be so, and verified likewise. Other questions about real
+batch answers otherwise. What constants alone make has their size too (`unique` of a grid of windows), and stays a
+constant. Whether numbers are finite is taken to be so, and verified likewise. Other questions about real
 numbers, or about what parameters make of them, are refused as before: their answers change from step to step.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
@@ -31,6 +33,11 @@ _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 _QUESTIONS = {torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__,
               torch.Tensor.tolist, torch.Tensor.is_nonzero}  # fmt: skip
 
+_INDEXED = {torch.Tensor.__getitem__}
+_REPEATED = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
+_SIZED = {torch.unique, torch.Tensor.unique, torch.unique_consecutive, torch.Tensor.unique_consecutive, torch.nonzero,
+          torch.Tensor.nonzero, torch.argwhere, torch.Tensor.argwhere, torch.masked_select,
+          torch.Tensor.masked_select}  # fmt: skip
 _FINITE = {torch.ops.aten.isfinite.default: True, torch.ops.aten.isnan.default: False,
            torch.ops.aten.isinf.default: False}  # fmt: skip
 
@@ -54,6 +61,12 @@ class Assumptions(TorchFunctionMode):
                     return answer.tolist()
                 number = answer.item()
                 return bool(number) if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero) else number
+        if func is torch.tensor and args and _holds_traced_numbers(args[0]):
+            return _as_tensor(args[0], kwargs or {})
+        if _size_follows_from_values(func, args, kwargs):
+            made = self._of_constants(func, args, kwargs or {})
+            if made is not None:
+                return made
         if func in SELECT and (selected := selection_of_rows(args, kwargs)) is not None:
             return selected
         if func is torch.nn.functional.ctc_loss:
@@ -91,6 +104,17 @@ class Assumptions(TorchFunctionMode):
             raise _by_chance()
         return answers[0], bool(entries) or checked
 
+    def _of_constants(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result where no entry has a part in it: it is the same in every step, and so is its size."""
+        leaves, spec = tree_flatten((args, kwargs))
+        found = [self._answer(leaf) if isinstance(leaf, torch.Tensor) else (leaf, False) for leaf in leaves]
+        if any(answer is None or answer[1] for answer in found):
+            return None
+        with _torch.outside_trace_and_fakes():
+            args, kwargs = tree_unflatten([answer[0] for answer in found if answer is not None], spec)
+            made = func(*args, **kwargs)
+        return tree_map(lambda x: torch.tensor(x.tolist(), dtype=x.dtype).reshape(x.shape), made)
+
     def verified(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss, on the condition that all of it holds."""
         for holds, line in self.held:
@@ -99,13 +123,18 @@ class Assumptions(TorchFunctionMode):
 
 
 def _possible_draws(needed: set[fx.Node]) -> list[dict[fx.Node, torch.Tensor]]:
-    """What the random numbers that a question hangs on may be: the least, the middle and the largest ones."""
+    """What the random numbers that a question hangs on may be: the least, the middle and the largest ones, up and down."""
     draw = [n for n in needed if n.op == "call_function" and draws(n)]
     if any(base_name(n.target) not in ("rand", "rand_like", "bernoulli") for n in draw):  # type: ignore[arg-type]
         raise _by_chance()
     largest = 1 - 2**-11 if any(value(n).dtype in (torch.float16, torch.bfloat16) for n in draw) else 1 - 2**-24
-    fills = (0.0, 0.5, largest) if draw else (0.0,)
-    return [{n: torch.full(value(n).shape, fill, dtype=value(n).dtype) for n in draw} for fill in fills]
+    ends = ((0.0, 0.0), (0.5, 0.5), (largest, largest), (0.0, largest), (largest, 0.0)) if draw else ((0.0, 0.0),)
+    return [{n: _ramp(value(n), first, last) for n in draw} for first, last in ends]
+
+
+def _ramp(like: torch.Tensor, first: float, last: float) -> torch.Tensor:
+    """Numbers in a row from first to last: an order of random numbers is a matter of chance too."""
+    return torch.linspace(first, last, like.numel(), dtype=torch.float64).to(like.dtype).reshape(like.shape)
 
 
 def _by_chance() -> ShardwrightError:
@@ -116,6 +145,34 @@ def _by_chance() -> ShardwrightError:
         works="layerdrop=0.0, or torch.where(torch.rand(()) < p, a, b), which computes both",
         exit_code=ExitCode.UNSUPPORTED_MODEL,
     )
+
+
+def _size_follows_from_values(func: Any, args: Any, kwargs: Any) -> bool:
+    if func in _INDEXED:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in index)
+    if func in _REPEATED:
+        return any(isinstance(given, torch.Tensor) for given in (*args[1:], *(kwargs or {}).values()))
+    return func in _SIZED
+
+
+def _holds_traced_numbers(values: Any) -> bool:
+    """Does a list hold tensors of one number? torch.tensor would ask each for it."""
+    listed = isinstance(values, (list, tuple)) and bool(values)
+    return (
+        listed
+        and all(isinstance(v, (torch.Tensor, int, float)) for v in values)
+        and any(isinstance(v, torch.Tensor) and v.dim() == 0 and _torch.traced_node(v) is not None for v in values)
+    )
+
+
+def _as_tensor(values: Any, kwargs: Any) -> torch.Tensor:
+    """What torch.tensor makes of them: a copy through which no gradient goes."""
+    numbers = [v.detach() if isinstance(v, torch.Tensor) else torch.tensor(v) for v in values]
+    settings = {name: kwargs[name] for name in ("dtype", "device") if kwargs.get(name) is not None}
+    made = torch.stack(numbers)
+    made = made.to(**settings) if settings else made
+    return made.requires_grad_() if kwargs.get("requires_grad") else made
 
 
 def _holds(asked: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:

@@ -256,3 +256,35 @@ def test_a_selection_that_anything_else_reads_is_refused_by_line() -> None:
     labels = torch.tensor([[1, 2, 3], [0, 3, 1], [4, 1, 4], [2, 0, 2]])
     with pytest.raises(ShardwrightError, match=r"size follows from data|cannot be captured"):
         capture(workload_of(SelectsElsewhere(), {"x": batch()["x"], "labels": labels}))
+
+
+class Windows(nn.Module):
+    """Lengths of windows, as vision models cut sequences: sizes that follow from constants, and a list of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        ends = torch.tensor([0, 3, 3, 5, 7]).unique_consecutive()
+        kept = torch.repeat_interleave(torch.arange(3), torch.tensor([2, 0, 1]))
+        kept = kept[kept != 2]
+        parts = self.linear(x).split((ends[1:] - ends[:-1]).tolist(), dim=1)
+        longest = torch.tensor([lengths.max(), 7])
+        return sum(part.square().mean() for part in parts) * len(kept) + longest.sum() * parts[0].mean()
+
+
+def test_sizes_that_follow_from_constants_are_those_of_every_step() -> None:
+    torch.manual_seed(0)
+    entries = {name: tensor for name, tensor in batch().items() if name != "labels"}
+    assert conditions(assert_equal_when_split(Windows(), TP, **entries)) == []
+
+
+class UniqueOfData(Windows):
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).mean() * lengths.unique().sum()
+
+
+def test_sizes_that_follow_from_the_batch_are_refused_by_line() -> None:
+    with pytest.raises(ShardwrightError, match=r"test_assumptions.py:\d+ makes a tensor whose size follows from data"):
+        capture(workload_of(UniqueOfData(), {name: t for name, t in batch().items() if name != "labels"}))
