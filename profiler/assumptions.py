@@ -123,7 +123,7 @@ class Assumptions(TorchFunctionMode):
 
 
 def _possible_draws(needed: set[fx.Node]) -> list[dict[fx.Node, torch.Tensor]]:
-    """What the random numbers that a question hangs on may be: the least, the middle and the largest ones, up and down."""
+    """What the random numbers that a question hangs on may be: the least, middle and largest ones, and all between."""
     draw = [n for n in needed if n.op == "call_function" and draws(n)]
     if any(base_name(n.target) not in ("rand", "rand_like", "bernoulli") for n in draw):  # type: ignore[arg-type]
         raise _by_chance()
