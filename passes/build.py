@@ -54,16 +54,6 @@ def build_segment_programs(
     }
 
 
-def fits(graph: ModelGraph, plan: Plan) -> bool:
-    """Has every op of every distinct segment its placement in the plan?"""
-    return all(
-        node.name in plan.placements.get(name, ())
-        for name, segment in graph.segments.items()
-        for node in segment.joint.graph.nodes
-        if is_op(node)
-    )
-
-
 def check_fits(graph: ModelGraph, plan: Plan) -> None:
     """Every op of every distinct segment must have its placement in the plan."""
     for name, segment in graph.segments.items():
@@ -112,6 +102,12 @@ def build_segment_program(
             (tuple(local_shape(info.shape, places(f"{kind}_{i}"), axes)), info.dtype) for i, info in enumerate(infos)
         )
 
+    def shards(kind: str, count: int) -> tuple[dict[str, int], ...]:
+        return tuple(
+            {a.name: place for a, place in zip(axes, places(f"{kind}_{i}"), strict=True) if place >= 0 and a.size > 1}
+            for i in range(count)
+        )
+
     gradients = _returned_gradients(backward, segment)
     tangents = [j for j, out in enumerate(segment.outputs) if out.requires_grad]
     return SegmentProgram(
@@ -127,16 +123,10 @@ def build_segment_program(
         tangent_outputs=tuple(tangents),
         input_grads=tuple(gradients[len(segment.param_shapes) :]),
         param_grads=tuple(gradients[: len(segment.param_shapes)]),
-        param_shards=tuple(
-            {
-                axis.name: place
-                for axis, place in zip(axes, places(f"param_{i}"), strict=True)
-                if place >= 0 and axis.size > 1
-            }
-            for i in range(len(segment.param_shapes))
-        ),
+        param_shards=shards("param", len(segment.param_shapes)),
         grad_partial_axes=tuple(_partial_axes(axes, solutions, name, i) for i in range(len(segment.param_shapes))),
         output_meta=metas("output", segment.outputs),
+        output_shards=shards("output", len(segment.outputs)),
         input_meta=metas("input", segment.inputs),
         into_slots=into_slots,
         split=split,

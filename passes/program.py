@@ -50,6 +50,8 @@ class SegmentProgram:
     # per output slot: local shape and dtype on this rank (for receive buffers)
     output_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     input_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    # per output slot: mesh axis -> tensor dim it is sharded on; () where nobody asks
+    output_shards: tuple[dict[str, int], ...] = ()
     saved_bytes: int = 0
     # per tangent, in the backward's order: its local shape and dtype; () where all lie as their outputs do
     tangent_meta: tuple[tuple[tuple[int, ...], torch.dtype], ...] = ()

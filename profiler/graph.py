@@ -117,6 +117,12 @@ class ModelGraph:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # "constant:NAME", tensors written into the code
 
     @property
+    def wiring(self) -> tuple[Any, ...]:
+        """What must agree for programs of one graph to run in the places of another's: all but what is in segments."""
+        places = [(i.segment, i.params, i.buffers, i.inputs, i.outputs) for i in self.instances]
+        return tuple(places), self.loss, self.outputs, tuple(self.totals.items()), tuple(self.conditions)
+
+    @property
     def num_params(self) -> int:
         total = 0
         for shape, _, _ in self.params.values():

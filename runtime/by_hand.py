@@ -2,15 +2,25 @@
 
 A parameter that is frozen gets no gradient from the next step on, so the optimizer leaves it alone, as in PyTorch. One
 that the captured graph has no gradient for cannot be thawed. Values that were written count from the next step on.
+
+Each rank sees its own tensors alone, so what follows is decided together: a rank that brought new values to the others
+by itself would wait for them, and copies of a parameter of which one rests would drift apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..errors import ExitCode, ShardwrightError
 from ..profiler.graph import ModelGraph
 from .parameters import ParameterStore
+from .together import host_group
+
+_RESTS, _TRAINS = 0, 1  # rows of the table that ranks agree on
 
 
 class ByHand:
@@ -19,23 +29,49 @@ class ByHand:
     def __init__(self, store: ParameterStore, graph: ModelGraph, model: nn.Module) -> None:
         self.store, self.graph, self.model = store, graph, model
         self._before = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._names = list(graph.params)
+        self._group = host_group()
 
     def follow(self) -> None:
-        """Raises ShardwrightError where a parameter is to train that was planned frozen. Every rank calls it."""
-        store = self.store
-        now = {name: p.requires_grad for name, p in self.model.named_parameters()}
-        changed = {name: flag for name, flag in now.items() if flag != self._before.get(name, flag)}
-        flags = {name: changed.get(name, p.requires_grad) for name, p in store.parameters.items()}
-        thawed = [name for name, flag in {**changed, **flags}.items() if flag and not self._trains(name)]
+        """Raises ShardwrightError, on all ranks, where a parameter is to train that was planned frozen, or rests on one
+        rank and trains on another. Every rank calls it."""
+        own, were_written = self._flags(), self.store.were_written()
+        table = torch.zeros(2, len(self._names) + 1, dtype=torch.uint8)
+        for column, name in enumerate(self._names):
+            if name in own:
+                table[_TRAINS if own[name] else _RESTS, column] = 1
+        table[0, -1] = were_written
+        if self._group is not None:  # of the host: no device is waited for
+            dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self._group)
+        rests, trains = (row[:-1].bool() for row in table)
+        thawed = [name for name, flag in zip(self._names, trains.tolist(), strict=True) if flag and not self._can(name)]
         if thawed:
             raise _thawed(sorted(thawed))
-        store.frozen = {name for name, flag in flags.items() if not flag and self._trains(name)}
-        if store.were_written():
-            store.refresh()
+        if differing := [self._names[column] for column in (rests & trains).nonzero().flatten().tolist()]:
+            raise _differs(differing[0])
+        resting = {name for name, flag in zip(self._names, rests.tolist(), strict=True) if flag and self._can(name)}
+        self.store.frozen = resting & self.store.parameters.keys()
+        if table[0, -1]:
+            self.store.refresh()
 
-    def _trains(self, name: str) -> bool:
-        name = self.graph.tied.get(name, name)
-        return name not in self.graph.params or self.graph.params[name][2]
+    def _flags(self) -> Mapping[str, bool]:
+        """Does each parameter train, as far as this rank can say: it holds it, or the model's own flag was changed."""
+        held = {name: p.requires_grad for name, p in self.store.parameters.items()}
+        now = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        changed = {name: flag for name, flag in now.items() if flag != self._before.get(name, flag)}
+        return {**held, **{self.graph.tied.get(name, name): flag for name, flag in changed.items()}}
+
+    def _can(self, name: str) -> bool:
+        return self.graph.params[name][2]
+
+
+def _differs(name: str) -> ShardwrightError:
+    return ShardwrightError(
+        f"{name} requires a gradient on one rank and not on another",
+        means="its copies would drift apart",
+        change="where requires_grad is set",
+        works="for name, p in program.named_parameters(): p.requires_grad_(...), on every rank alike",
+    )
 
 
 def _thawed(names: list[str]) -> ShardwrightError:

@@ -14,7 +14,6 @@ import torch
 
 from ..errors import ExitCode, ShardwrightError
 from ..passes.program import SegmentProgram
-from ..plans.placements import AxisSolution
 from ..profiler.graph import Leaf, ModelGraph
 from ..profiler.initial_values import initial_tensors
 from ._torch import tree_unflatten
@@ -36,14 +35,11 @@ _CONSTANT = "constant:"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is needed to run it. solutions: placements on each of axes. output_dims: value -> the dimension that holds
-    samples, of those that have one."""
+    """What is needed to run it. output_dims: value -> the dimension that holds samples, of those that have one."""
 
     graph: ModelGraph
     programs: Mapping[str, SegmentProgram]
     rebuild: Rebuild
-    axes: Sequence[str]
-    solutions: Sequence[AxisSolution]
     output_dims: Mapping[str, int]
 
 
@@ -105,6 +101,7 @@ class Evaluator:
 
     def _output(self, part: MicrobatchPart, values: Mapping[str, torch.Tensor]) -> Any:
         whole: dict[str, torch.Tensor] = {}
+        shards = self._shards_of(part)
 
         def leaf(item: Any) -> Any:
             if not isinstance(item, Leaf):
@@ -113,24 +110,30 @@ class Evaluator:
                 entry = item.name.removeprefix(USER_INPUT)
                 whole[item.name] = values[item.name] if item.name in values else part.tensors[entry]
                 if item.name in values:
-                    whole[item.name] = self._own_samples(item.name, values[item.name], part.size)
+                    local = values[item.name]
+                    whole[item.name] = self._own_samples(item.name, local, part.size, shards[item.name])
             return whole[item.name]
 
         leaves = [leaf(item) for item in self.graph.output_leaves]
         return tree_unflatten(leaves, self.graph.output_form)[1]
 
-    def _own_samples(self, name: str, local: torch.Tensor, size: int) -> torch.Tensor:
-        """Whole over the tensor axis, this rank's samples over the data axis."""
-        grid, instance = self.program.grid, next(i for i in self.graph.instances if name in i.outputs)
-        key = (instance.segment, f"output_{instance.outputs.index(name)}")
-        places = {
-            axis: s.places.get(key, -1) for axis, s in zip(self.evaluation.axes, self.evaluation.solutions, strict=True)
+    def _shards_of(self, part: MicrobatchPart) -> dict[str, Mapping[str, int]]:
+        """How values lie in the programs of this microbatch's shape, which may have been placed anew: mesh axis ->
+        dimension."""
+        programs = self.microbatches.programs(part)
+        return {
+            name: dims
+            for instance in self.graph.instances
+            for name, dims in zip(instance.outputs, programs[instance.segment].output_shards, strict=True)
         }
-        dim = places.get("tp", -1)
-        if dim >= 0 and grid.size("tp") > 1:
-            local = self._gathered(local, dim, "tp")
+
+    def _own_samples(self, name: str, local: torch.Tensor, size: int, shards: Mapping[str, int]) -> torch.Tensor:
+        """Whole over the tensor axis, this rank's samples over the data axis."""
+        grid = self.program.grid
+        if "tp" in shards:
+            local = self._gathered(local, shards["tp"], "tp")
         dim = self.evaluation.output_dims.get(name, -1)
-        if dim >= 0 and places.get("dp", -1) < 0 and size % grid.size("dp") == 0:
+        if dim >= 0 and "dp" not in shards and size % grid.size("dp") == 0:
             start, stop = chunk_bounds(local.shape[dim], grid.size("dp"), grid.coord("dp"))
             local = local.narrow(dim, start, stop - start)
         return local

@@ -80,13 +80,20 @@ class Microbatches:
 
     def variants(self, part: MicrobatchPart, runners: Sequence[StageRunner]) -> list[Variant]:
         """For each stage, its steps for this microbatch's shape."""
-        found = {n: whole_shape(part.tensors[n], self.dims.get(n), part.size) for n in self.names}
-        shapes = tuple(sorted(found.items()))
+        shapes = self._shapes(part)
         key = (shapes, id(runners))
         if key not in self._variants:
             programs = self._programs_for(shapes)
             self._variants[key] = [runner.variant(programs) for runner in runners]
         return self._variants[key]
+
+    def programs(self, part: MicrobatchPart) -> Mapping[str, SegmentProgram]:
+        """Of this microbatch's shape, by distinct segment."""
+        return self._programs_for(self._shapes(part))
+
+    def _shapes(self, part: MicrobatchPart) -> Shapes:
+        found = {n: whole_shape(part.tensors[n], self.dims.get(n), part.size) for n in self.names}
+        return tuple(sorted(found.items()))
 
     def _programs_for(self, shapes: Shapes) -> Mapping[str, SegmentProgram]:
         if shapes not in self._programs:

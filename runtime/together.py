@@ -22,6 +22,15 @@ def num_ranks() -> int:
     return dist.get_world_size() if _are_several() else 1
 
 
+def host_group() -> Any:
+    """A process group for tensors in host memory, by which ranks agree on what Python decides without waiting for a
+    device; None where there is one rank. Every rank calls it."""
+    if num_ranks() == 1:
+        return None
+    backends = dict(part.split(":", 1) for part in dist.get_backend_config().split(",") if ":" in part)
+    return dist.group.WORLD if backends.get("cpu") else dist.new_group(backend="gloo")
+
+
 def of_all_ranks(own: Any) -> list[Any]:
     """What each rank gave, by rank."""
     if not _are_several():

@@ -28,6 +28,7 @@ from .planner.sharding.training import Job
 from .planner.space.forcing import parse_forced
 from .planner.stages.setting import state_kinds
 from .plans.document import Plan, PlanningTime, SelfTest, ShardingProof
+from .profiler.as_captured import AsCaptured
 from .profiler.batch_dims import with_batch_dims
 from .profiler.batches import batch_dims_of, resize_batch
 from .profiler.capture import capture, no_collection
@@ -335,6 +336,7 @@ def build(
         devices.check_group(device)
         _verify_same_plan(plan)
         take_rank_0s(workload.model, device)
+    as_captured = AsCaptured(workload.model)
     graph = _capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
     hashes.verify_model(plan, graph)
     refuse_missing_kernels(graph, device.type, of_this_build=True)
@@ -344,16 +346,17 @@ def build(
     axes = _mesh_axes(RankGrid.of(mesh), plan.placement_axes)
 
     def rebuild(shapes: dict[str, tuple[int, ...]]) -> Mapping[str, SegmentProgram]:
-        other = _capture_for_running(_reshaped(workload, shapes), plan.fusions)
-        if [i.segment for i in other.instances] != [i.segment for i in graph.instances]:
+        with as_captured.restored():
+            other = _capture_for_running(_reshaped(workload, shapes), plan.fusions)
+        if other.wiring != graph.wiring:
             hashes.verify_model(plan, other)  # its segments are others: refused
-        return build_segment_programs(other, fitting(plan, other, wishes), axes, device)
+        return build_segment_programs(other, fitting(plan, graph, other, wishes), axes, device)
 
     wishes = tensor_places(graph, plan.placements)
     programs = build_segment_programs(graph, plan, axes, device)
 
     def evaluation() -> Evaluation:
-        return make_evaluation(plan, workload, planning_batch(workload), wishes, axes, device, _reshaped)
+        return make_evaluation(plan, workload, planning_batch(workload), wishes, axes, device, _reshaped, as_captured)
 
     return Program(
         plan, graph, programs, workload, device=device, mesh=mesh, rebuild=rebuild, adopt=adopt, evaluation=evaluation

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from . import hashes
 from .costmodel.model import CostModel
-from .errors import ShardwrightError
-from .passes.build import build_segment_programs, fits
+from .errors import ExitCode, ShardwrightError
+from .passes.build import build_segment_programs
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
 from .planner.sharding.sharder import Sharder
 from .plans.document import MemoryPolicy, Plan
-from .plans.placements import read_placements
+from .profiler.as_captured import AsCaptured
 from .profiler.batches import resize_batch
 from .profiler.capture import capture
 from .profiler.cluster import Cluster
@@ -34,33 +35,49 @@ def make_evaluation(
     axes: Mapping[str, MeshAxis],
     device: torch.device,
     reshape: Reshape,
+    as_captured: AsCaptured,
 ) -> Evaluation:
     """planning: the workload at a size that is no other dimension's. wishes: how parameters lie over the tensor axis.
+    as_captured: the model as it trains, which is not asked how it stands since.
 
     Rank 0 solves the placements, the others receive them: every rank must call it."""
-    general = capture(planning, evaluating=True)
-    graph = capture(resize_batch(workload, plan.microbatch.size), evaluating=True)
+    with as_captured.restored():
+        general = capture(planning, evaluating=True)
+        graph = capture(resize_batch(workload, plan.microbatch.size), evaluating=True)
     placed = placed_anew(plan, general, wishes, plan.microbatch.size)
     placed = placed.model_copy(update={"memory_policy": MemoryPolicy()})
-    placed = fitting(placed, graph, wishes)
+    placed = fitting(placed, general, graph, wishes)
 
     def rebuild(shapes: dict[str, tuple[int, ...]]) -> Mapping[str, SegmentProgram]:
-        other = capture(reshape(workload, shapes), evaluating=True)
-        return build_segment_programs(other, fitting(placed, other, wishes), axes, device)
+        with as_captured.restored():
+            other = capture(reshape(workload, shapes), evaluating=True)
+        if other.wiring != graph.wiring:
+            raise _other_parts(shapes)
+        return build_segment_programs(other, fitting(placed, graph, other, wishes), axes, device)
 
     return Evaluation(
         graph=graph,
         programs=build_segment_programs(graph, placed, axes, device),
         rebuild=rebuild,
-        axes=plan.placement_axes,
-        solutions=read_placements(placed.placements, len(plan.placement_axes)),
-        output_dims=_sample_dims(general),
+        output_dims=_sample_dims(general, graph),
     )
 
 
-def fitting(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int]) -> Plan:
-    """The plan, with placements of the ops that the model has at this size of the batch. Every rank must call it."""
-    return plan if fits(graph, plan) else placed_anew(plan, graph, wishes, graph.batch_size)
+def _other_parts(shapes: Mapping[str, tuple[int, ...]]) -> ShardwrightError:
+    return ShardwrightError(
+        f"the model in evaluation mode has other parts for {', '.join(f'{n} {s}' for n, s in shapes.items())}",
+        means="the program was built for the parts that it has at the size of a microbatch",
+        change="the batch",
+        works="samples in whole microbatches",
+        exit_code=ExitCode.PLAN_MISMATCH,
+    )
+
+
+def fitting(plan: Plan, made_for: ModelGraph, graph: ModelGraph, wishes: Mapping[str, int]) -> Plan:
+    """The plan, with placements of the ops that the model has at this size of the batch. made_for: what it places; an
+    op of the same name may be another one here. Every rank must call it."""
+    same = made_for is graph or hashes.model_hash(made_for) == hashes.model_hash(graph)
+    return plan if same else placed_anew(plan, graph, wishes, graph.batch_size)
 
 
 def placed_anew(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int], size: int) -> Plan:
@@ -83,11 +100,11 @@ def _cluster(plan: Plan) -> Cluster:
         return parse_hardware(f"{plan.mesh.num_devices}xCPU")
 
 
-def _sample_dims(graph: ModelGraph) -> dict[str, int]:
-    """Of the outputs, whose sizes are multiples of the batch's there."""
+def _sample_dims(general: ModelGraph, graph: ModelGraph) -> dict[str, int]:
+    """Of the graph's outputs, the dimension whose size is a multiple of the batch's in the general one."""
     found = {}
-    for name in graph.outputs:
-        dims = [d for d, s in enumerate(graph.values[name].shape) if s and s % graph.batch_size == 0]
+    for name, like in zip(graph.outputs, general.outputs, strict=len(graph.outputs) == len(general.outputs)):
+        dims = [d for d, s in enumerate(general.values[like].shape) if s and s % general.batch_size == 0]
         if dims:
             found[name] = dims[0]
     return found

@@ -148,3 +148,70 @@ def test_what_evaluation_alone_reads_is_no_state_of_the_program(tmp_path: Path) 
         assert program.evaluate(batch_of(9)).item() == pytest.approx(expected, rel=1e-9)
         assert set(program.state_dict()) == before
         program.load(tmp_path / "saved")
+
+
+class Odd(nn.Module):
+    """Of few samples it has other ops, which are placed anew."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.head, self.dropout = nn.Linear(WIDTH, 2 * CLASSES), dropout
+        self.double()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = x
+        for block in self.blocks:
+            h = F.dropout(block(h), self.dropout, self.training).tanh()
+        h = self.head(h)
+        h = h if len(x) % 4 == 0 else h.mul(3.0).sub(h).div(2.0)
+        return F.cross_entropy(h, labels.clamp(min=0)), h
+
+
+def _odd(count: int) -> dict[str, torch.Tensor]:
+    return {"x": batch_of(3)["x"][:count], "labels": batch_of(3)["labels"][:count]}
+
+
+def _outputs_of_another_size(rank: int, force: dict[str, Any]) -> list[list[torch.Tensor]]:
+    """Of 8 samples in microbatches of 4, of 6 (one of 4, one of 2), then of 8 again."""
+    workload = Workload(model=Odd(), example_batch=_odd(8), global_batch=8, precision=DOUBLE)
+    plan = shardwright.plan(workload, "2xCPU", force={"global_microbatch": 4, **force}, self_test=False)
+    program = shardwright.build(plan, workload, self_test=False)
+    return [[out[1] for out in program.outputs(program.shard_batch(_odd(n)))] for n in (8, 6, 8)]
+
+
+@pytest.mark.parametrize("force", [{"tp": 2, "head.weight": "S(0)"}, {"dp": 2}, {"pp": 2}], ids=["tp", "dp", "pp"])
+@torch.no_grad()
+def test_outputs_of_a_short_batch_are_whole(force: dict[str, Any]) -> None:
+    found = run_ranks(2, _outputs_of_another_size, force)
+    for index, count in enumerate((8, 6, 8)):
+        sizes, expected = (4, count - 4), Odd().eval()(**_odd(count))[1]
+        for k, (size, start) in enumerate(zip(sizes, (0, 4), strict=True)):
+            of_ranks = [rank[index][k] for rank in found if rank[index]]
+            together = torch.cat(of_ranks) if "dp" in force else of_ranks[0]
+            want = Odd().eval()(**{n: t[start : start + size] for n, t in _odd(count).items()})[1]
+            torch.testing.assert_close(together, want, rtol=1e-9, atol=1e-12)
+            assert expected.shape[1] == together.shape[1]
+
+
+def _frozen_then_short(rank: int) -> tuple[list[float], list[float]]:
+    """A block of the user's model is frozen and the model is put into evaluation mode, then a short batch comes."""
+    model, plain = Odd(), Odd()
+    workload = Workload(model=model, example_batch=_odd(8), global_batch=8, precision=DOUBLE)
+    program = shardwright.build(shardwright.plan(workload, "1xCPU", self_test=False), workload, self_test=False)
+    mine = [program.forward_backward(_odd(8)).item()]
+    for net in (model, plain):
+        net.blocks[0].requires_grad_(False)
+        net.eval()
+    mine += [program.forward_backward(_odd(n)).item() for n in (5, 8)]
+    assert set(program.gradients()) == {n for n, p in plain.named_parameters() if p.requires_grad}
+    outputs = [program.outputs(_odd(5))[0][1], program.outputs(_odd(8))[0][1]]
+    for out, n in zip(outputs, (5, 8), strict=True):
+        torch.testing.assert_close(out, plain(**_odd(n))[1], rtol=1e-9, atol=1e-12)
+    return mine, [plain(**_odd(n))[0].item() for n in (8, 5, 8)]
+
+
+def test_a_layer_frozen_since_does_not_change_what_is_built_for_a_short_batch() -> None:
+    mine, theirs = _frozen_then_short(0)
+    assert mine == pytest.approx(theirs, rel=1e-9)

@@ -85,3 +85,53 @@ def test_a_parameter_planned_frozen_is_not_thawed_in_silence() -> None:
     with pytest.raises(ShardwrightError, match=r"a\.bias and 1 more requires a gradient now") as found:
         _losses(0, 1, "unfreeze", 0)
     assert found.value.exit_code == ExitCode.PLAN_MISMATCH
+
+
+def _on_one_rank(rank: int, kind: str, force: dict[str, int]) -> list[str | float]:
+    """What a step gives after a change that rank 0 alone made."""
+    workload = Workload(Net(), batch(0), 8, precision=WIDE, batch_size=8, name="Net")
+    plan = api.plan(workload, "2xCPU", force={**force, "zero": 1}, self_test=False)
+    program = api.build(plan, workload)
+    program.step(program.shard_batch(batch(0)))
+    if rank == 0:
+        change(kind, list(program.named_parameters()))
+    found: list[str | float] = []
+    for step in (1, 2):
+        try:
+            found.append(program.step(program.shard_batch(batch(step))).item())
+        except ShardwrightError as error:
+            found.append(error.what)
+    return found
+
+
+def test_values_that_one_rank_wrote_are_brought_to_all() -> None:
+    """Its part of them: the others join in, and do not wait for what never comes."""
+    first, second = run_ranks(2, _on_one_rank, "set", {"dp": 2}, timeout_s=60)
+    assert first == second and all(isinstance(loss, float) for loss in first)
+
+
+def test_a_parameter_that_rests_on_one_copy_alone_is_refused_on_all_ranks() -> None:
+    first, second = run_ranks(2, _on_one_rank, "freeze", {"dp": 2}, timeout_s=60)
+    assert first == second and "a.weight requires a gradient on one rank and not on another" in str(first[0])
+
+
+def test_a_stage_may_be_frozen_by_the_rank_that_holds_it() -> None:
+    first, second = run_ranks(2, _on_one_rank, "freeze", {"pp": 2}, timeout_s=60)
+    assert first == second and all(isinstance(loss, float) for loss in first)
+
+
+def _thaw(rank: int) -> str:
+    model = Net()
+    model.a.requires_grad_(False)
+    workload = Workload(model, batch(0), 8, precision=WIDE, batch_size=8, name="Net")
+    program = api.build(api.plan(workload, "2xCPU", force={"dp": 2}, self_test=False), workload)
+    if rank == 1:
+        change("unfreeze", list(program.named_parameters()))
+    with pytest.raises(ShardwrightError) as found:
+        program.step(program.shard_batch(batch(0)))
+    return found.value.what
+
+
+def test_a_parameter_that_one_rank_thaws_stops_all() -> None:
+    first, second = run_ranks(2, _thaw, timeout_s=60)
+    assert first == second and "requires a gradient now" in first
