@@ -96,7 +96,7 @@ def _trial(name: str) -> str:
     try:
         torch.export.export(model, (), batch, strict=False)
     except Exception as error:
-        return f"torch.export refuses it: {_first_line(error)}"
+        return f"{models_page.REFUSED}{_first_line(error)}"
     return ""
 
 
@@ -115,7 +115,7 @@ def _family_trial(name: str) -> str:
     try:
         torch.export.export(step, (dict(made.example_batch),), strict=False)
     except Exception as error:
-        return f"torch.export refuses it: {_first_line(error)}"
+        return f"{models_page.REFUSED}{_first_line(error)}"
     return ""
 
 
@@ -280,7 +280,7 @@ def main() -> int:
                     continue
                 if layout == LIKE:
                     row = {"model": name, "layout": LIKE, "why": runs_and_exports(name)}
-                elif rows[(name, LIKE)]["why"]:
+                elif models_page.is_left_out(name, rows):
                     continue
                 else:
                     row = one(name, layout, args.plan_only)
