@@ -42,6 +42,9 @@ _FINITE = {torch.ops.aten.isfinite.default: True, torch.ops.aten.isnan.default: 
            torch.ops.aten.isinf.default: False}  # fmt: skip
 
 
+_WRITES_BY_INDEX = {torch.Tensor.__setitem__, torch.Tensor.index_put_, torch.Tensor.index_put, torch.index_put}
+
+
 class Assumptions(TorchFunctionMode):
     """On while a step is exported. entries: makes the example batch, by name in the order of its placeholders."""
 
@@ -61,6 +64,8 @@ class Assumptions(TorchFunctionMode):
                     return answer.tolist()
                 number = answer.item()
                 return bool(number) if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero) else number
+        if func in _WRITES_BY_INDEX and len(args) > 1:
+            _require_fitting_masks(args[0], args[1])
         if func is torch.tensor and args and _holds_traced_numbers(args[0]):
             return _as_tensor(args[0], kwargs or {})
         if _size_follows_from_values(func, args, kwargs):
@@ -120,6 +125,18 @@ class Assumptions(TorchFunctionMode):
         for holds, line in self.held:
             loss = torch.ops.shardwright.assumed(loss, holds, line)
         return loss
+
+
+def _require_fitting_masks(tensor: torch.Tensor, indices: Any) -> None:
+    """As PyTorch does, and as a trace on shapes alone does not: an entry that masks samples is as long as they are."""
+    dim = 0
+    for index in indices if isinstance(indices, (tuple, list)) else (indices,):
+        if index is Ellipsis:
+            return
+        masks = isinstance(index, torch.Tensor) and index.dtype == torch.bool
+        if masks and any(a != b for a, b in zip(index.shape, tensor.shape[dim:], strict=False)):
+            raise IndexError(f"a mask of shape {tuple(index.shape)} does not fit a tensor of {tuple(tensor.shape)}")
+        dim += index.dim() if masks else index is not None
 
 
 def _possible_draws(needed: set[fx.Node]) -> list[dict[fx.Node, torch.Tensor]]:

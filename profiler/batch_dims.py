@@ -84,7 +84,12 @@ def _by_sizes(
     than of the rest. Raises ShardwrightError where it takes both, or more than one entry could be the odd one."""
     counted = [name for name in entries if workload.example_batch[name].shape[0] == size]
     shared: list[str] = []
-    if _read_at_another_size(workload, counted, declared, size) is None:
+    read = _read_at_another_size(workload, counted, declared, size)
+    if read is not None:
+        counted = [name for name in counted if name in read]  # what nothing reads says nothing
+        if len(counted) < 2:
+            return {}
+    else:
         shared = _spared(workload, counted, declared, size)
         if not shared:  # no batch of another size: the capture that follows says where it stops
             return {}

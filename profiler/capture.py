@@ -94,12 +94,16 @@ def _loss_of(model: nn.Module, loss: Loss | None, output: Any, batch: Any) -> to
         found = output[0]
     if found is None:
         raise ShardwrightError(
-            f"{type(model).__name__} returned {type(output).__name__} without a loss",
+            f"{type(model).__name__} returned {_form_of(output)} without a loss",
             means="the training step has no scalar to differentiate",
             change="Workload(loss=...), or pass the labels that make the model compute its own",
             works="Workload(..., loss=lambda output, batch: F.cross_entropy(output, batch['targets']))",
         )
     return found
+
+
+def _form_of(output: Any) -> str:
+    return f"a tensor of shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
 
 
 def capture(workload: Workload, *, evaluating: bool = False) -> ModelGraph:

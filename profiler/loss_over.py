@@ -30,9 +30,13 @@ _LINEAR = {"neg", "_to_copy", "to", "view", "reshape", "squeeze", "unsqueeze", "
            "flatten", "unbind", "broadcast_tensors", "diagonal", "lift_fresh_copy", "type_as"}  # fmt: skip
 _CONTRACTIONS = {"mm", "bmm", "matmul", "addmm", "einsum", "dot", "mv", "linear", "baddbmm", "vdot", "inner"}
 _ADDING = {*_CONTRACTIONS, "index_add", "scatter_add", "bincount", "sum", "count_nonzero"}
-# dimension argument's position: ops that mix what stands along it
-_ALONG = {"softmax": 1, "log_softmax": 1, "cumsum": 1, "cumprod": 1, "sort": 1, "argsort": 1, "topk": 2, "flip": 1,
-          "roll": 2, "logcumsumexp": 1, "_softmax": 1, "_log_softmax": 1}  # fmt: skip
+# ops that mix, or place by number, what stands along their dimension
+_ALONG = {"softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp",
+          "sort", "argsort", "msort", "topk", "kthvalue", "flip", "roll", "gather", "take_along_dim", "scatter",
+          "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_select", "index_reduce",
+          "slice_scatter", "select_scatter", "renorm"}  # fmt: skip
+_INDEXED = {"index", "index_put", "_unsafe_index", "_unsafe_index_put", "_index_put_impl"}
+_PASSED_ON = {"view", "reshape", "unsqueeze", "expand", "expand_as", "_to_copy", "to", "clone", "alias", "flatten"}
 
 
 def loss_over(graph: fx.Graph, loss: fx.Node, batch_size: int, totals: dict[str, str]) -> LossOver:
@@ -99,12 +103,30 @@ class _Judge:
         return ("rows", degrees.pop()) if linear and len(degrees) == 1 else None
 
     def _mixes(self, node: fx.Node) -> bool:
-        position = _ALONG.get(op_name(node))
-        if position is None or len(node.args) <= position:
+        name = op_name(node)
+        if name in _INDEXED:
+            return self._mixes_by_index(node)
+        if name not in _ALONG:
             return False
-        dims: Any = node.args[position]
-        shape = value(node.args[0]).shape
+        given, shape = _arguments(node), value(node.all_input_nodes[0]).shape
+        if name == "slice_scatter" and _is_whole(given, shape):
+            return False
+        dims = given.get("dim", given.get("dims", 0))
+        if dims in (None, [], ()):
+            return True  # of all elements in a row
         return any(self._is_batch(shape[d]) for d in (dims if isinstance(dims, (list, tuple)) else [dims]))
+
+    def _mixes_by_index(self, node: fx.Node) -> bool:
+        """Samples picked or written by number; not each its own (x[arange(n), last]) or by a mask of samples."""
+        tensor, indices = node.args[:2]
+        dim, shape = 0, value(tensor).shape
+        for index in indices:  # type: ignore[union-attr]
+            covered = value(index).dim() if isinstance(index, fx.Node) and value(index).dtype == torch.bool else 1
+            by_number = isinstance(index, fx.Node) and value(index).dtype != torch.bool
+            if by_number and self._is_batch(shape[dim]) and not _is_each_its_own(index, shape[dim]):
+                return True
+            dim += covered
+        return False
 
     def _reduced(self, node: fx.Node, given: list[tuple[str, int]]) -> Kind:
         """Rows in, none out."""
@@ -155,3 +177,24 @@ class _Judge:
             if abs(inverse) >= 0.5 and abs(inverse - round(inverse)) < 1e-9:
                 return -1
         return 0
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """By name, defaults included."""
+    schema: Any = getattr(node.target, "_schema", None)
+    found = {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    names = [] if schema is None else [a.name for a in schema.arguments]
+    return {**found, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _is_whole(given: dict[str, Any], shape: torch.Size) -> bool:
+    start, end, step = given.get("start") or 0, given.get("end"), given.get("step", 1)
+    return start == 0 and step == 1 and (end is None or end >= shape[given.get("dim", 0)])
+
+
+def _is_each_its_own(index: Any, size: int) -> bool:
+    """Is it 0, 1, ... size - 1?"""
+    while index.op == "call_function" and op_name(index) in _PASSED_ON:
+        index = index.args[0]
+    given = _arguments(index) if index.op == "call_function" and op_name(index) == "arange" else {"start": None}
+    return given.get("start", 0) == 0 and given.get("step", 1) == 1 and given.get("end") == size

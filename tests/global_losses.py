@@ -23,6 +23,9 @@ LOSSES: dict[str, Any] = {
     "sum": lambda y, b: F.cross_entropy(y.flatten(0, 1), b["t"].flatten(), reduction="sum"),
     "sum_over_given": lambda y, b: F.cross_entropy(y.flatten(0, 1), b["t"].flatten(), reduction="sum") / b["n"],
     "sum_over_size": lambda y, b: y.square().sum() / len(y),
+    "last": lambda y, b: y[torch.arange(len(y)), b["t"].ne(-100).sum(1) - 1].square().mean(),
+    "masked_rows": lambda y, b: torch.where(b["m"] > 0.5, 0.0, y[..., 0]).square().mean(),
+    "columns": lambda y, b: y.slice_scatter(2 * y[:, ::2], 1, 0, None, 2).square().mean(),
     "samples": lambda y, b: (token_losses(y, b) * b["m"]).sum(1).div(b["m"].sum(1)).mean(),
 }
 OVER = dict.fromkeys(LOSSES, "mean") | {"sum": "sum", "sum_over_given": "sum"}
@@ -31,6 +34,11 @@ EACH: dict[str, Any] = {
     "squared": lambda y, b: y.mean().square(),
     "in_batch": lambda y, b: F.cross_entropy(y[:, 0] @ y[:, 1].t(), torch.arange(len(y))),
     "standardized": lambda y, b: ((y - y.mean(0)) / y.std(0)).exp().mean(),
+    "ranked": lambda y, b: (y[:, 0, 0].sort().values * b["m"][:, 0]).mean(),
+    "turned": lambda y, b: (y * y[torch.arange(len(y) - 1, -1, -1)]).mean(),
+    "first_two": lambda y, b: y.index_put((torch.tensor([0, 1]),), y.new_zeros(())).square().mean(),
+    "first_row": lambda y, b: torch.cat([y, y]).unflatten(0, (2, -1))[0].slice_scatter(y[:1], 0, 0, 1).mean(),
+    "gathered": lambda y, b: y.gather(0, b["t"].clamp(0, 1)[..., None].expand_as(y)).mean(),
     "sum_and_mean": lambda y, b: y.sum() + y.mean(),
     "of_a_table": lambda y, b: y.square().mean() / (b["m"].sum(1).sort().values * b["m"][:, 0]).sum(),
 }

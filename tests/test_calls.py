@@ -114,6 +114,28 @@ def test_what_two_sizes_leave_open_is_for_the_user_to_say() -> None:
     assert dims == {"x": 0, "weight": None, "labels": 0, "unread": 0, "scales": None}
 
 
+class InBatch(nn.Module):
+    """Fixes the size of its batch, and reads one entry alone; or writes where an entry masks samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Any, unread: Any = None, mask: Any = None) -> torch.Tensor:
+        out = self.head(x)
+        if mask is None:
+            return F.cross_entropy(out @ out.t(), torch.arange(len(x)))
+        out = out * 1
+        out[mask > 0.5] = 0.0
+        return out.square().mean()
+
+
+@pytest.mark.parametrize("other", ["unread", "mask"])
+def test_entries_that_mask_samples_hold_one_for_each_and_unread_ones_raise_no_question(other: str) -> None:
+    entries = {"x": torch.rand(SAMPLES, 3, dtype=torch.float64), other: torch.rand(SAMPLES, dtype=torch.float64)}
+    assert with_batch_dims(workload_of(InBatch().double(), entries)).batch_dims == {"x": 0, other: 0}
+
+
 @pytest.mark.parametrize(
     ("declared", "said"),
     [({"bais": None}, "batch_dims names 'bais'"), ({"positions": 0}, "dimension 0 of 'positions'")],
