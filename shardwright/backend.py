@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .backend_test import tested_at_first_call
 from .costmodel.model import CostModel
 from .errors import ShardwrightError, near_matches
 from .passes import _torch
@@ -40,6 +41,7 @@ class BackendOptions:
     (True) or nowhere (False).
     activation_limit: most memory for tensors kept from forward to backward ("600MiB", or bytes); the rest is
     recomputed.
+    self_test: compare each compiled graph with the one that it was made of when it is first called.
     """
 
     data_parallel: bool = True
@@ -48,6 +50,7 @@ class BackendOptions:
     inductor: bool = False
     fuse: bool | str = "auto"
     activation_limit: int | str | None = None
+    self_test: bool = True
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> BackendOptions:
@@ -96,14 +99,22 @@ def shardwright(
         if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
     }
     static_slots = _torch.static_input_slots(graph_module.graph)
-    run = _torch.aot_compile(
-        _fuse(graph_module, example_inputs, settings),
-        example_inputs,
-        forward_compiler=partial(_compile, settings=settings),
-        backward_compiler=partial(_compile_backward, settings=settings, parameters=parameters, ranks=ranks),
-        partition=partial(partition_within, limit_bytes=settings.limit_bytes, min_cut=settings.inductor),
-        decompositions=_torch.inductor_decompositions() if settings.inductor else None,
-    )
+    changed = _fuse(graph_module, example_inputs, settings)
+
+    def compiled(num_ranks: int) -> Callable[..., Any]:
+        return _torch.aot_compile(
+            changed,
+            example_inputs,
+            forward_compiler=partial(_compile, settings=settings),
+            backward_compiler=partial(_compile_backward, settings=settings, parameters=parameters, ranks=num_ranks),
+            partition=partial(partition_within, limit_bytes=settings.limit_bytes, min_cut=settings.inductor),
+            decompositions=_torch.inductor_decompositions() if settings.inductor else None,
+        )
+
+    run = compiled(ranks)
+    if settings.self_test:
+        alone = run if ranks == 1 else compiled(1)  # another rank may not compile now: no collective may wait for it
+        run = tested_at_first_call(run, lambda: alone, graph_module)
     if ranks == 1 or not settings.broadcast or not parameters:
         return run
     return _broadcast_first(run, static_slots)

@@ -73,7 +73,7 @@ def self_test(workload: Workload, graph: ModelGraph, *, budget_s: float = BUDGET
     seconds, num_bytes = _estimate(graph)
     if device.type == "cpu" and seconds > budget_s:
         return SelfTest(status="skipped", reason=f"it would take about {seconds:.0f} s; the budget is {budget_s:.0f} s")
-    if num_bytes > 0.5 * _free_bytes(device):
+    if num_bytes > 0.5 * free_bytes(device):
         return SelfTest(status="skipped", reason=f"it would take about {num_bytes / 2**30:.1f} GiB of memory")
     size = graph.batch_size
     batch = make_batch(workload, size, device=device, seed=workload.seed + 1)
@@ -306,7 +306,7 @@ class _Comparison:
     def _compare(self, ran: Ran, loss: torch.Tensor) -> None:
         self._note("loss", ran.loss.double().cpu(), loss.double(), self.floor)
         expected = {n: p.grad for n, p in self.workload.model.named_parameters() if p.grad is not None}
-        floor = self.floor * max((_largest(g) for g in expected.values()), default=0.0)
+        floor = self.floor * max((largest(g) for g in expected.values()), default=0.0)
         for name in {*expected, *ran.gradients}:
             self._note(f"gradient of {name}", ran.gradients.get(name), expected.get(name), floor)
 
@@ -320,24 +320,24 @@ class _Comparison:
         error = math.inf
         if mine is not None and theirs is not None:
             mine, theirs = (t.to_dense() if t.layout is not torch.strided else t for t in (mine, theirs))
-            error = 0.0 if torch.equal(mine, theirs) else _relative_difference(mine, theirs, floor)
+            error = 0.0 if torch.equal(mine, theirs) else relative_difference(mine, theirs, floor)
             if math.isnan(error):
                 self.unknown[name] = None
                 error = 0.0
         self.found[name] = max(self.found.get(name, 0.0), error)
 
 
-def _relative_difference(mine: torch.Tensor, theirs: torch.Tensor, floor: float) -> float:
+def relative_difference(mine: torch.Tensor, theirs: torch.Tensor, floor: float) -> float:
     """NaN where both have one."""
     if mine.shape != theirs.shape or theirs.dtype == torch.bool:
         return math.inf
-    error = _largest(mine.to(theirs.dtype) - theirs) / max(_largest(theirs), floor, 1e-300)
+    error = largest(mine.to(theirs.dtype) - theirs) / max(largest(theirs), floor, 1e-300)
     if math.isnan(error) and not (bool(theirs.isnan().any()) and bool(mine.isnan().any())):
         return math.inf
     return error
 
 
-def _largest(tensor: torch.Tensor) -> float:
+def largest(tensor: torch.Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
@@ -352,7 +352,7 @@ def _estimate(graph: ModelGraph) -> tuple[float, int]:
     return _RUNS * (flops / _FLOPS_PER_S + ops * _OP_S), 2 * kept + 8 * 4 * graph.num_params
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -10,6 +10,7 @@ import torch
 from distributed import run_ranks
 from torch import nn
 
+from shardwright import backend
 from shardwright.errors import ShardwrightError
 
 
@@ -283,3 +284,56 @@ def test_inductor_gives_the_same_numbers():
     losses, state = train(model, torch.compile(model, backend="shardwright", options={"inductor": True}))
     assert losses == pytest.approx(expected[0], rel=1e-9)
     assert_same(state, expected[1])
+
+
+def _broken_fuse(graph_module, example_inputs, settings):
+    """A pass that puts another op in the place of one."""
+    changed = backend._torch.trace_to_aten(graph_module)
+    node = next(n for n in changed.graph.nodes if n.target is torch.ops.aten.gelu.default)
+    node.target = torch.ops.aten.relu.default
+    changed.recompile()
+    return changed
+
+
+def test_a_pass_that_changes_the_numbers_is_found_at_the_first_call(monkeypatch):
+    monkeypatch.setattr(backend, "_fuse", _broken_fuse)
+    x = batch()[0][0]
+    torch._dynamo.reset()
+    with pytest.raises(ShardwrightError, match="output 0 by") as found:
+        torch.compile(build(PlainNet), backend="shardwright")(x)
+    assert "'self_test': False" in found.value.works
+    torch._dynamo.reset()
+    torch.compile(build(PlainNet), backend="shardwright", options={"self_test": False})(x)
+
+
+def test_a_backward_that_changes_the_numbers_is_found(monkeypatch):
+    own = backend._compile_backward
+
+    def twice(graph_module, example_inputs, **options):
+        run = own(graph_module, example_inputs, **options)
+        doubled = lambda arguments: [None if g is None else 2 * g for g in run(arguments)]  # noqa: E731
+        doubled._boxed_call = True
+        return doubled
+
+    monkeypatch.setattr(backend, "_compile_backward", twice)
+    torch._dynamo.reset()
+    with pytest.raises(ShardwrightError, match="gradient of input"):
+        torch.compile(build(PlainNet), backend="shardwright")(batch()[0][0])
+
+
+def test_the_self_test_leaves_buffers_gradients_and_random_numbers_alone():
+    class Drops(TiedNet):
+        def forward(self, x):
+            return torch.nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    for net in (TiedNet, Drops):
+        found = []
+        for tests in (True, False):
+            torch._dynamo.reset()
+            model = build(net)
+            torch.manual_seed(3)
+            out = torch.compile(model, backend="shardwright", options={"self_test": tests})(batch()[0][0])
+            assert all(parameter.grad is None for parameter in model.parameters())
+            found.append((out.detach(), model.norm.running_mean.clone(), int(model.norm.num_batches_tracked)))
+        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+        assert found[0][2] == found[1][2] == 1
