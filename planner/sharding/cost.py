@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-import torch
 from torch import fx
 
 from ...costmodel.segment import SegmentCost
-from ...ops.placement import P, Places, R, shares, transition, way
+from ...ops.placement import P, Places, R, transition, way
 from ...ops.strategy import Strategy
 from ...plans.placements import AxisSolution
 from ...profiler.graph import Segment
-from ...profiler.joint import flatten_outputs, is_getitem
-from ...profiler.op_view import is_op, origin, storage_root, view_of
-from ...profiler.signature import results, split_backward
-from ...profiler.work import is_view, op_work
+from ...profiler.op_view import origin
 from .mesh import Mesh
+from .segment_facts import SegmentFacts
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,11 @@ class Placed:
     segment: Segment
     mesh: Mesh
     solutions: tuple[AxisSolution, ...]
+    known: SegmentFacts | None = None  # of the segment, where others need them too
+
+    @cached_property
+    def facts(self) -> SegmentFacts:
+        return self.known or SegmentFacts(self.segment)
 
     def strategies(self, node: fx.Node) -> tuple[Strategy, ...]:
         return tuple(s.strategies[(self.segment.name, node.name)] for s in self.solutions)
@@ -75,12 +78,10 @@ def moves(placed: Placed) -> list[Move]:
         if before != after and key not in found:
             found[key] = _steps(placed, source, output, before, after, phase)
 
-    for node in placed.segment.joint.graph.nodes:
-        if not is_op(node):
-            continue
+    for node, view in placed.facts.views.items():
         phase = node.meta.get("phase", "forward")
         strategies = placed.strategies(node)
-        for position, operand in enumerate(view_of(node).operands):
+        for position, operand in enumerate(view.operands):
             source, output = origin(operand)
             base = placed.read_from(source, output, phase)
             shared = placed.shared(source, output, phase)
@@ -88,7 +89,7 @@ def moves(placed: Placed) -> list[Move]:
                 add(source, output, base, shared, phase)
                 base = shared
             add(source, output, base, tuple(s.inputs[position] for s in strategies), phase)
-    for key, (source, output), phase in results(placed.segment):
+    for key, (source, output), phase in placed.facts.results:
         target = placed.at(key)
         if target is None and key.startswith("update_"):
             target = (R,) * len(placed.solutions)
@@ -108,41 +109,22 @@ def _steps(placed: Placed, source: fx.Node, output: int, before: Places, after: 
         kind = transition(place, target)
         current[k] = R
         if kind not in ("", "local", None):
-            full = num_bytes / shares(tuple(current), mesh.counts)
+            full = num_bytes / mesh.shares(tuple(current))
             found.append(Move(mesh.axes[k].name, kind, full, phase, source.name))  # type: ignore[arg-type]
         current[k] = target
     return found
 
 
-def saved_tensors(segment: Segment) -> list[tuple[fx.Node, int]]:
-    """Results of the forward (and inputs) that the backward reads, each memory once; no parameters and buffers."""
-    found: dict[tuple[fx.Node, int], None] = {}
-    for node in segment.joint.graph.nodes:
-        if node.meta.get("phase") != "backward" or node.op != "call_function" or is_getitem(node):
-            continue
-        for operand in node.all_input_nodes:
-            if operand.meta.get("phase") == "backward" or not isinstance(operand.meta.get("val"), torch.Tensor):
-                continue
-            source, output = storage_root(operand)
-            if source.op != "placeholder" or source.name.startswith("input_"):
-                found[(source, output)] = None
-    return list(found)
-
-
 def evaluate(placed: Placed) -> SegmentCost:
-    segment, mesh = placed.segment, placed.mesh
-    for_input, for_weight = split_backward(segment)
+    segment, mesh, facts = placed.segment, placed.mesh, placed.facts
     seconds: dict[str, float] = defaultdict(float)
     flops = 0.0
     scratch: dict[fx.Node, float] = {}
     lasting = 0.0  # what an op leaves for the next of its kind: one at a time
-    for node in segment.joint.graph.nodes:
-        if not is_op(node):
-            continue
-        part = "I" if node in for_input else "W" if node in for_weight else "F"
+    for node, part in facts.parts.items():
         share, moved = op_load(placed, node)
         seconds[part] += mesh.op_s(node, share, moved)
-        flops += matrix_flops(node) * share
+        flops += facts.model_flops.get(node, 0.0) * share
         scratch[node], left = mesh.scratch_of(node, share, lambda operand: placed.local_bytes(*origin(operand)))
         lasting = max(lasting, left)
     by_axis = {axis.name: axis for axis in mesh.axes}
@@ -153,13 +135,11 @@ def evaluate(placed: Placed) -> SegmentCost:
     def local(node: fx.Node, output: int = 0) -> float:
         return placed.local_bytes(node, output)
 
-    placeholders = {n.name: n for n in segment.joint.graph.nodes if n.op == "placeholder"}
+    placeholders = facts.placeholders
     params = [placeholders[f"param_{i}"] for i in range(len(segment.param_shapes))]
     elements = [local(n) / n.meta["val"].element_size() for n in params]
     trained = [e if t else 0.0 for e, t in zip(elements, segment.param_requires_grad, strict=True)]
     inputs = [placeholders[f"input_{i}"] for i in range(len(segment.inputs))]
-    saved = saved_tensors(segment)
-    outputs = [origin(n) for n in flatten_outputs(segment.joint.graph)[: len(segment.outputs)]]
     return SegmentCost(
         forward_s=seconds["F"],
         backward_input_s=seconds["I"],
@@ -169,11 +149,11 @@ def evaluate(placed: Placed) -> SegmentCost:
         param_elements=int(sum(elements)),
         trainable_elements=int(sum(trained)),
         buffer_bytes=int(sum(local(n) for name, n in placeholders.items() if name.startswith("buffer_"))),
-        saved_bytes=int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in saved)),
+        saved_bytes=int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in facts.saved)),
         recompute_saved_bytes=int(sum(local(n) for n in inputs if n.meta["val"].is_floating_point())),
         input_bytes=int(sum(local(n) for n in inputs)),
-        output_bytes=int(sum(local(*o) for o in outputs)),
-        workspace_bytes=int(_workspace(segment, local, {s for s in saved}, scratch) + lasting),
+        output_bytes=int(sum(local(*o) for o in facts.outputs)),
+        workspace_bytes=int(_workspace(facts, local, scratch) + lasting),
         model_flops=flops,
         summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
     )
@@ -188,64 +168,31 @@ def is_summed(placed: Placed, slot: int) -> bool:
 
 def op_load(placed: Placed, node: fx.Node) -> tuple[float, float]:
     """(share of the captured op's flops, bytes read and written) on one rank."""
-    view, mesh, strategies = view_of(node), placed.mesh, placed.strategies(node)
+    view, mesh, strategies = placed.facts.views[node], placed.mesh, placed.strategies(node)
     moved, batched = 0.0, False
     for k, operand in enumerate(view.operands):
         sizes = mesh.sizes(*origin(operand))
         batched = batched or any(sizes.batched)
-        moved += sizes.num_bytes / shares(tuple(s.inputs[k] for s in strategies), mesh.counts)
+        moved += sizes.num_bytes / mesh.shares(tuple(s.inputs[k] for s in strategies))
     for k in range(len(view.outputs)):
         sizes = mesh.sizes(node, k)
         batched = batched or any(sizes.batched)
-        moved += sizes.num_bytes / shares(tuple(s.outputs[k] for s in strategies), mesh.counts)
+        moved += sizes.num_bytes / mesh.shares(tuple(s.outputs[k] for s in strategies))
     return mesh.share(strategies, batched), moved
 
 
-def matrix_flops(node: fx.Node) -> float:
-    """What counts as model FLOPs: matrix products, convolutions and attention."""
-    name = str(getattr(node.target, "overloadpacket", ""))
-    if name.split(".")[-1] in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_grouped_mm"):
-        return op_work(node).flops
-    if name.startswith("shardwright.expert_mlp"):
-        return op_work(node).flops
-    if name.startswith("shardwright.attention"):
-        # the backward recomputes the scores; the model's own count is four products of the backward's five
-        return op_work(node).flops * (0.8 if name.endswith("backward") else 1.0)
-    return 0.0
-
-
 def _workspace(
-    segment: Segment,
-    local_bytes: Callable[[fx.Node, int], float],
-    saved: set[tuple[fx.Node, int]],
-    scratch: Mapping[fx.Node, float],
+    facts: SegmentFacts, local_bytes: Callable[[fx.Node, int], float], scratch: Mapping[fx.Node, float]
 ) -> float:
     """Most bytes alive at once inside one backward (or forward), beyond what is saved, by last use.
 
     scratch: what an op holds while it runs.
     """
-    nodes = [n for n in segment.joint.graph.nodes if n.op == "call_function"]
-    last: dict[tuple[fx.Node, int], int] = {}
-    for position, node in enumerate(nodes):
-        for operand in node.all_input_nodes:
-            last[storage_root(operand)] = position
-    for node in flatten_outputs(segment.joint.graph):
-        if isinstance(node, fx.Node):
-            last[storage_root(node)] = len(nodes)
-    dying: dict[int, list[tuple[fx.Node, int]]] = defaultdict(list)
-    for key, position in last.items():
-        dying[position].append(key)
     alive = peak = 0.0
-    held: set[tuple[fx.Node, int]] = set()
-    for position, node in enumerate(nodes):
-        if is_op(node) and not is_view(node):
-            for k, out in enumerate(view_of(node).outputs):
-                if out is not None and (node, k) not in saved and (node, k) in last:
-                    held.add((node, k))
-                    alive += local_bytes(node, k)
+    for node, made, dying in facts.lifetimes:
+        for key in made:
+            alive += local_bytes(*key)
         peak = max(peak, alive + scratch.get(node, 0.0))
-        for key in dying[position]:
-            if key in held:
-                held.discard(key)
-                alive -= local_bytes(*key)
+        for key in dying:
+            alive -= local_bytes(*key)
     return peak

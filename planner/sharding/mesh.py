@@ -65,6 +65,7 @@ class Mesh:
     scratch_of: Callable[[fx.Node, float, Callable[[fx.Node], float]], tuple[float, float]] = _no_scratch
     tie_break: float = TIE_BREAK_S_PER_BYTE
     _sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict)
+    _shares: dict[Places, int] = field(default_factory=dict)
     _transfers: dict[tuple[tuple[int, ...], float, Places, Places], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,8 +88,14 @@ class Mesh:
         sizes = tuple(s // self.batch * self.run_batch if b else s for s, b in zip(shape, batched, strict=True))
         return Sizes(sizes, batched, float(math.prod(sizes) * dtype.itemsize), dtype.is_floating_point)
 
+    def shares(self, places: Places) -> int:
+        """How many times smaller than the whole tensor one rank's part is."""
+        if places not in self._shares:
+            self._shares[places] = shares(places, self.counts)
+        return self._shares[places]
+
     def local_bytes(self, node: fx.Node, output: int, places: Places) -> float:
-        return self.sizes(node, output).num_bytes / shares(places, self.counts)
+        return self.sizes(node, output).num_bytes / self.shares(places)
 
     def may_split(self, sizes: Sizes, dim: int, axis: Axis, even: bool = False) -> bool:
         if axis.data and not sizes.batched[dim]:
@@ -149,7 +156,7 @@ class Mesh:
         if self.sum_all_s is None:
             return 0.0
         summed = tuple(axis.size > 1 and (axis.data or p == P) for axis, p in zip(self.axes, places, strict=True))
-        elements = math.prod(sizes.shape) / shares(places, self.counts)
+        elements = math.prod(sizes.shape) / self.shares(places)
         return self.sum_all_s(summed, elements) if any(summed) else 0.0
 
     def transfer_s(self, sizes: Sizes, before: Places, after: Places) -> float:
@@ -168,7 +175,7 @@ class Mesh:
         current, seconds = list(before), 0.0
         for k, source, target in steps:
             current[k] = R
-            whole = sizes.num_bytes / shares(tuple(current), self.counts)  # whole on this axis
+            whole = sizes.num_bytes / self.shares(tuple(current))  # whole on this axis
             seconds += self._step_s(sizes.shape, current, k, source, target, whole)
             current[k] = target
         return seconds
@@ -192,7 +199,7 @@ class Mesh:
             times, per_row = _LOWERING_REDUCES.get(strategy.lowering, (0, False))
             if times:
                 others = tuple(R if j == k else s.inputs[0] for j, s in enumerate(strategies))
-                values = math.prod(first.shape[:-1]) / shares(others, self.counts) if per_row else 1
+                values = math.prod(first.shape[:-1]) / self.shares(others) if per_row else 1
                 item = first.num_bytes / max(math.prod(first.shape), 1)
                 seconds += times * axis.collective_s("all_reduce", values * item)
         return seconds

@@ -44,7 +44,7 @@ import numpy as np
 from torch import fx
 
 from ...ops.catalog import strategies
-from ...ops.placement import P, Places, R, shares, to_text
+from ...ops.placement import P, Places, R, to_text
 from ...ops.strategy import Strategy
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
@@ -228,7 +228,7 @@ def _add_params(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) ->
             options = _demanded(options, names[root], demands)
             classes[root] = _place_variable(made, options, ("param", key))
             held = counts[root] * mesh.state_bytes(sizes, graph.segments[key[0]].param_requires_grad[key[2]])
-            _add_weight(made, classes[root], STATE, [held / shares(p, mesh.counts) for p in options])
+            _add_weight(made, classes[root], STATE, [held / mesh.shares(p) for p in options])
         made.slot_vars[key] = classes[root]
 
 
@@ -262,6 +262,7 @@ class _SegmentBuilder:
         self.segment, self.mesh, self.made, self.demands = segment, mesh, made, demands
         self.catalog, self.count, self.problem = catalog, count, made.problem
         self.whole: dict[str, int] = {}  # variables of placeholders that are whole everywhere
+        self.results: dict[tuple[int, int], list[Places]] = {}  # of ops, by variable and output
 
     def run(self) -> None:
         self._add_ops()
@@ -315,11 +316,10 @@ class _SegmentBuilder:
         costs = np.empty(len(options))
         for i, option in enumerate(options):
             read = sum(
-                sizes.num_bytes / shares(tuple(s.inputs[k] for s in option), mesh.counts)
-                for k, sizes in enumerate(operands)
+                sizes.num_bytes / mesh.shares(tuple(s.inputs[k] for s in option)) for k, sizes in enumerate(operands)
             )
             kept = sum(
-                sizes.num_bytes / shares(tuple(s.outputs[k] for s in option), mesh.counts)
+                sizes.num_bytes / mesh.shares(tuple(s.outputs[k] for s in option))
                 for k, sizes in enumerate(results)
                 if sizes.num_bytes
             )
@@ -336,7 +336,10 @@ class _SegmentBuilder:
     def _places(self, index: int, output: int) -> list[Places]:
         """Placement of result `output` under each option of a variable."""
         if index in self.made.op_options:
-            return [tuple(s.outputs[output] for s in option) for option in self.made.op_options[index]]
+            if (index, output) not in self.results:
+                options = self.made.op_options[index]
+                self.results[index, output] = [tuple(s.outputs[output] for s in option) for option in options]
+            return self.results[index, output]
         if index in self.made.kept_options:
             return [places for _, places in self.made.kept_options[index]]
         return self.made.place_options[index]
@@ -422,7 +425,7 @@ class _SegmentBuilder:
 
     def _weigh(self, variable: int, kept: list[Places], sizes: Sizes) -> None:
         """Bytes from forward to backward under each option of a variable."""
-        num_bytes = [self.count * sizes.num_bytes / shares(places, self.mesh.counts) for places in kept]
+        num_bytes = [self.count * sizes.num_bytes / self.mesh.shares(places) for places in kept]
         _add_weight(self.made, variable, SAVED, num_bytes)
 
     def _add_results(self) -> None:

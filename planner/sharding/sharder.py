@@ -23,16 +23,17 @@ from ...errors import ExitCode, ShardwrightError
 from ...ops.placement import Places, R, shares
 from ...plans.document import ConservativeOp
 from ...plans.placements import AxisSolution, write_placements
-from ...profiler.graph import ModelGraph
+from ...profiler.graph import ModelGraph, Segment
 from ...profiler.nodes import source_of
-from ...profiler.op_view import is_op, view_of
+from ...profiler.op_view import view_of
 from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..solver import Solution
-from .cost import Move, Placed, evaluate, matrix_flops, moves, op_load, saved_tensors
+from .cost import Move, Placed, evaluate, moves, op_load
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
 from .pins import Pins, cannot_meet
 from .problem import STATE, Build, Catalog, Demands, build
+from .segment_facts import SegmentFacts
 from .solution import read_choice
 from .solve.pbqp import solve
 from .training import Job, Sums
@@ -106,6 +107,7 @@ class Sharder:
         self._attention: dict[int, AttentionCall | None] = {}
         self._dtypes: dict[int, torch.dtype] = {}
         self._catalog = Catalog()
+        self._facts = {name: SegmentFacts(segment) for name, segment in graph.segments.items()}
         self._solutions: dict[Key, ShardingSolution] = {}
         self._problems: dict[Key, tuple[Mesh, Build]] = {}  # the latest
         self._frontiers: dict[Key, list[ShardingSolution]] = {}
@@ -329,16 +331,11 @@ class Sharder:
         if tp > 1 and (self.job.memory_first or not self._is_of_use(solved, found)):
             solved = self._solved(mesh, made, replace(LEAST_STATE, sums=once.sums))
             found = self._figures(key, solved, started)
-        self.moves[key] = {
-            name: moves(Placed(segment, solved.mesh, solved.solutions)) for name, segment in self.graph.segments.items()
-        }
+        self.moves[key] = {name: moves(self._placed(segment, solved)) for name, segment in self.graph.segments.items()}
         return replace(found, lower_bound_s=min(least_s, found.objective_s))
 
     def _figures(self, key: Key, solved: _Solved, started: float) -> ShardingSolution:
-        costs = {
-            name: evaluate(Placed(segment, solved.mesh, solved.solutions))
-            for name, segment in self.graph.segments.items()
-        }
+        costs = {name: evaluate(self._placed(segment, solved)) for name, segment in self.graph.segments.items()}
 
         def total(name: str) -> float:
             return sum(self.counts[n] * getattr(c, name) for n, c in costs.items())
@@ -373,22 +370,24 @@ class Sharder:
                 for slot, shape in enumerate(segment.param_shapes):
                     is_here = solution.places.get((name, f"param_{slot}"), R) >= 0
                     _add(sums["parameters"], self.counts[name] * torch.Size(shape).numel(), is_here)
-                for source, output in saved_tensors(segment):
+                for source, output in self._facts[name].saved:
                     num_bytes = self.counts[name] * solved.mesh.sizes(source, output).num_bytes
                     is_here = solution.read_from(name, source, output, "backward") >= 0
                     _add(sums["activations"], num_bytes, is_here)
             found[axis.name] = {kind: split / whole if whole else 0.0 for kind, (split, whole) in sums.items()}
         return found
 
+    def _placed(self, segment: Segment, solved: _Solved) -> Placed:
+        return Placed(segment, solved.mesh, solved.solutions, self._facts[segment.name])
+
     def _is_of_use(self, solved: _Solved, found: ShardingSolution) -> bool:
         """Does the tensor axis split parameters, or work?"""
         whole = done = 0.0
         for name, segment in self.graph.segments.items():
-            placed = Placed(segment, solved.mesh, solved.solutions)
-            for node in segment.joint.graph.nodes:
-                if is_op(node) and (flops := matrix_flops(node)):
-                    whole += flops * self.counts[name]
-                    done += flops * self.counts[name] * is_split(placed.strategies(node)[1])
+            placed = self._placed(segment, solved)
+            for node, flops in placed.facts.model_flops.items():
+                whole += flops * self.counts[name]
+                done += flops * self.counts[name] * is_split(placed.strategies(node)[1])
         return found.split_shares["tp"]["parameters"] >= MIN_SPLIT_PARAMS or done >= MIN_SPLIT_FLOPS * whole > 0
 
     # ------------------------------------------------------------------ figures
@@ -411,7 +410,7 @@ class Sharder:
     def _conservative(self, solved: _Solved) -> list[ConservativeOp]:
         rows = []
         for name, node in solved.made.unknown:
-            placed = Placed(self.graph.segments[name], solved.mesh, solved.solutions)
+            placed = self._placed(self.graph.segments[name], solved)
             cost = self.op_seconds(node, *op_load(placed, node)) * self.counts[name]
             rows.append(
                 ConservativeOp(op=str(node.target), node=f"{name}.{node.name}", source=source_of(node), cost_s=cost)

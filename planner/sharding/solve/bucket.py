@@ -8,7 +8,9 @@ told beforehand whether the tables stay small enough.
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,9 +36,12 @@ def plan_order(
     around = {u: set(vs) for u, vs in neighbours.items()}
     weight = {u: math.prod(sizes[v] for v in vs) for u, vs in around.items()}
     order, work = [], 0
+    waiting = [(weight[u] * sizes[u], u) for u in around]
+    heapq.heapify(waiting)
     while around:
-        u = min(around, key=lambda u: (weight[u] * sizes[u], u))
-        table = weight[u] * sizes[u]
+        table, u = heapq.heappop(waiting)
+        if u not in around or table != weight[u] * sizes[u]:  # its table has changed since
+            continue
         work += table
         if table > MAX_TABLE or work > most:
             return None
@@ -47,22 +52,30 @@ def plan_order(
             around[v] -= {u, v}
         for v in touched:
             weight[v] = math.prod(sizes[w] for w in around[v])
+            heapq.heappush(waiting, (weight[v] * sizes[v], v))
     return order
 
 
 def eliminate(order: Sequence[int], factors: Sequence[Factor]) -> tuple[float, dict[int, int]]:
     """(least sum of the factors, an option of each variable that reaches it)."""
-    pool = list(factors)
+    pool = dict(enumerate(factors))
+    made = len(pool)
+    holding: dict[int, list[int]] = defaultdict(list)  # variable -> the factors that mention it, in the order made
+    for index, factor in pool.items():
+        for v in factor.scope:
+            holding[v].append(index)
     constant, trail = 0.0, []
     for u in order:
-        mine = [f for f in pool if u in f.scope]
-        pool = [f for f in pool if u not in f.scope]
+        mine = [pool.pop(index) for index in holding[u] if index in pool]
         scope = tuple(dict.fromkeys([u, *(v for f in mine for v in f.scope)]))
         total = _sum(mine, scope)
         trail.append((u, scope[1:], total.argmin(axis=0)))
         least = total.min(axis=0)
         if scope[1:]:
-            pool.append(Factor(scope[1:], least))
+            pool[made] = Factor(scope[1:], least)
+            for v in scope[1:]:
+                holding[v].append(made)
+            made += 1
         else:
             constant += float(least)
     choice: dict[int, int] = {}
