@@ -16,15 +16,12 @@ from ..plans.order import splits_backward
 from ..plans.placements import AxisSolution, read_placements
 from ..profiler.graph import ModelGraph, Segment
 from ..profiler.op_view import is_op
-from .gradients import write_gradients
-from .loss import early_count, fuse_cross_entropy_backward
+from .improve import Part, dump, improve_backward, improve_forward
 from .partition import partition
 from .program import SegmentProgram
 from .redistribute import MeshAxis
-from .reuse import reuse
 from .shard import ShardContext, local_shape, shard_segment
-from .split import SplitBackward, split_backward
-from .tidy import tidy
+from .split import SplitBackward
 from .values import memory_roots, propagate
 from .verify import verify
 
@@ -90,9 +87,19 @@ def build_segment_program(
         },
         context.device,
     )
-    forward, backward, kept = partition(joint, segment, recompute and not segment.is_prologue)
+    dump(joint, f"{name}.joint.0-shard")
     repeats = recompute and not segment.is_prologue
-    into_slots, split = _improve(forward, backward, segment, kept, splits and not repeats)
+    forward, backward, kept = partition(joint, segment, repeats)
+    dump(forward, f"{name}.forward.0-partition")
+    first = Part(name, "forward", forward, len(segment.param_shapes))
+    improve_forward(first)
+    into_slots: tuple[int, ...] = ()
+    split: SplitBackward | None = None
+    if backward is not None:
+        dump(backward, f"{name}.backward.0-partition")
+        second = replace(first, phase="backward", module=backward, owned=_own_kept(forward.graph, kept))
+        split = improve_backward(second, splits and not repeats)
+        into_slots = second.into_slots
     collectives = verify(segment, context, forward, [backward] if backward is not None else [], repeats)
     if split is not None:
         verify(segment, context, forward, [split.inputs, split.weights], repeats)
@@ -135,44 +142,18 @@ def build_segment_program(
     )
 
 
-def _improve(
-    forward: fx.GraphModule, backward: fx.GraphModule | None, segment: Segment, kept: list[str], splits: bool
-) -> tuple[tuple[int, ...], SplitBackward | None]:
-    """What the graphs go through once they are this rank's own. Returns the into_slots, and the backward in two."""
-    early_count(forward.graph)
-    tidy(forward.graph)
-    reuse(forward.graph)
-    forward.recompile()
-    if backward is None:
-        return (), None
-    num_params, own = len(segment.param_shapes), _own_kept(forward.graph, kept)
-    fuse_cross_entropy_backward(backward.graph)
-    tidy(backward.graph)
-    split = split_backward(backward, num_params) if splits else None
-    if split is not None:
-        reuse(split.inputs.graph, own)
-        split = replace(split, into_slots=write_gradients(split.weights.graph, num_params))
-        reuse(split.weights.graph)
-        split.inputs.recompile()
-        split.weights.recompile()
-    into_slots = write_gradients(backward.graph, num_params)
-    reuse(backward.graph, own)
-    backward.recompile()
-    return into_slots, split
-
-
-def _own_kept(forward: fx.Graph, kept: list[str]) -> set[str]:
+def _own_kept(forward: fx.Graph, kept: list[str]) -> frozenset[str]:
     """Kept tensors whose memory the forward made and nothing else that it returns shares: the backward's to use up."""
     roots = memory_roots(forward)
     output = next(node for node in reversed(forward.nodes) if node.op == "output")
     results = [roots[node] for node in output.args[0] if isinstance(node, fx.Node)]  # type: ignore[union-attr]
     count = Counter(root for found in results for root in found)
     own = results[len(results) - len(kept) :]
-    return {
+    return frozenset(
         name
         for name, found in zip(kept, own, strict=True)
         if len(found) == 1 and all(root.op != "placeholder" and count[root] == 1 for root in found)
-    }
+    )
 
 
 def _returned_gradients(backward: torch.fx.GraphModule | None, segment: Segment) -> list[bool]:

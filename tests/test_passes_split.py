@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,3 +93,17 @@ def test_a_backward_that_recomputes_stays_whole() -> None:
     for segment in graph_of("tiny-llama").segments.values():
         program = build_segment_program(segment, context_of("tiny-llama"), recompute=True, splits=True)
         assert program.split is None or segment.is_prologue
+
+
+def test_the_debug_switch_writes_the_graph_after_each_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDWRIGHT_DUMP", str(tmp_path))
+    preset = PRESETS[0]
+    segment = next(one.segment for one in recorded(preset) if not one.segment.is_prologue)
+    build_segment_program(segment, context_of(preset), recompute=False, splits=True)
+    written = {path.name.removeprefix(f"{segment.name}."): path.read_text() for path in tmp_path.glob("rank0/*.py")}
+    assert {
+        "joint.0-shard.py", "forward.0-partition.py", "forward.2-tidy.py", "forward.3-reuse.py",
+        "backward.0-partition.py", "backward.2-tidy.py", "backward.3-write_gradients.py", "backward.4-reuse.py",
+        "backward_inputs.1-reuse.py", "backward_weights.1-write_gradients.py", "backward_weights.2-reuse.py",
+    } <= set(written)  # fmt: skip
+    assert all("def forward" in text for text in written.values()) and "torch.ops" in written["joint.0-shard.py"]
