@@ -45,6 +45,7 @@ from .where import users_frame
 from .workload import Loss, Workload
 
 ROOT = "model"
+CANNOT_CAPTURE = "the model cannot be captured"
 
 
 class TrainingStep(nn.Module):
@@ -283,7 +284,7 @@ def _capture_error(error: Exception) -> ShardwrightError:
     on_data = any(sign in text for sign in ("datadependent", "data-dependent", "data dependent", "could not guard"))
     reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
     return ShardwrightError(
-        f"the model cannot be captured: {type(error).__name__}: {reason}",
+        f"{CANNOT_CAPTURE}: {type(error).__name__}: {reason}",
         means=f"torch.export stopped at {frame.filename}:{frame.lineno} in {frame.name}: {frame.line or ''}".rstrip(),
         change="that line: control flow may depend on shapes and settings, not on the data in a tensor"
         if on_data

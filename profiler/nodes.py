@@ -30,7 +30,12 @@ def emit(graph: fx.Graph, like: fx.Node, op: Any, *args: Any, **kwargs: Any) -> 
 
 def source_of(node: fx.Node) -> str:
     """'file:line' of the user's code that a node comes of: the innermost frame of the stack that the trace kept."""
-    found = [match.groups() for match in _FRAME.finditer(node.meta.get("stack_trace", ""))]
+    return users_line_in(node.meta.get("stack_trace", ""))
+
+
+def users_line_in(trace: str) -> str:
+    """'file:line' of the innermost frame of a printed stack that is the user's; "" where there is no frame."""
+    found = [match.groups() for match in _FRAME.finditer(trace)]
     own = [(file, line) for file, line in found if "/torch/" not in file and not is_ours(Path(file))]
     return ":".join((own or found)[-1]) if found else ""
 

@@ -33,8 +33,9 @@ from .profiler.batch_dims import with_batch_dims
 from .profiler.batches import batch_dims_of, resize_batch
 from .profiler.capture import capture, no_collection
 from .profiler.cluster import Cluster
+from .profiler.fixed_batch import refuse_fixed_batch
 from .profiler.graph import ModelGraph
-from .profiler.inputs import reshaped
+from .profiler.inputs import example_batch_size, reshaped
 from .profiler.models import load_workload
 from .profiler.watch import TimeUp, stop_at, telling
 from .profiler.workload import Workload
@@ -285,7 +286,12 @@ def _out_of_time(workload: Workload, time_limit_s: float, phase: str = "captured
 
 def capture_for_planning(workload: Workload) -> ModelGraph:
     """The model's graph with a batch whose size no other dimension is a multiple of."""
-    return capture(planning_batch(workload))
+    batch = planning_batch(workload)
+    try:
+        return capture(batch)
+    except ShardwrightError as error:
+        refuse_fixed_batch(workload, example_batch_size(batch), error)
+        raise
 
 
 def planning_batch(workload: Workload) -> Workload:

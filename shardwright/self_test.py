@@ -13,10 +13,13 @@ once, in place of its copy, so that what a copy loses shows too; its gradients a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,6 +34,7 @@ from .profiler.capture import capture
 from .profiler.copies import buffers_kept, copy_workload
 from .profiler.graph import ModelGraph
 from .profiler.models import make_reference_dtype
+from .profiler.nodes import users_line_in
 from .profiler.run_graph import Ran, run_graph
 from .profiler.work import op_costs
 from .profiler.workload import Workload
@@ -191,11 +195,27 @@ def _fails_as_graph(workload: Workload, error: Exception) -> ShardwrightError:
 def _fails_itself(workload: Workload, error: Exception) -> ShardwrightError:
     return ShardwrightError(
         f"{workload.name} fails in plain PyTorch: {type(error).__name__}: {_first_line(error, 200)}",
-        means="the self-test runs forward, backward and a step of the model as written beside the captured graph",
+        means=_where_it_fails(workload, error)
+        or "the self-test runs forward, backward and a step of the model as written beside the captured graph",
         change="the model",
         works="one for which loss.backward() runs; or --no-self-test (self_test=False)",
         exit_code=ExitCode.UNSUPPORTED_MODEL,
     )
+
+
+def _where_it_fails(workload: Workload, error: Exception) -> str:
+    """The line whose gradient autograd finds overwritten; only its anomaly mode knows it."""
+    if "modified by an inplace operation" not in str(error):
+        return ""
+    copied = copy_workload(workload)
+    text = io.StringIO()
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stderr(text):
+        warnings.simplefilter("always")
+        with torch.autograd.set_detect_anomaly(True), contextlib.suppress(Exception):  # it fails once more
+            reference.forward_backward(copied, copied.example_batch, microbatch_size=copied.batch_size)
+    told = "\n".join([*(str(one.message) for one in caught), text.getvalue()])
+    line = users_line_in(told)
+    return f"what {line} computes is written over before its gradient is taken" if line else ""
 
 
 @dataclass(frozen=True)

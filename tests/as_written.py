@@ -43,4 +43,4 @@ def largest_difference(workload: Workload, graph: ModelGraph | None = None) -> f
         return float("inf")
     pairs = [(ran.loss, loss), *((ran.gradients[name], expected[name]) for name in expected)]
     pairs += [(new, model.get_buffer(name)) for name, new in ran.buffers.items()]
-    return max((a.double() - b.double()).abs().max().item() for a, b in pairs)
+    return max((a.to(torch.cdouble) - b.to(torch.cdouble)).abs().max().item() for a, b in pairs if a.numel())

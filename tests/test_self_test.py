@@ -254,3 +254,33 @@ def test_a_graph_whose_shapes_do_not_fit_fails_the_test() -> None:
     with pytest.raises(ShardwrightError, match="cannot be run") as found:
         self_test.self_test(workload, graph)
     assert found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
+
+
+class Overwritten(Net):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.a(x).sigmoid()
+        h.mul_(2)  # what the gradient of sigmoid reads
+        return h.square().mean() + super().forward(x, y)
+
+
+def test_a_line_whose_values_are_written_over_before_their_gradient_is_named() -> None:
+    workload = workload_of(Overwritten())
+    with pytest.raises(ShardwrightError, match="fails in plain PyTorch") as found:
+        self_test.self_test(workload, capture(workload))
+    assert found.value.means.startswith("what ") and f"{__file__}:" in found.value.means
+
+
+class OfOneSize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(6, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.f(x).reshape(4, -1, 12).logsumexp(-1).mean()
+
+
+def test_a_model_that_takes_one_size_of_batch_alone_is_refused_by_that_reason() -> None:
+    workload = Workload(OfOneSize(), {"x": torch.randn(6, 6)}, 6, precision=NARROW, batch_size=6, name="OfOneSize")
+    with pytest.raises(ShardwrightError, match="takes batches of 6 samples alone") as found:
+        api.capture_for_planning(workload)
+    assert f"{__file__}:" in found.value.means and found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
