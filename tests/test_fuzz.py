@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzzing import command_line, complaint, mutated, mutated_text, run, text_of
+from fuzzing import command_line, mutated, mutated_text, text_of
+from fuzzing_run import complaint, run
 
 from shardwright import api
 from shardwright.errors import ExitCode
