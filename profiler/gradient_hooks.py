@@ -401,7 +401,7 @@ def _watched_nodes(calls: Calls) -> Iterator[None]:
     original = torch.Tensor.grad_fn  # inherited from torch._C
 
     def grad_fn(tensor: torch.Tensor) -> Any:
-        node = original.__get__(tensor)  # type: ignore[attr-defined]
+        node = original.__get__(tensor)  # type: ignore[union-attr]
         is_users = not calls.depth and "/torch/" not in sys._getframe(1).f_code.co_filename
         return _GradFn(node) if node is not None and is_users else node
 
