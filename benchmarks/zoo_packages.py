@@ -119,7 +119,10 @@ def timm_resnet() -> Made:
     from timm.models.resnet import BasicBlock, ResNet
 
     torch.manual_seed(0)
-    return Classified(ResNet(BasicBlock, (1, 1, 1, 1), CLASSES, stem_width=8, channels=(8, 8, 16, 16))), _images(32)
+    network = ResNet(BasicBlock, (1, 1, 1, 1), CLASSES, stem_width=8, channels=(8, 8, 16, 16))
+    return Classified(network), _images(
+        64
+    )  # of two pixels a batch norm makes 1 and -1, and ReLU's kink is at their sum
 
 
 def timm_cait() -> Made:
