@@ -105,6 +105,8 @@ class Assumptions(TorchFunctionMode):
         with _torch.outside_trace_and_fakes(), torch.no_grad():
             checked = any(m in finite for n in needed for m in (n, *n.all_input_nodes))
             answers = [_value(node, needed, {**given, **drawn}, root) for drawn in _possible_draws(needed)]
+        if answers[0].is_meta:  # a constant that the model makes beside its parameters, which are on meta
+            return None
         if not all(torch.equal(answer, answers[0]) for answer in answers):
             raise _by_chance()
         return answers[0], bool(entries) or checked

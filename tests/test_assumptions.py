@@ -288,3 +288,16 @@ class UniqueOfData(Windows):
 def test_sizes_that_follow_from_the_batch_are_refused_by_line() -> None:
     with pytest.raises(ShardwrightError, match=r"test_assumptions.py:\d+ makes a tensor whose size follows from data"):
         capture(workload_of(UniqueOfData(), {name: t for name, t in batch().items() if name != "labels"}))
+
+
+class WithMadeMask(AlignedByMask):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        made = torch.arange(x.shape[1], device=self.linear.weight.device)
+        return super().forward(x, labels) + self.linear(x)[:, made != 0].mean()
+
+
+def test_what_a_model_on_meta_makes_beside_its_parameters_answers_nothing() -> None:
+    """Nor does it stop the trace: the line is refused, as its size is known only where values are."""
+    entries = {"x": batch()["x"].to("meta"), "labels": torch.zeros(4, 3, dtype=torch.int64, device="meta")}
+    with pytest.raises(ShardwrightError, match="size follows from data"):
+        capture(workload_of(WithMadeMask().double().to("meta"), entries))
