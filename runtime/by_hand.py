@@ -20,8 +20,6 @@ from ..profiler.graph import ModelGraph
 from .parameters import ParameterStore
 from .together import host_group
 
-_RESTS, _TRAINS = 0, 1  # rows of the table that ranks agree on
-
 
 class ByHand:
     """Looked at before each step. model: the user's own, whose flags count beside those of the program's parameters."""
@@ -35,24 +33,28 @@ class ByHand:
     def follow(self) -> None:
         """Raises ShardwrightError, on all ranks, where a parameter is to train that was planned frozen, or rests on one
         rank and trains on another. Every rank calls it."""
-        own, were_written = self._flags(), self.store.were_written()
-        table = torch.zeros(2, len(self._names) + 1, dtype=torch.uint8)
-        for column, name in enumerate(self._names):
-            if name in own:
-                table[_TRAINS if own[name] else _RESTS, column] = 1
-        table[0, -1] = were_written
-        if self._group is not None:  # of the host: no device is waited for
-            dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self._group)
-        rests, trains = (row[:-1].bool() for row in table)
-        thawed = [name for name, flag in zip(self._names, trains.tolist(), strict=True) if flag and not self._can(name)]
-        if thawed:
+        own = self._flags()
+        rests = [name in own and not own[name] for name in self._names]
+        trains = [name in own and own[name] for name in self._names]
+        rests, trains, (written,) = self._together(rests, trains, [self.store.were_written()])
+        rows = list(zip(self._names, rests, trains, strict=True))
+        if thawed := [name for name, _, train in rows if train and not self._can(name)]:
             raise _thawed(sorted(thawed))
-        if differing := [self._names[column] for column in (rests & trains).nonzero().flatten().tolist()]:
-            raise _differs(differing[0])
-        resting = {name for name, flag in zip(self._names, rests.tolist(), strict=True) if flag and self._can(name)}
+        if differing := next((name for name, rest, train in rows if rest and train), None):
+            raise _differs(differing)
+        resting = {name for name, rest, _ in rows if rest and self._can(name)}
         self.store.frozen = resting & self.store.parameters.keys()
-        if table[0, -1]:
+        if written:
             self.store.refresh()
+
+    def _together(self, *lists: list[bool]) -> list[list[bool]]:
+        """What is true on any rank. Said on the host: no device is waited for."""
+        if self._group is None:
+            return list(lists)
+        table = torch.tensor([flag for flags in lists for flag in flags], dtype=torch.uint8)
+        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self._group)
+        found = iter(table.bool().tolist())
+        return [[next(found) for _ in flags] for flags in lists]
 
     def _flags(self) -> Mapping[str, bool]:
         """Does each parameter train, as far as this rank can say: it holds it, or the model's own flag was changed."""
