@@ -13,7 +13,7 @@ CHECKED := kernels profiler ops costmodel schedules plans planner passes runtime
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint typecheck docs-check bench clean setup
+.PHONY: demo test test-all lint typecheck docs-check bench clean setup
 .DEFAULT_GOAL := test
 
 setup: $(READY)
@@ -36,6 +36,10 @@ demo: $(READY)
 test: lint typecheck
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 	$(MAKE) docs-check
+
+# every model on every layout and schedule: hours on two cores
+test-all: lint typecheck
+	SHARDWRIGHT_FULL_MATRIX=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check $(CHECKED)

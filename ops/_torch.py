@@ -1,4 +1,4 @@
-"""Private names of torch that the planner uses, in one place to mend at the next release."""
+"""Private names of torch that sharding rules use, in one place to mend at the next release."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import fx
 
+from ..errors import ShardwrightError
 from .gradients import write_gradients
 from .loss import early_count, fuse_cross_entropy_backward
 from .reuse import reuse
@@ -104,6 +105,15 @@ def dump(module: fx.GraphModule, name: str) -> None:
         return
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     path = Path(folder) / f"rank{rank}" / f"{name}.py"
-    path.parent.mkdir(parents=True, exist_ok=True)
     module.recompile()
-    path.write_text(module.print_readable(print_output=False, include_stride=True))
+    text = module.print_readable(print_output=False, include_stride=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise ShardwrightError(
+            f"{path} cannot be written: {error.strerror}",
+            means=f"{DUMP_VARIABLE} asks for each graph to be written below {folder}",
+            change=DUMP_VARIABLE,
+            works=f"{DUMP_VARIABLE}=./graphs",
+        ) from None

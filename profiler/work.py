@@ -79,7 +79,7 @@ def _flops(node: fx.Node, operands: list[torch.Tensor], results: list[torch.Tens
     packet = getattr(node.target, "overloadpacket", None)
     name = str(packet)
     if name.startswith("shardwright.attention"):
-        return _attention_flops(node)
+        return attention_flops(node)
     if packet in flop_registry:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
         return float(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"]))
@@ -99,16 +99,16 @@ def attention_pairs(queries: int, keys: int, causal: bool, window: int) -> float
     return min(pairs, band if causal else 2 * band)
 
 
-def _attention_flops(node: fx.Node) -> float:
-    """Two products of pairs by head size, one over the queries' and one over the values'; the backward works the scores
-    out again and has three and two."""
+def attention_flops(node: fx.Node, *, recomputed: bool = True) -> float:
+    """Two products of pairs by head size, one over the queries' and one over the values'; the backward two and two, and
+    the scores again where `recomputed` counts too, which no model asks for."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
     batch, heads, queries, dim = query.shape
-    sizes = 3 * dim + 2 * value.shape[3] if "grad_out" in given else dim + value.shape[3]
+    over_queries, over_values = (2 + recomputed, 2) if "grad_out" in given else (1, 1)
     pairs = attention_pairs(queries, key.shape[2], bool(given["causal"]), int(given["window"]))
-    return 2.0 * batch * heads * pairs * sizes
+    return 2.0 * batch * heads * pairs * (over_queries * dim + over_values * value.shape[3])
 
 
 def op_costs(segment: Segment) -> list[OpCost]:

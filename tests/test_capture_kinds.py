@@ -1,4 +1,4 @@
-"""Kinds of models on which tools like this one have failed: each one's graph beside the model as written, in float64.
+"""Kinds of models that traces often get wrong: each one's graph beside the model as written, in float64.
 
 One process; tests of sharding run others of the same kinds over ranks (test_design_cases.py, test_ops_split.py).
 """

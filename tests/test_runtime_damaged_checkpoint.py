@@ -144,7 +144,7 @@ def test_an_index_that_points_outside_of_its_folder_is_refused(saved: Path, tmp_
     _refused(_program(), folder, "outside the folder")
 
 
-def test_a_failure_in_the_middle_of_reading_puts_everything_back(saved: Path, tmp_path: Path) -> None:
+def test_a_failure_in_the_middle_of_reading_writes_nothing(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     shutil.copytree(saved, folder)
     data = bytearray((folder / "__0_0.distcp").read_bytes())

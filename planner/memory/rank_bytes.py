@@ -114,7 +114,7 @@ class IntervalBytes:
         return (self.lasting + np.maximum(pipeline, self.step)) * self.slack + self.reserve
 
     def windows(self, in_flight: np.ndarray) -> np.ndarray:
-        """[stage, i, j] -> the same for the windows of stages (stages.windows), each with its own in_flight."""
+        """[stage, i, j] -> the same for the windows of stages (stages/cuts.py), each with its own in_flight."""
 
         def of(table: np.ndarray) -> np.ndarray:
             return windows(table, len(in_flight))

@@ -5,7 +5,7 @@ forward and backward of one microbatch through all positions (stages/zero_second
 
     work   m T / p + tail                          some rank does at least the mean, and its own tail after it
     path   gpipe        T + (m-1) T / p             the greatest stage is at least the mean
-           1f1b         T + ((m-1) B + (m - min(m, p)) F) / p     stages.pipeline_cost, averaged over stages
+           1f1b         T + ((m-1) B + (m - min(m, p)) F) / p     cuts.pipeline_cost, averaged over stages
            interleaved  T
            and, where clipping makes all ranks wait for each other, the mean optimizer step and gather
 

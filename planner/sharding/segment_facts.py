@@ -14,7 +14,7 @@ from ...profiler.graph import Segment
 from ...profiler.joint import flatten_outputs, is_getitem
 from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
 from ...profiler.signature import results, split_backward
-from ...profiler.work import is_view, op_work
+from ...profiler.work import attention_flops, is_view, op_work
 
 Result = tuple[fx.Node, int]  # an op or placeholder, and which of its results
 
@@ -106,6 +106,5 @@ def matrix_flops(node: fx.Node) -> float:
     if name.startswith("shardwright.expert_mlp"):
         return op_work(node).flops
     if name.startswith("shardwright.attention"):
-        # the backward recomputes the scores; the model's own count is four products of the backward's five
-        return op_work(node).flops * (0.8 if name.endswith("backward") else 1.0)
+        return attention_flops(node, recomputed=False)
     return 0.0
