@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -83,26 +83,36 @@ class _Absent:
     pass
 
 
+class _Held(NamedTuple):
+    """A list or a dictionary, and what was in it; a type of its own, as the attributes themselves may be tuples."""
+
+    value: Any
+    content: Any
+
+
+def _with_content(value: Any) -> Any:
+    return _Held(value, type(value)(value)) if type(value) in (list, dict) else value
+
+
 def _held(module: nn.Module) -> dict[str, Any]:
     """The module's own attributes; of lists and dictionaries what is in them."""
-    found = {name: value for name, value in vars(module).items() if name not in _OF_MODULE}
-    return {n: (v, type(v)(v)) if type(v) in (list, dict) else v for n, v in found.items()}
+    return {name: _with_content(value) for name, value in vars(module).items() if name not in _OF_MODULE}
 
 
 def _same(before: Any, now: Any) -> bool:
-    if type(before) is tuple and len(before) == 2 and type(before[0]) in (list, dict):
-        if type(now) is not tuple or len(now) != 2 or now[0] is not before[0] or len(now[1]) != len(before[1]):
+    if isinstance(before, _Held):
+        if not isinstance(now, _Held) or now.value is not before.value or len(now.content) != len(before.content):
             return False
-        a, b = (list(x.items()) if isinstance(x, dict) else list(enumerate(x)) for x in (before[1], now[1]))
+        a, b = (list(c.items()) if isinstance(c, dict) else list(enumerate(c)) for c in (before.content, now.content))
         return all(m == n and _same(v, w) for (m, v), (n, w) in zip(a, b, strict=True))
     return before is now or (type(before) is type(now) and isinstance(before, (int, float, str)) and before == now)
 
 
 def _restored(now: Any, held: Any) -> Any:
-    if type(held) is not tuple or len(held) != 2 or type(held[0]) not in (list, dict):
+    if not isinstance(held, _Held):
         return held
     kept, content = held
-    if not _same(held, (now, type(now)(now)) if type(now) in (list, dict) else now):
+    if not _same(held, _with_content(now)):
         kept.clear()
         kept.extend(content) if isinstance(kept, list) else kept.update(content)
     return kept

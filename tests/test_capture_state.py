@@ -13,6 +13,7 @@ from as_written import WIDE, largest_difference, workload_of
 from torch import nn
 
 from shardwright.errors import ExitCode, ShardwrightError
+from shardwright.profiler.attributes import Attributes
 from shardwright.profiler.capture import capture
 from shardwright.profiler.models import make_reference_dtype
 from shardwright.profiler.workload import Workload
@@ -233,3 +234,15 @@ def test_what_no_module_holds_is_refused_by_line(change: Callable[..., Any]) -> 
         capture(workload_of(model, batch()))
     assert found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
     assert change is of_another_shape or f"{__file__}:" in found.value.what
+
+
+@pytest.mark.parametrize("pair", [([1, 2], [3, 4]), ([1, 2], 5), ({"a": 1}, None), [1, 2]])
+def test_attributes_that_are_tuples_are_put_back(pair: Any) -> None:
+    model = Net()
+    model.pair, model.other = pair, pair
+    attributes = Attributes(model)
+    with attributes.put_back():
+        model.other = ([0], 7)
+        attributes.note_changes()
+    assert attributes.changed == ["other"]
+    assert model.pair is pair and model.other is pair
