@@ -4,7 +4,8 @@ What is kept for the backward and what is computed again is the plan's own decis
 as if it were not. What checkpointing itself changes stays: with use_reentrant=True a part none of whose arguments takes
 a gradient has none, as in PyTorch; the forward context of context_fn is entered, unless it is only the one that
 says what selective checkpointing keeps; and a part that writes to buffers (batch norms' statistics) writes to them
-twice, as PyTorch computes it twice. A part that draws other numbers when it is computed again is refused.
+twice, as PyTorch computes it twice. A part that draws other numbers when it is computed again is refused, and so is one
+that draws before it writes to buffers.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Parts:
                 exit_code=ExitCode.UNSUPPORTED_MODEL,
             )
         if self.depth == 0 and torch.is_grad_enabled() and any(_writes_buffer(node) for node in made):
+            _require_no_draw_before_a_write(made, line)
             self.again.append(again)
 
     def reentrant(self, original: Any, function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
@@ -95,6 +97,19 @@ class Parts:
 def _nodes() -> dict[fx.Node, None]:
     found = _torch.running_trace()
     return {} if found is None else dict.fromkeys(found[0].nodes)
+
+
+def _require_no_draw_before_a_write(made: list[fx.Node], line: str) -> None:
+    """PyTorch repeats the numbers of the first run in the second; in a graph each draw has numbers of its own."""
+    last = max(i for i, node in enumerate(made) if _writes_buffer(node))
+    if any(draws(node) for node in made[: last + 1]):
+        raise ShardwrightError(
+            f"the checkpoint at {line} draws random numbers before it writes to buffers",
+            means="PyTorch runs it twice with the same numbers; here the second run would write what others give",
+            change="what that checkpoint holds",
+            works="one checkpoint for the part that draws (dropout), and another for the batch norms after it",
+            exit_code=ExitCode.UNSUPPORTED_MODEL,
+        )
 
 
 def _writes_buffer(node: fx.Node) -> bool:

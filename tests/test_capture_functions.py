@@ -29,6 +29,7 @@ class Net(nn.Module):
         self.layer = layer
         self.a, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh()) for _ in range(2))
+        self.norm = nn.BatchNorm1d(8, affine=False)
         self.register_buffer("seen", torch.zeros(8))
         self.scale = nn.Parameter(torch.tensor(0.7))
 
@@ -276,6 +277,13 @@ def test_norms_in_checkpoints_update_their_statistics_as_often_as_pytorch_does()
     assert [norm.num_batches_tracked.item() for norm in workload.model.norms] == [4, 2]
 
 
+def test_a_checkpoint_that_draws_after_its_norm_updates_it_twice() -> None:
+    layer = lambda net, i, block, h: checkpoint(lambda h: block(net.norm(h)), h, use_reentrant=bool(i))  # noqa: E731
+    workload = workload_of(Net(layer), batch())
+    assert largest_difference(workload) < TOLERANCE
+    assert workload.model.norm.num_batches_tracked.item() == 4
+
+
 def within_another(net: Net, i: int, block: nn.Module, h: torch.Tensor) -> torch.Tensor:
     def counted(h: torch.Tensor) -> torch.Tensor:
         net.seen.add_(1)
@@ -286,6 +294,10 @@ def within_another(net: Net, i: int, block: nn.Module, h: torch.Tensor) -> torch
 
 def without_its_numbers(net: Net, i: int, block: nn.Module, h: torch.Tensor) -> torch.Tensor:
     return checkpoint(block, h, use_reentrant=bool(i), preserve_rng_state=False)
+
+
+def draws_before_a_norm(net: Net, i: int, block: nn.Module, h: torch.Tensor) -> torch.Tensor:
+    return checkpoint(lambda h: net.norm(block(h)), h, use_reentrant=bool(i))
 
 
 class Draws(Function):
@@ -330,6 +342,7 @@ def takes_a_gradient(net: Net, i: int, block: nn.Module, h: torch.Tensor) -> tor
 REFUSED = {
     "nested": (within_another, "lies within another, and writes to buffers"),
     "numbers": (without_its_numbers, "draws random numbers, with preserve_rng_state=False"),
+    "a draw and a norm": (draws_before_a_norm, "test_capture_functions.py.* draws random numbers before it writes"),
     "Draws": (lambda net, i, block, h: block(Draws.apply(h)), "draws random numbers"),
     "own checkpoint": (lambda net, i, block, h: OwnCheckpoint.apply(block[0], h), r"calls backward\(\) inside"),
     "Decides": (lambda net, i, block, h: block(Decides.apply(h)), "cannot be traced"),
