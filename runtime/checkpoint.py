@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ExitCode, ShardwrightError
 from .checkpoint_files import SafeReader, damaged, digests, document_digest, file_names, first_difference
-from .parameter_groups import merged, options_of, set_options
+from .parameter_groups import merged, options_for, options_of, set_options
 from .parameters import local_tensor
 from .together import num_ranks, of_all_ranks, on_every_rank, on_rank_0
 from .trained import Trained
@@ -75,14 +75,15 @@ def load_state_dict(program: Trained, state: Mapping[str, torch.Tensor]) -> None
     with _new_optimizer_state(program, any(key.startswith("optimizer.") for key in state)):
         pairs = on_every_rank(
             lambda: [
-                (local_tensor(target), _own_part(program, key, state[key], local_tensor(target)))
+                (key, local_tensor(target), _own_part(program, key, state[key], local_tensor(target)))
                 for key, target in state_dict(program).items()
                 if key in state
             ],
             others="another rank could not load: ",
         )
-    for here, given in pairs:
-        here.copy_(given)
+    with program.half_loaded.watched([key for key, _, _ in pairs]):
+        for _, here, given in pairs:
+            here.copy_(given)
     program.store.refresh()
 
 
@@ -207,12 +208,13 @@ def load(program: Trained, path: str | Path) -> None:
     with _new_optimizer_state(program, with_optimizer):
         state = _loaded_state(program, found, with_optimizer=with_optimizer)
         on_every_rank(lambda: _check_shapes(path, found, state))
+        options = on_every_rank(lambda: options_for(program, document["groups"]) if with_optimizer else [])
         _read(path, state, reader, _Rehearsal())
-    with program.half_loaded.watched():
+    with program.half_loaded.watched(state):
         _read(path, state, reader, DefaultLoadPlanner())
     program.step_index = document["step"]
     if with_optimizer:
-        set_options(program, document["groups"])
+        set_options(program, options)
     program.store.refresh()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import ExitCode, ShardwrightError
 from .trained import Trained
 
 
@@ -33,13 +34,41 @@ def merged(ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return found
 
 
-def set_options(program: Trained, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Each group gets what the checkpoint has for its parameters; one that it knows none of stays as it is."""
-    by_name = {name: group for group in saved for name in group.get("parameters", ())}
-    for group in program.optimizer.param_groups if program.optimizer is not None else []:
-        found = next((by_name[name] for name in _names(program, group) if name in by_name), None)
-        if found is not None:
-            group.update({key: value for key, value in found.items() if key != "parameters"})
+def options_for(program: Trained, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each of this rank's groups what the checkpoint has for its parameters; {} where it knows none of them.
+
+    A checkpoint from before groups were saved by name has them by position. Raises ShardwrightError where it has
+    another number of them.
+    """
+    groups = program.optimizer.param_groups if program.optimizer is not None else []
+    if not all("parameters" in group for group in saved):
+        if groups and len(saved) != len(groups):
+            raise _other_groups(len(saved), len(groups))
+        return [_without_names(group) for group in saved][: len(groups)]
+    by_name = {name: group for group in saved for name in group["parameters"]}
+    firsts = (next((by_name[n] for n in _names(program, group) if n in by_name), {}) for group in groups)
+    return [_without_names(first) for first in firsts]
+
+
+def set_options(program: Trained, options: Sequence[Mapping[str, Any]]) -> None:
+    """options: of each group, from options_for."""
+    groups = program.optimizer.param_groups if program.optimizer is not None else []
+    for group, own in zip(groups, options, strict=True):
+        group.update(own)
+
+
+def _without_names(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "parameters"}
+
+
+def _other_groups(saved: int, here: int) -> ShardwrightError:
+    return ShardwrightError(
+        f"the checkpoint has {saved} parameter groups without the names of their parameters; this optimizer has {here}",
+        means="it was written by an earlier version, which saved groups by position; nothing was loaded",
+        change="the optimizer's parameter groups, or the plan",
+        works="the groups and the plan that the checkpoint was written under",
+        exit_code=ExitCode.PLAN_MISMATCH,
+    )
 
 
 def _names(program: Trained, group: Mapping[str, Any]) -> list[str]:

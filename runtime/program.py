@@ -196,7 +196,8 @@ class Program:
             computed = on_every_rank(
                 lambda: list(initial_tensors(self.workload.model, rest, seed=self.workload.seed)) if rest else []
             )
-            with self.half_loaded.watched():
+            weights = [f"model.{name}" for name in self.store.parameters]
+            with self.half_loaded.watched([*weights, *(f"buffer.{name}" for name in self._buffer_names)]):
                 for name, value in (*opened.items(), *computed):
                     self._fill(name, value)
         self.store.refresh()
@@ -219,6 +220,7 @@ class Program:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's part: model.NAME, buffer.NAME, optimizer.NAME.STATE. See runtime/checkpoint.py."""
+        self.half_loaded.refuse()
         return checkpoint.state_dict(self)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from safetensors.torch import save_file
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.workload import OptimizerSpec
+from shardwright.runtime.checkpoint_files import document_digest
+from shardwright.runtime.program import Program
 
 ADAM = OptimizerSpec("AdamW", torch.optim.AdamW, {"lr": 1e-2}, 2)
 
@@ -85,6 +88,37 @@ def test_each_stage_loads_the_options_of_its_own_groups(tmp_path: Path) -> None:
     found = run_ranks(2, _groups, {"pp": 2}, str(tmp_path / "ckpt"))
     assert found[0][0] != found[1][0]
     assert all(before == after for before, after in found)
+
+
+def _with_groups(count: int) -> Program:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy), optimizer=ADAM)
+    parameters = list(program.parameters())
+    split = [parameters[i::count] for i in range(count)]
+    program.optimizer = torch.optim.AdamW([{"params": part, "lr": 0.5} for part in split])
+    return program
+
+
+def test_groups_saved_by_position_are_loaded_by_position_or_refused(tmp_path: Path) -> None:
+    program = _with_groups(2)
+    for group, rate in zip(program.optimizer.param_groups, (0.01, 0.02), strict=True):
+        group["lr"] = rate
+    program.step(make_batch(8))
+    program.save(tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "program.json"
+    document = json.loads(file.read_text())
+    for group in document["groups"]:
+        del group["parameters"]  # as earlier versions wrote them
+    document["sha256"] = document_digest(document)
+    file.write_text(json.dumps(document))
+    same, other = _with_groups(2), _with_groups(3)
+    same.load(tmp_path / "checkpoint")
+    assert [group["lr"] for group in same.optimizer.param_groups] == [0.01, 0.02]
+    before = [p.detach().clone() for p in other.parameters()]
+    with pytest.raises(ShardwrightError, match=r"2 parameter groups without the names .* optimizer has 3"):
+        other.load(tmp_path / "checkpoint")
+    assert all(map(torch.equal, before, other.parameters())) and not other.optimizer.state
+    assert [group["lr"] for group in other.optimizer.param_groups] == [0.5] * 3
 
 
 def test_two_copies_of_a_stage_are_saved_once(tmp_path: Path) -> None:

@@ -190,6 +190,35 @@ def test_a_file_that_is_lost_between_reading_and_writing_stops_the_program(
     assert float(program.step(make_batch(8))) > 0
 
 
+def test_weights_alone_do_not_mend_a_half_loaded_optimizer(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, whole = _program(), _program()
+    whole.load(saved)
+    weights = {name: p.detach().clone() for name, p in whole.named_parameters()}
+    save_file(weights, tmp_path / "model.safetensors")
+    with monkeypatch.context() as patch:
+        reads = iter([SafeReader.read_data])  # the first succeeds
+
+        def read(*arguments: object) -> object:
+            if (own := next(reads, None)) is None:
+                raise OSError(5, "Input/output error")
+            return own(*arguments)
+
+        patch.setattr(SafeReader, "read_data", read)
+        with pytest.raises(ShardwrightError, match="Input/output error"):
+            program.load(saved)
+    program.load(tmp_path / "model.safetensors")
+    program.load_values()
+    program.load_state_dict({f"model.{name}": value for name, value in weights.items()})
+    for refused in (program.state_dict, lambda: program.step(make_batch(8)), lambda: program.save(tmp_path / "new")):
+        with pytest.raises(ShardwrightError, match="Input/output error"):
+            refused()
+    program.load_state_dict(whole.state_dict())
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in program.state_dict().items())
+    assert float(program.step(make_batch(8))) > 0
+
+
 def _load_damaged(rank: int, folder: str) -> str:
     toy = make_toy()
     program = make_program(toy, make_plan(toy, dp=2, zero=3), optimizer=ADAM)
