@@ -8,6 +8,7 @@ else the flat targets would be cut elsewhere: that is handed back as a condition
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ SELECT = (torch.masked_select, torch.Tensor.masked_select)
 
 
 class Selected:
-    """What a mask selects of rows of whole numbers. select: makes it, where anything but ctc_loss reads it."""
+    """What a mask selects of rows of whole numbers. flat: makes it, where anything but ctc_loss reads it."""
 
     def __init__(self, values: torch.Tensor, mask: torch.Tensor) -> None:
         self.values, self.mask = values, mask
@@ -25,7 +26,8 @@ class Selected:
 
     def flat(self) -> torch.Tensor:
         if self.made is None:
-            self.made = torch.masked_select(self.values, self.mask)
+            # The op itself: torch.masked_select would be answered with a Selected again.
+            self.made = torch.ops.aten.masked_select.default(self.values, self.mask)
         return self.made
 
     @classmethod
@@ -41,6 +43,24 @@ class Selected:
         """The selected values of each row before zeros."""
         first = self.mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         return self.values.masked_fill(~self.mask, 0).gather(1, first)
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    """Python looks operators up on the class, past __getattr__."""
+
+    def operator(self: Selected, *args: Any) -> Any:
+        args = tuple(arg.flat() if isinstance(arg, Selected) else arg for arg in args)
+        return getattr(self.flat(), name)(*args)
+
+    return operator
+
+
+_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_OTHERS = """eq ne lt le gt ge neg pos abs invert bool int float index complex len iter reversed contains getitem
+    setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift""".split()
+for _name in [*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHERS]:
+    if hasattr(torch.Tensor, f"__{_name}__"):
+        setattr(Selected, f"__{_name}__", _forwarded(f"__{_name}__"))
 
 
 def selection_of_rows(args: Any, kwargs: Any) -> Selected | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from distributed import run_ranks
@@ -12,6 +15,7 @@ from torch.nn import functional as F
 import shardwright
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.capture import capture
+from shardwright.profiler.selected_targets import Selected
 
 TP = [{"tp": 2}]
 
@@ -244,18 +248,42 @@ def test_targets_that_a_mask_selects_are_those_of_padded_rows() -> None:
 
 
 class SelectsElsewhere(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[torch.Tensor], Any] = lambda selected: selected.sum()) -> None:
         super().__init__()
-        self.linear = nn.Linear(6, 5)
+        self.linear, self.read = nn.Linear(6, 5), read
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.linear(x).square().mean() * labels.masked_select(labels > 1).sum()
+        return self.linear(x).square().mean() * self.read(labels.masked_select(labels > 1))
 
 
 def test_a_selection_that_anything_else_reads_is_refused_by_line() -> None:
     labels = torch.tensor([[1, 2, 3], [0, 3, 1], [4, 1, 4], [2, 0, 2]])
     with pytest.raises(ShardwrightError, match=r"size follows from data|cannot be captured"):
         capture(workload_of(SelectsElsewhere(), {"x": batch()["x"], "labels": labels}))
+
+
+READERS = [
+    lambda selected: (selected + 1).sum(),
+    lambda selected: (2 - selected).sum(),
+    lambda selected: (-selected).sum(),
+    lambda selected: (selected == 1).sum(),
+    lambda selected: selected[0],
+    lambda selected: len(selected),
+    lambda selected: 2.0 if selected else 1.0,
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_operators_on_a_selection_are_those_of_its_tensor(read: Callable[[torch.Tensor], Any]) -> None:
+    selected = Selected(torch.tensor([[1, 2], [3, 1]]), torch.tensor([[False, False], [True, False]]))
+    assert read(selected) == read(torch.tensor([3]))
+
+
+def test_an_operator_on_a_selection_is_refused_by_line() -> None:
+    labels = torch.tensor([[1, 2, 3], [0, 3, 1], [4, 1, 4], [2, 0, 2]])
+    model = SelectsElsewhere(lambda selected: (selected == 1).sum())
+    with pytest.raises(ShardwrightError, match=r"test_assumptions.py.* makes a tensor whose size follows from data"):
+        capture(workload_of(model, {"x": batch()["x"], "labels": labels}))
 
 
 class Windows(nn.Module):
