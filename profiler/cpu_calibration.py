@@ -18,6 +18,7 @@ from pathlib import Path
 from ..errors import ShardwrightError
 from ..units import GB, GIB
 from .cluster import Device, Figure, Link
+from .files import replace_text
 
 CALIBRATION_VERSION = 1
 # Each measurement stops after this long; five of them, and gloo, stay under three seconds.
@@ -142,10 +143,7 @@ def calibrate_cpu(*, refresh: bool = False) -> CpuCalibration:
     path = calibration_path()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix="cpu", suffix=".tmp")
-        with os.fdopen(fd, "w") as file:
-            json.dump(asdict(result), file, indent=1)
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(asdict(result), indent=1))
     return result
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
     """Written under another name and then renamed: what a file holds is never lost. Through a link, to what it names;
-    a device or a pipe is written to, never replaced."""
+    a device or a pipe is written to, never replaced. A file that is there keeps its permissions."""
     path = path.resolve()
     if path.exists() and not path.is_file():
         path.write_text(text)
@@ -18,10 +19,17 @@ def replace_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(fd, "w") as file:
             file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        os.chmod(temporary, _mode(path))
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # an interrupt too leaves nothing beside the file
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _mode(path: Path) -> int:
+    """Of the file, or what a new one would get."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -213,7 +213,7 @@ class Program:
     def load(self, path: str | Path) -> None:
         """A checkpoint folder of any layout of this model, or safetensors. Every rank calls it."""
         path = Path(path)
-        if path.suffix == ".safetensors" or (path.is_dir() and next(path.glob("*.safetensors"), None)):
+        if on_every_rank(lambda: path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors")))):
             self.load_safetensors(path)
         else:
             checkpoint.load(self, path)

@@ -18,10 +18,13 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def take_rank_0s(model: nn.Module, device: torch.device) -> None:
-    """In place, of parameters and buffers that have values. Every rank calls it. device: whose tensors can be sent."""
+    """In place, of parameters and buffers that have values. Every rank calls it. device: whose tensors can be sent.
+
+    Sparse tensors and those of other layouts without strides are left as they are."""
     if num_ranks() == 1:
         return
-    tensors = {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if not t.is_meta}
+    named = (*model.named_parameters(), *model.named_buffers())
+    tensors = {name: t for name, t in named if not t.is_meta and t.layout == torch.strided}
     everyone = of_all_ranks({name: _digest(tensor) for name, tensor in tensors.items()})
     for name, (kind, bits) in everyone[0].items():
         found = [other.get(name) for other in everyone]
@@ -30,7 +33,15 @@ def take_rank_0s(model: nn.Module, device: torch.device) -> None:
         if any(entry[1] != bits for entry in found):
             sent = tensors[name].detach().to(device).contiguous()
             dist.broadcast(sent, src=0)
-            tensors[name].copy_(sent)
+            _write(tensors[name], sent)
+
+
+def _write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """In place; an expanded tensor, whose entries share memory, gets memory of its own."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        tensor.data = value.to(tensor.device, copy=True)
+    else:
+        tensor.copy_(value)
 
 
 def _digest(tensor: torch.Tensor) -> tuple[tuple[tuple[int, ...], str], tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """What ranks do together: the result of one is everyone's, and so is a failure, so that none waits for one that failed.
 
-Every rank calls these, in the same order. What travels does so by pickle. Without a process group they are plain calls.
+Every rank calls these, in the same order. What travels does so by pickle. Without a process group they are plain calls;
+what the system refuses is an error in four parts there too.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def on_rank_0(make: Callable[[], _T]) -> _T:
     Raises ShardwrightError on all ranks where rank 0 fails, whatever it failed with.
     """
     if not _are_several():
-        return make()
+        return _alone(make)
     made, cause = _tried(make) if dist.get_rank() == 0 else (None, None)
     box: list[Any] = [made, None if cause is None else _parts_of(cause)]
     dist.broadcast_object_list(box, src=0)
@@ -62,7 +63,7 @@ def on_every_rank(make: Callable[[], _T], *, others: str = "") -> _T:
     first one's on the others, behind what `others` says.
     """
     if not _are_several():
-        return make()
+        return _alone(make)
     made, cause = _tried(make)
     failed = [parts for parts in of_all_ranks(None if cause is None else _parts_of(cause)) if parts is not None]
     if failed:
@@ -73,6 +74,13 @@ def on_every_rank(make: Callable[[], _T], *, others: str = "") -> _T:
 
 def _are_several() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _alone(make: Callable[[], _T]) -> _T:
+    try:
+        return make()
+    except OSError as error:
+        raise _told(error) from error
 
 
 def _tried(make: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
@@ -94,17 +102,20 @@ def _parts_of(error: Exception) -> dict[str, Any]:
 
 
 def _told(error: Exception) -> ShardwrightError:
+    several = _are_several()
+    where = f"rank {dist.get_rank()}" if several else "this process"
     if isinstance(error, OSError) and error.filename:
         return ShardwrightError(
             f"cannot use {error.filename}: {error.strerror}",
-            means=f"rank {dist.get_rank()} needs it, and no rank goes on alone",
+            means=f"{where} needs it, and no rank goes on alone" if several else f"{where} needs it",
             change="the path, or its permissions",
+            works="a path that this user may read, and write where something is saved",
         )
     frame = users_frame(traceback.extract_tb(error.__traceback__))
     reason = (str(error).strip().splitlines() or [""])[0][:300]
     return ShardwrightError(
-        f"rank {dist.get_rank()} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {reason}",
-        means="the ranks do this together, so none can go on",
+        f"{where} failed at {frame.filename}:{frame.lineno}: {type(error).__name__}: {reason}",
+        means="the ranks do this together, so none can go on" if several else "it cannot go on without it",
         change=f"that line: {frame.line or frame.name}",
         works="code that runs in one process without an error",
         exit_code=ExitCode.INTERNAL,

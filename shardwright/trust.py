@@ -8,15 +8,14 @@ command or Python function, asks workload_of for it.
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ExitCode, ShardwrightError
 from .plans.document import Plan
 from .profiler.cpu_calibration import cache_folder
+from .profiler.files import replace_text
 
 if TYPE_CHECKING:
     from .profiler.workload import Workload
@@ -38,9 +37,7 @@ def remember(plan: Plan) -> None:
     try:
         path = _record(plan.seal)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        os.close(handle)
-        os.replace(temporary, path)
+        replace_text(path, "")
     except OSError:
         pass
 

@@ -37,3 +37,20 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, mon
     with pytest.raises(OSError, match="no space"):
         replace_text(tmp_path / "plan", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["plan"] and (tmp_path / "plan").read_text() == "old"
+
+
+def test_a_file_that_is_there_keeps_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plan").write_text("old")
+    (tmp_path / "plan").chmod(0o640)
+    replace_text(tmp_path / "plan", "new")
+    assert (tmp_path / "plan").read_text() == "new" and (tmp_path / "plan").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_interrupt_leaves_nothing_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        replace_text(tmp_path / "plan", "new")
+    assert not list(tmp_path.iterdir())

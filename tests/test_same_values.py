@@ -11,7 +11,7 @@ from torch import nn
 import shardwright
 from shardwright import cli
 from shardwright.profiler.workload import OptimizerSpec, Precision, Workload
-from shardwright.runtime.same_values import _digest
+from shardwright.runtime.same_values import _digest, take_rank_0s
 
 F64 = Precision(torch.float64, torch.float64, torch.float64)
 UNSEEDED = """
@@ -65,6 +65,23 @@ def test_replicas_start_from_the_values_of_rank_0() -> None:
     for found in run_ranks(2, _train, 0):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+def _with_other_layouts(rank: int) -> list[list[float]]:
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.fill_(rank)
+        model.bias.fill_(rank)
+    model.register_buffer("graph", torch.eye(2).to_sparse())
+    model.register_buffer("rows", torch.eye(2).to_sparse_csr())
+    model.register_buffer("mask", torch.full((1, 2), 1.0 + rank).expand(3, 2))
+    take_rank_0s(model, torch.device("cpu"))
+    assert model.graph.is_sparse and model.rows.layout == torch.sparse_csr
+    return [model.weight.tolist(), model.mask.tolist()]
+
+
+def test_expanded_and_sparse_buffers_are_no_obstacle() -> None:
+    assert run_ranks(2, _with_other_layouts) == [[[[0.0, 0.0]] * 2, [[1.0, 1.0]] * 3]] * 2
 
 
 def test_the_order_of_entries_counts() -> None:

@@ -69,3 +69,13 @@ def test_each_has_its_own_result_where_none_fails() -> None:
 def test_what_one_rank_fails_with_stops_all(failure: Exception, said: str) -> None:
     (first, _), (second, _) = run_ranks(2, _each, (1,), failure)
     assert second.startswith(said) and first == f"elsewhere: {second}"
+
+
+@pytest.mark.parametrize("together", [on_rank_0, on_every_rank])
+def test_what_the_system_refuses_is_an_error_in_four_parts_in_one_process_too(together: Any) -> None:
+    def make() -> None:
+        raise PermissionError(13, "Permission denied", "/data/x")
+
+    with pytest.raises(ShardwrightError, match="cannot use /data/x: Permission denied") as caught:
+        together(make)
+    assert len(caught.value.lines()) == 4
