@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .backend_test import tested_at_first_call
+from .backend_test import holds_collectives, tested_at_first_call
 from .costmodel.model import CostModel
 from .errors import ShardwrightError, near_matches
 from .passes import _torch
@@ -101,20 +101,32 @@ def shardwright(
     static_slots = _torch.static_input_slots(graph_module.graph)
     changed = _fuse(graph_module, example_inputs, settings)
 
+    talking = holds_collectives(graph_module)
+
+    def noting(take: Callable[..., Any]) -> Callable[..., Any]:
+        def take_noted(graph: fx.GraphModule, *arguments: Any, **keywords: Any) -> Any:
+            nonlocal talking
+            talking = talking or holds_collectives(graph)
+            return take(graph, *arguments, **keywords)
+
+        return take_noted
+
     def compiled(num_ranks: int) -> Callable[..., Any]:
         return _torch.aot_compile(
             changed,
             example_inputs,
-            forward_compiler=partial(_compile, settings=settings),
+            forward_compiler=noting(partial(_compile, settings=settings)),
             backward_compiler=partial(_compile_backward, settings=settings, parameters=parameters, ranks=num_ranks),
-            partition=partial(partition_within, limit_bytes=settings.limit_bytes, min_cut=settings.inductor),
+            partition=noting(  # takes forward and backward as one graph, before gradients are averaged in it
+                partial(partition_within, limit_bytes=settings.limit_bytes, min_cut=settings.inductor)
+            ),
             decompositions=_torch.inductor_decompositions() if settings.inductor else None,
         )
 
     run = compiled(ranks)
-    if settings.self_test:
-        alone = run if ranks == 1 else compiled(1)  # another rank may not compile now: no collective may wait for it
-        run = tested_at_first_call(run, lambda: alone, graph_module)
+    if settings.self_test and not talking:
+        # made without averaging, as another rank may not compile now: no collective may wait for it
+        run = tested_at_first_call(run, lambda: run if ranks == 1 else compiled(1), graph_module)
     if ranks == 1 or not settings.broadcast or not parameters:
         return run
     return _broadcast_first(run, static_slots)

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 from distributed import run_ranks
 from torch import nn
 
-from shardwright import backend
+from shardwright import backend, backend_test
 from shardwright.errors import ShardwrightError
 
 
@@ -337,3 +339,98 @@ def test_the_self_test_leaves_buffers_gradients_and_random_numbers_alone():
             found.append((out.detach(), model.norm.running_mean.clone(), int(model.norm.num_batches_tracked)))
         assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
         assert found[0][2] == found[1][2] == 1
+
+
+class WritesInPlace(nn.Module):
+    """The second graph writes to what the first one computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.activation, self.second = nn.Linear(12, 12), nn.ReLU(inplace=True), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(self.activation(hidden)) + hidden.sum()
+
+
+def test_a_graph_that_writes_to_an_earlier_graphs_output_is_tested_and_trains(caplog):
+    torch._dynamo.reset()
+    reference, model = build(WritesInPlace), build(WritesInPlace)
+    expected = train(reference, reference)
+    losses, state = train(model, torch.compile(model, backend="shardwright"))
+    assert losses == pytest.approx(expected[0], rel=1e-12)
+    assert_same(state, expected[1])
+    assert "not tested" not in caplog.text
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("in_backward", "options"),
+    [(False, None), (False, {"data_parallel": False}), (True, {"data_parallel": False})],
+    ids=["forward-averaging", "forward", "backward"],
+)
+def test_a_graph_with_collectives_is_not_run_again_for_a_test(in_backward, options):
+    for calls, _ in run_ranks(2, _calls_of_the_test, in_backward, options):
+        assert calls == 0
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """As where tensor-parallel ranks take a copy of the same activations."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return functional_collectives.all_reduce(gradient, "sum", dist.group.WORLD)
+
+
+class Talks(PlainNet):
+    in_backward = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self[1](self[0](x))
+        if self.in_backward:
+            return self[4](_SumOfGradients.apply(hidden))
+        return self[4](functional_collectives.all_reduce(hidden.detach(), "sum", dist.group.WORLD) + hidden)
+
+
+def _calls_of_the_test(rank: int, in_backward: bool, options) -> tuple[int, list[torch.Tensor]]:
+    torch._dynamo.reset()
+    model = build(Talks)
+    model.in_backward = in_backward
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        # one rank has no room: were a collective tested, the other would wait for it in vain
+        patch.setattr(backend_test, "free_bytes", lambda device: 0 if rank else 1 << 40)
+        patch.setattr(backend_test, "_compare", lambda *arguments: calls.append(1))
+        torch.compile(model, backend="shardwright", options=options)(batch()[0][0]).sum().backward()
+    return len(calls), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["_copies", "_gradients", "free_bytes"])
+def test_a_fault_of_the_test_itself_is_logged_and_stops_nothing(name, monkeypatch, caplog):
+    def fails(*arguments):
+        torch.rand(3)
+        raise KeyError("a fault of the test")
+
+    monkeypatch.setattr(backend_test, name, fails)
+    torch._dynamo.reset()
+    reference, model = build(PlainNet), build(PlainNet)
+    expected = train(reference, reference)
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    losses, state = train(model, torch.compile(model, backend="shardwright"))
+    assert losses == pytest.approx(expected[0], rel=1e-12)
+    assert_same(state, expected[1])
+    assert "a compiled graph is not tested: KeyError: 'a fault of the test'" in caplog.text
+    assert name == "free_bytes" or torch.equal(before, torch.get_rng_state())
+
+
+def test_an_output_of_another_shape_or_dtype_is_a_difference():
+    ones = torch.ones(2, 3)
+    for other in (ones.double(), ones[:1], 1.0):
+        assert backend_test._first_difference("output", [other], [ones]) is not None
+    assert backend_test._first_difference("output", [ones.clone()], [ones]) is None
