@@ -19,6 +19,8 @@ from .where import is_ours, place_of
 from .workload import Loss
 from .writes import written_memory
 
+_KEEP_VALUES = {torch.ops.aten.detach_.default}  # in place, though no value changes: torch.tensor() ends with it
+
 
 def refuse_unregistered(found_loss: torch.Tensor, loss: Loss | None) -> None:
     """Of the running trace, whose forward has just ended with this loss."""
@@ -38,7 +40,7 @@ def refuse_unregistered(found_loss: torch.Tensor, loss: Loss | None) -> None:
             )
     for node in graph.nodes:
         memory = written_memory(node) if node.op == "call_function" else None
-        if memory in tensors:
+        if memory in tensors and tensors[memory].numel() and node.target not in _KEEP_VALUES:
             raise _refusal(
                 f"{_place(source_of(node), loss)} writes to a tensor {tuple(tensors[memory].shape)} that is no buffer "
                 f"of the model ({node.target})",

@@ -51,7 +51,8 @@ def test_published_schedules_are_evaluated_by_name(capsys, name, makespan):
 
 
 def test_auto_is_no_slower_than_a_published_schedule(capsys):
-    options = ("--times", "1,1.4,0.6", "--transfer", "0.1", "--stage-extra", "0.15,0.4", "--memory", "4", "--json")
+    options = ("--times", "1,1.4,0.6", "--transfer", "0.1", "--stage-extra", "0.15,0.4", "--memory", "4", "--json",
+               "--time-limit", "20")  # fmt: skip
     best = {}
     for name in ("auto", "1f1b", "zb-v", "zb-h1", "v-half"):
         code, out, _ = run_main(capsys, *SMALL, *options, "--name", name)
