@@ -22,7 +22,7 @@ from torch import fx
 
 from .global_loss import SHARE, op_name, reduction_of
 from .graph import LossOver
-from .nodes import value
+from .nodes import named_arguments, value
 
 Kind = tuple[str, int] | None
 _LINEAR = {"neg", "_to_copy", "to", "view", "reshape", "squeeze", "unsqueeze", "select", "slice", "expand", "clone",
@@ -108,7 +108,7 @@ class _Judge:
             return self._mixes_by_index(node)
         if name not in _ALONG:
             return False
-        given, shape = _arguments(node), value(node.all_input_nodes[0]).shape
+        given, shape = named_arguments(node), value(node.all_input_nodes[0]).shape
         if name == "slice_scatter" and _is_whole(given, shape):
             return False
         dims = given.get("dim", given.get("dims", 0))
@@ -179,14 +179,6 @@ class _Judge:
         return 0
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """By name, defaults included."""
-    schema: Any = getattr(node.target, "_schema", None)
-    found = {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    names = [] if schema is None else [a.name for a in schema.arguments]
-    return {**found, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def _is_whole(given: dict[str, Any], shape: torch.Size) -> bool:
     start, end, step = given.get("start") or 0, given.get("end"), given.get("step", 1)
     return start == 0 and step == 1 and (end is None or end >= shape[given.get("dim", 0)])
@@ -196,5 +188,5 @@ def _is_each_its_own(index: Any, size: int) -> bool:
     """Is it 0, 1, ... size - 1?"""
     while index.op == "call_function" and op_name(index) in _PASSED_ON:
         index = index.args[0]
-    given = _arguments(index) if index.op == "call_function" and op_name(index) == "arange" else {"start": None}
+    given = named_arguments(index) if index.op == "call_function" and op_name(index) == "arange" else {"start": None}
     return given.get("start", 0) == 0 and given.get("step", 1) == 1 and given.get("end") == size

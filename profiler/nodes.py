@@ -51,3 +51,11 @@ def needed_for(wanted: Iterable[Any], stop: Callable[[fx.Node], bool] = lambda n
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """What an op is called with, by the names of its schema, defaults included; empty where it has none."""
+    schema: Any = getattr(node.target, "_schema", None)
+    arguments = schema.arguments if schema is not None else []
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    return {**defaults, **dict(zip([a.name for a in arguments], node.args, strict=False)), **node.kwargs}

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from .graph import OpCost, Segment
-from .nodes import source_of
+from .nodes import named_arguments, source_of
 
 aten = torch.ops.aten
 VIEWS = {
@@ -102,8 +101,7 @@ def attention_pairs(queries: int, keys: int, causal: bool, window: int) -> float
 def attention_flops(node: fx.Node, *, recomputed: bool = True) -> float:
     """Two products of pairs by head size, one over the queries' and one over the values'; the backward two and two, and
     the scores again where `recomputed` counts too, which no model asks for."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = named_arguments(node)
     query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
     batch, heads, queries, dim = query.shape
     over_queries, over_values = (2 + recomputed, 2) if "grad_out" in given else (1, 1)

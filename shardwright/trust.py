@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import ExitCode, ShardwrightError
 from .plans.document import Plan
@@ -42,15 +42,12 @@ def remember(plan: Plan) -> None:
         pass
 
 
-def workload_of(plan: Plan, trusted: bool, **changes: Any) -> Workload:
-    """The training job that the plan describes, built anew, with some of load_workload's arguments changed.
-
-    Raises ShardwrightError, exit code 7, as require does.
-    """
+def workload_of(plan: Plan, trusted: bool) -> Workload:
+    """The training job that the plan describes, built anew. Raises ShardwrightError, exit code 7, as require does."""
     from .profiler.models import reload_workload
 
     require(plan, trusted, "trust_model=True")
-    return reload_workload(plan.workload, **changes)
+    return reload_workload(plan.workload)
 
 
 def require(plan: Plan, trusted: bool, option: str = "--trust-model") -> None:
