@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from ..profiler.device import Device
+from ..profiler.nodes import named_arguments
 from ..profiler.work import attention_pairs
 from .compute import matmul_rate, memory_rate
 from .constants import Constants
@@ -52,12 +53,10 @@ class AttentionCall:
         name = str(getattr(node.target, "overloadpacket", ""))
         if name not in ("shardwright.attention", "shardwright.attention_backward"):
             return None
-        is_backward = name.endswith("backward")
-        args = node.args[1:] if is_backward else node.args
-        query, key, value = (arg.meta["val"] for arg in args[:3])  # type: ignore[union-attr]
-        mask_node = args[3] if isinstance(args[3], fx.Node) else None
+        is_backward, given = name.endswith("backward"), named_arguments(node)
+        query, key, value = (given[name].meta["val"] for name in ("query", "key", "value"))
+        mask_node = given["mask"] if isinstance(given["mask"], fx.Node) else None
         mask = mask_node.meta["val"] if mask_node is not None else None
-        _, causal, window, dropout_p = args[7:11] if is_backward else args[5:9]
         return cls(
             tuple(query.shape),
             tuple(key.shape),
@@ -65,11 +64,11 @@ class AttentionCall:
             (query.dtype, key.dtype, value.dtype),
             None if mask is None else (tuple(mask.shape), mask.dtype),
             mask_node,
-            bool(causal),
-            int(window),  # type: ignore[arg-type]
-            float(dropout_p),  # type: ignore[arg-type]
+            bool(given["causal"]),
+            int(given["window"]),
+            float(given["dropout_p"]),
             is_backward,
-            is_backward and bool(args[-1]),
+            is_backward and bool(given["mask_needs_grad"]),
         )
 
     def kernel(self, device: Device) -> str:

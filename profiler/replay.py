@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
+from .nodes import named_arguments
 
 aten = torch.ops.aten
 Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -312,12 +313,14 @@ def _writes(node: fx.Node) -> list[fx.Node]:
     """The operands that an op writes to."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
-    written: list[fx.Node] = []
-    for i, argument in enumerate(node.target._schema.arguments):
-        given = node.kwargs.get(argument.name, node.args[i] if i < len(node.args) else None)
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written += [n for n in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(n, fx.Node)]
-    return written
+    given = named_arguments(node)
+    names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    values = [value for name in names for value in _listed(given.get(name))]
+    return [value for value in values if isinstance(value, fx.Node)]
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _memory(node: fx.Node) -> fx.Node:
