@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ from .global_loss import split_mean_losses
 from .loss_precision import widen_losses
 from .nodes import source_of, value
 from .random_ops import number_draws, replace_random
-from .where import is_ours
+from .where import is_users_line
 from .writes import drop_unread_writes, is_inplace, refuse_param_writes, replace_inplace
 
 aten = torch.ops.aten
@@ -123,9 +122,9 @@ def refuse_transforms(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and "functorch" in (getattr(node.target, "__module__", None) or ""):
             line = source_of(node)
-            line = line if line and not is_ours(Path(line.rpartition(":")[0])) else "the loss"
+            place = line if is_users_line(line) else "the loss"
             raise ShardwrightError(
-                f"{line} calls a transform of torch.func ({getattr(node.target, '__name__', node.target)})",
+                f"{place} calls a transform of torch.func ({getattr(node.target, '__name__', node.target)})",
                 means="the graph would show ops on one sample alone, so it cannot be planned",
                 change="that line: write the function out for the whole batch, without torch.vmap",
                 works="torch.einsum, broadcasting, or ops with a batch dimension",

@@ -7,15 +7,13 @@ it was.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
 from .nodes import source_of
-from .where import is_ours, place_of
+from .where import is_users_line, place_of
 from .workload import Loss
 from .writes import written_memory
 
@@ -70,7 +68,7 @@ def _read_at(node: fx.Node) -> str:
 
 def _place(line: str, loss: Loss | None) -> str:
     """The line, where it is the user's; the loss is called from here, and leaves no frame of its own in a trace."""
-    if line and not is_ours(Path(line.rpartition(":")[0])):
+    if is_users_line(line):
         return line
     return "the model" if loss is None else f"the loss ({place_of(loss)})"
 

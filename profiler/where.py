@@ -21,6 +21,11 @@ def is_ours(path: Path) -> bool:
     return path.is_relative_to(_OURS) and path.relative_to(_OURS).parts[0] not in (*_TESTED, ".venv")
 
 
+def is_users_line(line: str) -> bool:
+    """Of 'file:line', or '' where a trace knows none."""
+    return bool(line) and not is_ours(Path(line.rpartition(":")[0]))
+
+
 def users_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary:
     """The innermost of these that is the user's; of a library's where none is, and the innermost of all else."""
     outside = [f for f in frames if "/torch/" not in f.filename and not is_ours(Path(f.filename))]

@@ -24,9 +24,8 @@ def merged(ranks: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """All groups of all ranks, those of the same hyperparameters as one."""
     found: list[dict[str, Any]] = []
     for group in (group for rank in ranks for group in rank):
-        names = group["parameters"]
-        options = {key: value for key, value in group.items() if key != "parameters"}
-        same = next((g for g in found if {k: v for k, v in g.items() if k != "parameters"} == options), None)
+        names, options = group["parameters"], _without_names(group)
+        same = next((g for g in found if _without_names(g) == options), None)
         if same is None:
             found.append({"parameters": list(names), **options})
         else:
