@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from .errors import ExitCode, ShardwrightError
-from .self_test import BUDGET_S, FLOORS, TOLERANCES, free_bytes, largest, relative_difference
+from .self_test import BUDGET_S, FLOORS, TOLERANCES, first_line, free_bytes, largest, relative_difference
 
 Compiled = Callable[..., Any]
 T = TypeVar("T")
@@ -62,8 +62,7 @@ def _attempted(part: Callable[[], T]) -> T | None:
         return part()
     except Exception as error:  # on copies, a graph or an op of the user's own may raise anything
         level = logging.INFO if isinstance(error, torch.OutOfMemoryError) else logging.WARNING
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        _log.log(level, "a compiled graph is not tested: %s: %s", type(error).__name__, first_line)
+        _log.log(level, "a compiled graph is not tested: %s: %s", type(error).__name__, first_line(error))
         return None
 
 

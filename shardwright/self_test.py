@@ -118,7 +118,7 @@ def _in_either_dtype(workload: Workload, graph: ModelGraph, device: torch.device
         raise
     except Exception as error:  # of the user's own code: it may raise anything
         if _is_lacking(error):
-            return f"this machine cannot run it: {_first_line(error, 160)}"
+            return f"this machine cannot run it: {first_line(error, 160)}"
         raise _fails_itself(workload, error) from error
     for differences in (found, _itself(workload, graph, device)):
         if not differences.is_near(own):
@@ -170,13 +170,13 @@ def _dtype_of(workload: Workload) -> torch.dtype:
     return next((p.dtype for p in workload.model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
-def _first_line(error: Exception, length: int) -> str:
+def first_line(error: Exception, length: int | None = None) -> str:
     return (str(error).strip().splitlines() or [""])[0][:length]
 
 
 def _is_lacking(error: Exception) -> bool:
     """A kernel, or memory: of the machine, not of the model."""
-    text = _first_line(error, 160)
+    text = first_line(error, 160)
     named = any(words in text for words in ("not implemented", "not supported", "t allocate memory"))
     lacks = isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
     return isinstance(error, RuntimeError) and (named or lacks)
@@ -194,7 +194,7 @@ def _fails_as_graph(workload: Workload, error: Exception) -> ShardwrightError:
 
 def _fails_itself(workload: Workload, error: Exception) -> ShardwrightError:
     return ShardwrightError(
-        f"{workload.name} fails in plain PyTorch: {type(error).__name__}: {_first_line(error, 200)}",
+        f"{workload.name} fails in plain PyTorch: {type(error).__name__}: {first_line(error, 200)}",
         means=_where_it_fails(workload, error)
         or "the self-test runs forward, backward and a step of the model as written beside the captured graph",
         change="the model",
@@ -319,7 +319,7 @@ class _Comparison:
             raise
         except Exception as error:  # ops of the user's own may raise anything
             kind = _CannotRun if _is_lacking(error) else _GraphFails
-            raise kind(f"{type(error).__name__}: {_first_line(error, 160)}") from error
+            raise kind(f"{type(error).__name__}: {first_line(error, 160)}") from error
         finally:
             torch.set_default_dtype(before)
 
