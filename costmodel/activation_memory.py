@@ -1,7 +1,7 @@
 """Memory of a rank, along its list of actions.
 
 A stage's activation bytes are taken at the start of F and given back at the end of B or W. What an R computes again is
-not held before it, what was offloaded not between O and L. Workspace is held during an action only.
+not held before it, what was offloaded not between O and L.
 """
 
 from __future__ import annotations
@@ -12,42 +12,36 @@ from .actions import Action
 from .stage_times import StageTimes
 
 
-def change(kind: str, stage: StageTimes, recomputed: bool) -> float:
+def change(kind: str, stage: StageTimes, recomputed: bool) -> int:
     """Bytes taken, or given back where negative, of an activation that is let go as its actions say."""
     if kind == "F":
         return stage.activation_bytes - (stage.recompute_bytes if recomputed else 0)
     if kind == "R":
         return stage.recompute_bytes
     if kind == "I":
-        return -stage.activation_bytes * stage.input_grad_release
-    if kind == "W":
-        return -stage.activation_bytes * (1.0 - stage.input_grad_release)
-    if kind == "B":
+        return 0
+    if kind == "B" or kind == "W":
         return -stage.activation_bytes
     return stage.offload_bytes if kind == "L" else -stage.offload_bytes
 
 
-def peak_memory(
-    ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], static_bytes: Sequence[int] | None = None
-) -> tuple[list[int], list[int]]:
+def peak_memory(ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes]) -> tuple[list[int], list[int]]:
     """(peak bytes, most activations held at once) of each rank. Needs the order alone, not the times."""
     peaks, in_flight = [], []
     offers = any(stage.recompute_bytes for stage in stages)
-    for rank, actions in enumerate(ranks):
-        held: float = static_bytes[rank] if static_bytes else 0
-        peak, count, most = held, 0, 0
+    for actions in ranks:
+        held = peak = count = most = 0
         again = {(stage, k) for kind, stage, k in actions if kind == "R"} if offers else set()
         for kind, stage, microbatch in actions:
-            times, more = stages[stage], change(kind, stages[stage], (stage, microbatch) in again)
-            workspace = times.forward_workspace_bytes if kind == "F" else times.backward_workspace_bytes
-            peak = max(peak, held + max(more, 0) + (0 if kind in "OL" else workspace))
-            held += more
+            held += change(kind, stages[stage], (stage, microbatch) in again)
+            if held > peak:
+                peak = held
             if kind == "F":
                 count += 1
                 most = max(most, count)
             elif kind in "BW":
                 count -= 1
-        peaks.append(round(peak))
+        peaks.append(peak)
         in_flight.append(most)
     return peaks, in_flight
 

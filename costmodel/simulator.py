@@ -1,7 +1,7 @@
-"""The one event simulator: ordered actions on ranks, transfers between them, collectives beside them.
+"""The one event simulator: ordered actions on ranks, transfers between them, reductions and copies beside them.
 
-Each rank runs its list in order. An action starts when the rank is free, its input has arrived and, under ZeRO-3, its
-parameters have been gathered. What each action waits for, with s a virtual stage and S their number:
+Each rank runs its list in order. An action starts when the rank is free and its input has arrived. What each action
+waits for, with s a virtual stage and S their number:
 
     F(s)   F(s-1) of the same microbatch, after the transfer        B, I(S-1)  F(S-1)
     B, I(s) B or I(s+1), after the transfer, and F(s)               W(s)       I(s)          R(s)  F(s)
@@ -14,6 +14,9 @@ A transfer between two ranks starts when its producer ends, holds the link of th
 occupancy, in the order of production, and arrives a latency later. It never holds up compute. Between two stages of one
 rank nothing is sent. A fused B sends its gradient when all of it is done.
 
+A stage's gradients are reduced once a step, from its last backward on, beside the work of the rank's other stages and
+one stage after another. Then comes the rank's tail.
+
 Because the order on every rank and every link is given, start times are the longest paths of a graph without cycles,
 and one pass in any feasible order finds them: O(number of actions).
 """
@@ -21,12 +24,15 @@ and one pass in any feasible order finds them: O(number of actions).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .actions import Action
 from .activation_memory import peak_memory
-from .stage_times import Hop, StageTimes, Tail
-from .trace import COLLECTIVE, COMPUTE, HOST_IN, HOST_OUT, SEND, Event, Trace
+from .stage_times import StageTimes, StepTimes
+from .timeline import Timeline
+from .trace import COLLECTIVE, COMPUTE, HOST_IN, HOST_OUT, SEND, Event
+
+NOT_YET = -1.0
 
 
 class Deadlock(RuntimeError):
@@ -39,328 +45,265 @@ class Deadlock(RuntimeError):
         )
 
 
-@dataclass
-class Timeline:
-    """What the simulation found. Lists are indexed by rank; starts and ends run along the rank's list of actions."""
+@dataclass(frozen=True)
+class Pipeline:
+    """Who runs what, and in which order.
+
+    ranks: the list of actions of each. placements: the rank of each virtual stage, one row for each direction;
+    direction: the row of each microbatch, where not all use row 0.
+    """
 
     ranks: Sequence[Sequence[Action]]
-    starts: list[list[float]]
-    ends: list[list[float]]
-    makespan_s: float  # to the end of the last action, reduction and tail
-    compute_end_s: list[float]  # end of each rank's last action
-    busy_s: list[float]  # sum of the action durations
-    waited_s: list[float]  # gathers and reductions between the actions that the rank waited for
-    exposed_comm_s: list[float]  # all collectives that it waited for: those, the ones inside actions, and the tail's
-    peak_bytes: list[int]
-    peak_in_flight: list[int]  # most microbatch activations (of single virtual stages) held at once
-    extra: list[Event] = field(default_factory=list)  # transfers, collectives and tails, where events were asked for
+    placements: Sequence[Sequence[int]]
+    num_microbatches: int
+    direction: Sequence[int] | None = None
 
     @property
-    def compute_makespan_s(self) -> float:
-        return max(self.compute_end_s, default=0.0)
-
-    @property
-    def bubble_fractions(self) -> list[float]:
-        """Share of each rank's time, to the end of the last action anywhere, without an action or a collective."""
-        span = self.compute_makespan_s
-        used = (busy + waited for busy, waited in zip(self.busy_s, self.waited_s, strict=True))
-        return [(span - seconds) / span if span else 0.0 for seconds in used]
-
-    @property
-    def bubble_fraction(self) -> float:
-        """Mean idle share over the ranks: (p-1)/(m+p-1) for 1F1B with equal stages."""
-        fractions = self.bubble_fractions
-        return sum(fractions) / len(fractions) if fractions else 0.0
-
-    def events(self) -> Iterator[Event]:
-        for rank, actions in enumerate(self.ranks):
-            for action, start, end in zip(actions, self.starts[rank], self.ends[rank], strict=True):
-                yield Event(rank, COMPUTE, action.kind, action.stage, action.microbatch, start, end)
-        yield from self.extra
-
-    def trace(self, **meta: object) -> Trace:
-        events = sorted(self.events(), key=lambda event: (event.start_s, event.rank))
-        return Trace("predicted", tuple(events), meta)
+    def row_of(self) -> Sequence[int]:
+        return [0] * self.num_microbatches if self.direction is None else self.direction
 
 
-def simulate(
-    ranks: Sequence[Sequence[Action]],
-    placements: Sequence[Sequence[int]],
-    stages: Sequence[StageTimes],
-    num_microbatches: int,
-    hops: Sequence[Hop] | Hop | None = None,
-    *,
-    direction: Sequence[int] | None = None,
-    overlap_collectives: bool = False,
-    overlap_reductions: bool = False,
-    tails: Sequence[Tail] | None = None,
-    wait_for_all: bool = False,
-    static_bytes: Sequence[int] | None = None,
-    with_events: bool = False,
-    with_memory: bool = True,
-) -> Timeline:
+def simulate(pipeline: Pipeline, times: StepTimes, *, with_events: bool = False, with_memory: bool = True) -> Timeline:
     """Run the lists. Raises Deadlock where they cannot finish.
 
-    placements: the rank of each virtual stage, one row for each direction; direction: the row of each microbatch
-    (default: all use row 0). overlap_collectives: gathers and reductions run beside compute (a gather one action
-    ahead), else the rank waits for each. overlap_reductions: once-a-step reductions start at their stage's last
-    backward, beside the work of the rank's other stages, else after the rank's last action. wait_for_all: tails start
-    when every rank is done (clipping by global norm).
-    static_bytes: held on each rank throughout. with_events: also record transfers and collectives.
-    with_memory: also find the peaks (a third of the time).
+    with_events: also record transfers and collectives. with_memory: also find the peaks (a third of the time).
     """
-    num_ranks, num_stages, m = len(ranks), len(stages), num_microbatches
-    last = num_stages - 1
-    if hops is None:
-        hops = Hop()
-    hop_list = [hops] * last if isinstance(hops, Hop) else list(hops)
-    assert len(hop_list) >= last, f"{num_stages} stages need {last} hops, got {len(hop_list)}"
-    rows = [list(row) for row in placements]
-    direction = [0] * m if direction is None else list(direction)
-    forward_s = [stage.forward_s for stage in stages]
-    input_s = [stage.backward_input_s for stage in stages]
-    weight_s = [stage.backward_weight_s for stage in stages]
-    collectives = any(stage.gather_s or stage.reduce_each_s for stage in stages)
-    offloaded = _offloaded(ranks, stages, m)
-    copied_out: dict[int, float] = {}  # slot -> end of the copy to host memory
-    copied_in: dict[int, float] = {}
-    host_free = [[0.0] * num_ranks for _ in range(2)]  # to host memory, from there
+    ranks, stages = pipeline.ranks, times.stages
+    ran = _run(pipeline, times)
+    waiting = {rank: row[len(ran.ends[rank])] for rank, row in enumerate(ranks) if len(ran.ends[rank]) < len(row)}
+    if waiting:
+        raise Deadlock(waiting)
+    compute_end = [row[-1] if row else 0.0 for row in ran.ends]
+    reductions = [_reductions(row, ends, stages) for row, ends in zip(ranks, ran.ends, strict=True)]
+    exposed = [_comm_inside(row, stages) for row in ranks]
+    finish = []
+    for rank, end in enumerate(compute_end):
+        finish.append(max([end, *(reduced for _, _, reduced in reductions[rank])]))
+        exposed[rank] += finish[rank] - end
+    done = list(finish)
+    everyone = max(finish, default=0.0)
+    for rank, tail in enumerate(times.tails):
+        begin = everyone if times.tails_wait else done[rank]
+        finish[rank] = begin + tail.optimizer_s + tail.gather_s
+        exposed[rank] += tail.gather_s
+    peaks, in_flight = peak_memory(ranks, stages) if with_memory else ([], [])
+    return Timeline(
+        ranks=ranks,
+        starts=ran.starts,
+        ends=ran.ends,
+        makespan_s=max(finish, default=0.0),
+        compute_end_s=compute_end,
+        busy_s=ran.busy_s,
+        exposed_comm_s=[max(0.0, seconds) for seconds in exposed],  # differences of times may round below 0
+        peak_bytes=peaks,
+        peak_in_flight=in_flight,
+        extra=[
+            *_transfers(pipeline, times, ran),
+            *_collectives(reductions),
+            *_tails(times, done),
+        ]
+        if with_events
+        else [],
+    )
 
-    size = num_stages * m
-    forward_in = [-1.0] * size  # arrival of the input of F; -1: not yet
-    for microbatch in range(m):
-        forward_in[microbatch] = 0.0
-    gradient_in = [-1.0] * size
-    forward_done = bytearray(size)
-    input_done = bytearray(size)
-    clock = [0.0] * num_ranks
-    collective_free = [0.0] * num_ranks
-    gathered = [0.0] * num_ranks  # when the gather for the rank's next action begins
+
+@dataclass
+class _Ran:
+    """When everything happened. Of slots (stage * microbatches + microbatch): when its input, its gradient, its copy
+    in host memory and its copy back are there."""
+
+    starts: list[list[float]]
+    ends: list[list[float]]
+    busy_s: list[float]
+    forward_in: list[float]
+    gradient_in: list[float]
+    copied_out: dict[int, float]
+    copied_in: dict[int, float]
+
+
+def _run(pipeline: Pipeline, times: StepTimes) -> _Ran:
+    """Every rank goes on until it waits for a value; whoever sends that value wakes it."""
+    ranks, m, stages, row_of = pipeline.ranks, pipeline.num_microbatches, times.stages, pipeline.row_of
+    num_ranks, last, size = len(ranks), len(stages) - 1, len(stages) * m
+    onward, back = _links(pipeline, times)
+    # when a slot's input, gradient, backward of the input and forward are there: in each the value that an action of
+    # the kind waits for. A gradient is only there after all forwards of its microbatch.
+    forward_in, gradient_in, input_done, forward_done = ([NOT_YET] * size for _ in range(4))
+    forward_in[:m] = [0.0] * m
+    copied_out = _to_copy(pipeline, times)
+    copied_in: dict[int, float] = {}
+    ready_of = {"F": forward_in, "B": gradient_in, "I": gradient_in, "W": input_done, "R": forward_done}
+    ready_of |= {"O": forward_done, "L": [0.0] * size}
+    seconds_of = _seconds_of(stages)
+    out_free, in_free, clock, busy = ([0.0] * num_ranks for _ in range(4))
     starts: list[list[float]] = [[] for _ in ranks]
     ends: list[list[float]] = [[] for _ in ranks]
-    busy = [0.0] * num_ranks
-    exposed = [0.0] * num_ranks
     link_free: dict[tuple[int, int], float] = {}
-    extra: list[Event] = []
-    blocked = [-1] * num_ranks  # slot of the token that a rank waits for
-    position = [0] * num_ranks
+    blocked = [-1] * num_ranks  # slot of the value that a rank waits for
     runnable = list(range(num_ranks))
 
     while runnable:
         rank = runnable.pop()
-        actions, now = ranks[rank], clock[rank]
-        rank_starts, rank_ends = starts[rank], ends[rank]
-        i, n = position[rank], len(actions)
-        work = 0.0
+        actions, now, work = ranks[rank], clock[rank], 0.0
+        begun, ended = starts[rank], ends[rank]
+        i, n = len(begun), len(actions)
         while i < n:
             kind, stage, microbatch = actions[i]
             slot = stage * m + microbatch
-            if kind == "F":
-                ready, seconds = forward_in[slot], forward_s[stage]
-                if ready < 0.0:
-                    break
-            elif kind == "W":
-                if not input_done[slot]:
-                    break
-                ready, seconds = 0.0, weight_s[stage]
-            elif kind == "R":
-                if not forward_done[slot]:
-                    break
-                ready, seconds = 0.0, forward_s[stage]
-            elif kind == "O":
-                if not forward_done[slot]:
-                    break
-                ready, seconds = copied_out.get(slot, 0.0), 0.0
-            elif kind == "L":
-                ready, seconds = 0.0, 0.0
-            else:
-                if not forward_done[slot]:
-                    break
-                ready = gradient_in[slot] if stage != last else 0.0
-                if ready < 0.0:
-                    break
-                if slot in copied_in and copied_in[slot] > ready:
-                    ready = copied_in[slot]
-                seconds = input_s[stage]
-                if kind == "B":
-                    seconds += weight_s[stage]
-            start = ready if ready > now else now
-            if collectives and stages[stage].gather_s and kind not in "OL":
-                begin = (gathered[rank] if overlap_collectives else now) if i else 0.0
-                gathered_at = begin + stages[stage].gather_s
-                if gathered_at > start:
-                    exposed[rank] += gathered_at - start
-                    start = gathered_at
-                if with_events:
-                    extra.append(Event(rank, COLLECTIVE, "gather", stage, microbatch, begin, gathered_at))
-            end = start + seconds
-            rank_starts.append(start)
-            rank_ends.append(end)
+            start = ready_of[kind][slot]
+            if start < 0.0:
+                blocked[rank] = slot
+                break
+            if start < now:
+                start = now
+            if copied_in and start < copied_in.get(slot, 0.0):
+                start = copied_in[slot]
+            seconds = seconds_of[kind][stage]
+            now = start + seconds
+            begun.append(start)
+            ended.append(now)
             work += seconds
-            now = end
             i += 1
-            if collectives and kind not in "OL":
-                following = i
-                while overlap_collectives and following < n and actions[following].kind in "OL":
-                    following += 1
-                if overlap_collectives and following < n:  # the next action's gather goes out as this one starts
-                    gathered[rank] = max(collective_free[rank], start)
-                    collective_free[rank] = gathered[rank] + stages[actions[following].stage].gather_s
-                each_s = stages[stage].reduce_each_s
-                if each_s and kind in "BW":
-                    begin = max(collective_free[rank], end) if overlap_collectives else end
-                    collective_free[rank] = begin + each_s
-                    if not overlap_collectives:
-                        now = end + each_s
-                        exposed[rank] += each_s
-                    if with_events:
-                        extra.append(Event(rank, COLLECTIVE, "reduce", stage, microbatch, begin, begin + each_s))
             # what the end of this action sets free
             if kind == "F":
-                forward_done[slot] = 1
-                if slot in offloaded:
-                    seconds = stages[stage].offload_s
-                    copied_out[slot] = free = max(host_free[0][rank], end) + seconds
-                    host_free[0][rank] = free
-                    if with_events:
-                        extra.append(Event(rank, HOST_OUT, "offload", stage, microbatch, free - seconds, free))
+                forward_done[slot] = now
+                if slot in copied_out:
+                    # O waits for the copy
+                    out_free[rank] = copied_out[slot] = forward_done[slot] = (
+                        max(out_free[rank], now) + stages[stage].offload_s
+                    )
                 if stage == last:
+                    gradient_in[slot] = now
                     continue
-                target = slot + m
-                hop = hop_list[stage]
-                row = rows[direction[microbatch]]
-                receiver = row[stage + 1]
-                latency, occupancy = hop.forward_latency_s, hop.forward_occupancy_s
-                arrivals = forward_in
-            elif kind == "L":
-                seconds = stages[stage].offload_s
-                copied_in[slot] = free = max(host_free[1][rank], end) + seconds
-                host_free[1][rank] = free
-                if with_events:
-                    extra.append(Event(rank, HOST_IN, "load", stage, microbatch, free - seconds, free))
-                continue
-            elif kind in "WRO":
-                continue
-            else:
-                input_done[slot] = 1
+                target, arrivals = slot + m, forward_in
+                receiver, latency, occupancy = onward[row_of[microbatch]][stage]
+            elif kind == "B" or kind == "I":
+                input_done[slot] = now
                 if stage == 0:
                     continue
-                target = slot - m
-                hop = hop_list[stage - 1]
-                row = rows[direction[microbatch]]
-                receiver = row[stage - 1]
-                latency, occupancy = hop.backward_latency_s, hop.backward_occupancy_s
-                arrivals = gradient_in
-            if receiver == rank:
-                arrivals[target] = end
-                continue
-            if occupancy:
-                link = (rank, receiver)
-                free = link_free.get(link, 0.0)
-                sent = (free if free > end else end) + occupancy
-                link_free[link] = sent
+                target, arrivals = slot - m, gradient_in
+                receiver, latency, occupancy = back[row_of[microbatch]][stage]
             else:
-                sent = end
+                if kind == "L":
+                    in_free[rank] = copied_in[slot] = max(in_free[rank], now) + stages[stage].offload_s
+                continue
+            if receiver == rank:
+                arrivals[target] = now
+                continue
+            sent = now
+            if occupancy:
+                free = link_free.get((rank, receiver), 0.0)
+                link_free[rank, receiver] = sent = (free if free > now else now) + occupancy
             arrivals[target] = sent + latency
-            if with_events and occupancy + latency:
-                extra.append(
-                    Event(rank, f"{SEND}:{receiver}", "send", stage, microbatch, sent - occupancy, sent + latency)
-                )
             if blocked[receiver] == target:
                 blocked[receiver] = -1
                 runnable.append(receiver)
-        position[rank] = i
         clock[rank] = now
         busy[rank] += work
-        if i < n:
-            blocked[rank] = actions[i].stage * m + actions[i].microbatch
-
-    waiting = {rank: ranks[rank][position[rank]] for rank in range(num_ranks) if position[rank] < len(ranks[rank])}
-    if waiting:
-        raise Deadlock(waiting)
-
-    compute_end = [rank_ends[-1] if rank_ends else 0.0 for rank_ends in ends]
-    waited = list(exposed)
-    _account_inside_comm(ranks, stages, exposed)
-    finish = _reductions(ranks, stages, ends, clock, collective_free, exposed, overlap_reductions, with_events, extra)
-    if tails is not None:
-        everyone = max(finish)
-        for rank, tail in enumerate(tails):
-            begin = everyone if wait_for_all else finish[rank]
-            finish[rank] = begin + tail.optimizer_s + tail.gather_s
-            exposed[rank] += tail.gather_s
-            if with_events:
-                middle = begin + tail.optimizer_s
-                extra.append(Event(rank, COMPUTE, "optimizer", -1, -1, begin, middle))
-                if tail.gather_s:
-                    extra.append(Event(rank, COLLECTIVE, "gather", -1, -1, middle, finish[rank]))
-    peaks, in_flight = peak_memory(ranks, stages, static_bytes) if with_memory else ([], [])
-    return Timeline(
-        ranks=ranks,
-        starts=starts,
-        ends=ends,
-        makespan_s=max(finish, default=0.0),
-        compute_end_s=compute_end,
-        busy_s=busy,
-        waited_s=waited,
-        exposed_comm_s=[max(0.0, seconds) for seconds in exposed],  # differences of times may round below 0
-        peak_bytes=peaks,
-        peak_in_flight=in_flight,
-        extra=extra,
-    )
+    return _Ran(starts, ends, busy, forward_in, gradient_in, copied_out, copied_in)
 
 
-def _offloaded(ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], num_microbatches: int) -> set[int]:
-    """Slots whose activations take time on their way to host memory."""
-    if not any(stage.offload_s for stage in stages):
-        return set()
-    let_go = (action for row in ranks for action in row if action.kind == "O")
-    return {action.stage * num_microbatches + action.microbatch for action in let_go}
+_Link = tuple[int, float, float]  # receiving rank, latency and occupancy
 
 
-def _account_inside_comm(ranks: Sequence[Sequence[Action]], stages: Sequence[StageTimes], exposed: list[float]) -> None:
-    if not any(stage.forward_comm_s or stage.backward_comm_s for stage in stages):
-        return
-    for rank, actions in enumerate(ranks):
+def _links(pipeline: Pipeline, times: StepTimes) -> tuple[list[list[_Link]], list[list[_Link]]]:
+    """Where each stage sends its activations and its gradients to: for each direction, by stage."""
+    hops, num_stages = times.hop_list, len(times.stages)
+    onward: list[list[_Link]] = []
+    back: list[list[_Link]] = []
+    for row in pipeline.placements:
+        gaps = range(num_stages - 1)
+        onward.append([(row[s + 1], hops[s].forward_latency_s, hops[s].forward_occupancy_s) for s in gaps])
+        back.append([(-1, 0.0, 0.0)])  # the first stage sends no gradient
+        back[-1] += [(row[s], hops[s].backward_latency_s, hops[s].backward_occupancy_s) for s in gaps]
+    return onward, back
+
+
+def _seconds_of(stages: Sequence[StageTimes]) -> dict[str, list[float]]:
+    forward_s = [stage.forward_s for stage in stages]
+    return {
+        "F": forward_s,
+        "B": [stage.backward_input_s + stage.backward_weight_s for stage in stages],
+        "I": [stage.backward_input_s for stage in stages],
+        "W": [stage.backward_weight_s for stage in stages],
+        "R": forward_s,
+        "O": [0.0] * len(stages),
+        "L": [0.0] * len(stages),
+    }
+
+
+def _to_copy(pipeline: Pipeline, times: StepTimes) -> dict[int, float]:
+    """Slots whose activations take time on their way to host memory, which begins when they are computed."""
+    if not any(stage.offload_s for stage in times.stages):
+        return {}
+    offloads = (action for row in pipeline.ranks for action in row if action.kind == "O")
+    return {action.stage * pipeline.num_microbatches + action.microbatch: NOT_YET for action in offloads}
+
+
+def _comm_inside(actions: Sequence[Action], stages: Sequence[StageTimes]) -> float:
+    """Seconds of the collectives inside a rank's actions."""
+    total = 0.0
+    if any(stage.forward_comm_s or stage.backward_comm_s for stage in stages):
         for kind, stage, _ in actions:
             if kind == "F" or kind == "R":
-                exposed[rank] += stages[stage].forward_comm_s
+                total += stages[stage].forward_comm_s
             elif kind in "BI":
-                exposed[rank] += stages[stage].backward_comm_s
+                total += stages[stage].backward_comm_s
+    return total
 
 
 def _reductions(
-    ranks: Sequence[Sequence[Action]],
-    stages: Sequence[StageTimes],
-    ends: list[list[float]],
-    clock: list[float],
-    collective_free: list[float],
-    exposed: list[float],
-    overlap: bool,
-    with_events: bool,
-    extra: list[Event],
-) -> list[float]:
-    """When each rank is through with its actions and its once-a-step reductions.
-
-    With overlap, a stage's reduction starts when its last backward ends, beside the work of the rank's other stages;
-    without, all of them run after the rank's last action, one after another.
-    """
-    finish = []
-    for rank, actions in enumerate(ranks):
-        done_at: dict[int, float] = {}
-        if any(stage.reduce_s for stage in stages):
-            for index, (kind, stage, _) in enumerate(actions):
-                if kind == "B" or kind == "W":
-                    done_at[stage] = ends[rank][index]
-        free = collective_free[rank] if overlap else max(clock[rank], collective_free[rank])
-        for stage, end in sorted(done_at.items(), key=lambda item: item[1]):
-            seconds = stages[stage].reduce_s
-            if not seconds:
-                continue
+    actions: Sequence[Action], ends: Sequence[float], stages: Sequence[StageTimes]
+) -> list[tuple[int, float, float]]:
+    """(stage, begin, end) of each reduction of gradients on a rank."""
+    last_backward: dict[int, float] = {}
+    if any(stage.reduce_s for stage in stages):
+        for (kind, stage, _), end in zip(actions, ends, strict=True):
+            if kind == "B" or kind == "W":
+                last_backward[stage] = end
+    found = []
+    free = 0.0
+    for stage, end in sorted(last_backward.items(), key=lambda item: item[1]):
+        if seconds := stages[stage].reduce_s:
             begin = max(free, end)
             free = begin + seconds
-            if with_events:
-                extra.append(Event(rank, COLLECTIVE, "reduce", stage, -1, begin, free))
-        finish.append(max(free, clock[rank]))
-        exposed[rank] += finish[rank] - clock[rank]
-    return finish
+            found.append((stage, begin, free))
+    return found
+
+
+def _transfers(pipeline: Pipeline, times: StepTimes, ran: _Ran) -> Iterator[Event]:
+    """Events of what goes to other ranks, to host memory and back."""
+    onward, back = _links(pipeline, times)
+    m, last = pipeline.num_microbatches, len(times.stages) - 1
+    for rank, actions in enumerate(pipeline.ranks):
+        for kind, stage, i in actions:
+            slot, row = stage * m + i, pipeline.row_of[i]
+            if kind == "F" and slot in ran.copied_out:
+                end = ran.copied_out[slot]
+                yield Event(rank, HOST_OUT, "offload", stage, i, end - times.stages[stage].offload_s, end)
+            elif kind == "L":
+                end = ran.copied_in[slot]
+                yield Event(rank, HOST_IN, "load", stage, i, end - times.stages[stage].offload_s, end)
+            if kind == "F" and stage != last:
+                (receiver, *seconds), end = onward[row][stage], ran.forward_in[slot + m]
+            elif kind in "BI" and stage != 0:
+                (receiver, *seconds), end = back[row][stage], ran.gradient_in[slot - m]
+            else:
+                continue
+            if receiver != rank and sum(seconds):
+                yield Event(rank, f"{SEND}:{receiver}", "send", stage, i, end - sum(seconds), end)
+
+
+def _collectives(reductions: Sequence[Sequence[tuple[int, float, float]]]) -> Iterator[Event]:
+    for rank, found in enumerate(reductions):
+        for stage, begin, end in found:
+            yield Event(rank, COLLECTIVE, "reduce", stage, -1, begin, end)
+
+
+def _tails(times: StepTimes, done: Sequence[float]) -> Iterator[Event]:
+    for rank, tail in enumerate(times.tails):
+        begin = max(done) if times.tails_wait else done[rank]
+        middle = begin + tail.optimizer_s
+        yield Event(rank, COMPUTE, "optimizer", -1, -1, begin, middle)
+        if tail.gather_s:
+            yield Event(rank, COLLECTIVE, "gather", -1, -1, middle, middle + tail.gather_s)

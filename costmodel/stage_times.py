@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 class StageTimes:
     """What one virtual stage costs on one rank for one microbatch. Seconds and bytes.
 
-    The three durations include the collectives inside the stage; forward_comm_s and backward_comm_s say how much of
-    them that is (for the account of exposed communication). Recomputation that is not an action of its own is in
-    backward_input_s.
+    The three durations include the collectives inside the stage, those of ZeRO among them; forward_comm_s and
+    backward_comm_s say how much of them that is (for the account of exposed communication). Recomputation that is not
+    an action of its own is in backward_input_s.
     """
 
     forward_s: float
@@ -20,14 +21,9 @@ class StageTimes:
     forward_comm_s: float = 0.0
     backward_comm_s: float = 0.0
     activation_bytes: int = 0  # start of F to end of B or W
-    input_grad_release: float = 0.0  # share of them given back at the end of I
     recompute_bytes: int = 0  # share of them that an R computes again; 0: no R is offered
     offload_bytes: int = 0  # share of them that host memory can take; 0: none is offered
     offload_s: float = 0.0  # of the copy there, and of the copy back
-    forward_workspace_bytes: int = 0  # during F only
-    backward_workspace_bytes: int = 0  # during B, I, W or R only
-    gather_s: float = 0.0  # parameters gathered before each action (ZeRO-3)
-    reduce_each_s: float = 0.0  # gradients reduced after each backward (ZeRO-2 and 3)
     reduce_s: float = 0.0  # gradients reduced once, after the stage's last backward
 
     @property
@@ -52,9 +48,33 @@ class Hop:
         return cls(seconds, 0.0, seconds, 0.0)
 
 
+NO_HOP = Hop()
+
+
 @dataclass(frozen=True)
 class Tail:
     """What a rank does after its last action and reduction. Seconds."""
 
     optimizer_s: float = 0.0
     gather_s: float = 0.0  # parameters gathered after the step (ZeRO-1 and 2)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """All that takes time in a step.
+
+    hops: the transfer after each virtual stage but the last, or one for all. tails: what each rank does at the end;
+    where tails_wait, it begins when every rank is done (clipping by global norm).
+    """
+
+    stages: Sequence[StageTimes]
+    hops: Sequence[Hop] | Hop = NO_HOP
+    tails: Sequence[Tail] = ()
+    tails_wait: bool = False
+
+    @property
+    def hop_list(self) -> list[Hop]:
+        needed = len(self.stages) - 1
+        hops = [self.hops] * needed if isinstance(self.hops, Hop) else list(self.hops)
+        assert len(hops) >= needed, f"{len(self.stages)} stages need {needed} hops, got {len(hops)}"
+        return hops

@@ -19,8 +19,9 @@ from ..costmodel.actions import (
     Action,
     parse_action,
 )
-from ..costmodel.simulator import Timeline, simulate
-from ..costmodel.stage_times import Hop, StageTimes, Tail
+from ..costmodel.simulator import Pipeline, simulate
+from ..costmodel.stage_times import NO_HOP, Hop, StageTimes, StepTimes, Tail
+from ..costmodel.timeline import Timeline
 
 SYNTHESIZED = "synthesized"  # the name of an order that no library has
 SPARING = (RECOMPUTE, OFFLOAD, LOAD)  # actions that let activations go and bring them back
@@ -137,28 +138,17 @@ class PipelineSchedule:
     def simulate(
         self,
         stages: Sequence[StageTimes],
-        hops: Sequence[Hop] | Hop | None = None,
+        hops: Sequence[Hop] | Hop = NO_HOP,
         *,
-        overlap_collectives: bool = False,
-        overlap_reductions: bool = False,
-        tails: Sequence[Tail] | None = None,
+        tails: Sequence[Tail] = (),
         wait_for_all: bool = False,
-        static_bytes: Sequence[int] | None = None,
         with_events: bool = False,
         with_memory: bool = True,
     ) -> Timeline:
+        """Run it; see costmodel/simulator.py. wait_for_all: no tail begins before every rank is done."""
         return simulate(
-            self.ranks,
-            self.placements,
-            stages,
-            self.num_microbatches,
-            hops,
-            direction=self.direction,
-            overlap_collectives=overlap_collectives,
-            overlap_reductions=overlap_reductions,
-            tails=tails,
-            wait_for_all=wait_for_all,
-            static_bytes=static_bytes,
+            Pipeline(self.ranks, self.placements, self.num_microbatches, self.direction),
+            StepTimes(stages, hops, tails, wait_for_all),
             with_events=with_events,
             with_memory=with_memory,
         )

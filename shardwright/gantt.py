@@ -9,7 +9,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from .costmodel.simulator import Timeline
+from .costmodel.timeline import Timeline
 
 COLORS = {"F": "blue", "B": "green", "I": "green", "W": "yellow", "R": "magenta"}
 MEANINGS = {

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from outside_judge import shared_judge
 
 from shardwright.costmodel.actions import Action
-from shardwright.costmodel.simulator import simulate
-from shardwright.costmodel.stage_times import Hop, StageTimes
+from shardwright.costmodel.simulator import Pipeline, simulate
+from shardwright.costmodel.stage_times import Hop, StageTimes, StepTimes
 from shardwright.schedules import PipelineSchedule, loop_placement, v_placement
 from shardwright.schedules.bounds import lower_bound
 from shardwright.schedules.graph import OrderGraph
@@ -164,9 +164,8 @@ def test_the_shortest_of_every_order_is_found(problem):
     best = INFINITE
     for ranks in itertools.product(*rows):
         try:
-            timeline = simulate(
-                ranks, [problem.stage_rank], problem.stages, problem.num_microbatches, problem.hops, with_memory=False
-            )
+            pipeline = Pipeline(ranks, [problem.stage_rank], problem.num_microbatches)
+            timeline = simulate(pipeline, StepTimes(problem.stages, problem.hops), with_memory=False)
         except RuntimeError:
             continue
         best = min(best, timeline.makespan_s)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from outside_judge import shared_judge
 
 from shardwright.costmodel.actions import Action, parse_action
-from shardwright.costmodel.simulator import Deadlock, simulate
-from shardwright.costmodel.stage_times import Hop, StageTimes, Tail
+from shardwright.costmodel.simulator import Deadlock, Pipeline, simulate
+from shardwright.costmodel.stage_times import Hop, StageTimes, StepTimes, Tail
 from shardwright.costmodel.trace import Trace, busy_seconds, mean_action_seconds, merge, to_chrome
 from shardwright.schedules import gpipe, interleaved_1f1b, loop_placement, one_f_one_b, v_placement
 from shardwright.schedules.schedule import PipelineSchedule
@@ -143,29 +143,23 @@ def test_the_outside_judge_agrees():
 def test_a_wrong_order_is_reported_as_a_deadlock_with_the_waiting_actions():
     ranks = [[Action("F", 0, 0), Action("B", 0, 0)], [Action("B", 1, 0), Action("F", 1, 0)]]
     with pytest.raises(Deadlock) as caught:
-        simulate(ranks, [(0, 1)], [StageTimes(1, 1, 1)] * 2, 1)
+        simulate(Pipeline(ranks, [(0, 1)], 1), StepTimes([StageTimes(1, 1, 1)] * 2))
     assert caught.value.waiting == {0: Action("B", 0, 0), 1: Action("B", 1, 0)}
 
 
 def test_once_a_step_reductions_show_only_where_nothing_hides_them():
-    """Overlapped, the reduction of the second chunk runs beside the first chunk's backwards."""
+    """The reduction of the second chunk runs beside the first chunk's backwards."""
     stages = [StageTimes(1.0, 1.0, 1.0, reduce_s=0.5)] * 4
     schedule = interleaved_1f1b(2, 4, 2)
     alone = schedule.simulate([StageTimes(1.0, 1.0, 1.0)] * 4).makespan_s
-    assert schedule.simulate(stages).makespan_s == pytest.approx(alone + 1.0)
-    assert schedule.simulate(stages, overlap_reductions=True).makespan_s == pytest.approx(alone + 0.5)
-
-
-def test_gathers_and_reductions_of_every_action_are_exposed_unless_overlapped():
-    stages = [StageTimes(1.0, 1.0, 1.0, gather_s=0.25, reduce_each_s=0.5)]
-    schedule = gpipe(1, 4)
     timeline = schedule.simulate(stages, with_events=True)
-    assert timeline.makespan_s == pytest.approx(4 * 3 + 8 * 0.25 + 4 * 0.5)
-    assert timeline.exposed_comm_s == pytest.approx([8 * 0.25 + 4 * 0.5])
-    assert sum(event.kind == "gather" for event in timeline.extra) == 8
-    # overlapped: the first gather and the last reduction stay, the rest hides behind compute
-    hidden = schedule.simulate(stages, overlap_collectives=True)
-    assert hidden.makespan_s == pytest.approx(4 * 3 + 0.25 + 0.5)
+    assert timeline.makespan_s == pytest.approx(alone + 0.5)
+    assert timeline.exposed_comm_s == pytest.approx([0.5, 0.5])
+    assert sum(event.kind == "reduce" for event in timeline.extra) == 4
+    # one that is longer than the other chunk's backwards holds up the next
+    slow = [StageTimes(1.0, 1.0, 1.0, reduce_s=50.0)] * 4
+    assert gpipe(1, 2).simulate(slow[:1]).makespan_s == pytest.approx(2 * 3 + 50)
+    assert schedule.simulate(slow).makespan_s > alone + 50.0
 
 
 def test_the_tail_waits_for_all_ranks_under_clipping():
@@ -179,33 +173,26 @@ def test_the_tail_waits_for_all_ranks_under_clipping():
 
 
 def test_memory_follows_recompute_and_split_backward():
-    stages = [StageTimes(1.0, 1.0, 1.0, activation_bytes=100, recompute_bytes=90, backward_workspace_bytes=5)]
+    stages = [StageTimes(1.0, 1.0, 1.0, activation_bytes=100, recompute_bytes=90)]
     ranks = [[Action(k, 0, i) for k, i in (("F", 0), ("F", 1), ("R", 0), ("B", 0), ("R", 1), ("I", 1), ("W", 1))]]
-    timeline = simulate(ranks, [(0,)], stages, 2, static_bytes=[1000])
-    assert timeline.peak_bytes == [1000 + 20 + 90 + 5]
-    released = [StageTimes(1.0, 1.0, 1.0, activation_bytes=10, input_grad_release=0.5)]
+    assert simulate(Pipeline(ranks, [(0,)], 2), StepTimes(stages)).peak_bytes == [20 + 90]
+    split = [StageTimes(1.0, 1.0, 1.0, activation_bytes=10)]
     ranks = [[Action(k, 0, i) for k, i in (("F", 0), ("I", 0), ("F", 1), ("I", 1), ("W", 0), ("W", 1))]]
-    assert simulate(ranks, [(0,)], released, 2).peak_bytes == [15]
+    assert simulate(Pipeline(ranks, [(0,)], 2), StepTimes(split)).peak_bytes == [20]
 
 
-def test_copies_to_host_memory_run_beside_compute_and_need_no_parameters():
+def test_copies_to_host_memory_run_beside_compute():
     ranks = [
         [Action(k, 0, i) for k, i in ([("F", 0), ("F", 1), ("O", 0), ("L", 0), ("I", 0), ("W", 0), ("I", 1), ("W", 1)])]
     ]
+    pipeline = Pipeline(ranks, [(0,)], 2)
     copied = StageTimes(1.0, 1.0, 1.0, activation_bytes=10, offload_bytes=8, offload_s=1.5)
-    timeline = simulate(ranks, [(0,)], [copied], 2, with_events=True)
+    timeline = simulate(pipeline, StepTimes([copied]), with_events=True)
     assert timeline.ends[0] == pytest.approx([1.0, 2.0, 2.5, 2.5, 5.0, 6.0, 7.0, 8.0])
     assert [(e.kind, e.start_s, e.end_s) for e in timeline.extra] == [("offload", 1.0, 2.5), ("load", 2.5, 4.0)]
     assert timeline.peak_bytes == [20]
     # without a time of its own a copy takes none
-    assert simulate(ranks, [(0,)], [StageTimes(1.0, 1.0, 1.0)], 2).makespan_s == pytest.approx(6.0)
-    gathers = [StageTimes(1.0, 1.0, 1.0, gather_s=0.5)]
-    kept = [[action for action in ranks[0] if action.kind not in "OL"]]
-    for overlapped in (False, True):
-        with_copies, without = (
-            simulate(rows, [(0,)], gathers, 2, overlap_collectives=overlapped).makespan_s for rows in (ranks, kept)
-        )
-        assert with_copies == pytest.approx(without)
+    assert simulate(pipeline, StepTimes([StageTimes(1.0, 1.0, 1.0)])).makespan_s == pytest.approx(6.0)
 
 
 def test_64_ranks_and_512_microbatches_take_under_two_seconds():

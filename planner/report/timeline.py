@@ -30,7 +30,6 @@ def predicted_trace(plan: Plan) -> Trace:
     made = schedule.simulate(
         stages,
         hops,
-        overlap_reductions=True,
         tails=tails,
         wait_for_all=plan.predicted.tails_wait,
         with_events=True,

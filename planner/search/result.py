@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...costmodel.simulator import Timeline
 from ...costmodel.stage_times import Hop, StageTimes
+from ...costmodel.timeline import Timeline
 from ...plans import document as plan_document
 from ...profiler.cluster import Cluster
 from ...profiler.workload import Workload

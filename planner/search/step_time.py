@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...costmodel.simulator import Timeline
 from ...costmodel.stage_times import Hop, StageTimes, Tail
+from ...costmodel.timeline import Timeline
 from ...schedules.schedule import PipelineSchedule
 from ..memory.rank_bytes import (
     cached_schedule,
@@ -331,7 +331,6 @@ def run_timeline(
     return schedule.simulate(
         stage_times(setting, candidate, chain, bounds) if stages is None else stages,
         hops(setting, candidate, chain, bounds),
-        overlap_reductions=True,
         tails=tails(setting, candidate, chain, bounds),
         wait_for_all=setting.workload.optimizer.waits_for_norm,
         with_events=with_events,

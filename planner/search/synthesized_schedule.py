@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ...costmodel.activation_memory import peak_host_memory
-from ...costmodel.simulator import Timeline
 from ...costmodel.stage_times import StageTimes
+from ...costmodel.timeline import Timeline
 from ...schedules import PipelineSchedule
 from ...schedules.bounds import lower_bound
 from ...schedules.problem import PipelineProblem
