@@ -76,7 +76,6 @@ def problems_of(row: dict[str, Any], profile: dict[str, Any]) -> list[PipelinePr
         problem_of_shares(
             row["m"],
             place,
-            p,
             (profile["F"], profile["I"], profile["W"]),
             profile["C"],
             stage_extra=(profile.get("first", 0.0), profile.get("last", 0.0)),

@@ -40,7 +40,7 @@ def best(p: int, m: int, times: tuple[float, float, float], memory: float, secon
         candidate
         for chunks in (1, 2)
         for candidate in placed(
-            problem_of_shares(m, loop_placement(p, chunks), p, times, memory_limit=memory, **offer)  # type: ignore[arg-type]
+            problem_of_shares(m, loop_placement(p, chunks), times, memory_limit=memory, **offer)  # type: ignore[arg-type]
         )
     ]
     found = synthesize(problems, time_limit_s=seconds)

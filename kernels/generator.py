@@ -66,21 +66,28 @@ def _chunks(num_rows: int, per_row: int) -> Iterator[tuple[int, int, int, int]]:
             yield row, min(row + rows, num_rows), column, min(column + columns, per_row)
 
 
-def generate(
+@dataclass(frozen=True)
+class _Part:
+    """A shard of a whole tensor: its shape, the whole's, and where in the whole it begins."""
+
+    shape: Sequence[int]
+    global_shape: Sequence[int]
+    offset: Sequence[int]
+
+
+def _generate(
     key: torch.Tensor,
-    local_shape: Sequence[int],
-    global_shape: Sequence[int],
-    offset: Sequence[int],
+    part: _Part,
     rng_index: int,
     dtype: torch.dtype,
     device: torch.device,
     fill: Fill,
     num_streams: int = 1,
 ) -> torch.Tensor:
-    """A tensor of local_shape; fill(words of each stream) makes four consecutive elements of the whole."""
-    runs = runs_of(local_shape, global_shape, offset)
+    """The shard; fill(words of each stream) makes four consecutive elements of the whole."""
+    runs, local_shape = runs_of(part.shape, part.global_shape, part.offset), tuple(part.shape)
     if runs.num_runs * runs.run == 0:
-        return torch.empty(tuple(local_shape), dtype=dtype, device=device)
+        return torch.empty(local_shape, dtype=dtype, device=device)
     words_key = _Key.read(key, rng_index, device)
     base = words_key.microbatch * runs.global_numel
     shift = runs.shift()
@@ -104,10 +111,10 @@ def generate(
             padded[row:last_row, column:last_column, lane] = values
     flat = padded.view(runs.num_runs, per_run * 4)
     if shift is not None:
-        return flat[:, shift : shift + runs.run].reshape(tuple(local_shape))
+        return flat[:, shift : shift + runs.run].reshape(local_shape)
     shifts = (runs.starts(0, runs.num_runs, device) + base) & 3
     places = shifts[:, None] + torch.arange(runs.run, dtype=torch.int64, device=device)
-    return flat.gather(1, places).view(tuple(local_shape))
+    return flat.gather(1, places).view(local_shape)
 
 
 # digits of a number in [0, 1): as many leading bits of the element's words as the dtype holds exactly
@@ -151,7 +158,7 @@ def uniform(
         return _uniform_words(words, low, dtype)
 
     streams = 2 if dtype == torch.float64 else 1
-    return generate(key, local_shape, global_shape, offset, rng_index, dtype, device, fill, streams)
+    return _generate(key, _Part(local_shape, global_shape, offset), rng_index, dtype, device, fill, streams)
 
 
 def normal(
@@ -182,7 +189,7 @@ def normal(
         return values
 
     streams = 2 if dtype == torch.float64 else 1
-    return generate(key, local_shape, global_shape, offset, rng_index, dtype, device, fill, streams)
+    return _generate(key, _Part(local_shape, global_shape, offset), rng_index, dtype, device, fill, streams)
 
 
 def keep_threshold(p: float) -> int:
@@ -206,16 +213,8 @@ def keep_mask(
 ) -> torch.Tensor:
     """bool: True where dropout with probability p keeps the element."""
     threshold = keep_threshold(p)
-    return generate(
-        key,
-        local_shape,
-        global_shape,
-        offset,
-        rng_index,
-        torch.bool,
-        device,
-        lambda words: [w >= threshold for w in words],
-    )
+    part = _Part(local_shape, global_shape, offset)
+    return _generate(key, part, rng_index, torch.bool, device, lambda words: [w >= threshold for w in words])
 
 
 def dropout(

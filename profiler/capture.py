@@ -6,6 +6,7 @@ Nothing is allocated and no device is touched: parameters may live on meta, ever
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import io
@@ -39,6 +40,7 @@ from .normalize import normalize
 from .outside_random import refused_outside_random
 from .recurrent_layers import recurrent_layers
 from .scans import scans
+from .slots import JointSignature
 from .unregistered import refuse_unregistered
 from .watch import tell
 from .where import users_frame
@@ -144,10 +146,9 @@ def capture(workload: Workload, *, evaluating: bool = False) -> ModelGraph:
         {placeholders[name]: new for name, new in mutated.items()},
         [*(n for n in returned if isinstance(n, fx.Node)), *mutated.values(), *totals.nodes.values(), *conditions],
     )
+    traced = _Traced(exported, returned, key, mutated, param_fqn, buffer_fqn, user_inputs, totals)
     try:
-        made, names = _assemble(
-            workload, exported, pieces, returned, key, mutated, param_fqn, buffer_fqn, user_inputs, totals, evaluating
-        )
+        made, names = _assemble(workload, traced, pieces, evaluating)
     except DATA_DEPENDENT as error:
         raise _capture_error(error) from error
     made.conditions = {names[node]: line for node, line in conditions.items()}
@@ -296,22 +297,30 @@ def _capture_error(error: Exception) -> ShardwrightError:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """The normalized graph of the whole step, and what its placeholders stand for, by their names."""
+
+    exported: Any
+    returned: Sequence[Any]  # the loss, then what the model returns
+    key: fx.Node
+    mutated: Mapping[str, fx.Node]  # written buffers: what they hold afterwards
+    params: Mapping[str, str]
+    buffers: Mapping[str, str]
+    inputs: Mapping[str, str]
+    totals: Totals
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.exported.graph_module.graph
+
+
 def _assemble(
-    workload: Workload,
-    exported: Any,
-    pieces: list[fold.Piece],
-    returned: Sequence[Any],
-    key: fx.Node,
-    mutated: dict[str, fx.Node],
-    param_fqn: dict[str, str],
-    buffer_fqn: dict[str, str],
-    user_inputs: dict[str, str],
-    totals: Totals,
-    evaluating: bool,
+    workload: Workload, traced: _Traced, pieces: list[fold.Piece], evaluating: bool
 ) -> tuple[ModelGraph, dict[fx.Node, str]]:
     """The graph, and the names of the values that cross its segments' edges."""
-    graph = exported.graph_module.graph
-    model = workload.model
+    graph, returned, totals = traced.graph, traced.returned, traced.totals
+    model, param_fqn, buffer_fqn, user_inputs = workload.model, traced.params, traced.buffers, traced.inputs
     canonical, tied = _canonical_params(model, param_fqn)
     trained = {p for p, fqn in param_fqn.items() if _parameter(model, fqn).requires_grad and not evaluating}
     requires_grad = _requires_grad(graph, trained)
@@ -335,7 +344,7 @@ def _assemble(
         result.values[name] = ValueInfo(name, tuple(value(node).shape), value(node).dtype, False)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     names: dict[str, str] = {}
-    written = {node: placeholder for placeholder, node in mutated.items()}
+    written = {node: placeholder for placeholder, node in traced.mutated.items()}
     for index, piece in enumerate(pieces):
         updates = [n for n in piece.nodes if n in written]
         for placeholder in (_placeholder(graph, written[n]) for n in updates):
@@ -355,7 +364,7 @@ def _assemble(
             names[digest] = f"{'prologue' if piece.prologue else 'segment'}{len(names)}"
             tell(f"capturing {workload.name}: the backward of {names[digest]}, at part {index + 1} of {len(pieces)}")
             result.segments[names[digest]] = _segment(
-                names[digest], digest, piece, updates, slots, key, requires_grad, mode
+                names[digest], digest, piece, updates, slots, traced.key, requires_grad, mode
             )
         segment = result.segments[names[digest]]
         outputs = tuple(f"{names[digest]}.{index}/{i}" for i in range(len(piece.outputs)))
@@ -380,13 +389,13 @@ def _assemble(
     result.loss = value_name[loss_node]
     if evaluating:
         result.outputs, result.output_leaves = _outputs(returned, value_name, model)
-        result.output_form = exported.call_spec.out_spec
+        result.output_form = traced.exported.call_spec.out_spec
     result.totals = {entry: (value_name[node], totals.kinds[entry]) for entry, node in totals.nodes.items()}
     result.loss_over = loss_over(graph, loss_node, example_batch_size(workload), totals.placeholders)
     result.batch_size = example_batch_size(workload)
     result.batch_dims = batch_dims_of(workload)
     result.structure_hash = _model_hash(result)
-    result.constants = {f"constant:{k}": v for k, v in exported.constants.items() if isinstance(v, torch.Tensor)}
+    result.constants = {f"constant:{k}": v for k, v in traced.exported.constants.items() if isinstance(v, torch.Tensor)}
     return result, value_name
 
 
@@ -434,7 +443,7 @@ def _parameter(model: nn.Module, fqn: str) -> nn.Parameter:
     return model.get_parameter(fqn)
 
 
-def _canonical_params(model: nn.Module, param_fqn: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+def _canonical_params(model: nn.Module, param_fqn: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """One FQN for each distinct parameter object; the others are tied to it."""
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -483,10 +492,11 @@ def _segment(
     flags = lambda nodes: [n in requires_grad for n in nodes]  # noqa: E731
     with mode:
         key_value = torch.empty(4, dtype=torch.int64)
-    traced, _ = joint.trace_joint(
-        forward, fake(piece.params), flags(piece.params), fake(piece.buffers), fake(piece.inputs), flags(piece.inputs),
-        key_value, fake(outputs), flags(outputs), len(updates),
-    )  # fmt: skip
+    signature = JointSignature(
+        flags(piece.params), len(piece.buffers), flags(piece.inputs), len(updates), flags(outputs)
+    )
+    arguments = [*fake(piece.params), *fake(piece.buffers), *fake(piece.inputs), key_value]
+    traced = joint.trace_joint(forward, signature, arguments, fake(outputs))
     return Segment(
         name=name,
         joint=traced,

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from .slots import JointSignature
+
 LossOver = Literal["mean", "sum", "each"]
 
 
@@ -51,10 +53,8 @@ class OpCost:
 class Segment:
     """A distinct piece of the forward graph with its joint forward+backward graph.
 
-    joint has placeholders in this order: params, buffers, inputs, key, tangents (one for each output that requires
-    grad).
-    It returns outputs, buffer_updates (one for each name in mutated_buffers), param_grads (None where frozen),
-    input_grads (None where the input does not require grad), flattened into one tuple.
+    joint has the placeholders and results of slots.py: an update for each name in mutated_buffers, and None for the
+    gradient of what is frozen or does not require one.
     """
 
     name: str
@@ -70,6 +70,16 @@ class Segment:
     has_random: bool
     structure_hash: str
     is_prologue: bool = False  # depends on inputs and buffers only: every stage that needs it runs it itself
+
+    @property
+    def signature(self) -> JointSignature:
+        return JointSignature(
+            self.param_requires_grad,
+            self.num_buffers,
+            [info.requires_grad for info in self.inputs],
+            len(self.mutated_buffers),
+            [info.requires_grad for info in self.outputs],
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The joint forward+backward graph of one segment, traced once with fake tensors.
 
-Placeholders, in order: params, buffers, inputs, key, tangents (one per output that requires grad). Results, in order:
-outputs, buffer_updates, param_grads, input_grads; None where there is no gradient. Every node carries
+Its placeholders and results are the slots of slots.py; a result is None where there is no gradient. Every node carries
 meta['val'] (a fake tensor), meta['phase'] ('forward' or 'backward'), and for forward nodes the user's stack trace.
 """
 
@@ -26,6 +25,7 @@ from .functional import copy, without_writes, writes_or_restrides
 from .graph import Segment
 from .nodes import value
 from .random_ops import refuse_random
+from .slots import BUFFER, INPUT, KEY, PARAM, TANGENT, JointSignature, kind_of, slot, slots
 from .work import is_view
 
 aten = torch.ops.aten
@@ -40,9 +40,9 @@ def forward_module(
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    for prefix, nodes in (("param", piece.params), ("buffer", piece.buffers), ("input", piece.inputs), ("key", [key])):
+    for kind, nodes in ((PARAM, piece.params), (BUFFER, piece.buffers), (INPUT, piece.inputs), (KEY, [key])):
         for i, node in enumerate(nodes):
-            env[node] = graph.placeholder(f"{prefix}_{i}" if prefix != "key" else "key")
+            env[node] = graph.placeholder(slot(kind, i) if kind != KEY else KEY)
             env[node].meta["val"] = value(node)
     for node in piece.nodes:
         new = graph.node_copy(node, lambda n: env[n])
@@ -66,84 +66,59 @@ def fake_like(node_value: Any, mode: FakeTensorMode) -> Any:
 
 
 def trace_joint(
-    forward: fx.GraphModule,
-    params: Sequence[Any],
-    param_requires_grad: Sequence[bool],
-    buffers: Sequence[Any],
-    inputs: Sequence[Any],
-    input_requires_grad: Sequence[bool],
-    key: Any,
-    outputs: Sequence[Any],
-    output_requires_grad: Sequence[bool],
-    num_mutated: int,
-) -> tuple[fx.GraphModule, list[bool]]:
-    """All tensor arguments are fake. Returns the graph and, for each output, whether it really takes a tangent."""
-    num_params, num_buffers, num_inputs, num_outputs = len(params), len(buffers), len(inputs), len(outputs)
-    differentiable = [*param_requires_grad, *input_requires_grad]
-    takes_tangent: list[bool] = []
+    forward: fx.GraphModule, signature: JointSignature, arguments: Sequence[Any], outputs: Sequence[Any]
+) -> fx.GraphModule:
+    """arguments: fake tensors of the signature's arguments; outputs: likewise, of what the forward returns of them."""
+    num_arguments = len(signature.arguments)
     boundary: list[str] = []
 
     def joint(*flat: Any) -> tuple[Any, ...]:
-        leaves = list(flat[: num_params + num_buffers + num_inputs + 1])
-        tangents = list(flat[num_params + num_buffers + num_inputs + 1 :])
-        positions = [*range(num_params), *range(num_params + num_buffers, num_params + num_buffers + num_inputs)]
+        leaves, tangents = list(flat[:num_arguments]), list(flat[num_arguments:])
         wrt = []
-        for position, wanted in zip(positions, differentiable, strict=True):
+        for position, wanted in signature.differentiated:
             if wanted:
                 leaves[position] = leaves[position].detach().requires_grad_()
                 wrt.append(leaves[position])
         with torch.enable_grad():
             with fx.traceback.preserve_node_meta():
                 results = fx.Interpreter(forward).run(*leaves)
-            outs, updates = list(results[:num_outputs]), list(results[num_outputs:])
+            outs = signature.of_outputs(results)
+            updates = list(results[len(outs) :])
         boundary.append(_torch.last_traced_node_name())
-        pairs = [
-            (out, tangent)
-            for out, tangent in zip(
-                (o for o, r in zip(outs, output_requires_grad, strict=True) if r), tangents, strict=True
-            )
-            if out.requires_grad
-        ]
-        takes_tangent[:] = [bool(r and o.requires_grad) for o, r in zip(outs, output_requires_grad, strict=True)]
+        taking = zip((outs[k] for k in signature.tangents), tangents, strict=True)
+        pairs = [(out, tangent) for out, tangent in taking if out.requires_grad]
         found = iter(
             torch.autograd.grad([o for o, _ in pairs], wrt, [t for _, t in pairs], allow_unused=True)
             if wrt and pairs
             else [None] * len(wrt)
         )
-        grads = [next(found) if wanted else None for wanted in differentiable]
+        grads = [next(found) if wanted else None for _, wanted in signature.differentiated]
         return (*[o.detach() if isinstance(o, torch.Tensor) else o for o in outs],
                 *[u.detach() for u in updates], *grads)  # fmt: skip
 
-    mode = next((t.fake_mode for t in [*params, *inputs, key] if isinstance(t, FakeTensor)), None)
-    tangents = [fake_like(o, mode) for o, r in zip(outputs, output_requires_grad, strict=True) if r] if mode else []
-    flat_args = [*params, *buffers, *inputs, key, *tangents]
+    mode = next((t.fake_mode for t in arguments if isinstance(t, FakeTensor)), None)
+    tangents = [fake_like(outputs[k], mode) for k in signature.tangents] if mode else []
+    flat_args = [*arguments, *tangents]
     with mode if mode is not None else _torch.null_context():
         if _mutates(forward):
-            forward = _functional(forward, [*params, *buffers, *inputs, key])
+            forward = _functional(forward, arguments)
         traced = make_fx(joint, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*flat_args)
         if writes_or_restrides(traced.graph):
             traced, boundary = without_writes(traced, flat_args, boundary[0])
     _refuse_lost_writes(traced)
     refuse_random(traced.graph)
-    _name_placeholders(traced, num_params, num_buffers, num_inputs, boundary[0])
+    _name_placeholders(traced, signature, boundary[0])
     _clean(traced)
     _view_again(traced)
-    return traced, takes_tangent
+    return traced
 
 
 def retrace(segment: Segment, forward: fx.GraphModule) -> Segment:
     """The segment with another forward of the same signature: what a pass over forward graphs leaves behind."""
-    held: dict[str, list[Any]] = {"param": [], "buffer": [], "input": [], "key": []}
-    for node in segment.joint.graph.nodes:
-        kind = node.name.split("_")[0]
-        if node.op == "placeholder" and kind in held:
-            held[kind].append(value(node))
-    outputs = flatten_outputs(segment.joint.graph)[: len(segment.outputs)]
-    joint, _ = trace_joint(
-        forward, held["param"], segment.param_requires_grad, held["buffer"], held["input"],
-        [info.requires_grad for info in segment.inputs], held["key"][0], [value(n) for n in outputs],
-        [info.requires_grad for info in segment.outputs], len(segment.mutated_buffers),
-    )  # fmt: skip
+    placeholders = {node.name: node for node in segment.joint.graph.nodes if node.op == "placeholder"}
+    arguments = [value(placeholders[name]) for name in segment.signature.arguments]
+    outputs = segment.signature.of_outputs(flatten_outputs(segment.joint.graph))
+    joint = trace_joint(forward, segment.signature, arguments, [value(n) for n in outputs])
     return dataclasses.replace(segment, forward=forward, joint=joint)
 
 
@@ -175,22 +150,16 @@ def _functional(forward: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
     return found
 
 
-def _name_placeholders(traced: fx.GraphModule, num_params: int, num_buffers: int, num_inputs: int, last: str) -> None:
-    names = (
-        [f"param_{i}" for i in range(num_params)]
-        + [f"buffer_{i}" for i in range(num_buffers)]
-        + [f"input_{i}" for i in range(num_inputs)]
-        + ["key"]
-    )
+def _name_placeholders(traced: fx.GraphModule, signature: JointSignature, last: str) -> None:
+    names = [*signature.arguments, *slots(TANGENT, len(signature.tangents))]
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    names += [f"tangent_{i}" for i in range(len(placeholders) - len(names))]
     phase = "forward"
     for node in traced.graph.nodes:
         node.meta["phase"] = "forward" if node.op == "placeholder" else phase
         if node.name == last:
             phase = "backward"
     for node, name in zip(placeholders, names, strict=True):
-        node.meta["phase"] = "backward" if name.startswith("tangent") else "forward"
+        node.meta["phase"] = "backward" if kind_of(name) == TANGENT else "forward"
         node._rename(name)
         node.target = name
 
@@ -218,7 +187,7 @@ def _view_again(traced: fx.GraphModule) -> None:
         root = node
         while root.op == "call_function" and not is_getitem(root) and is_view(root):
             root = root.args[0]  # type: ignore[assignment]
-        return not (root.op == "placeholder" and root.name.startswith(("param_", "buffer_", "key")))
+        return not (root.op == "placeholder" and kind_of(root.name) in (PARAM, BUFFER, KEY))
 
     def remake(node: fx.Node, before: fx.Node) -> fx.Node:
         if not viewed(node):
@@ -242,14 +211,6 @@ def _view_again(traced: fx.GraphModule) -> None:
 
 def flatten_outputs(graph: fx.Graph) -> list[Any]:
     return list(next(n for n in reversed(graph.nodes) if n.op == "output").args[0])
-
-
-def tensor_outputs(node: fx.Node) -> list[torch.Tensor | None]:
-    """The tensors that a node gives: one, or a list with None where an output is masked off."""
-    val = value(node)
-    if isinstance(val, (tuple, list)):
-        return [v if isinstance(v, torch.Tensor) else None for v in val]
-    return [val if isinstance(val, torch.Tensor) else None]
 
 
 def is_getitem(node: fx.Node) -> bool:

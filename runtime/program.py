@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from .orders import forward_order, schedule_for
 from .parameters import ParameterStore, tied_subsets
 from .pipeline import PipelineEngine, Work
 from .safetensors import open_safetensors
-from .specs import mirrors, param_specs, summed_axes
+from .specs import ParamSpec, mirrors, param_specs, summed_axes
 from .stage import StageRunner, Variant
 from .stepping import Stepper
 from .together import on_every_rank
@@ -51,100 +52,145 @@ from .transfers import communicating_lists
 from .wiring import Wiring, wire
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """The model as the passes left it for this rank, and how to make it again.
+
+    programs: of each distinct segment. rebuild: makes them for another microbatch shape (a short last batch, a new
+    sequence length). evaluation: makes what evaluate() and outputs() run, when they are first called; None: the graph
+    that trains.
+    """
+
+    graph: ModelGraph
+    programs: Mapping[str, SegmentProgram]
+    rebuild: Rebuild | None = None
+    evaluation: MakeEvaluation | None = None
+
+
 class Program:
     """One rank's stages, parameters and schedule.
 
     values: (name, whole tensor) pairs to start from; None: those of workload.model, drawn block by block where it lies
-    on meta. rebuild: makes segment programs for another microbatch shape (a short last batch, a new sequence length).
-    adopt: use the tensors of a model that already lies on this device as storage, instead of copies. evaluation: makes
-    what evaluate() and outputs() run, when they are first called; None: the graph that trains.
+    on meta. adopt: use the tensors of a model that already lies on this device as storage, instead of copies.
     """
 
     def __init__(
         self,
         plan: Plan,
-        graph: ModelGraph,
-        segment_programs: Mapping[str, SegmentProgram],
+        compiled: Compiled,
         workload: Workload,
         *,
         device: torch.device | str = "cpu",
         mesh: DeviceMesh | None = None,
         values: Iterable[tuple[str, torch.Tensor]] | None = None,
-        rebuild: Rebuild | None = None,
         adopt: bool = False,
-        evaluation: MakeEvaluation | None = None,
     ) -> None:
-        self.plan, self.graph, self.workload = plan, graph, workload
+        self.plan, self.graph, self.workload = plan, compiled.graph, workload
         self.device = torch.device(device)
         self.grid = RankGrid.of(mesh)
         self.step_index = 0
         self.half_loaded = HalfLoaded()
-        self._make_evaluation, self._evaluator = evaluation, None  # type: MakeEvaluation | None, Evaluator | None
+        self._make_evaluation = compiled.evaluation
+        self._evaluator: Evaluator | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._has_optimizer = False
+        # each step builds on those before it
+        self._wire_stages(compiled.programs)
+        specs = self._specs(compiled.programs)
+        self._join_groups(specs)
+        self._make_store(specs, adopt)
+        self._make_buffers()
+        self.load_values(values)
+        self._make_runners()
+        form = workload.call.form
+        self.microbatches = Microbatches(
+            self.graph, compiled.programs, plan.microbatch.size, self.grid, self.device, compiled.rebuild, form
+        )
 
+    # the steps of building it, in order
+
+    def _wire_stages(self, programs: Mapping[str, SegmentProgram]) -> None:
+        """Which stages this rank runs, and what they send and receive."""
+        plan, graph = self.plan, self.graph
         stages = [stage.segments for stage in plan.stages]
         self._schedules: dict[tuple[int, bool], PipelineSchedule] = {}  # by microbatches and whether it trains
+        self._engines: dict[bool, PipelineEngine] = {}
         self.stage_rank = tuple(self._pipeline_coordinate(stage.ranks[0]) for stage in plan.stages)
         placements: Sequence[Sequence[int]] = [self.stage_rank]
         if self.grid.size("pp") > 1:  # what could not run is refused now rather than at the first step
             schedule = self.schedule(plan.microbatch.count)
             communicating_lists(schedule)
             placements = schedule.placements
-        self.wiring = wire(graph, segment_programs, stages, placements)
-        self._eval_wiring = wire(graph, segment_programs, stages, placements, outputs=graph.outputs)
-        precision = workload.precision
-        cut = DataCut.of(plan.zero, plan.zero_extents, self.grid.size("dp"))
-        self.grid.make_data_groups(cut)
-        specs = param_specs(graph, segment_programs, self._eval_wiring, precision, cut=cut, sizes=self.grid.sizes)
-        self.grid.make_axes_groups({summed_axes(spec, cut, self.grid.sizes) for spec in specs.values()})
-        mirrored = {(mirrors(spec, cut), summed_axes(spec, cut, self.grid.sizes)) for spec in specs.values()}
+        self._has_two_directions = len(placements) > 1
+        self.wiring = wire(graph, programs, stages, placements)
+        self._eval_wiring = wire(graph, programs, stages, placements, outputs=graph.outputs)
+        rank = self.grid.coord("pp")
+        self._own, self._own_eval = self.wiring.stages_of(rank), self._eval_wiring.stages_of(rank)
+        self._counting = counting_stage(graph, self._eval_wiring, rank)
+
+    def _specs(self, programs: Mapping[str, SegmentProgram]) -> dict[str, ParamSpec]:
+        """How every parameter of the model lies on the ranks."""
+        self._cut = DataCut.of(self.plan.zero, self.plan.zero_extents, self.grid.size("dp"))
+        self.grid.make_data_groups(self._cut)
+        precision, sizes = self.workload.precision, self.grid.sizes
+        return param_specs(self.graph, programs, self._eval_wiring, precision, cut=self._cut, sizes=sizes)
+
+    def _join_groups(self, specs: Mapping[str, ParamSpec]) -> None:
+        """Process groups for what stages share. Making one is collective: every rank makes all of them, in one order,
+        before any holds values."""
+        cut, sizes = self._cut, self.grid.sizes
+        self.grid.make_axes_groups({summed_axes(spec, cut, sizes) for spec in specs.values()})
+        mirrored = {(mirrors(spec, cut), summed_axes(spec, cut, sizes)) for spec in specs.values()}
         tied = [(subset, ()) for subset in tied_subsets(s for s in specs.values() if not mirrors(s, cut))]
-        written = self.written = written_buffers(graph, self._eval_wiring)
-        joined: list[tuple[tuple[int, ...], tuple[str, ...]]] = [(entry.ranks, ()) for entry in written.values()]
+        self.written = written_buffers(self.graph, self._eval_wiring)
+        joined: list[tuple[tuple[int, ...], tuple[str, ...]]] = [(entry.ranks, ()) for entry in self.written.values()]
         groups = [*tied, *joined, *mirrored]
         self.grid.make_pipeline_subgroups(entry for entry in groups if len(set(entry[0])) > 1)
-        own, own_eval = (w.stages_of(self.grid.coord("pp")) for w in (self.wiring, self._eval_wiring))
+
+    def _make_store(self, specs: Mapping[str, ParamSpec], adopt: bool) -> None:
+        """This rank's shards of the parameters, with what steps them."""
+        graph, workload = self.graph, self.workload
         by_index = {inst.index: inst for inst in graph.instances}
-        names = {index: by_index[index].params for stage in own_eval for index in stage.instances}
-        stage_of = {index: stage.index for stage in own_eval for index in stage.instances}
-        counting = counting_stage(graph, self._eval_wiring, self.grid.coord("pp"))
-        if counting is not None:
-            names |= {index: () for index in counting.instances}
-            stage_of |= {index: own_eval[0].index for index in counting.instances if index not in stage_of}
+        names = {index: by_index[index].params for stage in self._own_eval for index in stage.instances}
+        stage_of = {index: stage.index for stage in self._own_eval for index in stage.instances}
+        if self._counting is not None:
+            counting = self._counting.instances
+            names |= {index: () for index in counting}
+            stage_of |= {index: self._own_eval[0].index for index in counting if index not in stage_of}
         self.store = ParameterStore(
             specs,
             names,
             stage_of,
             self.grid,
-            cut=cut,
-            precision=precision,
+            cut=self._cut,
+            precision=workload.precision,
             device=self.device,
             existing=_real_tensors(workload.model) if adopt else None,
         )
         self._by_hand = ByHand(self.store, graph, workload.model)
-        self.scaler = loss_scaler(precision)
+        self.scaler = loss_scaler(workload.precision)
         self._stepper = Stepper(workload.optimizer, self.store, self.scaler)
-        self.buffers = Buffers({})
-        counted = [counting] if counting is not None else []
-        self._buffer_names = buffer_names(graph, [*self._eval_wiring.stages_of(self.grid.coord("pp")), *counted])
-        self._second = SecondDirection(self.buffers, written, self.grid) if len(placements) > 1 else None
-        self.load_values(values)
 
-        self._keys = Keys(graph, workload.seed, self.device)
+    def _make_buffers(self) -> None:
+        counted = [self._counting] if self._counting is not None else []
+        self.buffers = Buffers({})
+        self._buffer_names = buffer_names(self.graph, [*self._own_eval, *counted])
+        self._second = SecondDirection(self.buffers, self.written, self.grid) if self._has_two_directions else None
+
+    def _make_runners(self) -> None:
+        """What runs the stages, over the values that are there by now."""
+        graph = self.graph
+        self._keys = Keys(graph, self.workload.seed, self.device)
         self.host = HostMemory(self.device)
         self.recorder = Recorder(self.grid.rank, self.device)
-        self._runners = [self._runner(self.wiring, stage) for stage in own]
-        self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in own_eval if not stage.direction]
+        self._runners = [self._runner(self.wiring, stage) for stage in self._own]
+        self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in self._own_eval if not stage.direction]
         self._conditions = Conditions(graph, self.device, self.grid.ranks.numel())
         make = lambda stage: self._runner(self._eval_wiring, stage)  # noqa: E731
-        self._totals = BatchTotals(graph, counting, make, self._conditions, of_each=plan.loss_over == "each")
+        of_each = self.plan.loss_over == "each"
+        self._totals = BatchTotals(graph, self._counting, make, self._conditions, of_each=of_each)
         self.memory = MemoryMeter(self.device)
         self.memory.watch(self._runners, self.store, self.buffers)
-        self._engines: dict[bool, PipelineEngine] = {}
-        size = plan.microbatch.size
-        form = workload.call.form
-        self.microbatches = Microbatches(graph, segment_programs, size, self.grid, self.device, rebuild, form)
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._has_optimizer = False
 
     def _pipeline_coordinate(self, rank: int) -> int:
         return int((self.grid.ranks == rank).nonzero()[0][0])

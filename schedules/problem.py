@@ -71,7 +71,6 @@ class PipelineProblem:
 def problem_of_shares(
     num_microbatches: int,
     stage_rank: Sequence[int],
-    num_ranks: int,
     times: tuple[float, float, float],
     transfer_s: float = 0.0,
     *,
@@ -85,7 +84,7 @@ def problem_of_shares(
     memory_limit: microbatches. recompute: any activations may be recomputed, then nothing of them is kept. offload_s:
     they may go to host memory; a rank's share takes so long each way.
     """
-    num_stages = len(stage_rank)
+    num_stages, num_ranks = len(stage_rank), max(stage_rank) + 1
     chunks = num_stages // num_ranks
     shares = [1.0 / chunks] * num_stages
     shares[0] += stage_extra[0]

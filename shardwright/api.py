@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from .passes.fuse import fuse_model
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
 from .planner.interfaces import ShardingSolution
+from .planner.search.result import SearchResult
 from .planner.search.search import search
 from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.sharder import PLACEMENT_AXES, Sharder
 from .planner.sharding.training import Job
 from .planner.space.forcing import parse_forced
 from .planner.stages.setting import state_kinds
-from .plans.document import Plan, PlanningTime, SelfTest, ShardingProof
+from .plans.document import MemoryPolicy, Plan, PlanningTime, SelfTest, ShardingProof, Stage
 from .profiler.as_captured import AsCaptured
 from .profiler.batch_dims import with_batch_dims
 from .profiler.batches import batch_dims_of, resize_batch
@@ -41,7 +43,7 @@ from .profiler.watch import TimeUp, stop_at, telling
 from .profiler.workload import Workload
 from .runtime.evaluation import Evaluation
 from .runtime.mesh import RankGrid, build_mesh
-from .runtime.program import Program
+from .runtime.program import Compiled, Program
 from .runtime.same_values import take_rank_0s
 from .runtime.together import on_rank_0
 from .self_test import BUDGET_S, is_applicable
@@ -88,11 +90,10 @@ def plan(
     elif workload_options:
         raise TypeError(f"plan() got {', '.join(workload_options)}, which go with a model's name, not with a Workload")
     forced = {key: str(value) for key, value in (force or {}).items()}
+    asked = _Asked(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, self_test, progress)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return _make_plan(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, self_test, progress)
-    return _plan_on_rank_0(
-        lambda: _make_plan(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, self_test, progress)
-    )
+        return _make_plan(asked)
+    return _plan_on_rank_0(lambda: _make_plan(asked))
 
 
 def _plan_on_rank_0(make: Callable[[], Plan]) -> Plan:
@@ -100,79 +101,160 @@ def _plan_on_rank_0(make: Callable[[], Plan]) -> Plan:
     return Plan.model_validate_json(on_rank_0(lambda: make().to_json()))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What plan() was asked for, with the time by which it must be done."""
+
+    workload: Workload
+    hardware: Cluster | str
+    force: Mapping[str, str]
+    memory_limit_bytes: int | None
+    time_limit_s: float | None
+    strict: bool
+    self_test: bool
+    progress: Progress | None
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    def say(self, message: str) -> None:
+        if self.progress is not None:
+            self.progress(message)
+
+    @property
+    def deadline(self) -> float:
+        return float("inf") if self.time_limit_s is None else self.started + self.time_limit_s
+
+    @property
+    def left_s(self) -> float | None:
+        return None if self.time_limit_s is None else max(0.0, self.deadline - time.monotonic())
+
+    @contextlib.contextmanager
+    def stopped_at(self, deadline: float, phase: str = "captured") -> Iterator[None]:
+        """Inside, the time limit ends the phase with an error that names it."""
+        try:
+            with stop_at(deadline):
+                yield
+        except TimeUp:
+            raise _out_of_time(self.workload, self.time_limit_s or 0.0, phase) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placing:
+    """What placements are solved with, whatever graph they are for."""
+
+    cost_model: CostModel
+    pins: Pins
+    job: Job
+
+    def sharder(
+        self, graph: ModelGraph, time_limit_s: float | None, wishes: Mapping[str, int] | None = None
+    ) -> Sharder:
+        return Sharder(graph, self.cost_model, wishes, self.pins, time_limit_s, self.job)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """The graph that will run, and what the plan says of it."""
+
+    graph: ModelGraph
+    stages: list[Stage]
+    memory_policy: MemoryPolicy
+    solution: ShardingSolution
+
+
 @no_collection()
-def _make_plan(
-    workload: Workload,
-    hardware: Cluster | str,
-    force: Mapping[str, str],
-    memory_limit_bytes: int | None,
-    time_limit_s: float | None,
-    strict: bool,
-    self_test: bool,
-    progress: Progress | None,
-) -> Plan:
+def _make_plan(asked: _Asked) -> Plan:
     started = time.perf_counter()
-    say = progress or (lambda message: None)
-    choices = choices_of(force)
+    choices = choices_of(asked.force)
     forced = parse_forced(choices)  # a mistyped key is found before the model is traced
-    zero = 3 if forced.zero is None else forced.zero
-    job = Job(state_kinds(workload), workload.global_batch, zero, forced.prefer == "memory")
-    pins = Pins.parse({key: value for key, value in force.items() if is_pin(key, value)}, PLACEMENT_AXES)
-    cluster = devices.cluster_for_this_job(hardware)
-    if memory_limit_bytes is not None:
-        cluster = cluster.with_memory_limit(memory_limit_bytes)
-    say(f"capturing {workload.name}")
+    pins = Pins.parse({key: value for key, value in asked.force.items() if is_pin(key, value)}, PLACEMENT_AXES)
+    cluster = devices.cluster_for_this_job(asked.hardware)
+    if asked.memory_limit_bytes is not None:
+        cluster = cluster.with_memory_limit(asked.memory_limit_bytes)
+    asked.say(f"capturing {asked.workload.name}")
     capture_started = time.perf_counter()
-    deadline = time.monotonic() + time_limit_s if time_limit_s is not None else float("inf")
     cost_model = CostModel(cluster)
-    try:
-        with stop_at(deadline), telling(progress):
-            workload = with_batch_dims(workload)
-            graph = capture_for_planning(workload)
-            loss_over = graph.loss_over
-            say("fusing kernels")
-            graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
-    except TimeUp:
-        raise _out_of_time(workload, time_limit_s or 0.0) from None
+    with asked.stopped_at(asked.deadline), telling(asked.progress):
+        workload = with_batch_dims(asked.workload)
+        graph = capture_for_planning(workload)
+        loss_over = graph.loss_over
+        asked.say("fusing kernels")
+        graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
     again_s = 2 * (time.perf_counter() - capture_started)  # what another capture may take, to complete a plan
-    try:
-        with stop_at(deadline):
-            tested = _tested(workload, graph, self_test, say, deadline)
-    except TimeUp:
-        raise _out_of_time(workload, time_limit_s or 0.0, "compared with its graph") from None
-    left_s = None if time_limit_s is None else max(0.0, deadline - time.monotonic())
+    with asked.stopped_at(asked.deadline, "compared with its graph"):
+        tested = _tested(workload, graph, asked)
     refuse_missing_kernels(graph, devices.device_type_of(cluster), of_this_build=False)
     capture_s = time.perf_counter() - capture_started
-    say("searching")
+    asked.say("searching")
+    zero = 3 if forced.zero is None else forced.zero
+    job = Job(state_kinds(workload), workload.global_batch, zero, forced.prefer == "memory")
+    placing = _Placing(cost_model, pins, job)
+    left_s = asked.left_s
     found = search(
         graph,
-        cluster,
         cost_model,
         workload,
-        Sharder(graph, cost_model, pins=pins, time_limit_s=left_s, job=job),
+        placing.sharder(graph, left_s),
         force=choices,
         time_limit_s=left_s,
-        memory_limit_bytes=memory_limit_bytes,
-        progress=progress,
+        memory_limit_bytes=asked.memory_limit_bytes,
+        progress=asked.progress,
     )
-    solution = found.solution
-    size, stages, memory_policy = found.microbatch.size, found.stages, found.memory_policy
-    ends = max(deadline, time.monotonic() + again_s)
-    try:
-        with stop_at(ends):
-            running = _running_graph(workload, graph, fusions, size)
-    except TimeUp:
-        raise _out_of_time(workload, time_limit_s or 0.0, "captured again, at the size of its microbatch") from None
-    if running is not None:  # place the ops that run
-        say(f"placing the ops of {size} samples")
-        wishes = tensor_places(graph, solution.placements)  # the memory that the search counted on
-        stages, memory_policy = moved_stages(graph, stages, running), moved_policy(graph, memory_policy, running)
-        graph, dp = running, found.mesh.dp if size % found.mesh.dp == 0 else 1
-        left_s = None if time_limit_s is None else max(0.0, deadline - time.monotonic())
-        sharder = Sharder(graph, cost_model, wishes, pins, left_s, job)
-        solution = sharder.solve(dp=dp, tp=found.mesh.tp, local_batch=size // dp)
+    ends = max(asked.deadline, time.monotonic() + again_s)
+    with asked.stopped_at(ends, "captured again, at the size of its microbatch"):
+        running = _running_graph(workload, graph, fusions, found.microbatch.size)
+    placed = _Placed(graph, found.stages, found.memory_policy, found.solution)
+    if running is not None:
+        placed = _placed_as_it_runs(asked, found, placed, running, placing)
+    if asked.strict:
+        _refuse_conservative(placed.solution)
+    made = Plan(
+        hashes=hashes.make_hashes(placed.graph, workload, cluster),
+        workload=_describe(workload),
+        hardware=cluster.to_dict(),
+        mesh=found.mesh,
+        microbatch=found.microbatch,
+        loss_over=loss_over,
+        schedule=found.schedule,
+        stages=placed.stages,
+        segments=[instance.segment for instance in placed.graph.instances],
+        placement_axes=list(PLACEMENT_AXES),
+        placements=placed.solution.placements,
+        zero=found.zero,
+        zero_extents=found.zero_extents,
+        memory_policy=placed.memory_policy,
+        fusions=fusions,
+        forced=dict(asked.force),
+        predicted=found.predicted.model_copy(update={"split": placed.solution.split_shares}),
+        certificate=found.certificate.model_copy(update={"sharding": _proof_of(placed.solution)}),
+        planning_s=PlanningTime(capture=capture_s, solve=found.seconds, total=time.perf_counter() - started),
+        considered=found.considered,
+        conservative_ops=list(placed.solution.conservative),
+        self_test=tested,
+    )
+    trust.remember(made)
+    return made
+
+
+def _placed_as_it_runs(
+    asked: _Asked, found: SearchResult, planned: _Placed, running: ModelGraph, placing: _Placing
+) -> _Placed:
+    """The ops that run at the microbatch's own size, placed with the memory that the search counted on."""
+    size, graph = found.microbatch.size, planned.graph
+    asked.say(f"placing the ops of {size} samples")
+    wishes = tensor_places(graph, planned.solution.placements)
+    dp = found.mesh.dp if size % found.mesh.dp == 0 else 1
+    sharder = placing.sharder(running, asked.left_s, wishes)
+    return _Placed(
+        running,
+        moved_stages(graph, planned.stages, running),
+        moved_policy(graph, planned.memory_policy, running),
+        sharder.solve(dp=dp, tp=found.mesh.tp, local_batch=size // dp),
+    )
+
+
+def _refuse_conservative(solution: ShardingSolution) -> None:
     conservative = list(solution.conservative)
-    if strict and conservative:
+    if conservative:
         first = conservative[0]
         raise ShardwrightError(
             f"{len(conservative)} ops have no sharding rule; the first is {first.op} at {first.source or first.node}",
@@ -181,40 +263,14 @@ def _make_plan(
             works="leave it out: the plan then lists them with their cost",
             exit_code=ExitCode.UNSUPPORTED_MODEL,
         )
-    made = Plan(
-        hashes=hashes.make_hashes(graph, workload, cluster),
-        workload=_describe(workload),
-        hardware=cluster.to_dict(),
-        mesh=found.mesh,
-        microbatch=found.microbatch,
-        loss_over=loss_over,
-        schedule=found.schedule,
-        stages=stages,
-        segments=[instance.segment for instance in graph.instances],
-        placement_axes=list(PLACEMENT_AXES),
-        placements=solution.placements,
-        zero=found.zero,
-        zero_extents=found.zero_extents,
-        memory_policy=memory_policy,
-        fusions=fusions,
-        forced=dict(force),
-        predicted=found.predicted.model_copy(update={"split": solution.split_shares}),
-        certificate=found.certificate.model_copy(update={"sharding": _proof_of(solution)}),
-        planning_s=PlanningTime(capture=capture_s, solve=found.seconds, total=time.perf_counter() - started),
-        considered=found.considered,
-        conservative_ops=conservative,
-        self_test=tested,
-    )
-    trust.remember(made)
-    return made
 
 
-def _tested(workload: Workload, graph: ModelGraph, wanted: bool, say: Progress, deadline: float) -> SelfTest:
-    if not wanted:
+def _tested(workload: Workload, graph: ModelGraph, asked: _Asked) -> SelfTest:
+    if not asked.self_test:
         return SelfTest(status="off", reason="self_test=False")
     if is_applicable(workload):
-        say(f"self-test of {workload.name}")
-    return run_self_test(workload, graph, budget_s=min(BUDGET_S, 0.5 * (deadline - time.monotonic())))
+        asked.say(f"self-test of {workload.name}")
+    return run_self_test(workload, graph, budget_s=min(BUDGET_S, 0.5 * (asked.deadline - time.monotonic())))
 
 
 def _proof_of(solution: ShardingSolution) -> ShardingProof:
@@ -364,9 +420,8 @@ def build(
     def evaluation() -> Evaluation:
         return make_evaluation(plan, workload, planning_batch(workload), wishes, axes, device, _reshaped, as_captured)
 
-    return Program(
-        plan, graph, programs, workload, device=device, mesh=mesh, rebuild=rebuild, adopt=adopt, evaluation=evaluation
-    )
+    compiled = Compiled(graph, programs, rebuild, evaluation)
+    return Program(plan, compiled, workload, device=device, mesh=mesh, adopt=adopt)
 
 
 def _verify_same_plan(plan: Plan) -> None:

@@ -196,4 +196,4 @@ class Case:
 
         options = {k: force.pop(k) for k in ("time_limit_s", "memory_limit_bytes", "progress") if k in force}
         forced = {name: str(value) for name, value in force.items()}
-        return search(self.graph, self.cluster, self.cost_model, self.workload, self.sharder, force=forced, **options)
+        return search(self.graph, self.cost_model, self.workload, self.sharder, force=forced, **options)

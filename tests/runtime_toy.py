@@ -40,7 +40,7 @@ from shardwright.plans.document import (
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from shardwright.profiler.workload import OptimizerSpec, Precision, Workload
 from shardwright.runtime.mesh import RankGrid, build_mesh
-from shardwright.runtime.program import Program
+from shardwright.runtime.program import Compiled, Program
 from shardwright.schedules import build_schedule
 
 VOCAB, WIDTH, HIDDEN, LENGTH = 7, 6, 5, 3
@@ -528,4 +528,5 @@ def make_program(toy: Toy, plan: Plan, **changes: Any) -> Program:
         return segment_programs(toy, grid, shapes["ids"][0])
 
     programs = segment_programs(toy, grid, plan.microbatch.size)
-    return Program(plan, toy.graph, programs, make_workload(toy, **changes), mesh=mesh, rebuild=rebuild, **options)
+    compiled = Compiled(toy.graph, programs, rebuild)
+    return Program(plan, compiled, make_workload(toy, **changes), mesh=mesh, **options)

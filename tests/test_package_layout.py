@@ -165,3 +165,32 @@ def test_no_file_names_a_registry_host():
     for path in [*names, *python_files()]:
         text = path.read_text()
         assert not [host for host in hosts if host in text], path
+
+
+# Called by transformers with the arguments of its own attention and mask functions.
+CALLED_BY_TRANSFORMERS = {"attention_forward", "make_mask", "_eager"}
+
+
+def counted_parameters(function: ast.FunctionDef, public: bool) -> list[str]:
+    """Not counted: self; the tensors of an op, which its schema lists; what Triton compiles; the options of a public
+    function, each with its name and default."""
+    if function.name in CALLED_BY_TRANSFORMERS or any("triton.jit" in ast.unparse(d) for d in function.decorator_list):
+        return []
+    given = function.args
+    parameters = [*given.posonlyargs, *given.args, *([] if public else given.kwonlyargs)]
+    types = {one.arg: ast.unparse(one.annotation) if one.annotation else "" for one in parameters}
+    return [name for name, kind in types.items() if name not in ("self", "cls") and not kind.startswith("torch.Tensor")]
+
+
+def test_no_function_has_over_100_lines_or_over_8_parameters():
+    import shardwright
+
+    wrong = []
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                parameters = counted_parameters(node, node.name in shardwright.__all__)
+                if lines > 100 or len(parameters) > 8:
+                    wrong.append(f"{path.relative_to(ROOT)}: {node.name}, {lines} lines, {len(parameters)} parameters")
+    assert not wrong

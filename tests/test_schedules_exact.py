@@ -69,11 +69,11 @@ def uneven(place: tuple[int, ...], num_ranks: int, count: int, seed: int, *, sha
 @pytest.mark.parametrize(
     "problem",
     [
-        problem_of_shares(2, loop_placement(2, 1), 2, (1.0, 1.1, 0.7), 0.05, memory_limit=2),
-        problem_of_shares(2, loop_placement(2, 1), 2, (1.0, 0.3, 2.0), 0.4, stage_extra=(0.1, 0.3), memory_limit=1),
-        problem_of_shares(2, loop_placement(2, 1), 2, (0.7, math.pi / 3, math.e / 4), 0.1414213, memory_limit=1),
-        problem_of_shares(2, loop_placement(2, 1), 2, (1.0, 1.0, 0.0), 0.05, memory_limit=1),
-        problem_of_shares(1, v_placement(2), 2, (1.0, 1.4, 0.6), 0.1),
+        problem_of_shares(2, loop_placement(2, 1), (1.0, 1.1, 0.7), 0.05, memory_limit=2),
+        problem_of_shares(2, loop_placement(2, 1), (1.0, 0.3, 2.0), 0.4, stage_extra=(0.1, 0.3), memory_limit=1),
+        problem_of_shares(2, loop_placement(2, 1), (0.7, math.pi / 3, math.e / 4), 0.1414213, memory_limit=1),
+        problem_of_shares(2, loop_placement(2, 1), (1.0, 1.0, 0.0), 0.05, memory_limit=1),
+        problem_of_shares(1, v_placement(2), (1.0, 1.4, 0.6), 0.1),
         uneven(loop_placement(2, 1), 2, 2, 1, share=0.75),
         uneven(loop_placement(2, 1), 2, 2, 2, share=0.5),
         uneven(v_placement(2), 2, 1, 3, share=1.0),
@@ -98,14 +98,14 @@ def test_the_optimum_is_that_of_every_order(problem):
     [((1.0, 1.1, 0.7), 0.05, 2, 41.6), ((1.0, 1.4, 0.6), 0.1, 2, 47.0), ((1.0, 1.0, 1.0), 0.0, 2, 41.0)],
 )
 def test_small_pipelines_are_proven_optimal(times, transfer_s, memory, optimum_s):
-    problem = problem_of_shares(8, loop_placement(4, 1), 4, times, transfer_s, memory_limit=memory)
+    problem = problem_of_shares(8, loop_placement(4, 1), times, transfer_s, memory_limit=memory)
     found = synthesize([problem], time_limit_s=10.0)
     assert found.makespan_s == pytest.approx(optimum_s, abs=1e-9)
     assert found.gap_fraction == pytest.approx(0.0, abs=1e-9)
 
 
 def test_what_is_shorter_than_the_known_order_is_found():
-    graph = OrderGraph(problem_of_shares(4, v_placement(2), 2, (1.0, 1.0, 1.0), memory_limit=2))
+    graph = OrderGraph(problem_of_shares(4, v_placement(2), (1.0, 1.0, 1.0), memory_limit=2))
     known = max((order for _, order in library_orders(graph)), key=graph.makespan_s)
     known_s = graph.makespan_s(known)
     solved = solve(graph, known, known_s, 0.0, time_limit_s=5.0)
@@ -113,7 +113,7 @@ def test_what_is_shorter_than_the_known_order_is_found():
 
 
 def test_without_or_tools_nothing_is_proven(monkeypatch):
-    problem = problem_of_shares(4, v_placement(4), 4, (1.0, 1.4, 0.6), memory_limit=2)
+    problem = problem_of_shares(4, v_placement(4), (1.0, 1.4, 0.6), memory_limit=2)
     for executable in ("/nowhere/python", "/bin/echo", None):
         monkeypatch.setattr("sys.executable", executable)
         assert solve(OrderGraph(problem), None, 40.0, 7.0, time_limit_s=1.0) is None
@@ -142,7 +142,7 @@ def test_repeated_steady_states_are_complete_and_hold_no_more(p, v, seed):
     times = tuple(rng.choice([0.5, 1.0, 1.3]) for _ in range(3))
     place = rng.choice([loop_placement(p, v), v_placement(p, v)])
     short, long = (
-        OrderGraph(problem_of_shares(count, place, p, times, rng.choice([0.0, 0.1])))
+        OrderGraph(problem_of_shares(count, place, times, rng.choice([0.0, 0.1])))
         for count in (2 * p + 3, 2 * p + 3 + 2 * MULTIPLE)
     )
     for _, order in library_orders(short):
@@ -165,7 +165,7 @@ def test_ranks_without_stages_repeat_nothing():
 
 
 def test_an_order_that_repeats_takes_one_period_more_for_each_microbatch(p=8):
-    short, long = (OrderGraph(problem_of_shares(m, v_placement(p), p, (1.0, 1.0, 1.0))) for m in (24, 24 + 36))
+    short, long = (OrderGraph(problem_of_shares(m, v_placement(p), (1.0, 1.0, 1.0))) for m in (24, 24 + 36))
     order = next(order for name, order in library_orders(short) if name == "zb_v")
     found = [long.makespan_s(lengthened(short, order, repeat, long)) for repeat in repeats(short, order)]
     assert min(found) == pytest.approx(short.makespan_s(order) + 36 * 3.0)
@@ -175,7 +175,7 @@ def test_an_order_that_repeats_takes_one_period_more_for_each_microbatch(p=8):
 def test_frozen_places_stay_as_they_are(monkeypatch, compiled):
     if not compiled:
         monkeypatch.setattr(native, "library", lambda: None)
-    graph = OrderGraph(problem_of_shares(12, v_placement(4), 4, (1.0, 1.4, 0.6), 0.1, memory_limit=3))
+    graph = OrderGraph(problem_of_shares(12, v_placement(4), (1.0, 1.4, 0.6), 0.1, memory_limit=3))
     order = next(order for name, order in library_orders(graph) if name == "v_half")
     moved = False
     for seed, repeat in enumerate(itertools.islice(repeats(graph, order), 8)):

@@ -78,7 +78,7 @@ def test_the_outside_judge_agrees_on_recomputation(p, m, v, memory, more):
     judge = shared_judge()
     times, transfer_s = (1.0, 1.4, 0.6), 0.1
     for place in {loop_placement(p, v), v_placement(p, v)}:
-        problem = problem_of_shares(m, place, p, times, transfer_s, memory_limit=memory / v, recompute=True)
+        problem = problem_of_shares(m, place, times, transfer_s, memory_limit=memory / v, recompute=True)
         found = synthesize([problem], time_limit_s=0.2)
         assert_valid(problem, found)
         theirs = judge.from_json(found.schedule.to_judge())
@@ -93,10 +93,10 @@ def test_the_outside_judge_agrees_on_recomputation(p, m, v, memory, more):
 @pytest.mark.parametrize("place", [loop_placement(8, 1), v_placement(8)])
 def test_letting_go_beats_waiting_for_memory(place):
     """At a quarter of 1F1B's memory."""
-    plain = problem_of_shares(16, place, 8, (1.0, 1.0, 1.0), memory_limit=2)
+    plain = problem_of_shares(16, place, (1.0, 1.0, 1.0), memory_limit=2)
     kept = synthesize([plain], time_limit_s=0.7)
     for offer in ({"recompute": True}, {"offload_s": 0.5}):
-        problem = problem_of_shares(16, place, 8, (1.0, 1.0, 1.0), memory_limit=2, **offer)
+        problem = problem_of_shares(16, place, (1.0, 1.0, 1.0), memory_limit=2, **offer)
         found = synthesize([problem], time_limit_s=1.0)
         assert_valid(problem, found)
         assert found.makespan_s < 0.85 * kept.makespan_s
@@ -104,16 +104,16 @@ def test_letting_go_beats_waiting_for_memory(place):
 
 
 def test_where_memory_suffices_everything_is_kept():
-    problem = problem_of_shares(16, v_placement(4), 4, (1.0, 1.0, 1.0), memory_limit=8, recompute=True, offload_s=0.1)
+    problem = problem_of_shares(16, v_placement(4), (1.0, 1.0, 1.0), memory_limit=8, recompute=True, offload_s=0.1)
     found = synthesize([problem], time_limit_s=2.0)
     assert found.gap_fraction == pytest.approx(0.0) and not lets_go(found.schedule)
 
 
 def test_a_rank_must_hold_one_activation_and_what_is_left_of_the_others():
     for offer in ({"recompute": True}, {"offload_s": 0.5}):
-        short = problem_of_shares(4, v_placement(2), 2, (1.0, 1.0, 1.0), memory_limit=0.4, **offer)
+        short = problem_of_shares(4, v_placement(2), (1.0, 1.0, 1.0), memory_limit=0.4, **offer)
         assert lower_bound(short) == INFINITE and synthesize([short]) is None
-        enough = problem_of_shares(4, v_placement(2), 2, (1.0, 1.0, 1.0), memory_limit=0.5, **offer)
+        enough = problem_of_shares(4, v_placement(2), (1.0, 1.0, 1.0), memory_limit=0.5, **offer)
         found = synthesize([enough], time_limit_s=0.5)
         assert_valid(enough, found)
 
@@ -152,11 +152,11 @@ def every_row(problem: PipelineProblem, rank: int) -> Iterator[tuple[Action, ...
 @pytest.mark.parametrize(
     "problem",
     [
-        problem_of_shares(2, (0, 1), 2, (1.0, 1.0, 1.0), memory_limit=1, recompute=True),
-        problem_of_shares(2, (0, 1), 2, (0.3, 1.4, 0.6), 0.1, memory_limit=1, recompute=True),
-        problem_of_shares(2, (0, 1), 2, (2.0, 0.5, 0.5), memory_limit=1, recompute=True),
-        problem_of_shares(2, (0, 1), 2, (1.0, 1.0, 1.0), memory_limit=1, offload_s=0.3),
-        problem_of_shares(1, v_placement(2), 2, (1.0, 1.0, 1.0), memory_limit=0.5, recompute=True),
+        problem_of_shares(2, (0, 1), (1.0, 1.0, 1.0), memory_limit=1, recompute=True),
+        problem_of_shares(2, (0, 1), (0.3, 1.4, 0.6), 0.1, memory_limit=1, recompute=True),
+        problem_of_shares(2, (0, 1), (2.0, 0.5, 0.5), memory_limit=1, recompute=True),
+        problem_of_shares(2, (0, 1), (1.0, 1.0, 1.0), memory_limit=1, offload_s=0.3),
+        problem_of_shares(1, v_placement(2), (1.0, 1.0, 1.0), memory_limit=0.5, recompute=True),
     ],
 )
 def test_the_shortest_of_every_order_is_found(problem):
@@ -264,7 +264,7 @@ def test_an_f_that_keeps_nothing_is_read_as_it_is_written():
 
 
 def test_copies_may_take_longer_than_all_the_work():
-    problem = problem_of_shares(4, v_placement(2), 2, (1.0, 1.0, 1.0), memory_limit=0.5, offload_s=20.0)
+    problem = problem_of_shares(4, v_placement(2), (1.0, 1.0, 1.0), memory_limit=0.5, offload_s=20.0)
     found = synthesize([problem], time_limit_s=0.5)
     assert_valid(problem, found)
     assert count(found.schedule, "O") > 0

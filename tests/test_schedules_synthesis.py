@@ -99,7 +99,7 @@ def test_any_pipeline_gets_a_complete_order_within_memory_that_the_simulator_con
 )
 def test_the_outside_judge_agrees_on_shares_and_their_memory(p, m, v, times, transfer_s, memory):
     for place in {loop_placement(p, v), v_placement(p, v)}:
-        problem = problem_of_shares(m, place, p, times, transfer_s, stage_extra=(0.15, 0.4), memory_limit=memory)
+        problem = problem_of_shares(m, place, times, transfer_s, stage_extra=(0.15, 0.4), memory_limit=memory)
         assert_valid(problem, synthesize([problem], time_limit_s=0.1))
 
 
@@ -118,7 +118,7 @@ def test_justified_orders_fit_and_are_never_longer(p, m, v, seed):
 
 
 def test_no_room_for_one_microbatch_is_no_schedule():
-    problem = problem_of_shares(4, v_placement(2), 2, (1.0, 1.0, 1.0), memory_limit=0.5)
+    problem = problem_of_shares(4, v_placement(2), (1.0, 1.0, 1.0), memory_limit=0.5)
     assert synthesize([problem], time_limit_s=0.1) is None
 
 
@@ -127,7 +127,7 @@ def test_no_room_for_one_microbatch_is_no_schedule():
 def test_nothing_of_the_library_that_fits_is_faster(p, m, input_s, weight_s, transfer_s):
     times = (1.0, input_s, weight_s)
     placements = [loop_placement(p, 1), loop_placement(p, 2), v_placement(p)]
-    problems = [problem_of_shares(m, place, p, times, transfer_s, memory_limit=p) for place in placements]
+    problems = [problem_of_shares(m, place, times, transfer_s, memory_limit=p) for place in placements]
     found = synthesize(problems, time_limit_s=0.5)
     for name, entry in SCHEDULES.items():
         chunks = entry.chunks[0]
@@ -151,7 +151,7 @@ def test_nothing_of_the_library_that_fits_is_faster(p, m, input_s, weight_s, tra
     ],
 )
 def test_optima_that_constraint_programming_proved_are_found(placement, times, transfer_s, memory, optimum_s):
-    problem = problem_of_shares(8, placement, 4, times, transfer_s, memory_limit=memory)
+    problem = problem_of_shares(8, placement, times, transfer_s, memory_limit=memory)
     found = synthesize([problem], time_limit_s=2.0)
     assert_valid(problem, found)
     assert found.makespan_s == pytest.approx(optimum_s, abs=1e-9)
@@ -161,7 +161,7 @@ def test_placements_compete():
     """A last stage that weighs more suits the loop, where it does not share a rank with the first."""
     place = {name: make(4, 2) for name, make in (("loop", loop_placement), ("v", v_placement))}
     problems = [
-        problem_of_shares(8, one, 4, (1.0, 1.0, 1.0), stage_extra=(0.15, 0.4), memory_limit=4) for one in place.values()
+        problem_of_shares(8, one, (1.0, 1.0, 1.0), stage_extra=(0.15, 0.4), memory_limit=4) for one in place.values()
     ]
     assert synthesize(problems, time_limit_s=1.0).schedule.stage_rank == place["loop"]
 
@@ -186,7 +186,7 @@ def test_searches_in_c_and_in_python_agree_on_every_order(p, m, v, seed):
 
 def test_without_a_c_compiler_the_search_runs_in_python(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
-    problem = problem_of_shares(8, v_placement(4), 4, (1.0, 1.4, 0.6), 0.1, memory_limit=3)
+    problem = problem_of_shares(8, v_placement(4), (1.0, 1.4, 0.6), 0.1, memory_limit=3)
     found = synthesize([problem], time_limit_s=2.0)
     assert_valid(problem, found)
     assert found.makespan_s < 33.0
@@ -199,7 +199,7 @@ def test_the_c_searches_compile():
 
 def test_lattices_are_what_they_say(p=4):
     """Repeated, a block holds what it is said to hold, and V-Min, V-Half and ZB-V are among them."""
-    problem = problem_of_shares(24, v_placement(p), p, (1.0, 1.0, 1.0))
+    problem = problem_of_shares(24, v_placement(p), (1.0, 1.0, 1.0))
     graph, lattices = OrderGraph(problem), Lattices(problem, np.random.default_rng(0))
     peaks = set()
     for index in lattices.fitting():
@@ -213,7 +213,7 @@ def test_lattices_are_what_they_say(p=4):
 def test_library_orders_are_those_of_their_placement():
     names = {}
     for place in (loop_placement(4, 1), loop_placement(4, 2), v_placement(4)):
-        graph = OrderGraph(problem_of_shares(8, place, 4, (1.0, 1.0, 1.0)))
+        graph = OrderGraph(problem_of_shares(8, place, (1.0, 1.0, 1.0)))
         names[place] = {name for name, _ in library_orders(graph)}
     assert {"gpipe", "1f1b", "zb_h1", "zb_h2"} <= names[loop_placement(4, 1)]
     assert {"interleaved_1f1b", "breadth_first"} <= names[loop_placement(4, 2)]

@@ -90,9 +90,8 @@ def test_large_weights_are_split_where_their_sums_would_come_every_step():
 
 
 def plan_peak(graph: ModelGraph, workload: Workload, sharder: Sharder, limit: int | None, **force: str) -> int:
-    cluster = sharder.cost_model.cluster
     forced = {"tp": "2", **force}
-    found = search(graph, cluster, sharder.cost_model, workload, sharder, force=forced, memory_limit_bytes=limit)
+    found = search(graph, sharder.cost_model, workload, sharder, force=forced, memory_limit_bytes=limit)
     return max(found.predicted.peak_bytes)
 
 

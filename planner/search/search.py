@@ -207,7 +207,6 @@ def _rounded(seconds: float) -> float:
 
 def search(
     graph: ModelGraph,
-    cluster: Cluster,
     cost_model: CostModel,
     workload: Workload,
     sharder: Sharder,
@@ -222,7 +221,7 @@ def search(
     Raises ShardwrightError: unknown force key (2), contradiction or a batch that does not divide (4), nothing fits (3),
     time limit with no incumbent (6).
     """
-    started = time.monotonic()
+    started, cluster = time.monotonic(), cost_model.cluster
     setting = Setting(graph, cluster, cost_model, workload, memory_limit_bytes)
     forced = parse_forced(force)
     num_instances = len(setting.shape.instances)

@@ -317,7 +317,6 @@ def run_timeline(
     chain: Chain,
     bounds: tuple[int, ...],
     *,
-    num_microbatches: int | None = None,
     schedule: PipelineSchedule | None = None,
     stages: Sequence[StageTimes] | None = None,
     with_events: bool = False,
@@ -326,8 +325,7 @@ def run_timeline(
     """schedule, stages: in place of the candidate's and the chain's.
     with_memory: also the most activation bytes at once on each rank."""
     if schedule is None:
-        count = num_microbatches or candidate.count
-        schedule = cached_schedule(candidate.schedule, candidate.pp, count, candidate.virtual_stages)
+        schedule = _own_schedule(candidate, candidate.count)
     return schedule.simulate(
         stage_times(setting, candidate, chain, bounds) if stages is None else stages,
         hops(setting, candidate, chain, bounds),
@@ -338,6 +336,10 @@ def run_timeline(
     )
 
 
+def _own_schedule(candidate: Candidate, num_microbatches: int) -> PipelineSchedule:
+    return cached_schedule(candidate.schedule, candidate.pp, num_microbatches, candidate.virtual_stages)
+
+
 def step_seconds(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> float:
     """Simulated step. Long orders: simulated at 4 and 5 rounds of p microbatches (and the remainder), then extended."""
     p, m = candidate.pp, candidate.count
@@ -345,6 +347,7 @@ def step_seconds(setting: Setting, candidate: Candidate, chain: Chain, bounds: t
         return run_timeline(setting, candidate, chain, bounds).makespan_s
     rest = m % p
     near, far = (
-        run_timeline(setting, candidate, chain, bounds, num_microbatches=k * p + rest).makespan_s for k in (4, 5)
+        run_timeline(setting, candidate, chain, bounds, schedule=_own_schedule(candidate, k * p + rest)).makespan_s
+        for k in (4, 5)
     )
     return far + (far - near) * (m - 5 * p - rest) / p

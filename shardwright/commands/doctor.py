@@ -126,7 +126,7 @@ def _cp_sat() -> str:
     from ..schedules.problem import problem_of_shares
     from ..schedules.synthesis.exact import solve
 
-    graph = OrderGraph(problem_of_shares(1, loop_placement(2, 1), 2, (1.0, 1.0, 1.0)))
+    graph = OrderGraph(problem_of_shares(1, loop_placement(2, 1), (1.0, 1.0, 1.0)))
     found = solve(graph, None, 10.0, 0.0, time_limit_s=10.0)
     if found is None:
         raise RuntimeError("not installed, or it does not run")

@@ -121,7 +121,6 @@ def _problems(args: argparse.Namespace) -> list[PipelineProblem]:
         problem_of_shares(
             m,
             place,
-            p,
             times,
             transfer_s,
             stage_extra=(first, last),
