@@ -23,18 +23,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..profiler.device import Device, GroupLink, Link
-from .constants import Constants
+from .constants import Constants, assumed
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
-# Of the gradients that one collective sums: small ones cost latency, a single one cannot run beside the backward.
-LEAST_BUCKET_BYTES, MOST_BUCKET_BYTES = 1 << 20, 16 << 20
-NUM_BUCKETS = 4  # where the limits above allow
-MULTICAST_MIN_SIZE = 5  # NCCL's all-reduce of up to four devices measures the same with and without NVLink SHARP
 
 
 def bucket_bytes(total_bytes: float) -> int:
     """Of one collective, where gradients of so many bytes are summed."""
-    return min(MOST_BUCKET_BYTES, max(LEAST_BUCKET_BYTES, int(total_bytes) // NUM_BUCKETS))
+    share = int(total_bytes) // round(assumed("num_buckets"))
+    return min(most_bucket_bytes(), max(round(assumed("least_bucket_bytes")), share))
+
+
+def most_bucket_bytes() -> int:
+    return round(assumed("most_bucket_bytes"))
 
 
 def link_rate(constants: Constants, link: Link, bytes_per_s: float) -> float:
@@ -112,7 +113,7 @@ def _tree(constants: Constants, kind: str, levels: list[GroupLink]) -> _Algorith
             traffic = max(traffic, (1 if level.num_subgroups == 2 else passes) / rate)
             hops.append(passes * math.ceil(math.log2(level.num_subgroups)))
             continue
-        if kind == "all_reduce" and level.link.multicast and level.size >= MULTICAST_MIN_SIZE:
+        if kind == "all_reduce" and level.link.multicast and level.size >= constants.get("multicast_least_devices"):
             switched = constants.get("multicast_efficiency", level.link.name, level.link.family)
             traffic = max(traffic, 1 / (level.bytes_per_s * switched))
         else:
@@ -158,4 +159,5 @@ def transfer_host_seconds(constants: Constants, num_bytes: float, device: Device
     found = next((one for one in device.tiers if one.name == tier), None)
     if found is None or tier == "device":
         raise ValueError(f"{device.name} has no memory tier {tier!r}")
-    return found.latency_s + num_bytes / link_rate(constants, device.host_link, found.bytes_per_s)
+    latency_s = constants.get("disk_latency_s", tier) if tier == "nvme" else found.latency_s
+    return latency_s + num_bytes / link_rate(constants, device.host_link, found.bytes_per_s)

@@ -91,3 +91,9 @@ def parse_constants(document: Mapping[str, Any]) -> Constants:
 def default_constants() -> Constants:
     with CONSTANTS_FILE.open("rb") as file:
         return parse_constants(tomllib.load(file))
+
+
+@cache
+def assumed(group: str, *keys: str) -> float:
+    """A constant that no fit replaces: of memory, of software, of the search."""
+    return default_constants().get(group, *keys)

@@ -32,18 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..units import GIB, MIB
-
-# Held by the driver's context, cuBLAS and cuDNN workspaces of a process that trains with torch on one GPU.
-GPU_CONTEXT_BYTES = GIB
-# NCCL: rings and trees of one communicator with default channels and buffers take roughly this much.
-COMMUNICATOR_BYTES = 160 * MIB
-# Blocks that the caching allocator holds but cannot hand out, as a share of what is allocated.
-FRAGMENTATION = 0.03
-# Units whose whole parameters ZeRO-3 holds at once: the one in use, the buffer it came in, the next one's.
-GATHERED_UNITS = 3
-# Units whose whole gradients ZeRO-2 and 3 hold at once: two being reduced, one being packed.
-REDUCED_UNITS = 3
+from .constants import assumed
 
 ITEMS = (
     "parameters",
@@ -162,14 +151,16 @@ def state_memory(
     accumulates = dp > 1 or num_microbatches > 1
     each = kinds.reduce if accumulates else kinds.compute
     in_master = kinds.reduces_in_master if accumulates else kinds.single_copy
+    gathered = round(assumed("gathered_units")) * kinds.compute if zero == 3 else 0
+    reduced = round(assumed("reduced_units")) * each if zero >= 2 else 0
     stepped = _smaller(shard, largest) if device_kind == "cpu" else shard  # on CPU torch steps one parameter at a time
     return StateMemory(
         parameters=_share(params, extents.parameters) * kinds.compute,
         optimizer=shard * kinds.of_master,
         buffers=state.buffer_bytes,
-        gathered_each=largest * (GATHERED_UNITS * kinds.compute if zero == 3 else 0),
+        gathered_each=largest * gathered,
         gradients=(_share(trainable, extents.gradients) + (shard if zero == 1 else 0)) * each,
-        fresh_each=largest * ((kinds.compute if accumulates else 0) + (REDUCED_UNITS * each if zero >= 2 else 0)),
+        fresh_each=largest * ((kinds.compute if accumulates else 0) + reduced),
         step_gradients=shard * (each + (0 if in_master else kinds.master)),
         step_temporaries=(stepped * kinds.step_tensors + shard * kinds.kept_tensors) * kinds.master,
     )
@@ -186,14 +177,28 @@ def _smaller(first: Any, second: Any) -> Any:
 
 def reserve_bytes(device_kind: str, num_groups: int) -> int:
     """What a process takes before the first tensor. num_groups: communicators it belongs to."""
-    if device_kind == "cpu":
-        return 0
-    return GPU_CONTEXT_BYTES + num_groups * COMMUNICATOR_BYTES
+    context, communicator = assumed("context_bytes", device_kind), assumed("communicator_bytes", device_kind)
+    return round(context) + num_groups * round(communicator)
 
 
 def slack_factor(device_kind: str) -> float:
     """Of what is allocated, over what is in use."""
-    return 1.0 if device_kind == "cpu" else 1.0 + FRAGMENTATION
+    return 1.0 + assumed("fragmentation_fraction", device_kind)
+
+
+def usable_bytes(memory_bytes: int) -> int:
+    """Of a device's memory, what a plan may fill where nobody sets a limit."""
+    return int(memory_bytes * assumed("usable_memory_fraction"))
+
+
+def boundary_bytes(cut_bytes: Any) -> Any:
+    """Of the buffers between two stages, by the bytes that pass there (or arrays of them)."""
+    return round(assumed("boundary_buffers")) * cut_bytes
+
+
+def pinned_bytes(offloaded_bytes: int) -> int:
+    """Of host memory, that offloading takes."""
+    return round(assumed("pinned_memory_factor")) * offloaded_bytes
 
 
 def rank_items(

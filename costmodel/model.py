@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..profiler.cluster import Cluster
@@ -70,6 +71,26 @@ class CostModel:
         """A copy between device memory and host memory ('nvme': the disk), one direction."""
         device = device if device is not None else self.cluster.worst_device()
         return communication.transfer_host_seconds(self.table, num_bytes, device, tier)
+
+    def slowest_memory(self, devices: Sequence[Device]) -> Device:
+        return min(devices, key=lambda device: device.memory_bytes_per_s)
+
+    def fastest_memory(self, devices: Sequence[Device]) -> Device:
+        return max(devices, key=lambda device: device.memory_bytes_per_s)
+
+    def relative_time(self, device: Device, dtype: object) -> float:
+        """Time of a device over that of the cluster's worst, on which ops are costed; at most 1."""
+        worst = self.cluster.worst_device()
+        arithmetic = worst.peak_flops_per_s(dtype) / device.peak_flops_per_s(dtype)
+        return min(1.0, max(arithmetic, worst.memory_bytes_per_s / device.memory_bytes_per_s))
+
+    def model_flops_utilization(self, flops: float, step_s: float, dtype: object) -> float:
+        """MFU: flops of a step over those that all devices of the cluster could do in it, by the datasheet."""
+        peak_rate, first = 0.0, 0
+        for group in self.cluster.groups:
+            peak_rate += group.num_devices * self.cluster.device(first).peak_flops_per_s(dtype)
+            first += group.num_devices
+        return flops / (peak_rate * step_s)
 
     def peak_flops_per_s(self, dtype: object) -> float:
         """Datasheet dense peak of the worst device: what MFU is measured against."""

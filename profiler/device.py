@@ -112,7 +112,7 @@ class Device:
             tiers.append(MemoryTier("host", self.host_memory_bytes, link.bytes_per_s, link.latency_s))
         if self.nvme_bytes:
             rate = min(self.nvme_bytes_per_s, self.host_link.bytes_per_s)
-            tiers.append(MemoryTier("nvme", self.nvme_bytes, rate, 100e-6))
+            tiers.append(MemoryTier("nvme", self.nvme_bytes, rate))
         return tuple(tiers)
 
 

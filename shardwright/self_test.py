@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from . import reference
+from .costmodel.constants import assumed
 from .errors import ExitCode, ShardwrightError
 from .kernels.ops import make_key
 from .plans.document import SelfTest
@@ -45,8 +46,6 @@ TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-3, torch.bfloat16: 0.05, to
 # What is smaller than this share of the largest gradient (of one, for other tensors) has no digits to agree on.
 FLOORS = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 _OWN_KINDS = (None, "factory")  # of Workload.spec: the user's own; others are built from a configuration
-_FLOPS_PER_S = 2e9  # one core in float64: an order of magnitude, for the estimate
-_OP_S = 5e-5  # a small op, run from Python
 _RUNS = 4  # two steps of the graph, two of the model
 _LEARNING_RATE, _DECAY = 1e-2, 0.1  # of the step: decay shows which parameters are stepped at all
 
@@ -369,7 +368,8 @@ def _estimate(graph: ModelGraph) -> tuple[float, int]:
         ops += len(costs[instance.segment])
         flops += sum(cost.flops for cost in costs[instance.segment])
         kept += sum(cost.output_bytes for cost in costs[instance.segment])
-    return _RUNS * (flops / _FLOPS_PER_S + ops * _OP_S), 2 * kept + 8 * 4 * graph.num_params
+    seconds = flops / assumed("self_test_flops_per_s") + ops * assumed("self_test_op_s")
+    return _RUNS * seconds, 2 * kept + 8 * 4 * graph.num_params
 
 
 def free_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardwright.cli import main
 from shardwright.costmodel.compute import op_class
 from shardwright.costmodel.constants import default_constants
 from shardwright.costmodel.model import CostModel
@@ -107,6 +109,15 @@ def test_every_constant_is_printable_with_its_source() -> None:
         assert row["source"] and row["date"] and row["meaning"] and float(row["value"]) >= 0
         assert row["kind"] in {"datasheet", "measured", "fitted", "assumed"}
     assert len({row["name"] for row in rows}) == len(rows)
+
+
+def test_what_is_assumed_of_memory_and_software_is_printable_too(capsys) -> None:
+    names = {row["name"] for row in default_constants().rows()}
+    assert {"usable_memory_fraction.default", "communicator_bytes.default", "pinned_memory_factor.default"} <= names
+    assert main(["hardware", "--show-assumptions", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {row["name"]: row["value"] for row in printed}["usable_memory_fraction.default"] == "0.93"
+    assert main(["hardware", "8xH100", "--show-assumptions"]) == 2
 
 
 def test_constants_are_looked_up_nearest_key_first() -> None:

@@ -194,3 +194,16 @@ def test_no_function_has_over_100_lines_or_over_8_parameters():
                 if lines > 100 or len(parameters) > 8:
                     wrong.append(f"{path.relative_to(ROOT)}: {node.name}, {lines} lines, {len(parameters)} parameters")
     assert not wrong
+
+
+def test_only_the_cost_model_and_the_profiler_read_the_rates_of_hardware():
+    """What seconds they make, and what they compare, is for the cost model to say."""
+    rates = ("bytes_per_s", "memory_bytes_per_s", "peak_flops_per_s")
+    others = [path for path in python_files() if path.relative_to(ROOT).parts[0] not in ("costmodel", "profiler")]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.attr}"
+        for path in others
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in rates
+    ]
+    assert not wrong

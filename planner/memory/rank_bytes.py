@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...costmodel import memory
-from ...costmodel.memory import StageState
+from ...costmodel.memory import StageState, boundary_bytes
 from ...schedules.published.library import SCHEDULES, build_schedule
 from ...schedules.schedule import PipelineSchedule
 from ..space.candidates import Candidate
@@ -18,8 +18,6 @@ from ..stages.chain import Chain
 from ..stages.cuts import windows
 from ..stages.setting import Setting
 
-# Send and receive buffers of each boundary, activations and gradients: one in use, one in flight.
-BUFFERS_PER_BOUNDARY = 2
 PROFILES = 8192  # orders whose small tables are kept: a search asks for each of its candidates' several times
 
 
@@ -165,7 +163,7 @@ def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Int
     held = _state(setting, candidate, state, kind)
     lasting = held.parameters + held.optimizer + held.buffers
     if candidate.num_stages > 1:
-        cut = BUFFERS_PER_BOUNDARY * (chain.cut_forward_bytes + chain.cut_backward_bytes)
+        cut = boundary_bytes(chain.cut_forward_bytes + chain.cut_backward_bytes)
         lasting = lasting + cut[:, None] + cut[None, :]
     return IntervalBytes(
         lasting=lasting,
@@ -278,7 +276,7 @@ def rank_breakdown(
     boundary = 0.0
     if candidate.num_stages > 1:
         cut = chain.cut_forward_bytes + chain.cut_backward_bytes
-        boundary = BUFFERS_PER_BOUNDARY * sum(cut[i] + cut[j] for i, j in stages)
+        boundary = boundary_bytes(sum(cut[i] + cut[j] for i, j in stages))
     return memory.rank_items(
         held,
         activation_bytes=activation_bytes,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ...costmodel.stage_times import Hop, StageTimes
 from ...costmodel.timeline import Timeline
 from ...plans import document as plan_document
-from ...profiler.cluster import Cluster
 from ...profiler.workload import Workload
 from ...schedules import PipelineSchedule
 from ..interfaces import ShardingSolution
@@ -50,14 +49,6 @@ class SearchResult:
     solve_seconds: float  # of it, in the sharding solver
     num_candidates: int
     interrupted: str = ""  # 'time limit' or 'Ctrl-C'
-
-
-def _one_of_each(cluster: Cluster) -> list[int]:
-    ranks, first = [], 0
-    for group in cluster.groups:
-        ranks.append(first)
-        first += group.num_devices
-    return ranks
 
 
 def _simplest(state: SearchState) -> Outcome:
@@ -117,10 +108,6 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     workload = setting.workload
     tokens = workload.global_batch * max(1, _tokens_per_sample(workload))
     flops = chain.model_flops * candidate.dp * candidate.tp * candidate.count
-    peak_rate = sum(
-        group.num_devices * setting.cluster.device(rank).peak_flops_per_s(workload.precision.compute)
-        for group, rank in zip(setting.cluster.groups, _one_of_each(setting.cluster), strict=True)
-    )
     return SearchResult(
         candidate=candidate,
         mesh=plan_document.Mesh(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp),
@@ -135,7 +122,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
         predicted=plan_document.Predicted(
             step_s=step_s,
             tokens_per_s_per_device=tokens / step_s / setting.cluster.num_devices,
-            mfu=flops / (peak_rate * step_s),
+            mfu=setting.cost_model.model_flops_utilization(flops, step_s, workload.precision.compute),
             peak_bytes=[max(peaks[rank] for rank in ranks) for ranks in zip(*placements_of(candidate), strict=True)],
             bubble_fraction=max(0.0, timeline.bubble_fraction),
             exposed_comm_s=max(timeline.exposed_comm_s),

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...costmodel.constants import assumed
 from ...costmodel.stage_times import Hop, StageTimes, Tail
 from ...costmodel.timeline import Timeline
 from ...schedules.schedule import PipelineSchedule
@@ -42,9 +43,6 @@ from ..stages.zero_seconds import stage_tables
 
 # Orders longer than this are simulated at two smaller microbatch counts and extended along their steady state.
 MAX_SIMULATED_ACTIONS = 12_000
-# Uneven stages can have a smaller bubble than equal ones; the least share seen with 4 to 8 ranks and 2 to 4 chunks is
-# 0.6.
-INTERLEAVED_BUBBLE = 0.6
 
 
 def path_seconds(schedule: str, forward_s: float, backward_s: float, num_ranks: int, num_microbatches: int) -> float:
@@ -76,7 +74,7 @@ def _once_through(setting: Setting, candidate: Candidate, chain: Chain) -> _Once
         mesh, n, p = setting.mesh(candidate), chain.num_instances, candidate.pp
         scale = min(mesh.scales)
         stepped = chain.trainable_of[0, n] / candidate.extents.optimizer / p
-        fastest = max(mesh.devices, key=lambda device: device.memory_bytes_per_s)
+        fastest = setting.cost_model.fastest_memory(mesh.devices)
         setting.cache[key] = _Once(
             float(tables.forward_of[0, n]) * scale,
             float(tables.backward_of[0, n]) * scale,
@@ -98,13 +96,14 @@ def lower_bound(setting: Setting, candidate: Candidate, chain: Chain, *, any_ord
 
 
 def estimate(setting: Setting, candidate: Candidate, chain: Chain) -> float:
-    """lower_bound, for interleaving with INTERLEAVED_BUBBLE of the bubble that equal stages have: (p-1) T / (p v)."""
+    """lower_bound, for interleaving with the least share of the bubble that equal stages have: (p-1) T / (p v)."""
     bound = lower_bound(setting, candidate, chain)
     if candidate.virtual_stages == 1 or candidate.schedule == "gpipe":
         return bound
     p, v = candidate.pp, candidate.virtual_stages
     once = sum(_once_through(setting, candidate, chain)[:2])
-    return max(bound, (candidate.count + INTERLEAVED_BUBBLE * (p - 1) / v) * once / p)
+    bubble = assumed("interleaved_bubble_fraction") * (p - 1) / v
+    return max(bound, (candidate.count + bubble) * once / p)
 
 
 def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_memory: bool = False) -> Cuts | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ...costmodel.activation_memory import peak_host_memory
+from ...costmodel.memory import pinned_bytes
 from ...costmodel.stage_times import StageTimes
 from ...costmodel.timeline import Timeline
 from ...schedules import PipelineSchedule
@@ -33,7 +34,6 @@ MAX_SECONDS = 3.0
 MAX_CHUNKS = 2  # of plans besides the best one
 FIRST_SHARE = 0.5  # of the time, for the winner's own way to save memory
 FIRST_CUTS_SHARE = 0.2  # of the time of a search
-PINNED_FACTOR = 2  # torch's pinned memory comes in powers of two
 LEAST_SECONDS = 0.5  # for an order that is asked for, whatever the time limit
 PROVEN = 1e-9  # gap of an order that is not looked for again
 SHARES = (0.5, 0.7, 1.0)  # of the time left, of one order after the other
@@ -187,7 +187,7 @@ class _Search:
         """What is offloaded at once; a host whose memory is not known holds anything."""
         hosts = (device.host_memory_bytes for device in self.setting.mesh(candidate).devices)
         peaks = zip(peak_host_memory(schedule.ranks, stages), hosts, strict=True)
-        return all(not host or PINNED_FACTOR * away <= host for away, host in peaks)
+        return all(not host or pinned_bytes(away) <= host for away, host in peaks)
 
     def _timeline(
         self, candidate: Candidate, bounds: tuple[int, ...], schedule: PipelineSchedule, stages: list[StageTimes]

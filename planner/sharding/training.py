@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...costmodel.communication import MOST_BUCKET_BYTES, bucket_bytes
+from ...costmodel.communication import bucket_bytes, most_bucket_bytes
 from ...costmodel.memory import StateBytes
 from ...costmodel.model import CostModel
 from ...profiler.graph import ModelGraph
 from ..space.mesh_costs import sum_shape
 
-MOST_BYTES = 4 * MOST_BUCKET_BYTES  # of one collective; larger ones are no faster for a byte
+MOST_BUCKETS = 4  # of the most bytes, in one collective: larger ones are no faster for a byte
 SAMPLE_BYTES = 1 << 30  # of a copy
 
 
@@ -54,7 +54,8 @@ class Sums:
         pp = cluster.num_devices // (dp * tp)
         held = [sum(math.prod(shape) for shape in segment.param_shapes) for segment in graph.segments.values()]
         total = sum(math.prod(graph.params[name][0]) for name in graph.params)
-        together = max(bucket_bytes(total * kinds.reduce / pp), min(max(held, default=0) * kinds.reduce, MOST_BYTES))
+        most = MOST_BUCKETS * most_bucket_bytes()
+        together = max(bucket_bytes(total * kinds.reduce / pp), min(max(held, default=0) * kinds.reduce, most))
 
         def per_element(size: int, shape: dict[str, int], axis: str) -> float:
             if size == 1:

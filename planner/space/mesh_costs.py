@@ -99,14 +99,4 @@ class MeshCosts:
         """
         if self.cluster.is_homogeneous:
             return [1.0] * self.pp
-        worst = self.cluster.worst_device()
-        return [
-            min(
-                1.0,
-                max(
-                    worst.peak_flops_per_s(self.compute_dtype) / device.peak_flops_per_s(self.compute_dtype),
-                    worst.memory_bytes_per_s / device.memory_bytes_per_s,
-                ),
-            )
-            for device in self.devices
-        ]
+        return [self.cost_model.relative_time(device, self.compute_dtype) for device in self.devices]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...costmodel.memory import StateBytes
+from ...costmodel.memory import StateBytes, usable_bytes
 from ...costmodel.model import CostModel
 from ...profiler.cluster import Cluster
 from ...profiler.device import Device
@@ -18,9 +18,6 @@ from ..interfaces import ShardingSolution
 from ..space.candidates import Candidate
 from ..space.mesh_costs import MeshCosts
 from .chain import Chain, Shape, build_chain, model_shape
-
-# Of a device's memory that a plan may fill by itself: the rest is for the memory model's own error
-MEMORY_SHARE = 0.93
 
 
 def state_kinds(workload: Workload) -> StateBytes:
@@ -64,7 +61,7 @@ class Setting:
         """What a plan may use of the rank's memory: the user's limit, or the device's less some headroom."""
         device = self.mesh(candidate).devices[rank]
         if self.memory_limit_bytes is None and self.cluster.memory_limit_bytes is None:
-            return int(device.memory_bytes * MEMORY_SHARE)
+            return usable_bytes(device.memory_bytes)
         return (
             device.memory_bytes
             if self.memory_limit_bytes is None

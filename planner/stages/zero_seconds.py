@@ -77,7 +77,7 @@ def _build(
     setting: Setting, mesh: MeshCosts, chain: Chain, zero: int, extents: Extents, accumulates: bool
 ) -> StageTables:
     kinds, n = setting.kinds, chain.num_instances
-    device = min(mesh.devices, key=lambda one: one.memory_bytes_per_s)
+    device = setting.cost_model.slowest_memory(mesh.devices)
 
     def per_position(elements: np.ndarray, seconds: Callable[[float], float]) -> np.ndarray:
         known = {value: seconds(value) for value in set(elements.tolist()) if value > 0}
