@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.fx import _lazy_graph_module
+from torch.fx import proxy as fx_proxy
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint
@@ -41,6 +44,45 @@ def lazy_recompile() -> contextlib.AbstractContextManager[None]:
     torch.export changes its graph some thirty times; of 70 blocks, each printing takes half a second.
     """
     return _lazy_graph_module._use_lazy_graph_module(True)
+
+
+class _Frames:
+    """The running frames as torch's CapturedTraceback gives them. A line that was seen before costs a look-up; torch
+    reads a hundred of them anew for each node, which is a tenth of a trace."""
+
+    def __init__(self) -> None:
+        # by identity, as a code object's hash is that of all it holds; each stays alive in its entry
+        self._seen: dict[tuple[int, int], tuple[Any, traceback.FrameSummary]] = {}
+
+    def extract(self) -> _Frames:
+        return self
+
+    def summary(self) -> traceback.StackSummary:
+        """Outermost first."""
+        found = []
+        frame = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            key = (id(code), frame.f_lasti)
+            known = self._seen.get(key)
+            if known is None:
+                line = traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name)
+                known = self._seen[key] = code, line
+            found.append(known[1])
+            frame = frame.f_back  # type: ignore[assignment]
+        found.reverse()
+        return traceback.StackSummary(found)
+
+
+@contextlib.contextmanager
+def lines_kept() -> Iterator[None]:
+    """Inside, a trace that notes the source of each node finds each line once."""
+    original = fx_proxy.CapturedTraceback
+    fx_proxy.CapturedTraceback = _Frames()  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        fx_proxy.CapturedTraceback = original  # type: ignore[misc]
 
 
 def outside_trace() -> contextlib.AbstractContextManager[object]:

@@ -43,6 +43,10 @@ _FINITE = {torch.ops.aten.isfinite.default: True, torch.ops.aten.isnan.default: 
 
 
 _WRITES_BY_INDEX = {torch.Tensor.__setitem__, torch.Tensor.index_put_, torch.Tensor.index_put, torch.index_put}
+# All that is looked at: a trace calls tens of thousands of other functions, each of which is asked for once.
+_LOOKED_AT = {
+    *_QUESTIONS, *_WRITES_BY_INDEX, *_INDEXED, *_REPEATED, *_SIZED, *SELECT, torch.tensor, torch.nn.functional.ctc_loss,
+}  # fmt: skip
 
 
 class Assumptions(TorchFunctionMode):
@@ -54,6 +58,8 @@ class Assumptions(TorchFunctionMode):
         self.held: list[tuple[torch.Tensor, str]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _LOOKED_AT:
+            return func(*args, **(kwargs or {}))
         if func in _QUESTIONS and isinstance(args[0], torch.Tensor) and not kwargs:
             found = self._answer(args[0])
             if found is not None:

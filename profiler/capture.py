@@ -25,7 +25,7 @@ from torch.export import Dim
 from ..errors import ExitCode, ShardwrightError
 from ..kernels import ops  # noqa: F401  registers the ops that normalization puts in
 from . import fold, joint
-from ._torch import DATA_DEPENDENT, lazy_recompile
+from ._torch import DATA_DEPENDENT, lazy_recompile, lines_kept
 from .as_written import AsWritten
 from .assumptions import Assumptions, separate_conditions
 from .attention_interface import shardwright_attention
@@ -209,6 +209,7 @@ def export_step(
             _mode_of(workload.model, evaluating),
             shardwright_attention(workload.model),
             lazy_recompile(),
+            lines_kept(),
             no_collection(),
             refused_outside_random(workload.model),
             recurrent_layers(),
