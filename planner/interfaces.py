@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..costmodel.segment import SegmentCost
+from ..plans.axes import MeshShape
 
 
 @dataclass(frozen=True)
 class ShardingSolution:
-    """The best placements found for every distinct segment on a (dp, tp) mesh, and what they cost on one rank.
+    """The best placements found for every distinct segment on the mesh of a stage, and what they cost on one rank.
 
     objective_s and lower_bound_s add up the solver's objective over the instances of the model, per microbatch.
     """
@@ -44,18 +45,18 @@ class ShardingSolution:
 class Sharder(Protocol):
     """Caches inside: the search asks for the same mesh more than once."""
 
-    def solve(self, *, dp: int, tp: int, local_batch: int) -> ShardingSolution | None:
-        """local_batch: sequences that one data-parallel rank holds of a microbatch.
+    def solve(self, mesh: MeshShape, local_batch: int) -> ShardingSolution | None:
+        """mesh: of one stage. local_batch: sequences that one data-parallel rank holds of a microbatch.
 
-        None, or a ShardwrightError, where this tp cannot shard anything.
+        None, or a ShardwrightError, where this mesh cannot shard anything.
         """
         ...
 
-    def frontier(self, *, dp: int, tp: int, local_batch: int) -> list[ShardingSolution]:
+    def frontier(self, mesh: MeshShape, local_batch: int) -> list[ShardingSolution]:
         """That solution and others that are slower and keep fewer bytes, or less training state, fastest first."""
         ...
 
-    def leanest(self, *, dp: int, tp: int, local_batch: int, state_share: float) -> ShardingSolution | None:
+    def leanest(self, mesh: MeshShape, local_batch: int, *, state_share: float) -> ShardingSolution | None:
         """Of least bytes, where a byte of training state counts as state_share of one that is kept for the
         backward."""
         ...

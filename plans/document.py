@@ -10,14 +10,15 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import ExitCode, ShardwrightError
 from ..profiler.files import replace_text
+from .axes import MeshShape
+from .axes import names as axis_names
 from .document_checks import problem_of, seal
 
 SCHEMA_VERSION = "shardwright.plan/1"
-MESH_AXES = ("pp", "dp", "cp", "ep", "tp")  # outermost (slowest links) first
 
 
 class _Document(BaseModel):
@@ -35,15 +36,37 @@ class Hashes(_Document):
 
 
 class Mesh(_Document):
+    """Sizes of axes. The experts' axis divides the ranks that carry the batch and is no factor of the devices.
+
+    Axes that are registered (plans/axes.py) beside those of the schema stand after them."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+    __pydantic_extra__: dict[str, int]
+
     pp: int = 1
     dp: int = 1
     cp: int = 1
     ep: int = 1
     tp: int = 1
 
+    @model_validator(mode="after")
+    def _has_known_axes(self) -> Mesh:
+        if unknown := set(self.model_extra or {}) - set(axis_names()):
+            raise ValueError(f"{', '.join(sorted(unknown))}: there is no such axis")
+        return self
+
+    @classmethod
+    def of(cls, shape: MeshShape) -> Mesh:
+        fields = cls.model_fields
+        return cls(**{axis: size for axis, size in shape.as_dict.items() if axis in fields or size > 1})
+
+    @property
+    def shape(self) -> MeshShape:
+        return MeshShape.of(self.model_dump())
+
     @property
     def num_devices(self) -> int:
-        return self.pp * self.dp * self.cp * self.ep * self.tp
+        return self.shape.num_devices
 
 
 class Microbatch(_Document):

@@ -17,6 +17,7 @@ from typing import Any
 from ..costmodel.actions import parse_action
 from ..schedules import SCHEDULES
 from ..schedules.schedule import SYNTHESIZED
+from .axes import MeshShape
 
 Document = Mapping[str, Any]
 MAX_DEVICES = 1 << 24
@@ -46,13 +47,17 @@ def problem_of(document: Document) -> str:
 
 
 def _num_devices(document: Document) -> int:
-    return math.prod(document["mesh"].values())
+    return MeshShape.of(document["mesh"]).num_devices
 
 
 def _check_sizes(document: Document) -> str:
     for axis, size in document["mesh"].items():
         if size < 1:
             return f"mesh.{axis}: {size} ranks"
+    try:
+        MeshShape.of(document["mesh"])
+    except ValueError as error:
+        return f"mesh: {error}"
     if _num_devices(document) > MAX_DEVICES:
         return f"mesh: {_num_devices(document)} devices, more than {MAX_DEVICES}"
     for key, number in document["microbatch"].items():
@@ -148,12 +153,12 @@ def _check_placements(document: Document) -> str:
 
 
 def _check_state(document: Document) -> str:
-    dp = document["mesh"]["dp"]
+    ranks = MeshShape.of(document["mesh"]).state_ranks
     if document["zero"] not in (0, 1, 2, 3):
         return f"zero: {document['zero']} is not 0 to 3"
     for kind, extent in document["zero_extents"].items():
-        if kind not in _STATE_KINDS or extent < 1 or dp % extent:
-            return f"zero_extents.{kind}: {extent} of {dp} data ranks"
+        if kind not in _STATE_KINDS or extent < 1 or ranks % extent:
+            return f"zero_extents.{kind}: {extent} of {ranks} data ranks"
     known = set(document["segments"]) | set(document["placements"])
     if unknown := [name for name in document["memory_policy"]["recompute"] if name not in known]:
         return f"memory_policy.recompute.{unknown[0]}: there is no such segment"

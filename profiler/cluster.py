@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -211,19 +211,21 @@ class Cluster:
             return _group_link(1, groups[0].local, None)
         return inner
 
-    def axis_links(self, mesh_shape: dict[str, int], axis: str) -> GroupLink:
-        """The bottleneck of the worst group along a mesh axis, ranks being row-major indices into mesh_shape.
+    def axis_links(self, mesh_shape: Mapping[str, int], axes: str | tuple[str, ...]) -> GroupLink:
+        """The bottleneck of the worst group along a mesh axis, or along several as one; ranks are row-major indices
+        into mesh_shape.
 
         mesh_shape: axis name -> size, outermost first; their product is at most num_devices (the first ranks are used).
         """
-        key = (tuple(mesh_shape.items()), axis)
+        names = (axes,) if isinstance(axes, str) else axes
+        key = (tuple(mesh_shape.items()), names)
         if key not in self._axis_cache:
-            self._axis_cache[key] = self._axis_links(mesh_shape, axis)
+            self._axis_cache[key] = self._axis_links(mesh_shape, names)
         return self._axis_cache[key]
 
-    def _axis_links(self, mesh_shape: dict[str, int], axis: str) -> GroupLink:
-        if axis not in mesh_shape:
-            raise KeyError(f"axis {axis!r} is not in the mesh {mesh_shape}")
+    def _axis_links(self, mesh_shape: Mapping[str, int], axes: tuple[str, ...]) -> GroupLink:
+        if missing := [axis for axis in axes if axis not in mesh_shape]:
+            raise KeyError(f"axis {missing[0]!r} is not in the mesh {mesh_shape}")
         total = math.prod(mesh_shape.values())
         if total > self.num_devices:
             raise ShardwrightError(
@@ -233,8 +235,9 @@ class Cluster:
             )
         names = list(mesh_shape)
         sizes = [mesh_shape[name] for name in names]
-        position = names.index(axis)
-        ranks = np.moveaxis(np.arange(total).reshape(sizes), position, -1).reshape(-1, sizes[position])
+        positions = [names.index(axis) for axis in axes]
+        columns_last = np.moveaxis(np.arange(total).reshape(sizes), positions, range(-len(axes), 0))
+        ranks = columns_last.reshape(-1, math.prod(mesh_shape[axis] for axis in axes))
         # groups that lie alike (same pattern of hosts, domains and bridges, same kinds of device) have the same links
         places = self._places
         columns = [places.domain[ranks], places.bridge[ranks]]

@@ -116,10 +116,10 @@ def whole_shape(tensor: torch.Tensor, dim: int | None, size: int) -> tuple[int, 
 def conform(
     name: str, tensor: torch.Tensor, expected: tuple[int, ...], whole: tuple[int, ...], dim: int, over: tuple[Any, int]
 ) -> torch.Tensor:
-    """A batch entry as the segments want it: this rank's samples, or all of them where they are not sharded over dp.
+    """A batch entry as the segments want it: this rank's samples, or all of them where they are not sharded.
 
-    whole: shape of the microbatch's entry. over: group and size of the data-parallel axis. Whether it is gathered
-    depends on what every rank knows, not on how many samples this one has.
+    whole: shape of the microbatch's entry. over: group and number of the ranks that hold a microbatch. Whether it is
+    gathered depends on what every rank knows, not on how many samples this one has.
     """
     group, dp_size = over
     if dp_size > 1 and tuple(expected) == whole:

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import ExitCode, ShardwrightError
 from ..passes.program import SegmentProgram
+from ..plans.axes import batch_axes, tensor_axes
 from ..profiler.graph import Leaf, ModelGraph
 from ..profiler.initial_values import initial_tensors
 from ._torch import tree_unflatten
@@ -128,13 +129,14 @@ class Evaluator:
         }
 
     def _own_samples(self, name: str, local: torch.Tensor, size: int, shards: Mapping[str, int]) -> torch.Tensor:
-        """Whole over the tensor axis, this rank's samples over the data axis."""
-        grid = self.program.grid
-        if "tp" in shards:
-            local = self._gathered(local, shards["tp"], "tp")
+        """Whole on the axes that cut parameters, this rank's samples over those that carry the batch."""
+        batch = self.program.grid.batch
+        for axis in reversed(tensor_axes()):  # each cut what those before it left
+            if axis in shards:
+                local = self._gathered(local, shards[axis], axis)
         dim = self.evaluation.output_dims.get(name, -1)
-        if dim >= 0 and "dp" not in shards and size % grid.size("dp") == 0:
-            start, stop = chunk_bounds(local.shape[dim], grid.size("dp"), grid.coord("dp"))
+        if dim >= 0 and not set(batch_axes()) & set(shards) and size % batch.size == 0:
+            start, stop = chunk_bounds(local.shape[dim], batch.size, batch.index)
             local = local.narrow(dim, start, stop - start)
         return local
 

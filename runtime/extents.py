@@ -26,25 +26,25 @@ LEVEL_OF = {"parameters": 3, "gradients": 2, "optimizer": 1}  # the ZeRO level f
 
 @dataclass(frozen=True)
 class DataCut:
-    """How a data-parallel axis of dp_size ranks is cut by the extents of each kind of state."""
+    """How the num_ranks ranks over which ZeRO may split state are cut by the extents of each kind of state."""
 
     extents: Extents
-    dp_size: int
+    num_ranks: int
 
     @classmethod
-    def of(cls, zero: int, given: Mapping[str, int], dp_size: int) -> DataCut:
+    def of(cls, zero: int, given: Mapping[str, int], num_ranks: int) -> DataCut:
         """given: of a plan; what it leaves out is cut over all ranks where the ZeRO level cuts it, else not.
 
         Raises ShardwrightError where an extent does not divide the next or the axis, or the level cuts no such thing.
         """
-        found = {kind: given.get(kind, dp_size if zero >= level else 1) for kind, level in LEVEL_OF.items()}
+        found = {kind: given.get(kind, num_ranks if zero >= level else 1) for kind, level in LEVEL_OF.items()}
         for kind, level in LEVEL_OF.items():
             if zero < level and found[kind] != 1:
-                raise _bad(given, dp_size, f"ZeRO {zero} does not cut {kind}", f"zero={level} or more")
-        chain = (*found.values(), dp_size)
+                raise _bad(given, num_ranks, f"ZeRO {zero} does not cut {kind}", f"zero={level} or more")
+        chain = (*found.values(), num_ranks)
         if min(chain) < 1 or any(wide % narrow for narrow, wide in itertools.pairwise(chain)):
-            raise _bad(given, dp_size, "each extent must divide the next one", "the same extent for all three")
-        return cls(Extents(**found), dp_size)
+            raise _bad(given, num_ranks, "each extent must divide the next one", "the same extent for all three")
+        return cls(Extents(**found), num_ranks)
 
     @property
     def levels(self) -> tuple[tuple[int, int], ...]:
@@ -56,7 +56,7 @@ class DataCut:
     @property
     def copies(self) -> tuple[int, int]:
         """(size, stride) of the digit over which everything is copied."""
-        return self.dp_size // self.extents.optimizer, self.extents.optimizer
+        return self.num_ranks // self.extents.optimizer, self.extents.optimizer
 
     def num_levels(self, kind: str) -> int:
         """How many of the levels cut this kind of tensor."""
@@ -73,9 +73,9 @@ class Level:
     group: Any  # the process group of the ranks that differ in this digit alone
 
 
-def _bad(given: Mapping[str, int], dp_size: int, means: str, works: str) -> ShardwrightError:
+def _bad(given: Mapping[str, int], num_ranks: int, means: str, works: str) -> ShardwrightError:
     return ShardwrightError(
-        f"zero_extents {dict(given)} on {dp_size} data-parallel ranks",
+        f"zero_extents {dict(given)} on {num_ranks} data-parallel ranks",
         means=means,
         change="zero_extents in the plan, or its zero",
         works=works,

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import ExitCode, ShardwrightError
-from ..plans.document import MESH_AXES, Mesh
+from ..plans.axes import batch_axes, names, role_of, stage_axes, state_axes, tensor_axes
+from ..plans.document import Mesh
 from .extents import DataCut, Level
 
 
 def build_mesh(mesh: Mesh, device_type: str = "cpu") -> DeviceMesh | None:
-    """The DeviceMesh of a plan: pp, dp, tp, and cp, ep where they are used, in the order of MESH_AXES.
+    """The DeviceMesh of a plan: the axes that are searched, and others where they are used, in the order of plans/axes.
 
     None for one process without torch.distributed.
 
@@ -40,8 +41,9 @@ def build_mesh(mesh: Mesh, device_type: str = "cpu") -> DeviceMesh | None:
             works=f"torchrun --nproc-per-node {mesh.num_devices} SCRIPT",
             exit_code=ExitCode.PLAN_MISMATCH,
         )
-    axes = tuple(axis for axis in MESH_AXES if axis in ("pp", "dp", "tp") or getattr(mesh, axis) > 1)
-    ranks = torch.arange(mesh.num_devices).view([getattr(mesh, axis) for axis in axes])
+    shape = mesh.shape
+    axes = tuple(axis for axis in shape.axes if role_of(axis).is_searched or shape.size(axis) > 1)
+    ranks = torch.arange(mesh.num_devices).view([shape.size(axis) for axis in axes])
     return DeviceMesh(device_type, ranks, mesh_dim_names=axes)
 
 
@@ -52,7 +54,7 @@ class RankGrid:
     mesh: DeviceMesh | None
     sizes: dict[str, int]
     coords: dict[str, int]
-    ranks: torch.Tensor  # global ranks, one dimension for each axis of MESH_AXES
+    ranks: torch.Tensor  # global ranks, one dimension for each axis of sizes
     _subset_groups: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = field(default_factory=dict)
     _data_groups: dict[tuple[int, int], Any] = field(default_factory=dict)
     _axes_groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
@@ -60,21 +62,22 @@ class RankGrid:
     @classmethod
     def of(cls, mesh: DeviceMesh | None) -> RankGrid:
         """Axes that the DeviceMesh lacks count as size one."""
+        axes = names(lambda role: role.is_factor)
         if mesh is None:
-            one = torch.zeros([1] * len(MESH_AXES), dtype=torch.int64)
-            return cls(None, dict.fromkeys(MESH_AXES, 1), dict.fromkeys(MESH_AXES, 0), one)
-        names = mesh.mesh_dim_names or ()
-        unknown = set(names) - set(MESH_AXES)
-        assert not unknown, f"mesh axes {sorted(unknown)} are not among {MESH_AXES}"
-        order = [names.index(axis) for axis in MESH_AXES if axis in names]
-        sizes = {axis: mesh.size(names.index(axis)) if axis in names else 1 for axis in MESH_AXES}
-        ranks = mesh.mesh.permute(order).reshape([sizes[axis] for axis in MESH_AXES]).clone()
+            one = torch.zeros([1] * len(axes), dtype=torch.int64)
+            return cls(None, dict.fromkeys(axes, 1), dict.fromkeys(axes, 0), one)
+        present = mesh.mesh_dim_names or ()
+        unknown = set(present) - set(axes)
+        assert not unknown, f"mesh axes {sorted(unknown)} are not among {axes}"
+        order = [present.index(axis) for axis in axes if axis in present]
+        sizes = {axis: mesh.size(present.index(axis)) if axis in present else 1 for axis in axes}
+        ranks = mesh.mesh.permute(order).reshape(list(sizes.values())).clone()
         where = (ranks == dist.get_rank()).nonzero()[0].tolist()
-        return cls(mesh, sizes, dict(zip(MESH_AXES, where, strict=True)), ranks)
+        return cls(mesh, sizes, dict(zip(axes, where, strict=True)), ranks)
 
     @property
     def rank(self) -> int:
-        return int(self.ranks[tuple(self.coords[axis] for axis in MESH_AXES)])
+        return int(self.ranks[tuple(self.coords.values())])
 
     @property
     def world_size(self) -> int:
@@ -83,13 +86,34 @@ class RankGrid:
     @property
     def has_sharding(self) -> bool:
         """Is there any axis but the pipeline's?"""
-        return any(size > 1 for axis, size in self.sizes.items() if axis != "pp")
+        return any(size > 1 for axis, size in self.sizes.items() if axis not in stage_axes())
 
     def size(self, axis: str) -> int:
         return self.sizes[axis]
 
     def coord(self, axis: str) -> int:
         return self.coords[axis]
+
+    def wide(self, axes: Iterable[str]) -> tuple[str, ...]:
+        """Those of them that are wider than one."""
+        return tuple(axis for axis in axes if self.sizes[axis] > 1)
+
+    def span(self, axes: Iterable[str]) -> Level:
+        """Several axes as one, whose groups were made. Its group is None where it has one rank."""
+        wide, index = self.wide(axes), 0
+        for axis in wide:
+            index = index * self.sizes[axis] + self.coords[axis]
+        return Level(math.prod(self.sizes[axis] for axis in wide), index, self.axes_group(wide))
+
+    @property
+    def batch(self) -> Level:
+        """The ranks that together hold a microbatch."""
+        return self.span(batch_axes())
+
+    @property
+    def state(self) -> Level:
+        """The ranks over which ZeRO splits training state."""
+        return self.span(state_axes())
 
     def group(self, axis: str) -> Any:
         assert self.mesh is not None and self.mesh.mesh_dim_names is not None and axis in self.mesh.mesh_dim_names
@@ -100,33 +124,40 @@ class RankGrid:
         return all(self.coords[axis] == 0 for axis in axes)
 
     def storage_mesh(self, cut: DataCut) -> DeviceMesh | None:
-        """Mesh ("tp", "dp") of this pipeline coordinate: where parameters live as DTensors.
+        """Mesh of this pipeline coordinate where parameters live as DTensors: the axes that cut parameters, then those
+        over which ZeRO splits state, as one.
 
-        tp stands first, so that Shard(0) on both axes means: cut by tp, then each piece by dp. Where dp is not cut as a
-        whole, its digits stand for it, those that cut first: ("tp", "dp_0", ..., "dp_copies").
+        In that order Shard(0) on all of them means: cut by the first ones, then each piece by the last. Where ZeRO does
+        not cut over all its ranks, the digits of their index stand for it, those that cut first: (tp, dp_0, ...,
+        dp_copies).
         """
         if self.mesh is None or not self.has_sharding:
             return None
-        fixed = tuple(slice(None) if axis in ("dp", "tp") else self.coords[axis] for axis in MESH_AXES)
-        plane = self.ranks[fixed].t()  # dp x tp -> tp x dp
+        present = self.mesh.mesh_dim_names or ()
+        tensor = [axis for axis in tensor_axes() if axis in present]
+        state = "_".join(axis for axis in state_axes() if axis in present)
+        fixed = tuple(self.coords[axis] if axis in stage_axes() else slice(None) for axis in self.sizes)
         digits = [*cut.levels, cut.copies]
         digits = [digit for digit in digits if digit[0] > 1] or [(1, 1)]
-        names: tuple[str, ...] = ("dp",)
+        digit_names: tuple[str, ...] = (state,)
         if len(digits) > 1:
-            names = tuple("dp_copies" if d == cut.copies else f"dp_{k}" for k, d in enumerate(digits))
-            plane = plane.reshape(-1, *(size for size, _ in reversed(digits)))
-            plane = plane.permute(0, *range(len(digits), 0, -1))
-        groups = [self.group("tp"), *(self.data_group(*digit) for digit in digits)]
-        mesh_names = ("tp", *names)
-        plane = plane.contiguous()
+            digit_names = tuple(f"{state}_copies" if d == cut.copies else f"{state}_{k}" for k, d in enumerate(digits))
+        # ranks[fixed]: axes of state, then those that cut parameters; digits of the first, slowest first, to the end
+        plane = self.ranks[fixed].reshape(*(size for size, _ in reversed(digits)), *(self.sizes[a] for a in tensor))
+        count = len(digits)
+        plane = plane.permute(*range(count, count + len(tensor)), *reversed(range(count))).contiguous()
+        groups = [*(self.group(axis) for axis in tensor), *(self.data_group(*digit) for digit in digits)]
+        mesh_names = (*tensor, *digit_names)
         return DeviceMesh.from_group(groups, self.mesh.device_type, mesh=plane, mesh_dim_names=mesh_names)
 
     def make_data_groups(self, cut: DataCut) -> None:
-        """The groups of each digit of the data-parallel coordinate. Collective: equal cuts on all ranks."""
-        axis = MESH_AXES.index("dp")
-        columns = self.ranks.movedim(axis, 0).reshape(self.sizes["dp"], -1)
+        """The groups of the ranks that hold a microbatch, of those over which ZeRO splits state, and of each digit of
+        the index among the latter. Collective: equal cuts on all ranks."""
+        self.make_axes_groups([self.wide(batch_axes()), self.wide(state_axes())])
+        dims = [list(self.sizes).index(axis) for axis in state_axes()]
+        columns = self.ranks.movedim(dims, tuple(range(len(dims)))).reshape(cut.num_ranks, -1)
         for size, stride in (*cut.levels, cut.copies):
-            if size in (1, self.sizes["dp"]):
+            if size in (1, cut.num_ranks):
                 continue
             for column in columns.t():
                 for ranks in column.view(-1, size, stride).transpose(1, 2).reshape(-1, size).tolist():
@@ -135,19 +166,23 @@ class RankGrid:
                         self._data_groups[size, stride] = group
 
     def data_group(self, size: int, stride: int) -> Any:
-        return self.group("dp") if size in (1, self.sizes["dp"]) else self._data_groups[size, stride]
+        wide = self.wide(state_axes())
+        if size in (1, math.prod(self.sizes[axis] for axis in wide)):
+            return self.axes_group(wide or state_axes()[-1:])
+        return self._data_groups[size, stride]
 
     def data_level(self, size: int, stride: int) -> Level:
-        """A digit of the data-parallel coordinate; its group is None where the digit has one value."""
+        """A digit of the index among the ranks over which ZeRO splits state; its group is None where the digit has one
+        value."""
         group = self.data_group(size, stride) if size > 1 else None
-        return Level(size, self.coords["dp"] // stride % size, group)
+        return Level(size, self.state.index // stride % size, group)
 
     def make_axes_groups(self, wanted: Iterable[tuple[str, ...]]) -> None:
         """Groups of the ranks that differ on several axes. Collective: equal wishes on all ranks."""
         for axes in sorted(set(wanted)):
-            if len(axes) < 2:
+            if len(axes) < 2 or axes in self._axes_groups:
                 continue
-            dims = [MESH_AXES.index(axis) for axis in axes]
+            dims = [list(self.sizes).index(axis) for axis in axes]
             rows = self.ranks.movedim(dims, tuple(range(-len(dims), 0)))
             rows = rows.reshape(-1, math.prod(self.sizes[axis] for axis in axes))
             for ranks in rows.tolist() if len(rows) > 1 else ():
@@ -165,7 +200,7 @@ class RankGrid:
         """wanted: some pipeline coordinates, and the axes on which their ranks may differ too. Collective: equal wishes
         on all ranks."""
         for subset, axes in sorted({(tuple(sorted(set(subset))), axes) for subset, axes in wanted}):
-            dims = [0, *(MESH_AXES.index(axis) for axis in axes)]
+            dims = [0, *(list(self.sizes).index(axis) for axis in axes)]
             rows = self.ranks[list(subset)].movedim(dims, tuple(range(-len(dims), 0)))
             for ranks in rows.reshape(-1, len(subset) * math.prod(self.sizes[axis] for axis in axes)).tolist():
                 group = dist.new_group(ranks)

@@ -18,8 +18,8 @@ from .stage import StageRunner, Variant
 from .wiring import USER_INPUT
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-# (shape of each entry of a whole microbatch) -> segment programs for it. A batch that does not divide over dp is to be
-# run whole by every data-parallel rank; the runtime counts its gradients once.
+# (shape of each entry of a whole microbatch) -> segment programs for it. A batch that does not divide over the
+# data-parallel ranks is to be run whole by each of them; the runtime counts its gradients once.
 Rebuild = Callable[[dict[str, tuple[int, ...]]], Mapping[str, SegmentProgram]]
 
 
@@ -51,7 +51,7 @@ class Microbatches:
         self._variants: dict[tuple[Shapes, int], list[Variant]] = {}
 
     def shard(self, batch: Any) -> BatchPart:
-        return shard_batch(self._tensors(batch), self.dims, self.size, self.grid.size("dp"), self.grid.coord("dp"))
+        return shard_batch(self._tensors(batch), self.dims, self.size, self.grid.batch.size, self.grid.batch.index)
 
     def split(self, batch: Any) -> list[MicrobatchPart]:
         """This rank's part of a batch, on the device, by microbatch."""
@@ -59,7 +59,7 @@ class Microbatches:
         if not self.dims:
             return [MicrobatchPart(tensors, self.size)]
         part = BatchPart(tensors, batch.global_size) if isinstance(batch, BatchPart) else tensors
-        return split_part(part, self.dims, self.size, self.grid.size("dp"), self.grid.coord("dp"))
+        return split_part(part, self.dims, self.size, self.grid.batch.size, self.grid.batch.index)
 
     def _tensors(self, batch: Any) -> dict[str, torch.Tensor]:
         """By the captured names. Raises ShardwrightError where the batch has other entries."""
@@ -112,7 +112,7 @@ class Microbatches:
 
     def inputs(self, part: MicrobatchPart, variants: Sequence[Variant]) -> dict[str, torch.Tensor]:
         """The user inputs that these stages read, as their segments want them."""
-        over = (self.grid.group("dp") if self.grid.size("dp") > 1 else None, self.grid.size("dp"))
+        over = (self.grid.batch.group, self.grid.batch.size)
         inputs = {}
         for variant in variants:
             for name, shape in variant.input_shapes.items():

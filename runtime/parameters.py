@@ -1,9 +1,9 @@
 """The parameters that this rank holds: storage, use inside the segments, gradients.
 
-Storage is one DTensor for each parameter on the mesh ("tp", "dp") of the pipeline coordinate: cut over tp as the
-segments want it, then Shard(0) over dp where ZeRO cuts it (over the digits of dp, where it is cut over a part of the
-axis). A single rank per stage holds plain tensors. A whole parameter never stands on a rank unless the plan replicates
-it.
+Storage is one DTensor for each parameter on the storage mesh of the pipeline coordinate (RankGrid.storage_mesh): cut
+over the tensor axes as the segments want it, then Shard(0) over the data-parallel ranks where ZeRO cuts it (over the
+digits of their index, where it is cut over a part of them). A single rank per stage holds plain tensors. A whole
+parameter never stands on a rank unless the plan replicates it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..passes.gradients import Into
+from ..plans.axes import stage_axes, state_axes, tensor_axes
 from ..profiler.workload import Precision
 from ._torch import layout_of, local_part, with_layout
 from .collectives import Pending
 from .extents import DataCut
 from .mesh import RankGrid
-from .relayout import from_storage, grad_to_storage
+from .relayout import changed_axes, dim_cuts, grad_to_storage, relaid
 from .sharded import ShardedUnit
 from .shards import narrow_shape, shard_index
 from .specs import ParamSpec, ParamUse, held_names, mirrors, summed_axes
@@ -97,7 +98,7 @@ class ParameterStore:
         units: list[Unit] = []
         groups = unit_names(list(self.specs), users, kinds)
         if not cut.num_levels("parameters"):  # what is gathered for an instance is no more than that instance uses
-            sizes = {n: math.prod(self._tp_shape(spec)) * spec.dtype.itemsize for n, spec in self.specs.items()}
+            sizes = {n: math.prod(self._used_shape(spec)) * spec.dtype.itemsize for n, spec in self.specs.items()}
             groups = merge_units(groups, users, kinds, sizes)
         for names in groups:
             first = self.specs[names[0]]
@@ -109,7 +110,7 @@ class ParameterStore:
                 "device": self.device,
                 "sum_group": grid.pipeline_subgroup(subset, axes) if subset else grid.axes_group(axes),
             }
-            shapes = {name: self._tp_shape(self.specs[name]) for name in names}
+            shapes = {name: self._used_shape(self.specs[name]) for name in names}
             unit: Unit
             if levels(first):
                 unit = ShardedUnit(
@@ -135,20 +136,22 @@ class ParameterStore:
         tensor, spec = existing.get(name), self.specs[name]
         return (
             tensor is not None
-            and spec.tp_dim is None
+            and not spec.cuts
             and tensor.shape == spec.shape
             and tensor.dtype == spec.dtype
             and tensor.device == self.device
         )
 
-    def _tp_shape(self, spec: ParamSpec) -> tuple[int, ...]:
-        return narrow_shape(spec.shape, spec.tp_dim, self.grid.size("tp"), self.grid.coord("tp"))
+    def _used_shape(self, spec: ParamSpec) -> tuple[int, ...]:
+        """Inside the segments, before ZeRO cuts it."""
+        return narrow_shape(spec.shape, dim_cuts(spec.cuts, self.grid))
 
     def placements(self, spec: ParamSpec) -> list[Shard | Replicate]:
-        tp = Replicate() if spec.tp_dim is None else Shard(spec.tp_dim)
-        assert self.storage_mesh is not None
-        count = self.storage_mesh.ndim - 1
-        return [tp, *(Shard(0) if k < spec.dp_levels else Replicate() for k in range(count))]
+        assert self.storage_mesh is not None and self.storage_mesh.mesh_dim_names is not None
+        tensor = [axis for axis in self.storage_mesh.mesh_dim_names if axis in tensor_axes()]
+        cuts, levels = dict(spec.cuts), range(self.storage_mesh.ndim - len(tensor))
+        placed = [Shard(cuts[axis]) if axis in cuts else Replicate() for axis in tensor]
+        return [*placed, *(Shard(0) if k < spec.state_levels else Replicate() for k in levels)]
 
     def as_dtensor(self, name: str, local: torch.Tensor) -> torch.Tensor:
         """A tensor that lies as the parameter does, as a DTensor; unchanged where one rank holds all of it."""
@@ -190,8 +193,8 @@ class ParameterStore:
     def local_index(self, name: str) -> tuple[slice, ...]:
         """Which part of the whole tensor this rank's storage holds."""
         spec, grid = self.specs[name], self.grid
-        cuts = [(level.size, level.index) for level in self.levels[: spec.dp_levels]]
-        return shard_index(spec.shape, spec.tp_dim, (grid.size("tp"), grid.coord("tp")), cuts)
+        cuts = [(0, (level.size, level.index)) for level in self.levels[: spec.state_levels]]
+        return shard_index(spec.shape, [*dim_cuts(spec.cuts, grid), *cuts])
 
     @torch.no_grad()
     def assign(self, name: str, whole: Any) -> None:
@@ -234,10 +237,7 @@ class ParameterStore:
 
     def _convert(self, use: ParamUse, tensor: torch.Tensor) -> torch.Tensor:
         spec = self.specs[use.name]
-        if use.tp_dim == spec.tp_dim:
-            return tensor
-        size, coord = self.grid.size("tp"), self.grid.coord("tp")
-        return from_storage(tensor, spec.shape, spec.tp_dim, use.tp_dim, self.grid.group("tp"), size, coord)
+        return relaid(tensor, spec.shape, spec.cuts, use.cuts, self.grid)
 
     def release(self, index: int) -> None:
         for unit in self._units_of_instance[index]:
@@ -269,7 +269,7 @@ class ParameterStore:
         seen: set[str] = set()
         for slot in slots:
             use = uses[slot]
-            as_stored = use.has_grad and use.tp_dim == self.specs[use.name].tp_dim
+            as_stored = use.has_grad and use.cuts == self.specs[use.name].cuts
             writes = as_stored and self.grid.is_zero(use.skip_axes) and use.name not in seen
             found.append(self._unit_of[use.name].memory_for(use.name) if writes else None)
             seen.add(use.name)
@@ -282,13 +282,10 @@ class ParameterStore:
                 continue
             spec = self.specs[use.name]
             skip = use.skip_axes
-            if grad is not None and use.tp_dim != spec.tp_dim:
-                size, coord = self.grid.size("tp"), self.grid.coord("tp")
-                partial = "tp" in use.partial_axes
-                grad = grad_to_storage(
-                    grad, spec.shape, use.tp_dim, spec.tp_dim, partial, self.grid.group("tp"), size, coord
-                )
-                skip = tuple({*skip, "tp"} & {*spec.partial_axes, "dp"})  # complete now
+            if grad is not None and use.cuts != spec.cuts:
+                grad = grad_to_storage(grad, spec.shape, use, spec.cuts, self.grid)
+                complete = {*skip, *changed_axes(use.cuts, spec.cuts)} & {*spec.partial_axes, *state_axes()}
+                skip = tuple(axis for axis in self.grid.sizes if axis in complete)
             counts = self.grid.is_zero(skip)
             self._unit_of[use.name].add_grad(use.name, grad if counts else None)
         for unit in self._units_of_instance[index]:
@@ -351,9 +348,9 @@ class ParameterStore:
     def counts_once(self, name: str) -> bool:
         """Is this rank the one that counts its part of the parameter in sums over the whole model?"""
         spec, grid = self.specs[name], self.grid
-        copies = [axis for axis in grid.sizes if axis not in ("pp", "dp", "tp")]
-        copies += [] if spec.tp_dim is not None else ["tp"]
-        first = not any(level.index for level in [*self.levels[spec.dp_levels :], self.copies])
+        distinct = {*stage_axes(), *state_axes(), *dict(spec.cuts)}
+        copies = [axis for axis in grid.sizes if axis not in distinct]
+        first = not any(level.index for level in [*self.levels[spec.state_levels :], self.copies])
         return first and grid.is_zero(copies) and grid.coord("pp") == spec.pipeline_ranks[0]
 
     def param_bytes(self) -> int:

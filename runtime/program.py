@@ -130,7 +130,7 @@ class Program:
 
     def _specs(self, programs: Mapping[str, SegmentProgram]) -> dict[str, ParamSpec]:
         """How every parameter of the model lies on the ranks."""
-        self._cut = DataCut.of(self.plan.zero, self.plan.zero_extents, self.grid.size("dp"))
+        self._cut = DataCut.of(self.plan.zero, self.plan.zero_extents, self.plan.mesh.shape.state_ranks)
         self.grid.make_data_groups(self._cut)
         precision, sizes = self.workload.precision, self.grid.sizes
         return param_specs(self.graph, programs, self._eval_wiring, precision, cut=self._cut, sizes=sizes)

@@ -1,4 +1,4 @@
-"""A parameter that two segments want cut over tp in different ways is stored one way and converted for the other."""
+"""A parameter that two segments want cut in different ways is stored one way and converted for the other."""
 
 from __future__ import annotations
 
@@ -7,35 +7,51 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .shards import chunk_bounds
+from .mesh import RankGrid
+from .shards import DimCut, chunk_bounds, narrow_shape
+from .specs import Cuts, ParamUse
 
 
-def from_storage(
-    local: torch.Tensor, shape: tuple[int, ...], have: int | None, want: int | None, group: Any, size: int, coord: int
-) -> torch.Tensor:
-    """local: cut on dimension `have` (None: whole). Returns it cut on `want`. shape is the whole tensor's."""
+def dim_cuts(cuts: Cuts, grid: RankGrid) -> list[DimCut]:
+    """This rank's piece of each cut."""
+    return [(dim, (grid.size(axis), grid.coord(axis))) for axis, dim in cuts]
+
+
+def changed_axes(have: Cuts, want: Cuts) -> tuple[str, ...]:
+    """The axes that cut one way or the other, behind those at the front that both have alike."""
+    same = _alike(have, want)
+    return tuple(dict.fromkeys(axis for axis, _ in (*have[same:], *want[same:])))
+
+
+def _alike(have: Cuts, want: Cuts) -> int:
+    return next((k for k, (a, b) in enumerate(zip(have, want, strict=False)) if a != b), min(len(have), len(want)))
+
+
+def relaid(local: torch.Tensor, shape: tuple[int, ...], have: Cuts, want: Cuts, grid: RankGrid) -> torch.Tensor:
+    """local: a piece of a tensor of this shape, cut as `have` says. Returns it cut as `want` says: made whole on what
+    the two do not begin with alike, the last cut first, and cut again."""
     if have == want:
         return local
-    whole = local if have is None else all_gather_dim(local, shape, have, group, size)
-    return whole if want is None else take_piece(whole, want, size, coord)
+    same = _alike(have, want)
+    for k in reversed(range(same, len(have))):
+        axis, dim = have[k]
+        whole = narrow_shape(shape, dim_cuts(have[:k], grid))
+        local = all_gather_dim(local, whole, dim, grid.group(axis), grid.size(axis))
+    for axis, dim in want[same:]:
+        local = take_piece(local, dim, grid.size(axis), grid.coord(axis))
+    return local
 
 
 def grad_to_storage(
-    grad: torch.Tensor,
-    shape: tuple[int, ...],
-    used: int | None,
-    stored: int | None,
-    partial: bool,
-    group: Any,
-    size: int,
-    coord: int,
+    grad: torch.Tensor, shape: tuple[int, ...], use: ParamUse, stored: Cuts, grid: RankGrid
 ) -> torch.Tensor:
-    """A gradient as a use left it (cut on `used`, or a partial sum) -> the complete one, cut on `stored`."""
+    """A gradient as a use left it (cut, or a partial sum) -> cut as it is stored, complete on the axes that differ."""
+    partial = [axis for axis in changed_axes(use.cuts, stored) if axis in use.partial_axes]
     if partial:
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=group)
-    whole = grad if used is None else all_gather_dim(grad, shape, used, group, size)
-    return whole if stored is None else take_piece(whole, stored, size, coord)
+    for axis in partial:
+        dist.all_reduce(grad, group=grid.group(axis))
+    return relaid(grad, shape, use.cuts, stored, grid)
 
 
 def take_piece(whole: torch.Tensor, dim: int, size: int, coord: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 ALIGN_ELEMENTS = 8  # offsets in flat buffers are multiples of it: 16 bytes in bf16, enough for vector loads
 
 Cut = tuple[int, int]  # number of pieces, which of them
+DimCut = tuple[int, Cut]  # along which dimension
 
 
 def chunk_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -21,11 +22,13 @@ def chunk_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
     return min(size, index * step), min(size, (index + 1) * step)
 
 
-def narrow_shape(shape: Sequence[int], dim: int | None, parts: int, index: int) -> tuple[int, ...]:
-    if dim is None:
-        return tuple(shape)
-    start, stop = chunk_bounds(shape[dim], parts, index)
-    return tuple(stop - start if d == dim else size for d, size in enumerate(shape))
+def narrow_shape(shape: Sequence[int], cuts: Iterable[DimCut]) -> tuple[int, ...]:
+    """Sizes of a rank's piece: each cut is made of what those before it left."""
+    sizes = list(shape)
+    for dim, (parts, index) in cuts:
+        start, stop = chunk_bounds(sizes[dim], parts, index)
+        sizes[dim] = stop - start
+    return tuple(sizes)
 
 
 def cut_bounds(size: int, cuts: Iterable[Cut]) -> tuple[int, int]:
@@ -37,16 +40,13 @@ def cut_bounds(size: int, cuts: Iterable[Cut]) -> tuple[int, int]:
     return start, start + size
 
 
-def shard_index(shape: Sequence[int], tp_dim: int | None, tp: Cut, cuts: Iterable[Cut]) -> tuple[slice, ...]:
-    """Index of a rank's shard in the global tensor: cut on tp_dim by tp, then on dimension 0 by each of `cuts`."""
-    bounds = [(0, size) for size in shape]
-    if tp_dim is not None:
-        bounds[tp_dim] = chunk_bounds(shape[tp_dim], *tp)
-    if shape:
-        start, stop = bounds[0]
-        low, high = cut_bounds(stop - start, cuts)
-        bounds[0] = (start + low, start + high)
-    return tuple(slice(low, high) for low, high in bounds)
+def shard_index(shape: Sequence[int], cuts: Iterable[DimCut]) -> tuple[slice, ...]:
+    """Index of a rank's shard in the global tensor: each cut is made of what those before it left. A scalar is not
+    cut."""
+    by_dim: dict[int, list[Cut]] = {}
+    for dim, cut in cuts:
+        by_dim.setdefault(dim, []).append(cut)
+    return tuple(slice(*cut_bounds(size, by_dim.get(dim, ()))) for dim, size in enumerate(shape))
 
 
 @dataclass(frozen=True)

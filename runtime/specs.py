@@ -7,23 +7,26 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import ExitCode, ShardwrightError
 from ..passes.program import SegmentProgram
+from ..plans.axes import state_axes, tensor_axes
 from ..profiler.graph import ModelGraph, SegmentInstance
 from ..profiler.workload import Precision
 from .extents import DataCut
 from .wiring import Wiring
 
-STORAGE_AXES = ("tp", "dp")
+Cuts = tuple[tuple[str, int], ...]  # (mesh axis, dimension), in the order of the axes: each cuts what the last left
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """shape is global. tp_dim: the dimension cut over tp in storage (that of the first use), None where replicated.
+    """shape is global. cuts: over the axes that cut parameters, in storage (as its first use has it).
 
     partial_axes: mesh axes over which some use leaves a partial gradient. pipeline_ranks: pipeline coordinates that
-    hold it, more than one where it is tied over stages or its stages have copies. dp_levels: how many digits of the
-    data-parallel coordinate cut its dimension 0 in storage (runtime/extents.py), finest first. is_mirrored: each of the
-    pipeline_ranks runs all instances that use it, because their stages belong to two directions.
+    hold it, more than one where it is tied over stages or its stages have copies. state_levels: how many digits of the
+    index among the ranks that ZeRO splits over cut its dimension 0 in storage (runtime/extents.py), finest first.
+    is_mirrored: each of the pipeline_ranks runs all instances that use it, because their stages belong to two
+    directions.
     """
 
     name: str
@@ -32,8 +35,8 @@ class ParamSpec:
     master_dtype: torch.dtype  # what the optimizer steps over
     requires_grad: bool
     has_grad: bool  # a gradient reaches it
-    tp_dim: int | None
-    dp_levels: int
+    cuts: Cuts
+    state_levels: int
     partial_axes: tuple[str, ...]
     pipeline_ranks: tuple[int, ...]
     is_mirrored: bool = False
@@ -48,7 +51,7 @@ class ParamUse:
     """
 
     name: str
-    tp_dim: int | None
+    cuts: Cuts
     has_grad: bool
     partial_axes: tuple[str, ...]
     skip_axes: tuple[str, ...]
@@ -87,9 +90,8 @@ def param_specs(
         differentiated = [(p, slot) for i, p, slot in used if i in wiring.backward_runs and p.param_grads[slot]]
         partial = {axis for program, slot in differentiated for axis in program.grad_partial_axes[slot]}
         partial = {axis for axis in partial if sizes[axis] > 1}
-        tp_dim = _tp_dim(used[0][1].param_shards[used[0][2]], sizes) if used else None
-        if tp_dim is not None:
-            partial.discard("tp")  # each rank has its own piece; a use that differs is converted at once
+        cuts = _cuts(used[0][1].param_shards[used[0][2]], sizes) if used else ()
+        partial -= {axis for axis, _ in cuts}  # each rank has its own piece; a use that differs is converted at once
         levels = cut.num_levels("optimizer" if requires_grad else "parameters")
         specs[name] = ParamSpec(
             name,
@@ -98,7 +100,7 @@ def param_specs(
             master_dtype(dtype, requires_grad, precision),
             requires_grad,
             bool(differentiated),
-            tp_dim,
+            cuts,
             levels if shape else 0,
             tuple(axis for axis in sizes if axis in partial),
             tuple(sorted(holders.get(name, {0}))),  # an unused parameter stays with the first pipeline rank
@@ -116,12 +118,11 @@ def param_uses(
 
 def _use(spec: ParamSpec, program: SegmentProgram, slot: int, runs: bool, sizes: Mapping[str, int]) -> ParamUse:
     partial = tuple(axis for axis in program.grad_partial_axes[slot] if sizes[axis] > 1)
-    # units always sum over dp
-    summed = {*spec.partial_axes, "dp"} if sizes["dp"] > 1 else set(spec.partial_axes)
+    summed = {*spec.partial_axes, *(axis for axis in state_axes() if sizes[axis] > 1)}  # over these all units sum
     assert set(partial) <= summed, f"{spec.name}: a partial gradient over {partial} where the plan sums over {summed}"
     return ParamUse(
         spec.name,
-        _tp_dim(program.param_shards[slot], sizes),
+        _cuts(program.param_shards[slot], sizes),
         runs and program.param_grads[slot],
         partial,
         tuple(axis for axis in sizes if axis not in partial and axis in summed),
@@ -135,15 +136,25 @@ def mirrors(spec: ParamSpec, cut: DataCut) -> tuple[int, ...]:
 
 
 def summed_axes(spec: ParamSpec, cut: DataCut, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Mesh axes over which the gradients of one stage are summed whole: dp among them where ZeRO cuts nothing."""
-    wanted = set(spec.partial_axes) - {"dp"} | (set() if cut.num_levels("optimizer") else {"dp"})
+    """Mesh axes over which the gradients of one stage are summed whole: those that ZeRO splits over among them where it
+    cuts nothing."""
+    state = set(state_axes())
+    wanted = set(spec.partial_axes) - state | (set() if cut.num_levels("optimizer") else state)
     return tuple(axis for axis in sizes if sizes[axis] > 1 and spec.has_grad and axis in wanted)
 
 
-def _tp_dim(shards: Mapping[str, int], sizes: Mapping[str, int]) -> int | None:
-    cut = {axis: dim for axis, dim in shards.items() if sizes[axis] > 1}
-    assert set(cut) <= {"tp"}, f"parameters are cut over tp only, not {cut}"
-    return cut.get("tp")
+def _cuts(shards: Mapping[str, int], sizes: Mapping[str, int]) -> Cuts:
+    """In the order of the mesh. Raises ShardwrightError for a cut over an axis on which parameters are whole."""
+    cuts = tuple((axis, shards[axis]) for axis in sizes if axis in shards and sizes[axis] > 1)
+    if wrong := [axis for axis, _ in cuts if axis not in tensor_axes()]:
+        raise ShardwrightError(
+            f"the plan cuts a parameter over {wrong[0]}",
+            means=f"inside a segment parameters are whole on {wrong[0]}; ZeRO splits their state over it",
+            change="make the plan again",
+            works="shardwright plan MODEL --hardware NAME -o plan.json",
+            exit_code=ExitCode.PLAN_MISMATCH,
+        )
+    return cuts
 
 
 def held_names(specs: Mapping[str, ParamSpec], pipeline_rank: int) -> Sequence[str]:

@@ -1,7 +1,8 @@
 """A unit: parameters that are gathered and reduced together, in one collective each.
 
-Whole units keep every parameter whole over dp (ZeRO-0, frozen parameters, a single data-parallel rank); units that ZeRO
-cuts are in sharded.py. "Whole" means whole over dp: over tp they are cut as the segments want them.
+Whole units keep every parameter whole over the data-parallel ranks (ZeRO-0, frozen parameters, a single such rank);
+units that ZeRO cuts are in sharded.py. "Whole" means whole over these: over tensor axes they are cut as the segments
+want them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from . import collectives
 
 
 class Unit:
-    """names share dtypes. shapes: of the tensors inside the segments, cut over tp, whole over dp."""
+    """names share dtypes. shapes: of the tensors inside the segments, cut over tensor axes, whole over data ones."""
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from . import devices, hashes, trust
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
-from .evaluation import fitting, make_evaluation
-from .ops.placement import from_text
+from .evaluation import fitting, make_evaluation, mesh_for
+from .ops.placement import Places, from_text
 from .passes.build import build_segment_programs
 from .passes.device_kernels import refuse_missing_kernels
 from .passes.fuse import fuse_model
@@ -25,10 +25,11 @@ from .planner.interfaces import ShardingSolution
 from .planner.search.result import SearchResult
 from .planner.search.search import search
 from .planner.sharding.pins import Pins, choices_of, is_pin
-from .planner.sharding.sharder import PLACEMENT_AXES, Sharder
+from .planner.sharding.sharder import Sharder
 from .planner.sharding.training import Job
 from .planner.space.forcing import parse_forced
 from .planner.stages.setting import state_kinds
+from .plans.axes import placement_axes
 from .plans.document import MemoryPolicy, Plan, PlanningTime, SelfTest, ShardingProof, Stage
 from .profiler.as_captured import AsCaptured
 from .profiler.batch_dims import with_batch_dims
@@ -146,7 +147,7 @@ class _Placing:
     job: Job
 
     def sharder(
-        self, graph: ModelGraph, time_limit_s: float | None, wishes: Mapping[str, int] | None = None
+        self, graph: ModelGraph, time_limit_s: float | None, wishes: Mapping[str, Places] | None = None
     ) -> Sharder:
         return Sharder(graph, self.cost_model, wishes, self.pins, time_limit_s, self.job)
 
@@ -166,7 +167,7 @@ def _make_plan(asked: _Asked) -> Plan:
     started = time.perf_counter()
     choices = choices_of(asked.force)
     forced = parse_forced(choices)  # a mistyped key is found before the model is traced
-    pins = Pins.parse({key: value for key, value in asked.force.items() if is_pin(key, value)}, PLACEMENT_AXES)
+    pins = Pins.parse({key: value for key, value in asked.force.items() if is_pin(key, value)}, placement_axes())
     cluster = devices.cluster_for_this_job(asked.hardware)
     if asked.memory_limit_bytes is not None:
         cluster = cluster.with_memory_limit(asked.memory_limit_bytes)
@@ -217,7 +218,7 @@ def _make_plan(asked: _Asked) -> Plan:
         schedule=found.schedule,
         stages=placed.stages,
         segments=[instance.segment for instance in placed.graph.instances],
-        placement_axes=list(PLACEMENT_AXES),
+        placement_axes=list(placement_axes()),
         placements=placed.solution.placements,
         zero=found.zero,
         zero_extents=found.zero_extents,
@@ -241,14 +242,14 @@ def _placed_as_it_runs(
     """The ops that run at the microbatch's own size, placed with the memory that the search counted on."""
     size, graph = found.microbatch.size, planned.graph
     asked.say(f"placing the ops of {size} samples")
-    wishes = tensor_places(graph, planned.solution.placements)
-    dp = found.mesh.dp if size % found.mesh.dp == 0 else 1
+    wishes = parameter_places(graph, planned.solution.placements)
+    mesh = mesh_for(found.mesh.shape, size)
     sharder = placing.sharder(running, asked.left_s, wishes)
     return _Placed(
         running,
         moved_stages(graph, planned.stages, running),
         moved_policy(graph, planned.memory_policy, running),
-        sharder.solve(dp=dp, tp=found.mesh.tp, local_batch=size // dp),
+        sharder.solve(mesh, size // mesh.batch_ranks),
     )
 
 
@@ -292,11 +293,10 @@ def _running_graph(workload: Workload, graph: ModelGraph, fusions: Sequence[str]
     return found if hashes.model_hash(found) != hashes.model_hash(graph) else None
 
 
-def tensor_places(graph: ModelGraph, placements: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, int]:
-    """Parameter -> how it lies over the tensor axis."""
-    axis = PLACEMENT_AXES.index("tp")
+def parameter_places(graph: ModelGraph, placements: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, Places]:
+    """Parameter -> how it lies on each axis."""
     return {
-        name: from_text(placements[instance.segment][f"param_{slot}"][axis])
+        name: tuple(map(from_text, placements[instance.segment][f"param_{slot}"]))
         for instance in graph.instances
         for slot, name in enumerate(instance.params)
     }
@@ -414,7 +414,7 @@ def build(
             hashes.verify_model(plan, other)  # its segments are others: refused
         return build_segment_programs(other, fitting(plan, graph, other, wishes), axes, device)
 
-    wishes = tensor_places(graph, plan.placements)
+    wishes = parameter_places(graph, plan.placements)
     programs = build_segment_programs(graph, plan, axes, device)
 
     def evaluation() -> Evaluation:

@@ -16,7 +16,8 @@ import torch
 
 from . import api, trust
 from .launch import Event, launch
-from .plans.document import MESH_AXES, Plan
+from .plans.axes import MeshShape, easiest_first, free_axis, stage_axes, tensor_axes
+from .plans.document import Plan
 from .profiler import diffusion
 from .profiler.batch_dims import with_batch_dims
 from .profiler.hardware import parse_hardware
@@ -118,19 +119,23 @@ def _test_untouched(workload: Workload, say: api.Progress) -> None:
 
 def _fill_pipeline(force: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
     """A pipeline without a microbatch asked for gets two for each stage: times of toy sizes would not choose them."""
-    asked = {key: int(str(force[key])) for key in ("pp", "dp") if str(force.get(key, "")).isdigit()}
-    stages = asked.get("pp", 1)
+    stages, ranks = _asked(force, stage_axes()[0]), _asked(force, free_axis())
     size, rest = divmod(global_batch, 2 * stages)
     given = {"microbatch", "global_microbatch"} & set(force)
-    if stages == 1 or given or rest or size == 0 or size % max(asked.get("dp", 1), 1):
+    if stages == 1 or given or rest or size == 0 or size % max(ranks, 1):
         return dict(force)
     return {**force, "global_microbatch": size}
 
 
 def _split_state(force: Mapping[str, Any]) -> dict[str, Any]:
     """A tensor axis that is asked for splits parameters wherever it can: times of toy sizes would split the batch."""
-    asked = str(force.get("tp", "1"))
-    return {**({"prefer": "memory"} if asked.isdigit() and int(asked) > 1 else {}), **force}
+    is_asked = any(_asked(force, axis) > 1 for axis in tensor_axes())
+    return {**({"prefer": "memory"} if is_asked else {}), **force}
+
+
+def _asked(force: Mapping[str, Any], axis: str) -> int:
+    text = str(force.get(axis, "1"))
+    return int(text) if text.isdigit() else 1
 
 
 def run_check(plan: Plan, *, debug: bool = False) -> CheckResult:
@@ -200,14 +205,16 @@ def _is_set(config: Any, name: str) -> bool:
 
 def scale_down(plan: Plan, num_processes: int = DEFAULT_PROCESSES) -> dict[str, str]:
     """What to force for a plan of the same kind on fewer processes: each axis that is split stays split if it can."""
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    for axis in ("tp", "pp", "dp"):
-        if getattr(plan.mesh, axis) > 1 and math.prod(sizes.values()) * 2 <= num_processes:
+    mesh = plan.mesh.shape
+    sizes = dict.fromkeys(easiest_first(), 1)
+    for axis in reversed(easiest_first()):
+        if mesh.size(axis) > 1 and math.prod(sizes.values()) * 2 <= num_processes:
             sizes[axis] = 2
-    force = {axis: str(sizes[axis]) for axis in ("pp", "dp", "tp")}
-    force["zero"] = str(plan.zero if sizes["dp"] > 1 else 0)
+    force = {axis: str(size) for axis, size in sizes.items()}
+    small = MeshShape.of(sizes)
+    force["zero"] = str(plan.zero if small.state_ranks > 1 else 0)
     force["schedule"] = plan.schedule.name
-    if sizes["pp"] == 1:
+    if small.pipeline_ranks == 1:
         force["schedule"] = "1f1b"
     elif plan.schedule.virtual_stages > 1:
         force["virtual_stages"] = "2"
@@ -223,6 +230,6 @@ def check_plan(
     names, though this user did not make the plan here."""
     trust.require(plan, trust_model, "trust_model=True")
     force = scale_down(plan)
-    processes = math.prod(int(force[axis]) for axis in ("pp", "dp", "tp"))
+    processes = math.prod(int(force[axis]) for axis in easiest_first())
     spec = {**plan.workload, "global_batch": 8}
     return check(spec, f"{processes}xCPU", force=force, progress=progress, debug=debug)

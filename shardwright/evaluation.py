@@ -9,10 +9,12 @@ import torch
 from . import hashes
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
+from .ops.placement import Places
 from .passes.build import build_segment_programs
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
 from .planner.sharding.sharder import Sharder
+from .plans.axes import MeshShape
 from .plans.document import MemoryPolicy, Plan
 from .profiler.as_captured import AsCaptured
 from .profiler.batches import resize_batch
@@ -31,13 +33,13 @@ def make_evaluation(
     plan: Plan,
     workload: Workload,
     planning: Workload,
-    wishes: Mapping[str, int],
+    wishes: Mapping[str, Places],
     axes: Mapping[str, MeshAxis],
     device: torch.device,
     reshape: Reshape,
     as_captured: AsCaptured,
 ) -> Evaluation:
-    """planning: the workload at a size that is no other dimension's. wishes: how parameters lie over the tensor axis.
+    """planning: the workload at a size that is no other dimension's. wishes: how parameters lie.
     as_captured: the model as it trains, which is not asked how it stands since.
 
     Rank 0 solves the placements, the others receive them: every rank must call it."""
@@ -73,24 +75,30 @@ def _other_parts(shapes: Mapping[str, tuple[int, ...]]) -> ShardwrightError:
     )
 
 
-def fitting(plan: Plan, made_for: ModelGraph, graph: ModelGraph, wishes: Mapping[str, int]) -> Plan:
+def fitting(plan: Plan, made_for: ModelGraph, graph: ModelGraph, wishes: Mapping[str, Places]) -> Plan:
     """The plan, with placements of the ops that the model has at this size of the batch. made_for: what it places; an
     op of the same name may be another one here. Every rank must call it."""
     same = made_for is graph or hashes.model_hash(made_for) == hashes.model_hash(graph)
     return plan if same else placed_anew(plan, graph, wishes, graph.batch_size)
 
 
-def placed_anew(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int], size: int) -> Plan:
+def placed_anew(plan: Plan, graph: ModelGraph, wishes: Mapping[str, Places], size: int) -> Plan:
     """Rank 0 solves, the others receive. size: of the microbatch that runs."""
     placements = on_rank_0(lambda: _placements(plan, graph, wishes, size))
     return plan.model_copy(update={"placements": placements})
 
 
-def _placements(plan: Plan, graph: ModelGraph, wishes: Mapping[str, int], size: int) -> dict[str, dict[str, list[str]]]:
-    mesh = plan.mesh
-    dp = mesh.dp if size % mesh.dp == 0 else 1
+def _placements(
+    plan: Plan, graph: ModelGraph, wishes: Mapping[str, Places], size: int
+) -> dict[str, dict[str, list[str]]]:
+    mesh = mesh_for(plan.mesh.shape, size)
     sharder = Sharder(graph, CostModel(_cluster(plan)), wishes)
-    return sharder.solve(dp=dp, tp=mesh.tp, local_batch=size // dp).placements
+    return sharder.solve(mesh, size // mesh.batch_ranks).placements
+
+
+def mesh_for(mesh: MeshShape, size: int) -> MeshShape:
+    """The mesh that a microbatch of this size is placed on: every rank runs one whole that does not divide."""
+    return mesh if size % mesh.batch_ranks == 0 else mesh.without_batch
 
 
 def _cluster(plan: Plan) -> Cluster:

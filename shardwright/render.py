@@ -14,17 +14,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .plans.document import MESH_AXES, Considered, Mesh, Plan, SelfTest, ShardingProof, Stage
+from .plans.axes import names, role_of
+from .plans.document import Considered, Mesh, Plan, SelfTest, ShardingProof, Stage
 from .plans.order import num_activations, num_let_go
 from .units import format_bytes, format_seconds
 
-AXIS_MEANING = {
-    "pp": "pipeline: layers split into stages",
-    "dp": "data: the batch split, parameters as ZeRO says",
-    "cp": "context: each sequence split",
-    "ep": "expert: experts split",
-    "tp": "tensor: layers split",
-}
 ZERO_MEANING = {
     0: "parameters, gradients and optimizer state whole on each data rank",
     1: "optimizer state sharded over the data axis",
@@ -123,8 +117,9 @@ def _headline(plan: Plan) -> RenderableType:
     batch = (
         f"{count} microbatch{'es' if count != 1 else ''} of {size} sequence{'s' if size != 1 else ''} = {size * count}"
     )
-    if plan.mesh.dp > 1:
-        batch += f", {size // plan.mesh.dp} on each data rank"
+    ranks = plan.mesh.shape.batch_ranks
+    if ranks > 1:
+        batch += f", {size // ranks} on each data rank"
     if seq_len := plan.workload.get("seq_len"):
         batch += f", {seq_len:,} tokens each"
     again, away = num_let_go(plan)
@@ -153,7 +148,7 @@ def _zero(plan: Plan) -> str:
     if not plan.zero_extents:
         return f"{plan.zero}: {ZERO_MEANING.get(plan.zero, '')}"
     copies = ", ".join(f"{kind} over {size}" for kind, size in plan.zero_extents.items())
-    return f"{plan.zero}, each copy over so many of the {plan.mesh.dp} data ranks: {copies}"
+    return f"{plan.zero}, each copy over so many of the {plan.mesh.shape.state_ranks} data ranks: {copies}"
 
 
 def schedule_text(plan: Plan) -> str:
@@ -173,28 +168,31 @@ def _recomputed(plan: Plan) -> list[str]:
 
 
 def mesh_text(mesh: Mesh) -> str:
-    sizes = mesh.model_dump()
-    return " x ".join(f"{axis} {sizes[axis]}" for axis in MESH_AXES if sizes[axis] > 1) or "one device"
+    return " x ".join(f"{axis} {size}" for axis, size in _wide(mesh).items()) or "one device"
 
 
 def _mesh(plan: Plan) -> RenderableType:
-    sizes = plan.mesh.model_dump()
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     table.add_row(
         mesh_text(plan.mesh), Text(f"{plan.mesh.num_devices} device{'s' if plan.mesh.num_devices != 1 else ''}", "dim")
     )
-    for axis in MESH_AXES:
-        if sizes[axis] > 1:
-            table.add_row(f"  {axis} = {sizes[axis]}", Text(_axis_meaning(plan, axis), "dim"))
+    for axis, size in _wide(plan.mesh).items():
+        table.add_row(f"  {axis} = {size}", Text(_axis_meaning(plan, axis), "dim"))
     return table
+
+
+def _wide(mesh: Mesh) -> dict[str, int]:
+    """Axes wider than one, outermost first."""
+    return {axis: size for axis in names() if (size := mesh.shape.size(axis)) > 1}
 
 
 def _axis_meaning(plan: Plan, axis: str) -> str:
     """What an axis splits, with its share where the plan says so."""
     split = split_text(plan, axis)
-    return f"{AXIS_MEANING[axis].partition(':')[0]}: {split}" if split else AXIS_MEANING[axis]
+    meaning = role_of(axis).meaning
+    return f"{meaning.partition(':')[0]}: {split}" if split else meaning
 
 
 def split_text(plan: Plan, axis: str) -> str:
@@ -289,7 +287,7 @@ def _runners_up(plan: Plan, top: int) -> RenderableType:
     for other in ranked[:top]:
         table.add_row(
             _mesh_text(other),
-            f"{other.microbatch // other.mesh.dp} x {other.mesh.dp}" if other.mesh.dp > 1 else str(other.microbatch),
+            _short_microbatch(other),
             _short_schedule(other.schedule),
             _short_zero(other),
             other.recompute,
@@ -301,6 +299,11 @@ def _runners_up(plan: Plan, top: int) -> RenderableType:
     if left <= 0:
         return table
     return Group(table, Text(f"{left} more considered (--top N shows more, --json all)", "dim"))
+
+
+def _short_microbatch(other: Considered) -> str:
+    ranks = other.mesh.shape.batch_ranks
+    return f"{other.microbatch // ranks} x {ranks}" if ranks > 1 else str(other.microbatch)
 
 
 def _short_zero(other: Considered) -> str:
@@ -316,8 +319,7 @@ def _short_schedule(schedule: str) -> str:
 
 
 def _mesh_text(other: Considered) -> str:
-    sizes = other.mesh.model_dump()
-    return " ".join(f"{axis}{sizes[axis]}" for axis in MESH_AXES if sizes[axis] > 1) or "1 device"
+    return " ".join(f"{axis}{size}" for axis, size in _wide(other.mesh).items()) or "1 device"
 
 
 def _conservative_ops(plan: Plan) -> RenderableType:

@@ -51,8 +51,8 @@ def _instances(paths: Sequence[str]) -> str:
 
 
 def _row(plan: Plan, row: Row, count: int) -> RenderableType:
-    sizes = plan.mesh.model_dump()
-    places = "   ".join(f"{axis} {text}" for axis, text in row.placements.items() if sizes[axis] > 1)
+    sizes = plan.mesh.shape
+    places = "   ".join(f"{axis} {text}" for axis, text in row.placements.items() if sizes.size(axis) > 1)
     head = Text.assemble(
         (f"{format_seconds(row.seconds):>9}", "bold"),
         (f" x{count}  " if count > 1 else "  ", "dim"),

@@ -11,6 +11,7 @@ from torch import nn
 from shardwright.costmodel.model import CostModel
 from shardwright.costmodel.segment import SegmentCost
 from shardwright.planner.interfaces import ShardingSolution
+from shardwright.plans.axes import MeshShape
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.workload import OptimizerSpec, Precision, Workload
@@ -113,14 +114,15 @@ class FakeSharder:
     widest_tp: int = 64
     gap: float = 0.0
 
-    def frontier(self, *, dp: int, tp: int, local_batch: int) -> list[ShardingSolution]:
-        found = self.solve(dp=dp, tp=tp, local_batch=local_batch)
+    def frontier(self, mesh: MeshShape, local_batch: int) -> list[ShardingSolution]:
+        found = self.solve(mesh, local_batch)
         return [] if found is None else [found]
 
-    def leanest(self, *, dp: int, tp: int, local_batch: int, state_share: float) -> ShardingSolution | None:
-        return self.solve(dp=dp, tp=tp, local_batch=local_batch)
+    def leanest(self, mesh: MeshShape, local_batch: int, *, state_share: float) -> ShardingSolution | None:
+        return self.solve(mesh, local_batch)
 
-    def solve(self, *, dp: int, tp: int, local_batch: int) -> ShardingSolution | None:
+    def solve(self, mesh: MeshShape, local_batch: int) -> ShardingSolution | None:
+        dp, tp = mesh.batch_ranks, mesh.tensor_ranks
         self.calls.append((dp, tp, local_batch))
         if tp > self.widest_tp:
             return None

@@ -18,6 +18,7 @@ from shardwright.kernels import attention_fused, attention_math
 from shardwright.kernels.attention_math import Spec
 from shardwright.kernels.ops import attention, make_key
 from shardwright.planner.sharding.sharder import Sharder
+from shardwright.plans.axes import MeshShape
 from shardwright.profiler.capture import capture
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.marker_ops import visible
@@ -149,7 +150,7 @@ def test_the_planner_prices_dropout_in_attention():
     seconds = []
     for overrides in ({"attn_pdrop": 0.0}, {"attn_pdrop": 0.1}):
         workload = load_workload("preset:tiny-gpt2", global_batch=4, batch_size=4, overrides=overrides)
-        solved = Sharder(capture(workload), CostModel(parse_hardware("1xH100"))).solve(dp=1, tp=1, local_batch=4)
+        solved = Sharder(capture(workload), CostModel(parse_hardware("1xH100"))).solve(MeshShape.of(), 4)
         seconds.append(solved.objective_s)
     assert seconds[1] > 1.2 * seconds[0]
 

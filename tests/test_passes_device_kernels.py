@@ -17,7 +17,8 @@ from shardwright.passes.build import build_segment_program
 from shardwright.passes.device_kernels import missing_kernels
 from shardwright.passes.redistribute import MeshAxis
 from shardwright.passes.shard import ShardContext
-from shardwright.planner.sharding.sharder import PLACEMENT_AXES, Sharder
+from shardwright.planner.sharding.sharder import Sharder
+from shardwright.plans.axes import MeshShape, placement_axes
 from shardwright.plans.placements import read_placements
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.workload import Workload
@@ -37,8 +38,8 @@ def tensors_of(value):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_built_for_one_gpu_puts_no_tensor_elsewhere(preset):
     graph = graph_of(preset)
-    solution = Sharder(graph, CostModel(parse_hardware("1xH100"))).solve(dp=1, tp=1, local_batch=6)
-    axes = tuple(MeshAxis("", 1, 0, "") for _ in PLACEMENT_AXES)
+    solution = Sharder(graph, CostModel(parse_hardware("1xH100"))).solve(MeshShape.of(), 6)
+    axes = tuple(MeshAxis("", 1, 0, "") for _ in placement_axes())
     context = ShardContext(axes, tuple(read_placements(solution.placements, len(axes))), DEVICE)
     for segment in graph.segments.values():
         program = build_segment_program(segment, context, recompute=False)
@@ -139,6 +140,6 @@ def test_a_recurrent_layer_has_kernels_on_a_gpu_and_costs_its_steps():
     graph = api.capture_for_planning(Workload(Recurrent(), example, global_batch=4, batch_size=4, loss=loss))
     assert not missing_kernels(graph, "cuda", of_this_build=False)
     model = CostModel(parse_hardware("1xH100"))
-    solved = Sharder(graph, model).solve(dp=1, tp=1, local_batch=4)
+    solved = Sharder(graph, model).solve(MeshShape.of(), 4)
     launch_s = model.table.get("launch_s", "gpu")
     assert solved.objective_s > 100 * (12 + 24) * launch_s, "a kernel waits for the one of the step before"

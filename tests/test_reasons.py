@@ -39,7 +39,7 @@ def test_seconds_add_up_to_what_the_search_counted(plan, explained):
     graph = api.capture_of(plan, api.load_workload("preset:llama-3-8b", **MODEL))
     sharder = Sharder(graph, CostModel(reasons.cluster_of(plan)))
     dp = plan.mesh.dp
-    costs = sharder.solve(dp=dp, tp=plan.mesh.tp, local_batch=plan.microbatch.size // dp).costs
+    costs = sharder.solve(plan.mesh.shape, plan.microbatch.size // dp).costs
     for name, sums in explained.totals().items():
         count, cost = plan.segments.count(name), costs[name]
         comm_s = sum(seconds for kind, seconds in sums.items() if kind != "compute")

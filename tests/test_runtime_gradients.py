@@ -68,7 +68,7 @@ def test_a_parameter_in_two_slots_gets_memory_for_one() -> None:
     toy = make_toy()
     store = make_program(toy, make_plan(toy)).store
     name = next(name for name, spec in store.specs.items() if spec.has_grad)
-    use = ParamUse(name, None, True, (), ())
+    use = ParamUse(name, (), True, (), ())
     first, second = store.gradient_memory([use, use], [0, 1])
     assert first is not None and second is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -29,17 +30,19 @@ def test_chunks_are_those_of_torch(size: int, count: int) -> None:
     assert found == expected + [0] * (count - len(expected))
 
 
-@given(st.lists(sizes, min_size=1, max_size=3), parts, st.lists(parts, max_size=2), st.data())
+@given(st.lists(sizes, min_size=1, max_size=3), st.lists(parts, max_size=2), st.lists(parts, max_size=2), st.data())
 def test_shards_over_all_axes_cover_the_tensor_once(
-    shape: list[int], tp: int, dp: list[int], data: st.DataObject
+    shape: list[int], tensor: list[int], state: list[int], data: st.DataObject
 ) -> None:
-    tp_dim = data.draw(st.sampled_from([None, *range(len(shape))]))
+    """Axes that cut the same dimension each cut what those before left."""
+    dims = [data.draw(st.sampled_from([None, *range(len(shape))])) for _ in tensor]
     seen = torch.zeros(shape, dtype=torch.int64)
-    for tp_coord in range(tp):
-        for digits in itertools.product(*map(range, dp)):
-            cuts = list(zip(dp, digits, strict=True))
-            seen[shard_index(shape, tp_dim, (tp, tp_coord), cuts)] += 1
-    assert bool((seen == (tp if tp_dim is None else 1)).all())
+    for coords in itertools.product(*map(range, tensor)):
+        cuts = [(dim, cut) for dim, *cut in zip(dims, tensor, coords, strict=True) if dim is not None]
+        for digits in itertools.product(*map(range, state)):
+            seen[shard_index(shape, [*cuts, *((0, cut) for cut in zip(state, digits, strict=True))])] += 1
+    copies = math.prod(size for dim, size in zip(dims, tensor, strict=True) if dim is None)
+    assert bool((seen == copies).all())
 
 
 @settings(max_examples=60, deadline=None)

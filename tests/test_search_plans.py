@@ -14,7 +14,7 @@ from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.planner.memory.rank_bytes import rank_breakdown
 from shardwright.planner.search.step_time import lower_bound, run_timeline
 from shardwright.planner.space.candidates import enumerate_candidates
-from shardwright.planner.space.forcing import FORCE_KEYS, Forced, divisors, parse_forced
+from shardwright.planner.space.forcing import Forced, divisors, force_keys, parse_forced
 from shardwright.planner.stages.setting import Setting
 from shardwright.plans import document as plan_document
 from shardwright.profiler.workload import OptimizerSpec, Precision
@@ -31,7 +31,7 @@ def brute_force(case: Case):
     n = len(setting.shape.instances)
     best = (math.inf, None)
     for candidate in enumerate_candidates(Forced(), case.cluster.num_devices, case.workload.global_batch, n, 8):
-        solution = case.sharder.solve(dp=candidate.dp, tp=candidate.tp, local_batch=candidate.local_batch)
+        solution = case.sharder.solve(candidate.mesh, candidate.local_batch)
         for recompute in ((), ("block",), ("block", "head"), ("block", "head", "embed")):
             chain = setting.chain(solution, recompute)
             for inner in itertools.combinations(range(1, n), candidate.num_stages - 1):
@@ -311,7 +311,7 @@ def test_divisors(number):
 
 
 def test_all_force_keys_parse():
-    values = {key: "1" for key in FORCE_KEYS} | {
+    values = {key: "1" for key in force_keys()} | {
         "schedule": "gpipe",
         "recompute": "none",
         "cuts": "3,5",

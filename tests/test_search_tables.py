@@ -12,13 +12,14 @@ from shardwright.planner.search.step_time import lower_bound, stage_times, step_
 from shardwright.planner.space.candidates import Candidate
 from shardwright.planner.stages.setting import Setting
 from shardwright.planner.stages.zero_seconds import stage_tables
+from shardwright.plans.axes import MeshShape
 
 
 def tables_of(zero, dp=4, count=4, sizes=Sizes(layers=6), hardware="8xH100-80GB"):  # noqa: B008
     case = Case(sizes, hardware, 8)
     setting = Setting(case.graph, case.cluster, case.cost_model, case.workload)
-    chain = setting.chain(case.sharder.solve(dp=dp, tp=1, local_batch=2), ())
-    candidate = Candidate(8 // dp, dp, 1, 2 * dp, count, "1f1b", 1, zero)
+    chain = setting.chain(case.sharder.solve(MeshShape.of({"dp": dp}), 2), ())
+    candidate = Candidate(MeshShape.of({"pp": 8 // dp, "dp": dp}), 2 * dp, count, "1f1b", 1, zero)
     setting.memory_of = (case, chain)  # keep them alive
     return setting, candidate, chain, stage_tables(setting, candidate, chain)
 
@@ -83,12 +84,12 @@ def _replicated(hardware: str, zero: int, *, dp: int, tp: int, count: int = 2):
     """Every rank of four with all parameters and its own samples, over the data axis, the tensor axis or both."""
     case = Case(Sizes(layers=6, hidden=512, ffn=2048), hardware, 8)
     setting = Setting(case.graph, case.cluster, case.cost_model, case.workload)
-    solution = case.sharder.solve(dp=4, tp=1, local_batch=2)
+    solution = case.sharder.solve(MeshShape.of({"dp": 4}), 2)
     if tp > 1:
         costs = {name: replace(cost, summed_elements=cost.trainable_elements) for name, cost in solution.costs.items()}
         solution = replace(solution, costs=costs)
     chain = setting.chain(solution, ())
-    candidate = Candidate(2, dp, tp, 2 * dp, count, "1f1b", 1, zero if dp > 1 else 0)
+    candidate = Candidate(MeshShape.of({"pp": 2, "dp": dp, "tp": tp}), 2 * dp, count, "1f1b", 1, zero if dp > 1 else 0)
     setting.memory_of = (case, solution)  # keep them alive
     return setting, candidate, chain
 

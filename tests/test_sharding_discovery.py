@@ -19,6 +19,7 @@ from shardwright import api
 from shardwright.costmodel.model import CostModel
 from shardwright.planner.interfaces import ShardingSolution
 from shardwright.planner.sharding.sharder import Sharder
+from shardwright.plans.axes import MeshShape
 from shardwright.plans.document import Plan
 from shardwright.profiler.capture import capture
 from shardwright.profiler.graph import ModelGraph
@@ -51,11 +52,11 @@ def decoder(hidden: int = 4096, seq_len: int = 2048) -> ModelGraph:
 def solved(graph: ModelGraph, hardware: str, tp: int, local_batch: int) -> tuple[ShardingSolution, Counter[str]]:
     """The solution and its collectives on the tensor axis by kind, summed over all instances."""
     sharder = Sharder(graph, CostModel(parse_hardware(hardware)))
-    solution = sharder.solve(dp=1, tp=tp, local_batch=local_batch)
-    return solution, collectives(sharder, (1, tp, local_batch))
+    solution = sharder.solve(MeshShape.of({"tp": tp}), local_batch)
+    return solution, collectives(sharder, (MeshShape.of({"tp": tp}), local_batch))
 
 
-def collectives(sharder: Sharder, mesh: tuple[int, int, int]) -> Counter[str]:
+def collectives(sharder: Sharder, mesh: tuple[MeshShape, int]) -> Counter[str]:
     found: Counter[str] = Counter()
     for instance in sharder.graph.instances:
         found.update(move.kind for move in sharder.moves[mesh][instance.segment] if move.axis == "tp")
@@ -122,8 +123,8 @@ def test_columns_then_rows_in_wide_layers() -> None:
 def test_norms_run_on_shards_of_the_sequence_where_activations_weigh() -> None:
     graph = decoder()
     sharder = Sharder(graph, CostModel(parse_hardware("8xH100-80GB")))
-    smallest = sharder.frontier(dp=1, tp=8, local_batch=4)[-1]
-    fastest = sharder.frontier(dp=1, tp=8, local_batch=4)[0]
+    smallest = sharder.frontier(MeshShape.of({"tp": 8}), 4)[-1]
+    fastest = sharder.frontier(MeshShape.of({"tp": 8}), 4)[0]
     name = block_of(graph)
     assert on_tensor_axis(smallest, name, "input_0")[0].startswith("S("), "the residual stream is split"
     assert smallest.costs[name].saved_bytes < 0.75 * fastest.costs[name].saved_bytes or (
@@ -133,7 +134,7 @@ def test_norms_run_on_shards_of_the_sequence_where_activations_weigh() -> None:
 
 def test_frontier_gets_slower_and_smaller() -> None:
     sharder = Sharder(decoder(), CostModel(parse_hardware("8xH100-80GB")))
-    points = sharder.frontier(dp=1, tp=8, local_batch=1)
+    points = sharder.frontier(MeshShape.of({"tp": 8}), 1)
     assert len(points) > 1
     for fast, small in itertools.pairwise(points):
         assert fast.objective_s <= small.objective_s * (1 + 1e-9) and fast.weighed_bytes(1) > small.weighed_bytes(1)
@@ -143,13 +144,13 @@ def test_the_loss_is_taken_on_shards_of_the_vocabulary() -> None:
     """No rank holds, or gathers, all logits of a row: maxima and sums of rows are exchanged instead."""
     graph = decoder()
     sharder = Sharder(graph, CostModel(parse_hardware("8xH100-80GB")))
-    solution, head = sharder.solve(dp=1, tp=8, local_batch=1), graph.instances[-1].segment
+    solution, head = sharder.solve(MeshShape.of({"tp": 8}), 1), graph.instances[-1].segment
     logits = [t for k, t in solution.placements[head].items() if k.startswith("_log_softmax") and ">" not in k]
     assert logits and all("@log_softmax_cols" in axes[1] for axes in logits if "->" in axes[1])
     weight = [p for p, shape in enumerate(graph.segments[head].param_shapes) if len(shape) == 2]
     assert solution.placements[head][f"param_{weight[0]}"][1] == "S(0)"
     logits_bytes = 2048 * graph.segments[head].param_shapes[weight[0]][0] * 2.0
-    assert all(move.full_bytes < logits_bytes / 8 for move in sharder.moves[(1, 8, 1)][head])
+    assert all(move.full_bytes < logits_bytes / 8 for move in sharder.moves[(MeshShape.of({"tp": 8}), 1)][head])
 
 
 # --------------------------------------------------------------------------- experts, and switching dimensions
@@ -215,8 +216,8 @@ def test_a_spatial_temporal_transformer_switches_the_dimension_that_is_split() -
     assert found["all_to_all"] >= 2, found
     large = 64 * 1024 * 256 * 4 / 2
     sharder = Sharder(graph, CostModel(parse_hardware("8xA100-80GB")))
-    sharder.solve(dp=1, tp=8, local_batch=1)
-    for moves in sharder.moves[(1, 8, 1)].values():
+    sharder.solve(MeshShape.of({"tp": 8}), 1)
+    for moves in sharder.moves[(MeshShape.of({"tp": 8}), 1)].values():
         for move in moves:
             assert move.kind == "all_to_all" or move.full_bytes < large, move
     inputs = [n for n in solution.placements[block_of(graph)] if n.startswith("attention") and ">" not in n]

@@ -23,6 +23,7 @@ from shardwright.planner.sharding.sharder import Prices, Sharder
 from shardwright.planner.sharding.solve.pbqp import solve
 from shardwright.planner.sharding.training import Job
 from shardwright.planner.stages.setting import state_kinds
+from shardwright.plans.axes import MeshShape
 from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.models import load_workload
@@ -81,7 +82,7 @@ def test_large_weights_are_split_where_their_sums_would_come_every_step():
     graph, cost_model = api.capture_for_planning(workload_of(4096)), CostModel(parse_hardware("2xCPU"))
     shares = [
         Sharder(graph, cost_model, job=Job(global_batch=batch * count))
-        .solve(dp=1, tp=2, local_batch=batch)
+        .solve(MeshShape.of({"tp": 2}), batch)
         .split_shares["tp"]
         for batch, count in ((8, 1), (1 << 16, 10_000))
     ]

@@ -86,7 +86,7 @@ def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chu
 
 def num_groups(candidate: Candidate) -> int:
     """Communicators of a rank: the world, and one for each axis wider than 1."""
-    return 1 + sum(size > 1 for size in (candidate.pp, candidate.dp, candidate.tp)) + 2 * (candidate.split is not None)
+    return 1 + sum(size > 1 for size in candidate.mesh.sizes) + 2 * (candidate.split is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,12 +135,12 @@ class IntervalBytes:
 
 
 def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
-    """Cached: the same for all candidates that share a chain, dp, ZeRO stage and communicators."""
+    """Cached: the same for all candidates that share a chain, data-parallel ranks, ZeRO stage and communicators."""
     several = candidate.count > 1
     key = (
         "bytes",
         chain,
-        candidate.dp,
+        candidate.state_ranks,
         candidate.zero,
         candidate.extents,
         several,
@@ -154,7 +154,7 @@ def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Inte
 
 def _state(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
     c = candidate
-    return memory.state_memory(state, setting.kinds, c.dp, c.zero, c.count, kind, c.extents)
+    return memory.state_memory(state, setting.kinds, c.state_ranks, c.zero, c.count, kind, c.extents)
 
 
 def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
@@ -206,7 +206,7 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: 
     once. in_flight: microbatches of those, in place of what the candidate's schedule holds.
     """
     c = candidate
-    key = ("mean", chain, c.pp, c.dp, c.tp, c.zero, c.split, c.count > 1)
+    key = ("mean", chain, c.mesh, c.zero, c.split, c.count > 1)
     if key not in setting.cache:
         setting.cache[key] = _whole_bytes(setting, candidate, chain)
     whole: _WholeBytes = setting.cache[key]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...plans.document import MESH_AXES, Plan
+from ...plans.axes import names as axis_names
+from ...plans.document import Plan
 from ...plans.order import num_activations, num_let_go
 from ...units import format_bytes
 
@@ -105,16 +106,16 @@ def _choices(before: Plan, after: Plan) -> Iterator[Change]:
 
 
 def _described(plan: Plan) -> dict[str, str]:
-    sizes = plan.mesh.model_dump()
+    sizes = plan.mesh.shape
     recompute = plan.memory_policy.recompute
     let_go = zip(num_let_go(plan), ("recomputed", "offloaded"), strict=True)
     return {
         "model": str(plan.workload.get("model", "")),
         "hardware": str(plan.hardware.get("name", "")),
-        **{axis: str(sizes[axis]) for axis in MESH_AXES},
+        **{axis: str(sizes.size(axis)) for axis in axis_names()},
         "microbatch": f"{plan.microbatch.count} of {plan.microbatch.size}",
-        "microbatch of a rank": str(plan.microbatch.size // plan.mesh.dp),
-        **{f"split on {axis}": _shares(shares) for axis, shares in plan.predicted.split.items() if sizes[axis] > 1},
+        "microbatch of a rank": str(plan.microbatch.size // plan.mesh.shape.batch_ranks),
+        **{f"split on {axis}": _shares(s) for axis, s in plan.predicted.split.items() if sizes.size(axis) > 1},
         "schedule": plan.schedule.name if plan.mesh.pp > 1 else "",
         "virtual stages": str(plan.schedule.virtual_stages),
         "stage cuts": " ".join(str(len(stage.segments)) for stage in plan.stages),
@@ -142,12 +143,12 @@ def _placements(before: Plan, after: Plan) -> Iterator[PlacementChange]:
 
 def _text(places: list[str] | None, plan: Plan) -> str:
     """On the axes that are wider than one and split something: on the others a placement means nothing."""
-    sizes = plan.mesh.model_dump()
+    sizes = plan.mesh.shape
     if places is None:
         return ""
     split = [
         f"{axis} {place}"
         for axis, place in zip(plan.placement_axes, places, strict=True)
-        if sizes[axis] > 1 and ("S(" in place or "P" in place)
+        if sizes.size(axis) > 1 and ("S(" in place or "P" in place)
     ]
     return ", ".join(split) or "whole"

@@ -20,7 +20,7 @@ from ...plans.placements import read_placements
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.nodes import source_of
 from ...profiler.op_view import storage_root
-from ..sharding.cost import Move, Placed, is_summed, moves, op_load
+from ..sharding.cost import Move, Placed, moves, op_load, partial_axes
 from ..sharding.mesh import Mesh
 from ..sharding.pins import module_paths
 from ..sharding.sharder import Sharder
@@ -135,8 +135,8 @@ def _covers(path: str, pattern: str) -> bool:
 def explain(plan: Plan, graph: ModelGraph, sharder: Sharder) -> Explanation:
     """graph: the model as it was planned. sharder: of the same graph, with the cost model of the plan's cluster."""
     solutions = tuple(read_placements(plan.placements, len(plan.placement_axes)))
-    dp, tp = plan.mesh.dp, plan.mesh.tp
-    mesh = sharder.mesh(dp, tp, max(1, plan.microbatch.size // dp))
+    shape = plan.mesh.shape.of_stage
+    mesh = sharder.mesh(shape, max(1, plan.microbatch.size // shape.batch_ranks))
     instances: dict[str, list[str]] = defaultdict(list)
     names: dict[str, dict[str, str]] = {}
     for instance in graph.instances:
@@ -150,7 +150,7 @@ def explain(plan: Plan, graph: ModelGraph, sharder: Sharder) -> Explanation:
         names.setdefault(instance.segment, slots)
     rows: list[Row] = []
     for name, segment in graph.segments.items():
-        rows += _segment_rows(Placed(segment, mesh, solutions), plan, names[name], sharder.sums(dp, tp))
+        rows += _segment_rows(Placed(segment, mesh, solutions), plan, names[name], sharder.sums(shape))
     return Explanation(tuple(rows), {name: tuple(paths) for name, paths in instances.items()})
 
 
@@ -188,23 +188,29 @@ def _segment_rows(placed: Placed, plan: Plan, names: dict[str, str], sums: Sums)
 
 
 def _sums(placed: Placed, plan: Plan, param: fx.Node, sums: Sums) -> Iterator[Collective]:
-    """What the gradient of a parameter takes once a step: over the data axis, and over the tensor axis where the
-    parameter is whole and its gradient a partial sum."""
+    """What the gradient of a parameter takes once a step: over the axes that ZeRO splits state over, and over
+    others where the parameter is whole and its gradient a partial sum."""
     slot = int(param.name.removeprefix("param_"))
     if not placed.segment.param_requires_grad[slot]:
         return
     elements = placed.local_bytes(param, 0) / param.meta["val"].element_size()
-    data, tensor = plan.mesh.dp > 1, is_summed(placed, slot)
+    axes = placed.mesh.axes
+    split = tuple(axis.size > 1 and axis.role.splits_state for axis in axes)
+    others = partial_axes(placed, slot)
     num_bytes = elements * sums.kinds.reduce
-    if plan.zero == 0 or not data:
-        axes = " x ".join(name for name, wide in (("dp", data), ("tp", tensor)) if wide)
-        if axes:
-            yield Collective(axes, "all_reduce", num_bytes, sums.seconds((data, tensor), elements))
+
+    def named(over: tuple[bool, ...]) -> str:
+        return " x ".join(axis.name for axis, wide in zip(axes, over, strict=True) if wide)
+
+    if plan.zero == 0 or not any(split):
+        both = tuple(a or b for a, b in zip(split, others, strict=True))
+        if any(both):
+            yield Collective(named(both), "all_reduce", num_bytes, sums.seconds(both, elements))
         return
-    yield Collective("dp", "reduce_scatter", num_bytes, sums.seconds((True, False), elements) / 2)
-    if tensor:
-        parts = plan.zero_extents.get("optimizer", plan.mesh.dp)
-        yield Collective("tp", "all_reduce", num_bytes / parts, sums.seconds((False, True), elements / parts))
+    yield Collective(named(split), "reduce_scatter", num_bytes, sums.seconds(split, elements) / 2)
+    if any(others):
+        parts = plan.zero_extents.get("optimizer", plan.mesh.shape.state_ranks)
+        yield Collective(named(others), "all_reduce", num_bytes / parts, sums.seconds(others, elements / parts))
 
 
 def _owner(placeholder: str, names: dict[str, str]) -> str:

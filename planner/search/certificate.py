@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...plans.axes import searched_axes, stage_axes, tensor_axes
 from ..memory.options import MemoryOption
 from ..space.candidates import MAX_PP, Candidate
 from ..stages.chain import Chain
@@ -57,12 +58,13 @@ def own_order_bound(state: SearchState, candidate: Candidate, firsts: Sequence[M
 def _split_all(state: SearchState, candidate: Candidate, chain: Chain) -> Chain:
     """The chain, with the parameters that a tensor axis which splits all of them leaves."""
     setting, key = state.setting, ("split all", chain)
-    if candidate.tp == 1:
+    if candidate.tensor_ranks == 1:
         return chain
     if key not in setting.cache:
         held = chain.param_elements.sum(), chain.trainable_elements.sum()
         shares = [
-            min(1.0, least / candidate.tp / max(have, 1.0)) for least, have in zip(_elements(state), held, strict=True)
+            min(1.0, least / candidate.tensor_ranks / max(have, 1.0))
+            for least, have in zip(_elements(state), held, strict=True)
         ]
         setting.cache[key] = (
             chain
@@ -86,7 +88,7 @@ def _elements(state: SearchState) -> tuple[float, float]:
 
 def ideal_seconds(state: SearchState, candidate: Candidate, schedule: str) -> float:
     """Step without collectives, every op as efficient as on the whole batch. schedule: '' for any."""
-    parts = candidate.dp * candidate.tp * candidate.count
+    parts = candidate.mesh.ranks_per_stage * candidate.count
     forward_s, backward_s = state.whole_forward_s / parts, state.whole_backward_s / parts
     return path_seconds(schedule, forward_s, backward_s, candidate.pp, candidate.count)
 
@@ -122,11 +124,13 @@ def not_searched(state: SearchState) -> list[str]:
     """In few words, what a plan could have that none of the candidates has."""
     forced, cluster = state.forced, state.setting.cluster
     left_out = ["context and expert axes", "other orders of the axes"]
-    widest = max(candidate.tp for candidate in state.candidates)
-    if forced.tp is None and forced.pp is None and forced.dp is None and widest < cluster.num_devices:
-        left_out.append(f"tp above {widest}")
-    if cluster.num_devices > MAX_PP and forced.pp is None:
-        left_out.append(f"pp above {MAX_PP}")
+    for axis in searched_axes():
+        widest = max(candidate.mesh.size(axis) for candidate in state.candidates)
+        if axis in tensor_axes() and not forced.sizes and widest < cluster.num_devices:
+            left_out.append(f"{axis} above {widest}")
+    for axis in stage_axes():
+        if cluster.num_devices > MAX_PP and forced.size(axis) is None:
+            left_out.append(f"{axis} above {MAX_PP}")
     if any(outcome.assumed for outcome in state.outcomes.values()):
         left_out.append("larger microbatches than one that does not fit")
     if not forced.offload and cluster.worst_device().kind != "cpu":

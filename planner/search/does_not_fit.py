@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from ...errors import ExitCode, ShardwrightError
+from ...plans.axes import MeshShape, names, searched_axes, tensor_axes
 from ...profiler.accelerators import accelerators
 from ...profiler.cluster import Cluster
 from ...profiler.hardware import parse_hardware
@@ -17,16 +18,16 @@ from ..space.candidates import Candidate, enumerate_candidates, value_of
 from ..space.forcing import Forced
 from ..stages.setting import Setting
 from .outcome import Outcome
-from .smaller_job import smaller_jobs
+from .smaller_job import Known, smaller_jobs
 from .step_time import find_cuts
 
-Solutions = Mapping[tuple[int, int, int], ShardingSolution | None]
-Solve = Callable[[int, int, int], ShardingSolution | None]  # dp, tp, local batch
+Solutions = Mapping[tuple[MeshShape, int], ShardingSolution | None]
+Solve = Callable[[MeshShape, int], ShardingSolution | None]  # mesh of a stage, local batch
 
 # Most candidates looked at for one change.
 MAX_TRIES = 120
 FACTORS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
-WIDER_TP = (2, 8)
+WIDER = (2, 8)
 
 
 def does_not_fit(
@@ -38,13 +39,13 @@ def does_not_fit(
         return ShardwrightError(
             "no tensor axis can shard this model over these devices",
             means=f"{len(outcomes)} candidates, all without a sharding",
-            change="--force tp",
-            works="--force tp=1",
+            change=f"--force {tensor_axes()[-1]}",
+            works=f"--force {tensor_axes()[-1]}=1",
             exit_code=ExitCode.DOES_NOT_FIT,
         )
     nearest = min(tried, key=lambda outcome: outcome.missing_bytes)
     candidate = nearest.candidate
-    first = nearest.worst_rank * candidate.dp * candidate.tp
+    first = nearest.worst_rank * candidate.mesh.ranks_per_stage
     device = setting.cluster.device(first)
     what = (
         f"nothing fits: rank {first} ({device.name}) needs {format_bytes(nearest.peak_bytes or 0)} of "
@@ -68,7 +69,7 @@ def _nearest_change(
     setting: Setting, forced: Forced, nearest: Outcome, solutions: Solutions, solve: Solve
 ) -> tuple[str, str]:
     """(setting to change, value that fits)."""
-    known = {(tp, batch): found for (_, tp, batch), found in solutions.items() if found is not None}
+    known = {(mesh.tensor_part, batch): found for (mesh, batch), found in solutions.items() if found is not None}
     for name in (
         "recompute",
         "zero",
@@ -77,29 +78,30 @@ def _nearest_change(
         "schedule",
         "virtual_stages",
         "cuts",
-        "pp",
-        "dp",
-        "tp",
+        *searched_axes(),
     ):
         default: Any = "auto" if name == "recompute" else None
-        if getattr(forced, name) == default:
+        if forced.value(name) == default:
             continue
-        found = first_fit(setting, replace(forced, **{name: default}), known)
+        free = forced.without(name) if default is None else replace(forced, **{name: default})
+        found = first_fit(setting, free, known)
         if found is not None:
             value = "all" if name == "recompute" else value_of(name, found)
             return f"--force {name}", f"--force {name}={value}" if value is not None else f"no --force {name}"
     if setting.memory_limit_bytes is not None or setting.cluster.memory_limit_bytes is not None:
         need = nearest.peak_bytes or 0
         return "--memory-limit", f"--memory-limit {need / GIB + 0.05:.1f}GiB"
-    for tp in WIDER_TP:  # more devices could also share a layer
-        if forced.tp in (None, tp) and (tp, 1) not in known:
-            found_solution = solve(1, tp, 1)
+    tensor = next(axis for axis in searched_axes() if axis in tensor_axes())
+    for size in WIDER:  # more devices could also share a layer
+        mesh = MeshShape.of({tensor: size})
+        if forced.size(tensor) in (None, size) and (mesh, 1) not in known:
+            found_solution = solve(mesh, 1)
             if found_solution is not None:
-                known[tp, 1] = found_solution
+                known[mesh, 1] = found_solution
     found_texts = smaller_jobs(setting, forced, known, first_fit)
     change = "the job, on this hardware, or --hardware" if found_texts else "--hardware"
-    for names in (_more_of_the_same(setting.cluster), _larger_devices(setting.cluster)):
-        found_name = _first_cluster_that_fits(setting, forced, known, names)
+    for clusters in (_more_of_the_same(setting.cluster), _larger_devices(setting.cluster)):
+        found_name = _first_cluster_that_fits(setting, forced, known, clusters)
         if found_name is not None:
             return change, ", or ".join([*found_texts, f"--hardware {found_name}"])
     if found_texts:
@@ -107,19 +109,21 @@ def _nearest_change(
     return "the model, or --seq-len", "a shorter sequence"
 
 
-def first_fit(setting: Setting, forced: Forced, known: Mapping[tuple[int, int], ShardingSolution]) -> Candidate | None:
+def first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | None:
     """A candidate that fits with most recomputation, the leanest first."""
     num_instances = len(setting.shape.instances)
     options: Iterable[Candidate] = (
         candidate
         for candidate in enumerate_candidates(
-            forced, setting.cluster.num_devices, setting.workload.global_batch, num_instances, max_tp=1 << 30
+            forced, setting.cluster.num_devices, setting.workload.global_batch, num_instances, max_tensor=1 << 30
         )
-        if (candidate.tp, candidate.local_batch) in known and candidate.virtual_stages <= 2
+        if (candidate.mesh.tensor_part, candidate.local_batch) in known and candidate.virtual_stages <= 2
     )
-    lean = sorted(options, key=lambda c: (c.local_batch, -c.zero, c.virtual_stages, c.schedule != "1f1b", -c.pp * c.tp))
+    lean = sorted(
+        options, key=lambda c: (c.local_batch, -c.zero, c.virtual_stages, c.schedule != "1f1b", -c.pp * c.tensor_ranks)
+    )
     for candidate in lean[:MAX_TRIES]:
-        solution = known[candidate.tp, candidate.local_batch]
+        solution = known[candidate.mesh.tensor_part, candidate.local_batch]
         recompute = frozenset() if forced.recompute == "none" else frozenset(setting.shape.segments)
         chain = setting.chain(solution, recompute)
         cuts = find_cuts(setting, candidate, chain)
@@ -128,17 +132,15 @@ def first_fit(setting: Setting, forced: Forced, known: Mapping[tuple[int, int], 
     return None
 
 
-def _first_cluster_that_fits(
-    setting: Setting, forced: Forced, known: Mapping[tuple[int, int], ShardingSolution], names: Iterable[str]
-) -> str | None:
-    free = {field.name: None for field in fields(forced) if field.name in ("pp", "dp", "tp", "cuts")}
-    for name in names:
+def _first_cluster_that_fits(setting: Setting, forced: Forced, known: Known, clusters: Iterable[str]) -> str | None:
+    free = forced.without(*names(), "cuts")
+    for name in clusters:
         try:
             cluster = parse_hardware(name)
         except ShardwrightError:
             continue
         larger = replace(setting, cluster=cluster, cost_model=replace(setting.cost_model, cluster=cluster))
-        if first_fit(larger, replace(forced, **free), known) is not None:  # type: ignore[arg-type]
+        if first_fit(larger, free, known) is not None:
             return name
     return None
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...plans import document as plan_document
+from ...plans.axes import MeshShape, tensor_axes
 from ...units import format_bytes, format_seconds
 from ..interfaces import ShardingSolution
 from ..space.candidates import Candidate
@@ -56,7 +57,7 @@ def is_preferable(outcome: Outcome, other: Outcome) -> bool:
 def _reason(outcome: Outcome, best: Outcome, interrupted: str) -> str:
     assert best.step_s is not None
     if outcome.unsharded:
-        return f"tp={outcome.candidate.tp} cannot shard this model"
+        return f"{outcome.candidate.mesh.tensor_part.text(tensor_axes())} cannot shard this model"
     if outcome.fits is False:
         return f"needs {format_bytes(outcome.peak_bytes or 0)} of {format_bytes(outcome.limit_bytes)}"
     if outcome.step_s is not None:
@@ -91,10 +92,10 @@ def considered_rows(
     known.sort(key=lambda outcome: (*rank(outcome), *outcome.candidate.simplicity))
     alike = {_figures(best)}
     single = [outcome for outcome in known if outcome.step_s is None or not _seen(_figures(outcome), alike)]
-    first_of_mesh: dict[tuple[int, int, int], Outcome] = {}
+    first_of_mesh: dict[MeshShape, Outcome] = {}
     for outcome in single:
         c = outcome.candidate
-        first_of_mesh.setdefault((c.pp, c.dp, c.tp), outcome)
+        first_of_mesh.setdefault(c.mesh, outcome)
     chosen = sorted(first_of_mesh.values(), key=rank)[: MAX_ROWS // 2]
     taken = {outcome.candidate for outcome in chosen}
     misfits = [outcome for outcome in single if outcome.fits is False and outcome.candidate not in taken][:MAX_MISFITS]
@@ -107,7 +108,7 @@ def considered_rows(
 def _figures(outcome: Outcome) -> tuple[object, ...]:
     c = outcome.candidate
     step = float(f"{outcome.step_s or 0.0:.6g}")
-    return c.pp, c.dp, c.tp, c.microbatch, c.extents, outcome.recompute, step, outcome.peak_bytes
+    return c.mesh, c.microbatch, c.extents, outcome.recompute, step, outcome.peak_bytes
 
 
 def _seen(figures: tuple[object, ...], known: set[tuple[object, ...]]) -> bool:
@@ -121,7 +122,7 @@ def _row(outcome: Outcome, best: Outcome, interrupted: str) -> plan_document.Con
     c = outcome.candidate
     chunks = f" x{c.virtual_stages}" if c.virtual_stages > 1 else ""
     return plan_document.Considered(
-        mesh=plan_document.Mesh(pp=c.pp, dp=c.dp, tp=c.tp),
+        mesh=plan_document.Mesh.of(c.mesh),
         microbatch=c.microbatch,
         schedule=c.schedule + chunks,
         zero=c.zero,

@@ -59,9 +59,7 @@ def _simplest(state: SearchState) -> Outcome:
     own = best.candidate
     state.tolerance = ALIKE
     simpler = [
-        c
-        for c in state.candidates
-        if (c.pp, c.dp, c.tp) == (own.pp, own.dp, own.tp) and c.simplicity < own.simplicity and c in state.outcomes
+        c for c in state.candidates if c.mesh == own.mesh and c.simplicity < own.simplicity and c in state.outcomes
     ]
     limit_s = best.step_s * ALIKE
     for candidate in sorted(simpler, key=lambda c: (c.simplicity, -c.microbatch)):
@@ -107,10 +105,10 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
     gap = (step_s - bound_s) / step_s if step_s else 0.0
     workload = setting.workload
     tokens = workload.global_batch * max(1, _tokens_per_sample(workload))
-    flops = chain.model_flops * candidate.dp * candidate.tp * candidate.count
+    flops = chain.model_flops * candidate.mesh.ranks_per_stage * candidate.count
     return SearchResult(
         candidate=candidate,
-        mesh=plan_document.Mesh(pp=candidate.pp, dp=candidate.dp, tp=candidate.tp),
+        mesh=plan_document.Mesh.of(candidate.mesh),
         microbatch=plan_document.Microbatch(size=candidate.microbatch, count=candidate.count),
         schedule=_schedule(candidate, order),
         stages=_stages(setting, candidate, chain, bounds),

@@ -24,6 +24,7 @@ from dataclasses import replace
 
 from ...costmodel.model import CostModel
 from ...errors import ExitCode, ShardwrightError
+from ...plans.axes import MeshShape
 from ...profiler.cluster import Cluster
 from ...profiler.graph import ModelGraph
 from ...profiler.watch import TimeUp, stop_at
@@ -53,9 +54,9 @@ class _Search:
 
     def run(self) -> str:
         """Returns what cut it short, or ''."""
-        groups: dict[tuple[int, int], list[Candidate]] = {}
+        groups: dict[tuple[int, MeshShape], list[Candidate]] = {}
         for candidate in self.state.candidates:
-            groups.setdefault((candidate.local_batch, candidate.tp), []).append(candidate)
+            groups.setdefault((candidate.local_batch, candidate.mesh.tensor_part), []).append(candidate)
         try:
             with stop_at(self.state.deadline):
                 self._learn_whole()
@@ -76,7 +77,7 @@ class _Search:
         out.
         """
         batch = self.setting.workload.global_batch
-        solution = self.state.solve_for(1, 1, batch)
+        solution = self.state.solve_for(MeshShape.of(), batch)
         if solution is None:
             return
         chain = build_chain(self.setting.graph, self.setting.shape, solution, frozenset())
@@ -168,7 +169,7 @@ class _Search:
         """The same with a smaller microbatch, known not to fit: activations only grow with the microbatch. One
         microbatch alone accumulates no gradients, and may fit where two do not."""
         for microbatch in divisors(candidate.microbatch)[:-1]:
-            if microbatch % candidate.dp:
+            if microbatch % candidate.batch_ranks:
                 continue
             count = candidate.count * candidate.microbatch // microbatch
             found = self.state.outcomes.get(replace(candidate, microbatch=microbatch, count=count))
@@ -226,7 +227,14 @@ def search(
     forced = parse_forced(force)
     num_instances = len(setting.shape.instances)
     check_forced(forced, cluster, workload.global_batch, num_instances)
-    space = (forced, cluster.num_devices, workload.global_batch, num_instances, _widest_tp(cluster), _domain(cluster))
+    space = (
+        forced,
+        cluster.num_devices,
+        workload.global_batch,
+        num_instances,
+        _widest_tensor_axis(cluster),
+        _domain(cluster),
+    )
     candidates = list(enumerate_candidates(*space))
     if not candidates:
         raise nothing_divides(*space)
@@ -269,6 +277,6 @@ def _domain(cluster: Cluster) -> int:
     return sizes.pop() if len(sizes) == 1 and cluster.num_devices > min(sizes) else 1
 
 
-def _widest_tp(cluster: Cluster) -> int:
+def _widest_tensor_axis(cluster: Cluster) -> int:
     """The widest tensor axis tried: a fast domain, and at least 8."""
     return max(8, *(group.devices_per_domain for group in cluster.groups))

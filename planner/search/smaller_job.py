@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ...plans.axes import MeshShape
 from ..interfaces import ShardingSolution
 from ..space.candidates import Candidate
 from ..space.forcing import Forced
@@ -17,7 +18,7 @@ from ..stages.setting import Setting
 SHORTER = (2, 4, 8, 16, 32)
 LEAST_TOKENS = 128
 ACTIVATIONS = ("saved_bytes", "recompute_saved_bytes", "input_bytes", "output_bytes", "workspace_bytes")
-Known = Mapping[tuple[int, int], ShardingSolution]  # tp, local batch
+Known = Mapping[tuple[MeshShape, int], ShardingSolution]  # axes that cut parameters, local batch
 FirstFit = Callable[[Setting, Forced, Known], Candidate | None]
 
 

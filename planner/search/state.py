@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ...errors import ExitCode, ShardwrightError
+from ...plans.axes import MeshShape, placement_axes
 from ...profiler.watch import TimeUp
 from ..interfaces import Sharder, ShardingSolution
 from ..memory.options import MemoryOption, memory_options
@@ -40,7 +41,8 @@ class SearchState:
     candidates: list[Candidate]
     deadline: float
     progress: Progress
-    solutions: dict[tuple[int, int, int], ShardingSolution | None] = field(default_factory=dict)  # dp, tp, batch
+    # by the mesh of one stage and the local batch
+    solutions: dict[tuple[MeshShape, int], ShardingSolution | None] = field(default_factory=dict)
     outcomes: dict[Candidate, Outcome] = field(default_factory=dict)
     incumbent: Outcome | None = None
     solve_seconds: float = 0.0
@@ -51,15 +53,16 @@ class SearchState:
     tolerance: float = BETTER  # of the incumbent's step: what is slower than this share of it is not looked at
 
     def solve(self, candidate: Candidate) -> ShardingSolution | None:
-        return self.solve_for(candidate.dp, candidate.tp, candidate.local_batch)
+        return self.solve_for(candidate.mesh.of_stage, candidate.local_batch)
 
-    def solve_for(self, dp: int, tp: int, local_batch: int) -> ShardingSolution | None:
-        key = (dp, tp, local_batch)
+    def solve_for(self, mesh: MeshShape, local_batch: int) -> ShardingSolution | None:
+        """mesh: of one stage."""
+        key = (mesh, local_batch)
         if key not in self.solutions:
-            self.progress(f"sharding dp={dp} tp={tp}, {local_batch} sequences a rank")
+            self.progress(f"sharding {mesh.text(placement_axes())}, {local_batch} sequences a rank")
             started = time.monotonic()
             try:
-                self.solutions[key] = self.sharder.solve(dp=dp, tp=tp, local_batch=local_batch)
+                self.solutions[key] = self.sharder.solve(mesh, local_batch)
             except ShardwrightError as error:
                 if error.exit_code == ExitCode.TIME_LIMIT and time.monotonic() > self.deadline:
                     raise TimeUp from None
@@ -68,10 +71,10 @@ class SearchState:
         return self.solutions[key]
 
     def frontier(self, candidate: Candidate) -> list[ShardingSolution]:
-        self.progress(f"frontier of dp={candidate.dp} tp={candidate.tp}, {candidate.local_batch} sequences a rank")
+        self.progress(f"frontier of {candidate.mesh.text(placement_axes())}, {candidate.local_batch} sequences a rank")
         started = time.monotonic()
         try:
-            found = self.sharder.frontier(dp=candidate.dp, tp=candidate.tp, local_batch=candidate.local_batch)
+            found = self.sharder.frontier(candidate.mesh.of_stage, candidate.local_batch)
         except ShardwrightError as error:
             if error.exit_code == ExitCode.TIME_LIMIT and time.monotonic() > self.deadline:
                 raise TimeUp from None

@@ -162,7 +162,7 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
     secondary = _secondary(mesh, chain)
     place, order = placement_of(candidate), stages_by_rank(candidate.schedule, p, v)
     chunk_of = {int(stage): chunk for chunk, row in enumerate(order[:v]) for stage in row}
-    key = ("even", chain, place, candidate.dp, candidate.tp, v, candidate.zero, candidate.extents)
+    key = ("even", chain, place, candidate.mesh, v, candidate.zero, candidate.extents)
     if key not in setting.cache:
         setting.cache[key] = best_cuts(lambda stage: loads[mesh.scales[place[stage]]], p * v, n, secondary)
     cuts: Cuts | None = setting.cache[key]

@@ -160,10 +160,15 @@ def evaluate(placed: Placed) -> SegmentCost:
 
 
 def is_summed(placed: Placed, slot: int) -> bool:
-    """Does the gradient of a parameter leave the segment as a partial sum over an axis other than data?"""
-    places = placed.at(f"param_grad_{slot}")
-    wide = [axis.size > 1 and not axis.data for axis in placed.mesh.axes]
-    return places is not None and any(p == P and w for p, w in zip(places, wide, strict=True))
+    """Does the gradient of a parameter leave the segment as a partial sum over an axis on which not all do?"""
+    return any(partial_axes(placed, slot))
+
+
+def partial_axes(placed: Placed, slot: int) -> tuple[bool, ...]:
+    """Those axes, among all of the mesh."""
+    axes = placed.mesh.axes
+    places = placed.at(f"param_grad_{slot}") or (R,) * len(axes)
+    return tuple(p == P and axis.size > 1 and not axis.role.grads_partial for p, axis in zip(places, axes, strict=True))
 
 
 def op_load(placed: Placed, node: fx.Node) -> tuple[float, float]:

@@ -16,21 +16,23 @@ from torch import fx
 
 from ...ops.placement import INFINITE, P, Places, R, can_shard, route, shares, transition
 from ...ops.strategy import Strategy
+from ...plans.axes import AxisRole, Carries
 
+ANY = AxisRole("any", Carries.FEATURES, "splits what it can")
 TIE_BREAK_S_PER_BYTE = 1e-16  # of two equal choices, the one that leaves fewer bytes on a rank
 
 
 @dataclass(frozen=True)
 class Axis:
-    """data: the axis that carries the batch: it splits dimensions that do and no others, each op that can runs on its
-    shard of the batch, and every parameter is whole on it (ZeRO shards them outside the graph). collective_s: kind,
-    bytes of the tensor whole on this axis -> seconds.
+    """collective_s: kind, bytes of the tensor whole on this axis -> seconds. role: one that carries the batch splits
+    dimensions that do and no others, and each op that can runs on its shard of the batch; where parameters are whole on
+    it, ZeRO shards them outside the graph.
     """
 
     name: str
     size: int
     collective_s: Callable[[str, float], float]
-    data: bool = False
+    role: AxisRole = ANY
 
 
 class Sizes(NamedTuple):
@@ -98,23 +100,31 @@ class Mesh:
         return self.sizes(node, output).num_bytes / self.shares(places)
 
     def may_split(self, sizes: Sizes, dim: int, axis: Axis, even: bool = False) -> bool:
-        if axis.data and not sizes.batched[dim]:
+        if axis.role.carries_batch and not sizes.batched[dim]:
             return False
         return can_shard(sizes.shape[dim], axis.size, even)
 
-    def domain(self, sizes: Sizes, *, partial: bool, whole_on_data: bool = False) -> list[Places]:
-        """Every way in which a tensor may lie; at most one axis on a dimension."""
+    def domain(self, sizes: Sizes, *, partial: bool, is_param: bool = False) -> list[Places]:
+        """Every way in which a tensor may lie."""
         found: list[Places] = [()]
         for axis in self.axes:
             here = [R] + ([P] if partial and sizes.partial else [])
-            if not (axis.data and whole_on_data):
+            if not (is_param and axis.role.params_whole):
                 here += [d for d, s in enumerate(sizes.shape) if s > 1 and self.may_split(sizes, d, axis)]
-            if axis.data and whole_on_data:
+            if axis.size == 1 or (is_param and axis.role.params_whole):
                 here = [R]
-            if axis.size == 1:
-                here = [R]
-            found = [(*places, p) for places in found for p in here if p < 0 or p not in places]
+            found = [(*places, p) for places in found for p in here if self._may_follow(sizes.shape, places, p)]
         return found
+
+    def _may_follow(self, shape: Sequence[int], places: Places, place: int) -> bool:
+        """May the next axis have this placement? Axes of one kind may cut one dimension, each what those before it
+        left, in equal parts; others each have their own."""
+        own = self.axes[len(places)]
+        others = [axis for axis, p in zip(self.axes, places, strict=False) if p == place >= 0]
+        if not others:
+            return True
+        parts = math.prod(axis.size for axis in (*others, own))
+        return all(axis.role.shares_dimensions_with(own.role) for axis in others) and shape[place] % parts == 0
 
     # ------------------------------------------------------------------ strategies
 
@@ -124,6 +134,8 @@ class Mesh:
         """Those of an op's strategies that the axis may run."""
         if axis.size == 1:
             return [listed[0]]
+        if axis.role.allows is not None:
+            listed = [s for s in listed if axis.role.allows(s)] or [listed[0]]
         tensors = [*operands, *results]
 
         def fits(strategy: Strategy) -> bool:
@@ -135,7 +147,24 @@ class Mesh:
             return all(p >= 0 for p, t in places if any(t.batched))
 
         found = [s for s in listed if fits(s)]
-        return ([s for s in found if on_its_batch(s)] if axis.data else []) or found
+        return ([s for s in found if on_its_batch(s)] if axis.role.carries_batch else []) or found
+
+    def joins(self, before: Sequence[Strategy], strategy: Strategy, tensors: Sequence[Sizes]) -> bool:
+        """May the next axis run this strategy of an op, beside those of the axes before it? tensors: the op's operands
+        and results."""
+        role = self.axes[len(before)].role
+        shared = [axis.role.shares_dimensions_with(role) for axis in self.axes[: len(before)]]
+        if not all(compatible(b, strategy, s) for b, s in zip(before, shared, strict=True)):
+            return False
+        if not any(shared):
+            return True
+        rows = [(*b.inputs, *b.outputs) for b in before]
+        places = zip((*strategy.inputs, *strategy.outputs), tensors, strict=True)
+        return all(
+            self._may_follow(sizes.shape, tuple(row[k] for row in rows), place)
+            for k, (place, sizes) in enumerate(places)
+            if place >= 0
+        )
 
     def share(self, strategies: Sequence[Strategy], batched: bool) -> float:
         """Of the captured op's work, one rank's."""
@@ -152,10 +181,12 @@ class Mesh:
     # ------------------------------------------------------------------ seconds
 
     def sum_s(self, sizes: Sizes, places: Places) -> float:
-        """Once a step, of a parameter's gradient that leaves the graph so: data axes always sum."""
+        """Once a step, of a parameter's gradient that leaves the graph so."""
         if self.sum_all_s is None:
             return 0.0
-        summed = tuple(axis.size > 1 and (axis.data or p == P) for axis, p in zip(self.axes, places, strict=True))
+        summed = tuple(
+            axis.size > 1 and (axis.role.grads_partial or p == P) for axis, p in zip(self.axes, places, strict=True)
+        )
         elements = math.prod(sizes.shape) / self.shares(places)
         return self.sum_all_s(summed, elements) if any(summed) else 0.0
 
@@ -216,15 +247,15 @@ def is_split(strategy: Strategy) -> bool:
     return any(p >= 0 for p in (*strategy.inputs, *strategy.outputs)) or bool(strategy.lowering)
 
 
-def compatible(first: Strategy, second: Strategy) -> bool:
-    """On two axes at once: no tensor split twice on one dimension, and at most one of the two replaces the op's
-    program."""
-    if first.lowering and second.lowering and {first.lowering, second.lowering} != {"nll_rows", "nll_cols"}:
-        return False
-    for a, b in zip((*first.inputs, *first.outputs), (*second.inputs, *second.outputs), strict=True):
-        if a == b and a >= 0:
+def compatible(first: Strategy, second: Strategy, shared: bool = False) -> bool:
+    """On two axes at once: no tensor split twice on one dimension, unless it may be shared, and at most one of the two
+    replaces the op's program, but for losses, whose programs sum over several axes."""
+    if first.lowering and second.lowering:
+        both = {first.lowering, second.lowering}
+        if both != {"nll_rows", "nll_cols"} and not (shared and both == {"nll_rows"}):
             return False
-    return True
+    places = zip((*first.inputs, *first.outputs), (*second.inputs, *second.outputs), strict=True)
+    return shared or not any(a == b and a >= 0 for a, b in places)
 
 
 # lowering -> number of all-reduces (passes/lowerings.py), and whether of one value per row of the first operand

@@ -49,7 +49,7 @@ from ...ops.strategy import Strategy
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
 from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
-from .mesh import Mesh, Sizes, compatible
+from .mesh import Mesh, Sizes
 from .pins import Demand, Resolved, cannot_meet
 from .solve.pbqp import Elimination, Problem, prepare
 
@@ -224,7 +224,7 @@ def _add_params(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) ->
         root = union.find(key)
         if root not in classes:
             sizes = mesh.sizes(_placeholder(graph.segments[key[0]], f"param_{key[2]}"))
-            options = mesh.domain(sizes, partial=False, whole_on_data=True)
+            options = mesh.domain(sizes, partial=False, is_param=True)
             options = _demanded(options, names[root], demands)
             classes[root] = _place_variable(made, options, ("param", key))
             held = counts[root] * mesh.state_bytes(sizes, graph.segments[key[0]].param_requires_grad[key[2]])
@@ -302,9 +302,10 @@ class _SegmentBuilder:
     def _options(self, listed: list[Strategy], operands: list[Sizes], results: list[Sizes]) -> list[Strategies]:
         """Every combination over the axes that fits the sizes; the first is whole on all of them."""
         found: list[Strategies] = [()]
+        tensors = [*operands, *results]
         for axis in self.mesh.axes:
             here = self.mesh.fitting(axis, listed, operands, results)
-            found = [(*before, s) for before in found for s in here if all(compatible(b, s) for b in before)]
+            found = [(*before, s) for before in found for s in here if self.mesh.joins(before, s, tensors)]
         return found
 
     def _op_costs(
@@ -460,7 +461,7 @@ class _SegmentBuilder:
         if producer == param:
             return
         mesh, sizes = self.mesh, self.mesh.sizes(source, output)
-        data = [axis.data for axis in mesh.axes]  # on those a shard becomes a partial sum for nothing (placement.way)
+        data = [axis.role.grads_partial for axis in mesh.axes]  # there a shard becomes a partial sum (placement.way)
         before = [
             tuple(P if d and place >= 0 else place for d, place in zip(data, places, strict=True))
             for places in self._places(producer, output)

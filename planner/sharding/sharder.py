@@ -1,6 +1,6 @@
-"""The Sharder: solves the placements of a captured model for a (data, tensor) mesh, both axes at once.
+"""The Sharder: solves the placements of a captured model on the mesh of one stage, all axes at once.
 
-Each (dp, tp, local batch) and each choice of prices is one problem (problem.py), solved exactly with a proven bound
+Each (mesh, local batch) and each choice of prices is one problem (problem.py), solved exactly with a proven bound
 (pbqp.py). The fastest placements are those of no price on bytes, and of a price on the sums of gradients where the
 step's last backward does not hide them. Prices on bytes walk down the lower convex hull of (seconds, bytes), one solve
 a point: bytes kept for the backward, and of training state what ZeRO leaves of it.
@@ -21,6 +21,7 @@ from ...costmodel.attention import AttentionCall
 from ...costmodel.model import CostModel
 from ...errors import ExitCode, ShardwrightError
 from ...ops.placement import Places, R, shares
+from ...plans.axes import AxisRole, MeshShape, placement_axes, role_of
 from ...plans.document import ConservativeOp
 from ...plans.placements import AxisSolution, write_placements
 from ...profiler.graph import ModelGraph, Segment
@@ -38,7 +39,6 @@ from .solution import read_choice
 from .solve.pbqp import solve
 from .training import Job, Sums
 
-PLACEMENT_AXES = ["dp", "tp"]
 # A tensor axis that splits less of the parameters, and less of the matrix products, is of no use as it is.
 MIN_SPLIT_PARAMS, MIN_SPLIT_FLOPS = 0.1, 0.5
 MAX_FRONTIER = 3  # points between which the hull is looked for, the ends among them
@@ -50,7 +50,7 @@ HULL_TOLERANCE = 1e-2  # a point counts that lies below the line by this share o
 WORTH = 5e-3  # of a microbatch: what comes once a step is weighed where it takes more than this of it
 NEAR_LEAST = 1.02  # of the least bytes that are possible: nothing leaner is looked for
 
-Key = tuple[int, int, int]  # dp, tp, local batch
+Key = tuple[MeshShape, int]  # of one stage, local batch
 
 
 @dataclass(frozen=True)
@@ -78,27 +78,27 @@ class _Solved:
 
 
 class Sharder:
-    """Caches by (dp, tp, local batch): the fastest placements, and the frontier where it was asked for."""
+    """Caches by (mesh, local batch): the fastest placements, and the frontier where it was asked for."""
 
     def __init__(
         self,
         graph: ModelGraph,
         cost_model: CostModel,
-        wishes: Mapping[str, int] | None = None,
+        wishes: Mapping[str, Places] | None = None,
         pins: Pins | None = None,
         time_limit_s: float | None = None,
         job: Job = Job(),  # noqa: B008
     ) -> None:
-        """wishes: name of a parameter -> how it lies over the tensor axis where sizes allow it. pins: what must be.
+        """wishes: name of a parameter -> how it lies where sizes allow it. pins: what must be.
         time_limit_s: from now; an integer program then gives its best answer and the gap that it proved. job: what
         weighs on placements besides the model.
         """
         self.job = job
         self._deadline = float("inf") if time_limit_s is None else time.monotonic() + time_limit_s
         self.graph, self.cost_model = graph, cost_model
-        self.wishes = {name: (R, place) for name, place in (wishes or {}).items()}
+        self.wishes = dict(wishes or {})
         self.pins = pins or Pins()
-        self._pinned = self.pins.resolve(graph, PLACEMENT_AXES)
+        self._pinned = self.pins.resolve(graph, placement_axes())
         self.batch = max(graph.batch_size, 1)
         self.counts: dict[str, int] = defaultdict(int)
         for instance in graph.instances:
@@ -113,27 +113,27 @@ class Sharder:
         self._frontiers: dict[Key, list[ShardingSolution]] = {}
         self._leanest: dict[tuple[Key, float], ShardingSolution] = {}
         self._least_states: dict[Key, float] = {}
-        self._sums: dict[tuple[int, int], Sums] = {}
+        self._sums: dict[MeshShape, Sums] = {}
         self.moves: dict[Key, dict[str, list[Move]]] = {}
 
     # ------------------------------------------------------------------ public
 
-    def solve(self, *, dp: int, tp: int, local_batch: int) -> ShardingSolution:
+    def solve(self, mesh: MeshShape, local_batch: int) -> ShardingSolution:
         """Raises ShardwrightError, exit code 4, where a pin cannot be met on this mesh."""
-        key = (dp, tp, local_batch)
+        key = (mesh.of_stage, local_batch)
         if key not in self._solutions:
             self._solutions[key] = self._solve(key)
         return self._solutions[key]
 
-    def frontier(self, *, dp: int, tp: int, local_batch: int) -> list[ShardingSolution]:
+    def frontier(self, mesh: MeshShape, local_batch: int) -> list[ShardingSolution]:
         """Points of the lower convex hull of (seconds, bytes), fastest first. Each is the optimum at some price of a
         byte; between two of them the price that makes both equal finds the next, if there is one. Where the leanest of
         them still repeats training state, another point is that of least state."""
-        key = (dp, tp, local_batch)
+        key = (mesh.of_stage, local_batch)
         if key not in self._frontiers:
-            share = self.job.state_left(dp)
-            points = [self.solve(dp=dp, tp=tp, local_batch=local_batch)]
-            if tp == 1 or self.job.memory_first:  # there is nothing to choose
+            share = self.job.state_left(mesh.state_ranks)
+            points = [self.solve(mesh, local_batch)]
+            if mesh.tensor_ranks == 1 or self.job.memory_first:  # there is nothing to choose
                 self._frontiers[key] = points
                 return points
             points.append(self._at_price(key, self._dear(share)))
@@ -149,13 +149,13 @@ class Sharder:
             self._frontiers[key] = [p for i, p in enumerate(points) if not any(_beats(q, p) for q in points[:i])]
         return self._frontiers[key]
 
-    def leanest(self, *, dp: int, tp: int, local_batch: int, state_share: float) -> ShardingSolution:
+    def leanest(self, mesh: MeshShape, local_batch: int, *, state_share: float) -> ShardingSolution:
         """Of least bytes, where a byte of training state counts as state_share of one that is kept for the backward.
         One of the frontier where that is as lean, to NEAR_LEAST."""
-        key = (dp, tp, local_batch)
-        points = self.frontier(dp=dp, tp=tp, local_batch=local_batch)
+        key = (mesh.of_stage, local_batch)
+        points = self.frontier(mesh, local_batch)
         best = min(points, key=lambda point: point.weighed_bytes(state_share))
-        known = self.job.state_left(dp)
+        known = self.job.state_left(mesh.state_ranks)
         if state_share >= known:  # what the hull's own weights leave, and of state at least the least
             least = min(point.weighed_bytes(known) for point in points)
             least += (state_share - known) * self._least_state(key)
@@ -204,9 +204,9 @@ class Sharder:
     def _once_a_step(self, key: Key) -> Prices:
         """What is added to a microbatch for the sums of gradients, and for the update and the accumulation of what is
         trained, by its bytes of state."""
-        dp, tp, local_batch = key
-        count = self.job.num_microbatches(dp, local_batch)
-        update_s = self.sums(dp, tp).update_s(count, self.job.zero) / count
+        mesh, local_batch = key
+        count = self.job.num_microbatches(mesh.batch_ranks, local_batch)
+        update_s = self.sums(mesh).update_s(count, self.job.zero) / count
         return Prices(state=TIE_BREAK_S_PER_BYTE + update_s / self.job.kinds.of_trained, sums=1.0 / count)
 
     # ------------------------------------------------------------------ costs
@@ -242,54 +242,56 @@ class Sharder:
             return 0.0
         return self.cost_model.op_seconds("aten.clone.default", 0.0, 2.0 * num_bytes, torch.float32)
 
-    def sums(self, dp: int, tp: int) -> Sums:
-        if (dp, tp) not in self._sums:
-            self._sums[dp, tp] = Sums(self.graph, self.cost_model, self.job.kinds, dp, tp)
-        return self._sums[dp, tp]
+    def sums(self, shape: MeshShape) -> Sums:
+        """shape: of one stage."""
+        if shape not in self._sums:
+            self._sums[shape] = Sums(self.graph, self.cost_model, self.job.kinds, shape)
+        return self._sums[shape]
 
-    def mesh(self, dp: int, tp: int, local_batch: int) -> Mesh:
+    def mesh(self, shape: MeshShape, local_batch: int) -> Mesh:
+        shape = shape.of_stage
         return Mesh(
-            axes=(self._axis("dp", dp, dp, tp), self._axis("tp", tp, dp, tp)),
+            axes=tuple(self._axis(role_of(name), shape) for name in placement_axes()),
             batch=self.batch,
-            run_batch=local_batch * dp,
+            run_batch=local_batch * shape.batch_ranks,
             op_s=self.op_seconds,
             memory_s=self._memory_s,
             scratch_of=self._scratch_bytes,
             state_of=self.job.state_of,
-            sum_all_s=self.sums(dp, tp).seconds if tp > 1 else None,
+            sum_all_s=self.sums(shape).seconds if shape.tensor_ranks > 1 else None,
         )
 
-    def _axis(self, name: str, size: int, dp: int, tp: int) -> Axis:
-        cluster = self.cost_model.cluster
+    def _axis(self, role: AxisRole, shape: MeshShape) -> Axis:
+        cluster, size = self.cost_model.cluster, shape.size(role.name)
         if size == 1:
-            return Axis(name, 1, lambda kind, num_bytes: 0.0, data=name == "dp")
-        if dp * tp > cluster.num_devices:  # asked for more than there is: the same axis on all there is
-            dp, tp = (cluster.num_devices, 1) if name == "dp" else (1, cluster.num_devices)
-        links = cluster.axis_links({"pp": cluster.num_devices // (dp * tp), "dp": dp, "tp": tp}, name)
+            return Axis(role.name, 1, lambda kind, num_bytes: 0.0, role)
+        links = cluster.axis_links(shape.within(cluster.num_devices, role.name).factors, role.name)
 
         def seconds(kind: str, num_bytes: float) -> float:
             held = num_bytes / size if kind == "all_to_all" else num_bytes  # what each rank has of the tensor
-            return self.cost_model.collective_seconds(kind, held, links)
+            by_links = self.cost_model.collective_seconds(kind, held, links)
+            return by_links if role.cost is None else role.cost(kind, num_bytes, by_links)
 
-        return Axis(name, size, seconds, data=name == "dp")
+        return Axis(role.name, size, seconds, role)
 
     # ------------------------------------------------------------------ solving
 
-    def _demands(self, dp: int) -> Demands:
+    def _demands(self, mesh: Mesh) -> Demands:
         def inputs(name: str, sizes: Sizes) -> Places:
             dim = self.graph.batch_dims.get(name.removeprefix("input:"), R)
-            return (dim if dp > 1 and dim != R and sizes.batched[dim] else R, R)
+            is_cut = dim != R and sizes.batched[dim]
+            return tuple(dim if is_cut and axis.role.carries_batch and axis.size > 1 else R for axis in mesh.axes)
 
         return Demands(inputs, self.wishes, self._pinned)
 
     def _problem(self, key: Key) -> tuple[Mesh, Build]:
         if key not in self._problems:
-            narrow = {name for name, size in zip(PLACEMENT_AXES, key, strict=False) if size == 1}
+            narrow = {name for name in placement_axes() if key[0].size(name) == 1}
             if narrow & self.pins.split_axes:
                 pin = next(pin for pin in self.pins.pins if pin.splits and pin.axis in narrow)
-                raise cannot_meet(pin, f"{pin.axis}={dict(zip(PLACEMENT_AXES, key, strict=False))[pin.axis]}", "R")
+                raise cannot_meet(pin, f"{pin.axis}={key[0].size(pin.axis)}", "R")
             mesh = self.mesh(*key)
-            self._problems = {key: (mesh, build(self.graph, mesh, self._demands(key[0]), self._catalog))}
+            self._problems = {key: (mesh, build(self.graph, mesh, self._demands(mesh), self._catalog))}
         return self._problems[key]
 
     def _solved(self, mesh: Mesh, made: Build, prices: Prices) -> _Solved:
@@ -304,14 +306,16 @@ class Sharder:
                 exit_code=ExitCode.TIME_LIMIT,
             )
         assert proof.status in ("optimal", "feasible"), proof.status  # all whole is always possible
-        return _Solved(mesh, tuple(read_choice(self.graph, made, choice, [a.data for a in mesh.axes])), made, proof)
+        return _Solved(
+            mesh, tuple(read_choice(self.graph, made, choice, [a.role.grads_partial for a in mesh.axes])), made, proof
+        )
 
     def _solve(self, key: Key) -> ShardingSolution:
         """Fastest; where that splits hardly anything, as on models too small to be worth the traffic, or where it is
         asked for, smallest."""
         started = time.perf_counter()
         mesh, made = self._problem(key)
-        tp = key[1]
+        cuts_params = key[0].tensor_ranks > 1
         solved = self._solved(mesh, made, Prices())
         found = self._figures(key, solved, started)
         least_s = found.lower_bound_s
@@ -321,14 +325,14 @@ class Sharder:
             """Of a microbatch, with its part of what comes once a step."""
             return point.objective_s + once.sums * point.exposed_s + once.state * point.state_bytes
 
-        least = once.state * self._least_state(key) if tp > 1 else 0.0
-        if tp > 1 and seconds(found) - found.objective_s - least > WORTH * found.objective_s:
+        least = once.state * self._least_state(key) if cuts_params else 0.0
+        if cuts_params and seconds(found) - found.objective_s - least > WORTH * found.objective_s:
             prices = once if found.exposed_s > 0 else replace(once, sums=0.0)
             other = self._solved(mesh, made, prices)
             figures = self._figures(key, other, started)
             if seconds(figures) < seconds(found):
                 solved, found = other, figures
-        if tp > 1 and (self.job.memory_first or not self._is_of_use(solved, found)):
+        if cuts_params and (self.job.memory_first or not self._is_of_use(solved, found)):
             solved = self._solved(mesh, made, replace(LEAST_STATE, sums=once.sums))
             found = self._figures(key, solved, started)
         self.moves[key] = {name: moves(self._placed(segment, solved)) for name, segment in self.graph.segments.items()}
@@ -355,15 +359,15 @@ class Sharder:
             conservative=self._conservative(solved),
             saved_bytes=sum(self.counts[n] * c.saved_bytes for n, c in costs.items()),
             state_bytes=trained * self.job.kinds.of_trained + frozen * self.job.kinds.compute,
-            exposed_s=self.sums(*key[:2]).exposed_s(trained, total("summed_elements"), backward_s),
+            exposed_s=self.sums(key[0]).exposed_s(trained, total("summed_elements"), backward_s),
             split_shares=self._split_shares(solved),
         )
 
     def _split_shares(self, solved: _Solved) -> dict[str, dict[str, float]]:
-        """Of each axis other than data: the shares of parameters and of bytes kept for the backward that it splits."""
+        """Of each axis that cuts parameters: the shares of them, and of bytes kept for the backward, that it splits."""
         found: dict[str, dict[str, float]] = {}
         for axis, solution in zip(solved.mesh.axes, solved.solutions, strict=True):
-            if axis.data:
+            if axis.role.params_whole:
                 continue
             sums = {"parameters": [0.0, 0.0], "activations": [0.0, 0.0]}
             for name, segment in self.graph.segments.items():
@@ -381,14 +385,17 @@ class Sharder:
         return Placed(segment, solved.mesh, solved.solutions, self._facts[segment.name])
 
     def _is_of_use(self, solved: _Solved, found: ShardingSolution) -> bool:
-        """Does the tensor axis split parameters, or work?"""
+        """Do the axes that cut parameters split any to speak of, or work?"""
         whole = done = 0.0
+        cutting = [k for k, axis in enumerate(solved.mesh.axes) if axis.role.cuts_params]
         for name, segment in self.graph.segments.items():
             placed = self._placed(segment, solved)
             for node, flops in placed.facts.model_flops.items():
                 whole += flops * self.counts[name]
-                done += flops * self.counts[name] * is_split(placed.strategies(node)[1])
-        return found.split_shares["tp"]["parameters"] >= MIN_SPLIT_PARAMS or done >= MIN_SPLIT_FLOPS * whole > 0
+                strategies = placed.strategies(node)
+                done += flops * self.counts[name] * any(is_split(strategies[k]) for k in cutting)
+        split = max(shares["parameters"] for shares in found.split_shares.values())
+        return split >= MIN_SPLIT_PARAMS or done >= MIN_SPLIT_FLOPS * whole > 0
 
     # ------------------------------------------------------------------ figures
 

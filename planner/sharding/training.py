@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
 from ...costmodel.communication import bucket_bytes, most_bucket_bytes
 from ...costmodel.memory import StateBytes
 from ...costmodel.model import CostModel
+from ...plans.axes import MeshShape, placement_axes, state_axes, tensor_axes
 from ...profiler.graph import ModelGraph
-from ..space.mesh_costs import sum_shape
 
 MOST_BUCKETS = 4  # of the most bytes, in one collective: larger ones are no faster for a byte
 SAMPLE_BYTES = 1 << 30  # of a copy
@@ -27,60 +28,59 @@ class Job:
     zero: int = 3
     memory_first: bool = False
 
-    def num_microbatches(self, dp: int, local_batch: int) -> int:
-        return max(1, self.global_batch // (dp * local_batch))
+    def num_microbatches(self, batch_ranks: int, local_batch: int) -> int:
+        return max(1, self.global_batch // (batch_ranks * local_batch))
 
     def state_of(self, elements: float, num_bytes: float, is_trained: bool) -> float:
         return elements * self.kinds.of_trained if is_trained else num_bytes
 
-    def state_left(self, dp: int) -> float:
+    def state_left(self, state_ranks: int) -> float:
         """Share of kinds.of_trained that a rank keeps under `zero`."""
         kinds = self.kinds
         split = [0, kinds.of_master, kinds.reduce, kinds.compute][: self.zero + 1]
-        return 1.0 - sum(split) / kinds.of_trained * (1.0 - 1.0 / dp)
+        return 1.0 - sum(split) / kinds.of_trained * (1.0 - 1.0 / state_ranks)
 
 
 class Sums:
     """Seconds of what comes once a step: the all-reduce of gradients over data and tensor ranks, as parts of large
     collectives, and the memory traffic of the update."""
 
-    def __init__(self, graph: ModelGraph, cost_model: CostModel, kinds: StateBytes, dp: int, tp: int) -> None:
+    def __init__(self, graph: ModelGraph, cost_model: CostModel, kinds: StateBytes, mesh: MeshShape) -> None:
+        """mesh: of one stage."""
         cluster = cost_model.cluster
-        if dp * tp > cluster.num_devices:  # asked for more than there is: as if on all there is
-            dp, tp = (1, cluster.num_devices) if dp == 1 else (cluster.num_devices, 1)
-        self.kinds, self.dp = kinds, dp
+        mesh = mesh.within(cluster.num_devices)
+        self.kinds, self.state_ranks = kinds, mesh.state_ranks
         self.byte_s = cost_model.op_seconds("copy_", 0.0, SAMPLE_BYTES, torch.float32) / SAMPLE_BYTES
         self.hides = cluster.worst_device().kind != "cpu"
-        pp = cluster.num_devices // (dp * tp)
         held = [sum(math.prod(shape) for shape in segment.param_shapes) for segment in graph.segments.values()]
         total = sum(math.prod(graph.params[name][0]) for name in graph.params)
         most = MOST_BUCKETS * most_bucket_bytes()
-        together = max(bucket_bytes(total * kinds.reduce / pp), min(max(held, default=0) * kinds.reduce, most))
+        bucket = bucket_bytes(total * kinds.reduce / mesh.pipeline_ranks)
+        together = max(bucket, min(max(held, default=0) * kinds.reduce, most))
 
-        def per_element(size: int, shape: dict[str, int], axis: str) -> float:
-            if size == 1:
+        def per_element(axes: tuple[str, ...]) -> float:
+            if mesh.size_of(axes) == 1:
                 return 0.0
-            seconds = cost_model.collective_seconds("all_reduce", together, cluster.axis_links(shape, axis))
+            seconds = cost_model.collective_seconds("all_reduce", together, cluster.axis_links(mesh.factors, axes))
             return seconds / together * kinds.reduce
 
-        self.over_data_s = per_element(dp, {"pp": pp, "dp": dp, "tp": tp}, "dp")
-        self.over_tensor_s = per_element(tp, sum_shape(pp, dp, tp, False), "sum")
-        self.over_both_s = per_element(dp * tp, sum_shape(pp, dp, tp, True), "sum")
+        self._rate = lru_cache(None)(per_element)
+        self.over_data_s = per_element(state_axes())
+        self.over_both_s = per_element((*state_axes(), *tensor_axes()))
 
     def seconds(self, over: tuple[bool, ...], elements: float) -> float:
-        """over: whether the data and the tensor axis sum."""
-        data, tensor = over
-        rate = self.over_both_s if data and tensor else self.over_tensor_s if tensor else self.over_data_s
-        return rate * elements
+        """over: which of the placement axes sum."""
+        axes = tuple(name for name, sums in zip(placement_axes(), over, strict=True) if sums)
+        return self._rate(axes) * elements if axes else 0.0
 
     def of(self, trained: float, summed: float) -> float:
-        """Of a rank's trained elements, `summed` of them partial over the tensor axis."""
+        """Of a rank's trained elements, `summed` of them partial over axes that cut parameters."""
         return self.over_data_s * (trained - summed) + self.over_both_s * summed
 
     def update_s(self, num_microbatches: int, zero: int) -> float:
         """Of a trained element: the optimizer's step, and the accumulation of every microbatch."""
-        parts = self.dp if zero else 1
-        accumulated = num_microbatches if self.dp > 1 or num_microbatches > 1 else 0
+        parts = self.state_ranks if zero else 1
+        accumulated = num_microbatches if self.state_ranks > 1 or num_microbatches > 1 else 0
         moved = self.kinds.moved_by_update / parts + accumulated * self.kinds.moved_by_accumulation
         return moved * self.byte_s
 

@@ -1,17 +1,18 @@
 """What the outer search may choose from.
 
-A candidate is a mesh (pp x dp x tp, all devices), a microbatch, a schedule with its virtual stages and a ZeRO stage.
+A candidate is a mesh of all devices, a microbatch, a schedule with its virtual stages and a ZeRO stage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from ...costmodel.memory import Extents
 from ...errors import ShardwrightError
+from ...plans.axes import MeshShape, easiest_first, free_axis, role_of, searched_axes, stage_axes
 from ...schedules.published.library import SCHEDULES, SEARCHED
 from .forcing import Forced, contradiction, divisors, nearest_multiple
 
@@ -21,11 +22,9 @@ MAX_PP = 64
 
 @dataclass(frozen=True)
 class Candidate:
-    """microbatch: sequences that all dp ranks hold together; count of them in a step."""
+    """microbatch: sequences that all data-parallel ranks hold together; count of them in a step."""
 
-    pp: int
-    dp: int
-    tp: int
+    mesh: MeshShape
     microbatch: int
     count: int
     schedule: str
@@ -38,15 +37,33 @@ class Candidate:
 
     @cached_property
     def _hash(self) -> int:  # a search looks each up many times
-        mesh = self.pp, self.dp, self.tp, self.microbatch, self.count
-        return hash((*mesh, self.schedule, self.virtual_stages, self.zero, self.split))
+        return hash((self.mesh, self.microbatch, self.count, self.schedule, self.virtual_stages, self.zero, self.split))
+
+    @cached_property
+    def pp(self) -> int:
+        return self.mesh.pipeline_ranks
+
+    @property
+    def batch_ranks(self) -> int:
+        """Ranks that together hold a microbatch."""
+        return self.mesh.batch_ranks
+
+    @property
+    def state_ranks(self) -> int:
+        """Ranks over which ZeRO may split training state."""
+        return self.mesh.state_ranks
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Ranks that parameters are cut over."""
+        return self.mesh.tensor_ranks
 
     @cached_property
     def extents(self) -> Extents:
         """Ranks over which each kind of training state is split."""
-        if self.dp == 1 or self.zero == 0:
+        if self.state_ranks == 1 or self.zero == 0:
             return Extents()
-        return Extents.of(self.zero, *(self.split or (self.dp, self.dp)))
+        return Extents.of(self.zero, *(self.split or (self.state_ranks, self.state_ranks)))
 
     @property
     def simplicity(self) -> tuple[int, int, int, str]:
@@ -60,20 +77,16 @@ class Candidate:
 
     @property
     def local_batch(self) -> int:
-        return self.microbatch // self.dp
+        return self.microbatch // self.batch_ranks
 
     @property
     def num_stages(self) -> int:
         return self.pp * self.virtual_stages
 
-    @property
-    def mesh_shape(self) -> dict[str, int]:
-        return {"pp": self.pp, "dp": self.dp, "cp": 1, "ep": 1, "tp": self.tp}
-
     def __str__(self) -> str:
         chunks = f" x{self.virtual_stages}" if self.virtual_stages > 1 else ""
-        mesh = f"pp={self.pp} dp={self.dp} tp={self.tp}"
-        return f"{mesh} microbatch={self.microbatch} {self.schedule}{chunks} zero={self.zero}{self.split_text}"
+        schedule = f"{self.schedule}{chunks} zero={self.zero}{self.split_text}"
+        return f"{self.mesh.text()} microbatch={self.microbatch} {schedule}"
 
     @property
     def split_text(self) -> str:
@@ -87,54 +100,70 @@ class Candidate:
 
 
 def enumerate_candidates(
-    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int, domain: int = 1
+    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tensor: int, domain: int = 1
 ) -> Iterator[Candidate]:
-    """All candidates that divide. max_tp: widest tensor axis tried, unless forced. domain: devices that fast links
-    join, inside which hybrid sharding may keep a copy.
+    """All candidates that divide. max_tensor: the widest axis that cuts parameters tried, unless forced. domain:
+    devices that fast links join, inside which hybrid sharding may keep a copy.
     """
-    for pp in divisors(num_devices):
-        if forced.pp not in (None, pp) or pp > num_instances or (pp > MAX_PP and forced.pp is None):
-            continue
-        for tp in divisors(num_devices // pp):
-            if forced.tp not in (None, tp) or (tp > max_tp and forced.tp is None):
+    for mesh in _meshes(forced, num_devices, num_instances, max_tensor):
+        ranks = mesh.batch_ranks
+        for local_batch in divisors(global_batch // ranks) if global_batch % ranks == 0 else ():
+            microbatch = local_batch * ranks
+            if forced.microbatch not in (None, local_batch) or forced.global_microbatch not in (None, microbatch):
                 continue
-            dp = num_devices // pp // tp
-            if forced.dp not in (None, dp) or global_batch % dp:
-                continue
-            for local_batch in divisors(global_batch // dp):
-                microbatch = local_batch * dp
-                if forced.microbatch not in (None, local_batch) or forced.global_microbatch not in (None, microbatch):
-                    continue
-                count = global_batch // microbatch
-                for schedule, chunks in _schedules(forced, pp, num_instances):
-                    for zero in _zeros(forced, dp):
-                        for split in _splits(forced, zero, dp, domain // tp):
-                            yield Candidate(pp, dp, tp, microbatch, count, schedule, chunks, zero, split)
+            count = global_batch // microbatch
+            for schedule, chunks in _schedules(forced, mesh.pipeline_ranks, num_instances):
+                for zero in _zeros(forced, mesh.state_ranks):
+                    for split in _splits(forced, zero, mesh.state_ranks, domain // mesh.tensor_ranks):
+                        yield Candidate(mesh, microbatch, count, schedule, chunks, zero, split)
 
 
-def _zeros(forced: Forced, dp: int) -> Sequence[int]:
+def _meshes(forced: Forced, num_devices: int, num_instances: int, max_tensor: int) -> Iterator[MeshShape]:
+    """Widths of the searched axes; the free one takes the devices that the others leave. What is not searched is as
+    wide as it is forced to be."""
+    given = {axis: size for axis, size in forced.axes.items() if not role_of(axis).is_searched}
+    left = num_devices // math.prod(given.values()) if num_devices % math.prod(given.values()) == 0 else 0
+    limits = {axis: min(num_instances, MAX_PP) if axis in stage_axes() else max_tensor for axis in searched_axes()}
+
+    def widen(axes: Sequence[str], left: int, sizes: dict[str, int]) -> Iterator[MeshShape]:
+        if not axes:
+            if forced.size(free_axis()) in (None, left):
+                yield MeshShape.of({**sizes, free_axis(): left})
+            return
+        for size in divisors(left):
+            wanted, most = forced.size(axes[0]), limits[axes[0]]
+            too_many_stages = axes[0] in stage_axes() and size > num_instances
+            if wanted == size or (wanted is None and size <= most):
+                if not too_many_stages:
+                    yield from widen(axes[1:], left // size, {**sizes, axes[0]: size})
+
+    if left:
+        yield from widen([axis for axis in searched_axes() if axis != free_axis()], left, given)
+
+
+def _zeros(forced: Forced, ranks: int) -> Sequence[int]:
     if forced.zero is not None:
         return (forced.zero,)
-    return (0,) if dp == 1 else (0, 1, 2, 3)
+    return (0,) if ranks == 1 else (0, 1, 2, 3)
 
 
-def _splits(forced: Forced, zero: int, dp: int, near: int) -> Iterator[tuple[int, int] | None]:
+def _splits(forced: Forced, zero: int, ranks: int, near: int) -> Iterator[tuple[int, int] | None]:
     """How far each kind of state is split: over all data-parallel ranks, or inside a fast domain of `near` of them;
     parameters inside and the rest over all is the third way."""
-    if zero == 0 or dp == 1:
+    if zero == 0 or ranks == 1:
         if forced.zero_extent is None:
             yield None
         return
     if forced.zero_extent is not None:
         params, others = forced.zero_extent
-        if dp % params == 0 and dp % others == 0 and others % params == 0:
-            yield None if params == others == dp else forced.zero_extent
+        if ranks % params == 0 and ranks % others == 0 and others % params == 0:
+            yield None if params == others == ranks else forced.zero_extent
         return
     yield None
-    if 1 < near < dp and dp % near == 0:
+    if 1 < near < ranks and ranks % near == 0:
         yield near, near
         if zero == 3:
-            yield near, dp
+            yield near, ranks
 
 
 def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[str, int]]:
@@ -155,26 +184,26 @@ def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[st
                 yield name, chunks
 
 
-# What a user may let go of, most particular first.
-LET_GO = ("cuts", "zero_extent", "virtual_stages", "schedule", "global_microbatch", "microbatch", "dp", "pp", "tp")
+# What a user may let go of besides widths of axes, most particular first.
+LET_GO = ("cuts", "zero_extent", "virtual_stages", "schedule", "global_microbatch", "microbatch")
 MAX_BATCHES = 1024  # looked at
 
 
 def nothing_divides(
-    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tp: int, domain: int = 1
+    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tensor: int, domain: int = 1
 ) -> ShardwrightError:
     """No candidate at all: names the forced value without which there is one, else the nearest batch that has one."""
 
     def first(of: Forced, batch: int) -> Candidate | None:
-        return next(enumerate_candidates(of, num_devices, batch, num_instances, max_tp, domain), None)
+        return next(enumerate_candidates(of, num_devices, batch, num_instances, max_tensor, domain), None)
 
-    values = {name: getattr(forced, name) for name in LET_GO if getattr(forced, name) is not None}
+    values = {name: value for name in (*LET_GO, *easiest_first()) if (value := forced.value(name)) is not None}
     named = " ".join(f"{name}={_text(value)}" for name, value in values.items())
     under = f"{num_devices} devices" + (f" with {named}" if named else "")
     near = (
         batch for d in range(1, min(num_devices, MAX_BATCHES) + 1) for batch in (global_batch + d, global_batch - d)
     )
-    axes_alone = Forced(pp=forced.pp, dp=forced.dp, tp=forced.tp)
+    axes_alone = Forced(sizes=forced.sizes)
     if first(axes_alone, global_batch) is None:
         works = next((batch for batch in near if batch > 0 and first(forced, batch) is not None), None)
         if works is not None:
@@ -185,8 +214,7 @@ def nothing_divides(
                 f"--global-batch {works}",
             )
     for name in values:
-        without: dict[str, Any] = {name: None}
-        found = first(replace(forced, **without), global_batch)
+        found = first(forced.without(name), global_batch)
         if found is not None:
             return contradiction(
                 f"{name}={_text(values[name])} goes with no mesh of {num_devices} devices and a global batch of "
@@ -197,7 +225,8 @@ def nothing_divides(
             )
     return contradiction(
         f"{under} cannot be divided over a model of {num_instances} segments and a global batch of {global_batch}",
-        f"every stage runs a segment, every data-parallel rank takes a sequence, and tp is at most {max_tp}",
+        f"every stage runs a segment, every data-parallel rank takes a sequence, and {_tensor_axis()} is at most "
+        f"{max_tensor}",
         "--global-batch",
         f"--global-batch {nearest_multiple(global_batch, num_devices)}",
     )
@@ -207,11 +236,16 @@ def _text(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def _tensor_axis() -> str:
+    return next(axis for axis in searched_axes() if role_of(axis).cuts_params)
+
+
 def _why_not(name: str, value: object) -> str:
+    axis = free_axis()
     if name == "microbatch":
-        return f"dp times {value} sequences must divide the global batch, for a dp that divides the devices"
+        return f"{axis} times {value} sequences must divide the global batch, for a {axis} that divides the devices"
     if name == "global_microbatch":
-        return f"{value} sequences must divide over dp, for a dp that divides the devices"
+        return f"{value} sequences must divide over {axis}, for a {axis} that divides the devices"
     return "no candidate has it"
 
 
@@ -219,4 +253,6 @@ def value_of(name: str, candidate: Candidate) -> int | str | None:
     """The candidate's own value of a forced key."""
     if name == "microbatch":
         return candidate.local_batch
+    if name in candidate.mesh.axes:
+        return candidate.mesh.size(name)
     return getattr(candidate, "microbatch" if name == "global_microbatch" else name, None)

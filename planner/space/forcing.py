@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ...errors import ExitCode, ShardwrightError
+from ...plans.axes import easiest_first, free_axis, names, role_of, stage_axes
 from ...profiler.cluster import Cluster
 from ...profiler.near import near_matches
 from ...schedules.published.library import SCHEDULES, canonical_name
 
-FORCE_KEYS = ("pp", "dp", "tp", "cp", "ep", "zero", "schedule", "microbatch", "global_microbatch", "virtual_stages",
-              "recompute", "cuts", "zero_extent", "offload", "prefer")  # fmt: skip
+CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
+           "offload", "prefer")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
 RECOMPUTE_CHOICES = ("auto", "none", "all")
 OFFLOAD_CHOICES = ("none", "auto")
@@ -21,12 +23,10 @@ PREFER_CHOICES = ("time", "memory")
 
 @dataclass(frozen=True)
 class Forced:
-    """What the user fixed; None: the search decides. microbatch: sequences on each data-parallel rank;
-    global_microbatch: on all of them together."""
+    """What the user fixed; None: the search decides. sizes: of axes of the mesh. microbatch: sequences on each
+    data-parallel rank; global_microbatch: on all of them together."""
 
-    pp: int | None = None
-    dp: int | None = None
-    tp: int | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
     zero: int | None = None
     schedule: str | None = None
     synthesize: bool = False  # an order of the plan's own, however little it saves
@@ -41,19 +41,42 @@ class Forced:
 
     @property
     def axes(self) -> dict[str, int]:
-        return {name: size for name in ("pp", "dp", "tp") if (size := getattr(self, name)) is not None}
+        return dict(self.sizes)
+
+    @property
+    def pp(self) -> int | None:
+        return self.size(stage_axes()[0])
+
+    def size(self, axis: str) -> int | None:
+        return self.axes.get(axis)
+
+    def value(self, name: str) -> Any:
+        """Of an axis, or of another choice."""
+        return self.size(name) if name in names() else getattr(self, name)
+
+    def without(self, *choices: str) -> Forced:
+        """The same, with these left to the search: axes, or choices that are None where they are free."""
+        free: dict[str, Any] = {name: None for name in choices if name not in names()}
+        return replace(self, sizes=tuple(pair for pair in self.sizes if pair[0] not in choices), **free)
+
+
+def force_keys() -> tuple[str, ...]:
+    """Everything that may be forced, axes of the mesh first."""
+    return (*sorted(names(), key=lambda name: not role_of(name).is_searched), *CHOICES)
 
 
 def parse_forced(force: Mapping[str, str]) -> Forced:
     """Raises ShardwrightError: unknown keys with near matches, values that are not what the key takes."""
     values: dict[str, object] = {}
+    sizes: dict[str, int] = {}
+    known = force_keys()
     for key, text in force.items():
         name, text = key.strip().lower(), str(text).strip()
         name = ALIASES.get(name, name)
-        if name not in FORCE_KEYS:
-            near = near_matches(name, FORCE_KEYS)
+        if name not in known:
+            near = near_matches(name, known)
             raise ShardwrightError(
-                f"unknown force key {key!r}; known: {', '.join(FORCE_KEYS)}",
+                f"unknown force key {key!r}; known: {', '.join(known)}",
                 means=f"did you mean {' or '.join(near)}?" if near else "nothing in a plan goes by that name",
                 change="--force KEY=VALUE",
                 works=f"--force {near[0] if near else 'pp'}={_example(near[0] if near else 'pp')}",
@@ -73,19 +96,26 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
         elif name == "zero_extent":
             parts = [_integer(name, part, 1) for part in text.split("/")]
             values[name] = (parts[0], parts[-1])
-        elif name in ("cp", "ep"):
-            if _integer(name, text, 1) != 1:
-                raise ShardwrightError(
-                    f"--force {name}={text}: plans have {name}=1",
-                    means=f"the search space has no {'context' if name == 'cp' else 'expert'}-parallel axis",
-                    change=f"--force {name}",
-                    works=f"--force {name}=1",
-                )
+        elif name in names():
+            sizes[name] = _size_of_axis(name, text)
         elif name == "zero":
             values[name] = int(_one_of(name, text, ("0", "1", "2", "3")))
         else:
             values[name] = _integer(name, text, 1)
-    return Forced(**values)  # type: ignore[arg-type]
+    ordered = tuple((name, sizes[name]) for name in names() if name in sizes and not role_of(name).missing)
+    return Forced(sizes=ordered, **values)  # type: ignore[arg-type]
+
+
+def _size_of_axis(name: str, text: str) -> int:
+    size, missing = _integer(name, text, 1), role_of(name).missing
+    if missing and size != 1:
+        raise ShardwrightError(
+            f"--force {name}={text}: plans have {name}=1",
+            means=missing,
+            change=f"--force {name}",
+            works=f"--force {name}=1",
+        )
+    return size
 
 
 def _example(key: str) -> str:
@@ -173,9 +203,9 @@ def _check_axes(forced: Forced, num_devices: int) -> None:
     axes = forced.axes
     product = math.prod(axes.values())
     named = " ".join(f"{name}={size}" for name, size in axes.items())
-    if num_devices % product == 0 and (len(axes) < 3 or product == num_devices):
+    free = [name for name in easiest_first() if role_of(name).is_searched and name not in axes]
+    if num_devices % product == 0 and (free or product == num_devices):
         return
-    free = [name for name in ("dp", "pp", "tp") if name not in axes]
     name = free[0] if free else max(axes, key=lambda axis: axes[axis])
     rest = product // axes.get(name, 1)
     if num_devices % rest == 0:
@@ -186,7 +216,7 @@ def _check_axes(forced: Forced, num_devices: int) -> None:
         works = f"--force {name}={min(fits, key=lambda d: abs(d - axes[name]))}"
     raise contradiction(
         f"forced {named} makes {product} ranks, and there are {num_devices} devices",
-        "pp x dp x tp must be the number of devices",
+        f"{' x '.join(names(lambda role: role.is_searched or role.name in axes))} must be the number of devices",
         f"--force {name}",
         works,
     )
@@ -196,18 +226,30 @@ def _check_batch(forced: Forced, num_devices: int, global_batch: int) -> None:
     if global_batch < 1:
         raise ShardwrightError(f"a global batch of {global_batch} is no batch", change="--global-batch", works="8")
     _check_microbatch(forced, global_batch)
-    if forced.dp is not None and global_batch % forced.dp:
+    ranks = _batch_ranks(forced)
+    if ranks is not None and global_batch % ranks:
         raise contradiction(
-            f"a global batch of {global_batch} does not divide over dp={forced.dp} data-parallel ranks",
+            f"a global batch of {global_batch} does not divide over {_batch_text(forced)} data-parallel ranks",
             "every data-parallel rank takes the same number of sequences",
             "--global-batch",
-            f"--global-batch {nearest_multiple(global_batch, forced.dp)}",
+            f"--global-batch {nearest_multiple(global_batch, ranks)}",
         )
     _check_microbatch_of_ranks(forced, global_batch)
 
 
+def _batch_ranks(forced: Forced) -> int | None:
+    """Ranks that together hold a microbatch, where that is forced."""
+    if forced.size(free_axis()) is None:
+        return None
+    return math.prod(size for axis, size in forced.axes.items() if role_of(axis).carries_batch)
+
+
+def _batch_text(forced: Forced) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in forced.axes.items() if role_of(axis).carries_batch)
+
+
 def _check_microbatch(forced: Forced, global_batch: int) -> None:
-    """Does the global batch divide into microbatches, whatever dp is?"""
+    """Does the global batch divide into microbatches, however many ranks hold one?"""
     for name, on in (("microbatch", " on each data-parallel rank"), ("global_microbatch", "")):
         size = getattr(forced, name)
         if size is not None and global_batch % size:
@@ -222,30 +264,31 @@ def _check_microbatch(forced: Forced, global_batch: int) -> None:
 
 def _check_microbatch_of_ranks(forced: Forced, global_batch: int) -> None:
     """Does it divide over the data-parallel ranks, as far as those are known?"""
-    dp, local, whole = forced.dp, forced.microbatch, forced.global_microbatch
-    if dp is not None and local is not None and global_batch % (dp * local):
-        near = min(divisors(global_batch // dp), key=lambda d: abs(d - local))
+    ranks, local, whole = _batch_ranks(forced), forced.microbatch, forced.global_microbatch
+    named = _batch_text(forced)
+    if ranks is not None and local is not None and global_batch % (ranks * local):
+        near = min(divisors(global_batch // ranks), key=lambda d: abs(d - local))
         raise contradiction(
-            f"microbatch={local} on each of dp={dp} data-parallel ranks is {dp * local} sequences, which a global "
+            f"microbatch={local} on each of {named} data-parallel ranks is {ranks * local} sequences, which a global "
             f"batch of {global_batch} does not divide into",
-            f"each rank has {global_batch // dp} sequences of the batch, and takes as many in every microbatch",
+            f"each rank has {global_batch // ranks} sequences of the batch, and takes as many in every microbatch",
             "--force microbatch",
             f"--force microbatch={near}",
         )
-    if dp is not None and whole is not None and whole % dp:
-        fit = [d * dp for d in divisors(global_batch // dp)]
+    if ranks is not None and whole is not None and whole % ranks:
+        fit = [d * ranks for d in divisors(global_batch // ranks)]
         raise contradiction(
-            f"global_microbatch={whole} does not divide over dp={dp}",
+            f"global_microbatch={whole} does not divide over {named}",
             "all data-parallel ranks together hold it; --force microbatch counts the sequences of one rank",
             "--force global_microbatch",
             f"--force global_microbatch={min(fit, key=lambda size: abs(size - whole))}",
         )
-    if local is not None and whole is not None and (whole % local or (dp is not None and whole != local * dp)):
+    if local is not None and whole is not None and (whole % local or (ranks is not None and whole != local * ranks)):
         raise contradiction(
-            f"microbatch={local} and global_microbatch={whole}" + (f" with dp={dp}" if dp is not None else ""),
-            "the second is the first times dp",
+            f"microbatch={local} and global_microbatch={whole}" + (f" with {named}" if ranks is not None else ""),
+            f"the second is the first times {free_axis()}",
             "--force global_microbatch",
-            f"--force global_microbatch={local * (dp or 1)}",
+            f"--force global_microbatch={local * (ranks or 1)}",
         )
 
 

@@ -7,56 +7,51 @@ from typing import Any
 
 from ...costmodel.model import CostModel
 from ...costmodel.stage_times import Hop
+from ...plans.axes import MeshShape, state_axes, tensor_axes
 from ...profiler.cluster import Cluster
 
 SAMPLE_BYTES = 1 << 30
 
 
-def sum_shape(pp: int, dp: int, tp: int, with_data: bool) -> dict[str, int]:
-    """The mesh, with the ranks that sum whole gradients as axis "sum"."""
-    return {"pp": pp, "sum": dp * tp} if with_data else {"pp": pp, "dp": dp, "sum": tp}
-
-
 class MeshCosts:
-    """Of one (pp, dp, tp). Ranks are row-major indices, tp innermost; pipeline rank r holds ranks r*dp*tp and on."""
+    """Of one mesh. Ranks are row-major indices into its axes; pipeline rank r holds ranks r * ranks_per_stage and
+    on."""
 
-    def __init__(self, cluster: Cluster, cost_model: CostModel, pp: int, dp: int, tp: int, compute_dtype: Any) -> None:
-        self.cluster, self.cost_model = cluster, cost_model
-        self.pp, self.dp, self.tp, self.compute_dtype = pp, dp, tp, compute_dtype
-        self.dp_seconds = lru_cache(maxsize=4096)(self._dp_seconds)
+    def __init__(self, cluster: Cluster, cost_model: CostModel, shape: MeshShape, compute_dtype: Any) -> None:
+        self.cluster, self.cost_model, self.shape, self.compute_dtype = cluster, cost_model, shape, compute_dtype
+        self.pp, self.state_ranks, self.ranks_per_stage = shape.pipeline_ranks, shape.state_ranks, shape.ranks_per_stage
+        self.state_seconds = lru_cache(maxsize=4096)(self._state_seconds)
         self.sum_seconds = lru_cache(maxsize=4096)(self._sum_seconds)
         self._lines: dict[tuple[int, int], tuple[float, float]] = {}
-
-    @property
-    def ranks_per_stage(self) -> int:
-        return self.dp * self.tp
 
     def ranks_of(self, pipeline_rank: int) -> list[int]:
         first = pipeline_rank * self.ranks_per_stage
         return list(range(first, first + self.ranks_per_stage))
 
     def _links(self, extent: int, across: bool) -> Any:
-        """Of the groups of `extent` neighbours on the data-parallel axis, or of their replicas across."""
-        shape = {"pp": self.pp, "replica": self.dp // extent, "dp": extent, "cp": 1, "ep": 1, "tp": self.tp}
-        return self.cluster.axis_links(shape, "replica" if across else "dp")
+        """Of the groups of `extent` neighbours among the ranks that ZeRO splits state over, or of their copies
+        across."""
+        shape, copies, shards = self.shape.in_copies(extent)
+        return self.cluster.axis_links(shape.factors, copies if across else shards)
 
-    def _dp_seconds(self, kind: str, num_bytes: float, extent: int | None = None, across: bool = False) -> float:
-        """A collective over `extent` neighbouring data-parallel ranks (all where None), or across those groups.
+    def _state_seconds(self, kind: str, num_bytes: float, extent: int | None = None, across: bool = False) -> float:
+        """A collective over `extent` neighbours of the ranks that ZeRO splits state over (all where None), or across
+        those groups.
 
         num_bytes: of the whole tensor in the group.
         """
-        extent = extent or self.dp
-        size = self.dp // extent if across else extent
+        extent = extent or self.state_ranks
+        size = self.state_ranks // extent if across else extent
         if size == 1 or num_bytes <= 0:
             return 0.0
         return self.cost_model.collective_seconds(kind, num_bytes, self._links(extent, across))
 
     def _sum_seconds(self, num_bytes: float, with_data: bool) -> float:
-        """An all-reduce over the tensor axis, or over it and the data axis as one."""
-        size = self.tp * self.dp if with_data else self.tp
-        if size == 1 or num_bytes <= 0:
+        """An all-reduce over the axes that cut parameters, or over them and the data-parallel axes as one."""
+        axes = (*state_axes(), *tensor_axes()) if with_data else tensor_axes()
+        if self.shape.size_of(axes) == 1 or num_bytes <= 0:
             return 0.0
-        links = self.cluster.axis_links(sum_shape(self.pp, self.dp, self.tp, with_data), "sum")
+        links = self.cluster.axis_links(self.shape.factors, axes)
         return self.cost_model.collective_seconds("all_reduce", num_bytes, links)
 
     def _line(self, source: int, target: int) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...costmodel.memory import StateBytes, usable_bytes
 from ...costmodel.model import CostModel
+from ...plans.axes import MeshShape
 from ...profiler.cluster import Cluster
 from ...profiler.device import Device
 from ...profiler.graph import ModelGraph
@@ -37,7 +38,7 @@ class Setting:
     memory_limit_bytes: int | None = None
     shape: Shape = field(init=False)
     kinds: StateBytes = field(init=False)
-    _meshes: dict[tuple[int, int, int], MeshCosts] = field(default_factory=dict, init=False)
+    _meshes: dict[MeshShape, MeshCosts] = field(default_factory=dict, init=False)
     cache: dict[Any, Any] = field(default_factory=dict, init=False)
     _chains: dict[tuple[int, frozenset[str]], tuple[ShardingSolution, Chain]] = field(default_factory=dict, init=False)
 
@@ -46,9 +47,9 @@ class Setting:
         self.kinds = state_kinds(self.workload)
 
     def mesh(self, candidate: Candidate) -> MeshCosts:
-        key = (candidate.pp, candidate.dp, candidate.tp)
+        key = candidate.mesh
         if key not in self._meshes:
-            self._meshes[key] = MeshCosts(self.cluster, self.cost_model, *key, self.workload.precision.compute)
+            self._meshes[key] = MeshCosts(self.cluster, self.cost_model, key, self.workload.precision.compute)
         return self._meshes[key]
 
     def chain(self, solution: ShardingSolution, recompute: Collection[str]) -> Chain:
@@ -74,14 +75,14 @@ class Setting:
         self._chains.clear()
 
     def limits(self, candidate: Candidate) -> np.ndarray:
-        key = ("limits", candidate.pp, candidate.dp, candidate.tp)
+        key = ("limits", candidate.mesh)
         if key not in self.cache:
             self.cache[key] = np.array([self.limit(candidate, rank) for rank in range(candidate.pp)], dtype=float)
         return self.cache[key]
 
     def most(self, candidate: Candidate) -> float:
         """The limit of the rank that may use most."""
-        key = ("most", candidate.pp, candidate.dp, candidate.tp)
+        key = ("most", candidate.mesh)
         if key not in self.cache:
             self.cache[key] = float(self.limits(candidate).max())
         return self.cache[key]

@@ -64,10 +64,10 @@ class StageTables:
 
 def stage_tables(setting: Setting, candidate: Candidate, chain: Chain) -> StageTables:
     """Cached for each chain, mesh and ZeRO stage."""
-    zero = candidate.zero if candidate.dp > 1 else 0
-    accumulates = candidate.dp > 1 or candidate.count > 1
+    zero = candidate.zero if candidate.state_ranks > 1 else 0
+    accumulates = candidate.state_ranks > 1 or candidate.count > 1
     extents = candidate.extents
-    key = ("tables", chain, candidate.pp, candidate.dp, candidate.tp, zero, extents, accumulates)
+    key = ("tables", chain, candidate.mesh, zero, extents, accumulates)
     if key not in setting.cache:
         setting.cache[key] = _build(setting, setting.mesh(candidate), chain, zero, extents, accumulates)
     return setting.cache[key]
@@ -92,7 +92,7 @@ def _build(
     inside, use = extents.optimizer, extents.parameters
 
     def over(kind: str, element_bytes: int, extent: int, across: bool = False) -> Callable[[float], float]:
-        return lambda e: mesh.dp_seconds(kind, e * element_bytes, extent, across)
+        return lambda e: mesh.state_seconds(kind, e * element_bytes, extent, across)
 
     def in_buckets(elements: np.ndarray, seconds: Callable[[float], float]) -> np.ndarray:
         """seconds: of a collective, by bytes."""
@@ -107,11 +107,11 @@ def _build(
 
     summed, alone = chain.summed_elements, chain.trainable_elements - chain.summed_elements
     if zero:
-        scatters = in_buckets(chain.trainable_elements, lambda b: mesh.dp_seconds("reduce_scatter", b, inside))
+        scatters = in_buckets(chain.trainable_elements, lambda b: mesh.state_seconds("reduce_scatter", b, inside))
         sums = per_position(chain.trainable_elements / inside, over("all_reduce", kinds.reduce, inside, True))
         sums = sums + in_buckets(summed / inside, lambda b: mesh.sum_seconds(b, False))
     else:
-        scatters = in_buckets(alone, lambda b: mesh.dp_seconds("all_reduce", b))
+        scatters = in_buckets(alone, lambda b: mesh.state_seconds("all_reduce", b))
         scatters = scatters + in_buckets(summed, lambda b: mesh.sum_seconds(b, True))
         sums = nothing
     gathers = per_position(chain.param_elements, over("all_gather", kinds.compute, use)) if zero == 3 else nothing
@@ -148,8 +148,8 @@ def _refresh(mesh: MeshCosts, element_bytes: int, use: int, inside: int) -> Call
     if inside <= use:
         return lambda e: 0.0
     if use == 1:
-        return lambda e: mesh.dp_seconds("all_gather", e * element_bytes, inside)
-    return lambda e: mesh.dp_seconds("all_gather", e * element_bytes, use, inside == mesh.dp)
+        return lambda e: mesh.state_seconds("all_gather", e * element_bytes, inside)
+    return lambda e: mesh.state_seconds("all_gather", e * element_bytes, use, inside == mesh.state_ranks)
 
 
 def _gathered_forward(forward: np.ndarray, gathers: np.ndarray) -> np.ndarray:

@@ -58,6 +58,7 @@ def _show(result, seconds: float) -> None:  # type: ignore[no-untyped-def]
     from rich.text import Text
 
     from ..checking import TOLERANCE
+    from ..plans.axes import role_of, tensor_axes
     from ..render import make_console, mesh_text, schedule_text, split_text
 
     console = make_console()
@@ -69,9 +70,10 @@ def _show(result, seconds: float) -> None:  # type: ignore[no-untyped-def]
     console.print(f"  gradients  {result.max_grad_rel_err:.2e} over {len(result.gradient_errors)} parameters{worst}")
     console.print(f"  plan       {mesh_text(plan.mesh)}, {schedule_text(plan)}, ZeRO {plan.zero}, "
                   f"{plan.microbatch.count} microbatches of {plan.microbatch.size} "
-                  f"({plan.microbatch.size // plan.mesh.dp} on each data rank)")  # fmt: skip
-    if plan.mesh.tp > 1:
-        console.print(f"  tensor     {split_text(plan, 'tp')}")
+                  f"({plan.microbatch.size // plan.mesh.shape.batch_ranks} on each data rank)")  # fmt: skip
+    for axis in tensor_axes():
+        if plan.mesh.shape.size(axis) > 1:
+            console.print(f"  {role_of(axis).meaning.partition(':')[0]:<10} {split_text(plan, axis)}")
     console.print(f"  took       {format_seconds(seconds)}", style="dim")
     for name, error in sorted(result.gradient_errors.items(), key=lambda item: -item[1])[:8]:
         if error > TOLERANCE:
