@@ -95,7 +95,7 @@ def test_ctrl_c_while_an_order_is_made_keeps_the_best_published_one(monkeypatch:
         raise KeyboardInterrupt
 
     whole = planned()
-    monkeypatch.setattr("shardwright.planner.search.result.own_order", interrupted)
+    monkeypatch.setattr("shardwright.planner.search.chosen.own_order", interrupted)
     plan = planned()
     timed = [row.step_s for row in plan.considered if row.step_s is not None]
     assert plan.predicted.step_s <= min(timed) * 1.011

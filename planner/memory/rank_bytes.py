@@ -138,7 +138,6 @@ def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Inte
     """Cached: the same for all candidates that share a chain, data-parallel ranks, ZeRO stage and communicators."""
     several = candidate.count > 1
     key = (
-        "bytes",
         chain,
         candidate.state_ranks,
         candidate.zero,
@@ -147,9 +146,7 @@ def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Inte
         candidate.num_stages > 1,
         num_groups(candidate),
     )
-    if key not in setting.cache:
-        setting.cache[key] = _interval_bytes(setting, candidate, chain)
-    return setting.cache[key]
+    return setting.once(_interval_bytes, key, setting, candidate, chain)
 
 
 def _state(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
@@ -206,10 +203,8 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: 
     once. in_flight: microbatches of those, in place of what the candidate's schedule holds.
     """
     c = candidate
-    key = ("mean", chain, c.mesh, c.zero, c.split, c.count > 1)
-    if key not in setting.cache:
-        setting.cache[key] = _whole_bytes(setting, candidate, chain)
-    whole: _WholeBytes = setting.cache[key]
+    key = (chain, c.mesh, c.zero, c.split, c.count > 1)
+    whole = setting.once(_whole_bytes, key, setting, candidate, chain)
     if in_flight is None:
         in_flight = least_in_flight(c.schedule, c.pp, c.count, c.virtual_stages)
     shared = whole.lasting + max(in_flight * whole.activations + whole.gradients, whole.step)

@@ -57,27 +57,22 @@ def own_order_bound(state: SearchState, candidate: Candidate, firsts: Sequence[M
 
 def _split_all(state: SearchState, candidate: Candidate, chain: Chain) -> Chain:
     """The chain, with the parameters that a tensor axis which splits all of them leaves."""
-    setting, key = state.setting, ("split all", chain)
-    if candidate.tensor_ranks == 1:
+    ranks = candidate.tensor_ranks
+    return chain if ranks == 1 else state.setting.once(_split_over, chain, state, ranks, chain)
+
+
+def _split_over(state: SearchState, ranks: int, chain: Chain) -> Chain:
+    held = chain.param_elements.sum(), chain.trainable_elements.sum()
+    shares = [min(1.0, least / ranks / max(have, 1.0)) for least, have in zip(_elements(state), held, strict=True)]
+    if min(shares) > WHOLE and not chain.summed_elements.any():
         return chain
-    if key not in setting.cache:
-        held = chain.param_elements.sum(), chain.trainable_elements.sum()
-        shares = [
-            min(1.0, least / candidate.tensor_ranks / max(have, 1.0))
-            for least, have in zip(_elements(state), held, strict=True)
-        ]
-        setting.cache[key] = (
-            chain
-            if min(shares) > WHOLE and not chain.summed_elements.any()
-            else replace(
-                chain,
-                summed_elements=np.zeros_like(chain.summed_elements),
-                param_elements=chain.param_elements * shares[0],
-                trainable_elements=chain.trainable_elements * shares[1],
-                repeats=(),
-            )
-        )
-    return setting.cache[key]
+    return replace(
+        chain,
+        summed_elements=np.zeros_like(chain.summed_elements),
+        param_elements=chain.param_elements * shares[0],
+        trainable_elements=chain.trainable_elements * shares[1],
+        repeats=(),
+    )
 
 
 def _elements(state: SearchState) -> tuple[float, float]:

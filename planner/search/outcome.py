@@ -16,9 +16,11 @@ MAX_MISFITS = 4
 FASTER = 1 - 1e-6
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """bound_s: proven for every sharding, infinite where nothing fits; search_bound_s: under the sharding found.
+    """What is known of a candidate; what is learned later makes another of it.
+
+    bound_s: proven for every sharding, infinite where nothing fits; search_bound_s: under the sharding found.
     fits: None where not looked at."""
 
     candidate: Candidate

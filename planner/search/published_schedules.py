@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ...profiler.buffer_updates import update_scales
 from ...schedules.published.library import SCHEDULES, SEARCHED
@@ -30,12 +30,24 @@ POLISH_SECONDS = 2.0
 POLISH_MARGIN = 1.1  # cuts are moved under an order that takes at most so many times the best
 
 
-def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
-    """The best outcome over all orders, its cuts polished; `best` unless another is faster by the factor least_gain, or
-    faster and no larger."""
-    best = state.incumbent = _polished(state, best)  # what Ctrl-C leaves
+@dataclass(frozen=True)
+class Compared:
+    """An outcome of the comparison. is_best: of all so far, by the comparison's measure. is_new: its candidate was not
+    among those of the search."""
+
+    outcome: Outcome
+    is_best: bool = False
+    is_new: bool = False
+
+
+def compare_orders(state: SearchState, best: Outcome, least_gain: float) -> Iterator[Compared]:
+    """Every other order. One is best where it is faster than the best before it by the factor least_gain, or faster
+    and no larger.
+
+    What is yielded must be recorded before the next is asked for: orders are scored against what is known by then.
+    """
     if state.forced.schedule is not None or best.solution is None:
-        return best
+        return
     chosen, limit_s = best, (best.step_s or 0.0) / least_gain
     for base, seconds in _meshes(state, best.candidate):
         stop_at = min(time.monotonic() + seconds, state.deadline)
@@ -43,15 +55,14 @@ def best_order(state: SearchState, best: Outcome, least_gain: float) -> Outcome:
         for candidate in _others(state, base):
             if bound_s >= limit_s or time.monotonic() > stop_at:
                 break
-            state.candidates.append(candidate)
-            state.outcomes[candidate] = Outcome(candidate, bound_s=bound_s, search_bound_s=bound_s)
-            outcome = state.outcomes[candidate] = score_alone(state, candidate)
+            yield Compared(Outcome(candidate, bound_s=bound_s, search_bound_s=bound_s), is_new=True)
+            outcome, is_best = score_alone(state, candidate), False
             if outcome.step_s is not None and outcome.step_s < limit_s * POLISH_MARGIN:
-                outcome = state.outcomes[candidate] = _polished(state, outcome)
-                if (outcome.step_s or 0.0) < limit_s or is_preferable(outcome, chosen):
+                outcome = polished(state, outcome)
+                is_best = (outcome.step_s or 0.0) < limit_s or is_preferable(outcome, chosen)
+                if is_best:
                     chosen, limit_s = outcome, min(limit_s, outcome.step_s or 0.0)
-                    state.incumbent = chosen
-    return chosen
+            yield Compared(outcome, is_best)
 
 
 def _meshes(state: SearchState, best: Candidate) -> Iterator[tuple[Candidate, float]]:
@@ -70,7 +81,7 @@ def _meshes(state: SearchState, best: Candidate) -> Iterator[tuple[Candidate, fl
         yield base, RIVAL_SECONDS
 
 
-def _polished(state: SearchState, outcome: Outcome) -> Outcome:
+def polished(state: SearchState, outcome: Outcome) -> Outcome:
     """Single cuts moved while the simulated step falls, for a short while."""
     setting, candidate = state.setting, outcome.candidate
     if state.forced.cuts is not None or candidate.num_stages == 1 or outcome.solution is None:

@@ -1,4 +1,4 @@
-"""The result of a search: its best plan polished, timed, weighed and certified, in the Plan document's own types."""
+"""The result of a search: the chosen plan, weighed and certified, in the Plan document's own types."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ from ...plans import document as plan_document
 from ...profiler.workload import Workload
 from ...schedules import PipelineSchedule
 from ..interfaces import ShardingSolution
-from ..memory.rank_bytes import placements_of, rank_breakdown
+from ..memory.rank_bytes import placements_of
 from ..space.candidates import Candidate
 from ..stages.chain import Chain
 from ..stages.setting import Setting
 from .certificate import certified_bound, not_searched
-from .outcome import Outcome, considered_rows, is_preferable
-from .published_schedules import best_order
-from .scoring import score_alone
+from .chosen import Chosen
+from .outcome import considered_rows
 from .state import SearchState
-from .step_time import hops, run_timeline, stage_times, tails
-from .synthesized_schedule import own_order
+from .step_time import hops, tails
 
 OPTIMAL_GAP = 1e-3
-ALIKE = 1.01  # of the step time: closer than the cost model can tell
 
 
 @dataclass
@@ -51,54 +48,10 @@ class SearchResult:
     interrupted: str = ""  # 'time limit' or 'Ctrl-C'
 
 
-def _simplest(state: SearchState) -> Outcome:
-    """Of the plans on the same mesh that are as fast as the incumbent, to ALIKE, the simplest to which no other plan is
-    preferable in both step and memory."""
-    best = state.incumbent
-    assert best is not None and best.step_s is not None
-    own = best.candidate
-    state.tolerance = ALIKE
-    simpler = [
-        c for c in state.candidates if c.mesh == own.mesh and c.simplicity < own.simplicity and c in state.outcomes
-    ]
-    limit_s = best.step_s * ALIKE
-    for candidate in sorted(simpler, key=lambda c: (c.simplicity, -c.microbatch)):
-        outcome = state.outcomes[candidate]
-        if outcome.step_s is None and outcome.fits is not False and outcome.bound_s <= limit_s:
-            outcome = score_alone(state, candidate)
-        fast = outcome.step_s is not None and outcome.step_s <= limit_s and outcome.solution is not None
-        if fast and not any(is_preferable(other, outcome) for other in state.outcomes.values()):
-            assert outcome.solution is not None
-            if state.is_own(outcome.solution, candidate):
-                return outcome
-    return best
-
-
-def build_result(state: SearchState, started: float, interrupted: str) -> SearchResult:
-    if not interrupted:
-        state.progress("comparing orders and cuts for the best mesh")
-    best = state.incumbent if interrupted else best_order(state, _simplest(state), ALIKE)
-    assert best is not None and best.solution is not None
-    setting, candidate, solution = state.setting, best.candidate, best.solution
-    bounds, chain = best.bounds, setting.chain(solution, best.recompute)
-    timeline = run_timeline(setting, candidate, chain, bounds)
-    if not interrupted and candidate.pp > 1 and state.forced.schedule is None:
-        state.progress("looking for an order of the plan's own")
-    own = None if interrupted else own_order(state, best, timeline, ALIKE)
-    held: list[int] | list[None] = [None] * candidate.pp
-    order: PipelineSchedule | None = None
-    if own is not None:
-        best = own.base
-        assert best.solution is not None
-        solution = best.solution
-        order, timeline, bounds, candidate = own.schedule, own.timeline, own.bounds, own.candidate
-        chain, best.recompute = own.way.chain, own.way.recompute
-        held = timeline.peak_bytes
-    step_s = timeline.makespan_s
-    best.step_s, best.bounds = step_s, bounds
-    counted = chain if own is None else own.way.memory_chain
-    stages = stage_times(setting, candidate, chain, bounds) if own is None else own.stages
-    breakdowns = [rank_breakdown(setting, candidate, counted, bounds, r, held[r]) for r in range(candidate.pp)]
+def build_result(state: SearchState, chosen: Chosen, started: float, interrupted: str) -> SearchResult:
+    setting, candidate, chain = state.setting, chosen.candidate, chosen.chain
+    bounds, timeline, step_s = chosen.bounds, chosen.timeline, chosen.step_s
+    breakdowns = chosen.breakdowns(setting)
     peaks = [sum(items.values()) for items in breakdowns]
     worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
     bound_s = certified_bound(state, step_s, tighten=not interrupted)
@@ -110,12 +63,12 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
         candidate=candidate,
         mesh=plan_document.Mesh.of(candidate.mesh),
         microbatch=plan_document.Microbatch(size=candidate.microbatch, count=candidate.count),
-        schedule=_schedule(candidate, order),
+        schedule=_schedule(candidate, chosen.order),
         stages=_stages(setting, candidate, chain, bounds),
         zero=candidate.zero,
         zero_extents=candidate.extents._asdict() if candidate.split is not None else {},
         memory_policy=plan_document.MemoryPolicy(
-            recompute={name: "all" if name in best.recompute else "none" for name in setting.graph.segments}
+            recompute={name: "all" if name in chosen.outcome.recompute else "none" for name in setting.graph.segments}
         ),
         predicted=plan_document.Predicted(
             step_s=step_s,
@@ -126,7 +79,7 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
             exposed_comm_s=max(timeline.exposed_comm_s),
             memory=breakdowns[worst],
             memory_limit_bytes=setting.limit(candidate, worst),
-            stage_s=_stage_seconds(stages, hops(setting, candidate, chain, bounds)),
+            stage_s=_stage_seconds(chosen.stages, hops(setting, candidate, chain, bounds)),
             tail_s=[tail.optimizer_s + tail.gather_s for tail in tails(setting, candidate, chain, bounds)],
             tails_wait=setting.workload.optimizer.waits_for_norm,
         ),
@@ -136,8 +89,8 @@ def build_result(state: SearchState, started: float, interrupted: str) -> Search
             gap_fraction=gap,
             not_searched=not_searched(state),
         ),
-        considered=considered_rows(state.candidates, state.outcomes, best, interrupted),
-        solution=solution,
+        considered=considered_rows(state.candidates, state.outcomes, chosen.outcome, interrupted),
+        solution=chosen.solution,
         timeline=timeline,
         seconds=time.monotonic() - started,
         solve_seconds=state.solve_seconds,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import ExitCode, ShardwrightError
 from ..memory.options import MemoryOption
@@ -108,14 +108,25 @@ class _Scoring:
         for option in self.options:
             if id(option.solution) not in done and self._price(option):
                 done.add(id(option.solution))
-        outcome = self.best or self.outcome
-        outcome.tight, outcome.too_slow = self.tight, self.too_slow
-        outcome.bound_s = max(self.outcome.bound_s, self.bound_s)
-        if self.search_bound_s < math.inf:
-            outcome.search_bound_s = max(outcome.search_bound_s, self.search_bound_s)
-        if self.best is None and not self.fits and not self.too_slow:
-            self._describe_misfit()
+        outcome = self._with_bounds(self.best or self.outcome)
+        if self.best is None:
+            if not self.fits and not self.too_slow:
+                outcome = self._described_misfit(outcome)
+            self.outcome = outcome
+        self.state.record(self.outcome)
         return outcome
+
+    def _with_bounds(self, outcome: Outcome) -> Outcome:
+        search_bound_s = outcome.search_bound_s
+        if self.search_bound_s < math.inf:
+            search_bound_s = max(search_bound_s, self.search_bound_s)
+        return replace(
+            outcome,
+            tight=self.tight,
+            too_slow=self.too_slow,
+            bound_s=max(self.outcome.bound_s, self.bound_s),
+            search_bound_s=search_bound_s,
+        )
 
     def _price(self, option: MemoryOption) -> bool:
         """Are the other options of these placements slower, whatever fits?"""
@@ -148,7 +159,7 @@ class _Scoring:
         self.bound_s = min(self.bound_s, seconds * option.solution.proven_share)
 
     def _simulate(self, option: MemoryOption, chain: Chain, fit: _Fit) -> None:
-        setting, candidate, outcome = self.setting, self.candidate, self.outcome
+        setting, candidate = self.setting, self.candidate
         bounds = fit.bounds
         if self.state.forced.cuts is None:
             bounds = level_ranks(setting, candidate, chain, bounds)
@@ -156,8 +167,8 @@ class _Scoring:
         at_least_s = order_bound(setting, candidate, chain, bounds)
         if not self.state.may_win(at_least_s):
             if self.best is None:
-                outcome.fits, outcome.peak_bytes = True, peak_bytes
-                outcome.search_bound_s = max(outcome.search_bound_s, at_least_s)
+                at_least_s = max(self.outcome.search_bound_s, at_least_s)
+                self.outcome = replace(self.outcome, fits=True, peak_bytes=peak_bytes, search_bound_s=at_least_s)
             return
         if self.best is not None and at_least_s >= (self.best.step_s or 0.0):
             return
@@ -165,7 +176,7 @@ class _Scoring:
         if self.best is None or step_s < (self.best.step_s or 0.0):
             self.best = Outcome(
                 candidate,
-                search_bound_s=outcome.search_bound_s,
+                search_bound_s=self.outcome.search_bound_s,
                 step_s=step_s,
                 bounds=bounds,
                 recompute=option.recompute,
@@ -209,17 +220,17 @@ class _Scoring:
     def _mean_bytes(self, option: MemoryOption) -> float:
         return mean_bytes(self.setting, self.candidate, self.setting.chain(option.solution, option.recompute))
 
-    def _describe_misfit(self) -> None:
-        """Missing bytes, peak of the worst rank, and which that is, with the leanest option and even cuts."""
-        outcome = self.outcome
+    def _described_misfit(self, outcome: Outcome) -> Outcome:
+        """With the missing bytes, the peak of the worst rank, and which that is, under the leanest option and even
+        cuts."""
         leanest = min(self.options, key=self._mean_bytes)
-        outcome.fits, outcome.recompute, outcome.recompute_all = False, leanest.recompute, leanest.recompute_all
+        found = replace(outcome, fits=False, recompute=leanest.recompute, recompute_all=leanest.recompute_all)
         chain = self.setting.chain(leanest.solution, leanest.recompute)
         cuts = find_cuts(self.setting, self.candidate, chain, ignore_memory=True)
         peaks = quick_peaks(self.setting, self.candidate, chain, cuts.bounds) if cuts is not None else None
         if peaks is not None:
             lacking = peaks - self.setting.limits(self.candidate)
             worst = int(lacking.argmax())
-            outcome.missing_bytes, outcome.peak_bytes = max(int(lacking[worst]), 0), int(peaks[worst])
-            outcome.worst_rank = worst
-        outcome.limit_bytes = self.setting.limit(self.candidate, outcome.worst_rank)
+            missing = max(int(lacking[worst]), 0)
+            found = replace(found, missing_bytes=missing, peak_bytes=int(peaks[worst]), worst_rank=worst)
+        return replace(found, limit_bytes=self.setting.limit(self.candidate, found.worst_rank))

@@ -36,6 +36,7 @@ from ..space.forcing import check_forced, divisors, parse_forced
 from ..stages.chain import Chain, build_chain
 from ..stages.setting import Setting
 from .certificate import base_of, ideal_seconds, learn_any_order, own_order_bound
+from .chosen import choose
 from .does_not_fit import does_not_fit
 from .outcome import Outcome
 from .result import SearchResult, build_result
@@ -89,12 +90,11 @@ class _Search:
         self.setting.forget()
         open_members = []
         for candidate in members:
-            outcome = self.state.outcomes[candidate] = Outcome(
-                candidate, bound_s=ideal_seconds(self.state, candidate, candidate.schedule)
-            )
+            ideal_s = ideal_seconds(self.state, candidate, candidate.schedule)
+            outcome = self.state.learn(candidate, bound_s=ideal_s)
             smaller = self._smaller_that_does_not_fit(candidate)
             if smaller is not None:
-                self._take_for_too_large(outcome, smaller)
+                self._take_for_too_large(candidate, smaller)
             elif self.state.may_win(outcome.bound_s):
                 open_members.append(candidate)
         if not open_members:
@@ -104,8 +104,8 @@ class _Search:
         solution = self.state.solve(first)
         if solution is None:
             for candidate in members:
-                self.state.outcomes[candidate].unsharded = True
-                self.state.outcomes[candidate].bound_s = self.state.any_order_s[base_of(candidate)] = math.inf
+                self.state.learn(candidate, unsharded=True, bound_s=math.inf)
+                self.state.any_order_s[base_of(candidate)] = math.inf
             return
         pool = self.state.pool(first, solution)
         if not all(mean_fits(self.state, candidate, pool.options[0]) for candidate in open_members):
@@ -117,32 +117,38 @@ class _Search:
         uneven = self._uneven_interleavings(open_members, chain)
         for candidate in sorted(open_members, key=lambda c: (_rounded(order[c]), *c.simplicity)):
             if candidate in uneven:
-                self.state.outcomes[candidate].note = "chunks less even than with other virtual stages"
+                self.state.learn(candidate, note="chunks less even than with other virtual stages")
             elif self.state.may_win(order[candidate]):
                 self._check_time()
                 self._evaluate(candidate, pool)
             elif self.state.may_win(self.state.outcomes[candidate].search_bound_s):
-                self.state.outcomes[candidate].note = f"estimated at {format_seconds(order[candidate])} with its bubble"
+                self.state.learn(candidate, note=f"estimated at {format_seconds(order[candidate])} with its bubble")
 
     def _learn_bounds(self, candidate: Candidate, pool: MemoryPool) -> float:
         """Bounds of a candidate of a solved group; returns what it is estimated at."""
-        outcome = self.state.outcomes[candidate]
         firsts = first_options(self.state, candidate, pool.options)
         starts = firsts or pool.options[-1:]
         chains = [self.setting.chain(option.solution, option.recompute) for option in starts]
-        outcome.search_bound_s = min(lower_bound(self.setting, candidate, chain) for chain in chains)
-        outcome.bound_s = max(outcome.bound_s, own_order_bound(self.state, candidate, firsts))
+        proven_s = max(self.state.outcomes[candidate].bound_s, own_order_bound(self.state, candidate, firsts))
+        search_bound_s = min(lower_bound(self.setting, candidate, chain) for chain in chains)
+        self.state.learn(candidate, search_bound_s=search_bound_s, bound_s=proven_s)
         return min(estimate(self.setting, candidate, chain) for chain in chains)
 
-    def _take_for_too_large(self, outcome: Outcome, smaller: Outcome) -> None:
-        outcome.assumed = True
-        outcome.fits, outcome.peak_bytes, outcome.limit_bytes = False, smaller.peak_bytes, smaller.limit_bytes
-        outcome.missing_bytes, outcome.worst_rank = smaller.missing_bytes, smaller.worst_rank
-        outcome.recompute, outcome.recompute_all = smaller.recompute, smaller.recompute_all
-        if smaller.bound_s == math.inf:
-            outcome.bound_s = math.inf
+    def _take_for_too_large(self, candidate: Candidate, smaller: Outcome) -> None:
+        self.state.learn(
+            candidate,
+            assumed=True,
+            fits=False,
+            peak_bytes=smaller.peak_bytes,
+            limit_bytes=smaller.limit_bytes,
+            missing_bytes=smaller.missing_bytes,
+            worst_rank=smaller.worst_rank,
+            recompute=smaller.recompute,
+            recompute_all=smaller.recompute_all,
+            bound_s=math.inf if smaller.bound_s == math.inf else self.state.outcomes[candidate].bound_s,
+        )
         if self.state.any_order_s.get(base_of(smaller.candidate)) == math.inf:
-            self.state.any_order_s[base_of(outcome.candidate)] = math.inf
+            self.state.any_order_s[base_of(candidate)] = math.inf
 
     def _uneven_interleavings(self, members: list[Candidate], chain: Chain) -> set[Candidate]:
         """Interleaved candidates beyond the MAX_CHUNK_CHOICES numbers of virtual stages that promise most for their
@@ -186,7 +192,7 @@ class _Search:
             if self.state.is_better(outcome):
                 self.state.incumbent = outcome
                 self.state.progress(f"best so far {outcome.step_s:.3f} s: {candidate}")
-        self.state.outcomes[candidate] = outcome
+        self.state.record(outcome)
         if candidate.pp == 1:  # there is no other order
             self.state.any_order_s[base_of(candidate)] = outcome.bound_s
 
@@ -261,14 +267,18 @@ def search(
             raise state.refusal
         raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions, state.solve_for)
     if interrupted:
-        return build_result(state, started, interrupted)
+        return _result(state, started, interrupted)
     try:
         with stop_at(state.deadline):
-            return build_result(state, started, "")
+            return _result(state, started, "")
     except KeyboardInterrupt:  # while orders competed for the chosen mesh
-        return build_result(state, started, "Ctrl-C")
+        return _result(state, started, "Ctrl-C")
     except TimeUp:
-        return build_result(state, started, "time limit")
+        return _result(state, started, "time limit")
+
+
+def _result(state: SearchState, started: float, interrupted: str) -> SearchResult:
+    return build_result(state, choose(state, interrupted), started, interrupted)
 
 
 def _domain(cluster: Cluster) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ...errors import ExitCode, ShardwrightError
 from ...plans.axes import MeshShape, placement_axes
@@ -101,6 +102,16 @@ class SearchState:
         solutions = self.frontier(pool.solved_for)
         pool.options = self.options(solutions)
         return len(solutions) > 1
+
+    def learn(self, candidate: Candidate, **found: Any) -> Outcome:
+        """What is known of the candidate, with what was found besides: fields of Outcome."""
+        outcome = replace(self.outcomes.get(candidate) or Outcome(candidate), **found)
+        self.record(outcome)
+        return outcome
+
+    def record(self, outcome: Outcome) -> None:
+        """In place of what was known of its candidate."""
+        self.outcomes[outcome.candidate] = outcome
 
     def may_win(self, at_least_s: float) -> bool:
         return self.incumbent is None or at_least_s < (self.incumbent.step_s or 0.0) * self.tolerance

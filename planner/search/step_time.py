@@ -39,7 +39,7 @@ from ..space.mesh_costs import MeshCosts
 from ..stages.chain import Chain
 from ..stages.cuts import Cuts, WindowCuts, best_cuts, improve_cuts, pipeline_cost, windows
 from ..stages.setting import Setting
-from ..stages.zero_seconds import stage_tables
+from ..stages.zero_seconds import StageTables, stage_tables
 
 # Orders longer than this are simulated at two smaller microbatch counts and extended along their steady state.
 MAX_SIMULATED_ACTIONS = 12_000
@@ -69,19 +69,20 @@ class _Once(NamedTuple):
 def _once_through(setting: Setting, candidate: Candidate, chain: Chain) -> _Once:
     """The same for all candidates that share their tables."""
     tables = stage_tables(setting, candidate, chain)
-    key = ("once", tables)
-    if key not in setting.cache:
-        mesh, n, p = setting.mesh(candidate), chain.num_instances, candidate.pp
-        scale = min(mesh.scales)
-        stepped = chain.trainable_of[0, n] / candidate.extents.optimizer / p
-        fastest = setting.cost_model.fastest_memory(mesh.devices)
-        setting.cache[key] = _Once(
-            float(tables.forward_of[0, n]) * scale,
-            float(tables.backward_of[0, n]) * scale,
-            setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p,
-            float(tables.reduce_s.min()),
-        )
-    return setting.cache[key]
+    return setting.once(_once_of, tables, setting, candidate, chain, tables)
+
+
+def _once_of(setting: Setting, candidate: Candidate, chain: Chain, tables: StageTables) -> _Once:
+    mesh, n, p = setting.mesh(candidate), chain.num_instances, candidate.pp
+    scale = min(mesh.scales)
+    stepped = chain.trainable_of[0, n] / candidate.extents.optimizer / p
+    fastest = setting.cost_model.fastest_memory(mesh.devices)
+    return _Once(
+        float(tables.forward_of[0, n]) * scale,
+        float(tables.backward_of[0, n]) * scale,
+        setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p,
+        float(tables.reduce_s.min()),
+    )
 
 
 def lower_bound(setting: Setting, candidate: Candidate, chain: Chain, *, any_order: bool = False) -> float:
@@ -162,10 +163,8 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
     secondary = _secondary(mesh, chain)
     place, order = placement_of(candidate), stages_by_rank(candidate.schedule, p, v)
     chunk_of = {int(stage): chunk for chunk, row in enumerate(order[:v]) for stage in row}
-    key = ("even", chain, place, candidate.mesh, v, candidate.zero, candidate.extents)
-    if key not in setting.cache:
-        setting.cache[key] = best_cuts(lambda stage: loads[mesh.scales[place[stage]]], p * v, n, secondary)
-    cuts: Cuts | None = setting.cache[key]
+    key = (chain, place, candidate.mesh, v, candidate.zero, candidate.extents)
+    cuts = setting.once(best_cuts, key, lambda stage: loads[mesh.scales[place[stage]]], p * v, n, secondary)
     if cuts is None or ignore_memory or fits(setting, candidate, chain, cuts.bounds):
         return cuts
     held = interval_bytes(setting, candidate, chain)
@@ -209,12 +208,13 @@ def level_ranks(setting: Setting, candidate: Candidate, chain: Chain, bounds: tu
 
 def unevenness(setting: Setting, chain: Chain, num_stages: int) -> float:
     """Greatest over mean stage time of the most even cuts; 1: all equal."""
-    key = ("uneven", chain, num_stages)
-    if key not in setting.cache:
-        load = chain.forward_of + chain.backward_of
-        cuts = best_cuts(lambda stage: load, num_stages, chain.num_instances)
-        setting.cache[key] = np.inf if cuts is None else cuts.bottleneck * num_stages / max(float(load[0, -1]), 1e-30)
-    return setting.cache[key]
+    return setting.once(_unevenness, (chain, num_stages), chain, num_stages)
+
+
+def _unevenness(chain: Chain, num_stages: int) -> float:
+    load = chain.forward_of + chain.backward_of
+    cuts = best_cuts(lambda stage: load, num_stages, chain.num_instances)
+    return np.inf if cuts is None else cuts.bottleneck * num_stages / max(float(load[0, -1]), 1e-30)
 
 
 def loop_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> float:

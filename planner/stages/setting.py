@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from ..interfaces import ShardingSolution
 from ..space.candidates import Candidate
 from ..space.mesh_costs import MeshCosts
 from .chain import Chain, Shape, build_chain, model_shape
+
+T = TypeVar("T")
 
 
 def state_kinds(workload: Workload) -> StateBytes:
@@ -39,7 +41,7 @@ class Setting:
     shape: Shape = field(init=False)
     kinds: StateBytes = field(init=False)
     _meshes: dict[MeshShape, MeshCosts] = field(default_factory=dict, init=False)
-    cache: dict[Any, Any] = field(default_factory=dict, init=False)
+    _values: dict[Hashable, Any] = field(default_factory=dict, init=False)
     _chains: dict[tuple[int, frozenset[str]], tuple[ShardingSolution, Chain]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -69,25 +71,35 @@ class Setting:
             else min(device.memory_bytes, self.memory_limit_bytes)
         )
 
+    def once(self, make: Callable[..., T], key: Hashable, *arguments: Any) -> T:
+        """make(*arguments), worked out once for each key until forget(). The key names all of the arguments that the
+        value depends on; each function keeps its own values."""
+        values = self._values
+        if (make, key) not in values:
+            values[make, key] = make(*arguments)
+        return values[make, key]
+
     def forget(self) -> None:
-        """Drop what was cached of chains: called between groups of candidates, which share no chain."""
-        self.cache.clear()
+        """Drop what was kept of chains: called between groups of candidates, which share no chain."""
+        self._values.clear()
         self._chains.clear()
 
     def limits(self, candidate: Candidate) -> np.ndarray:
-        key = ("limits", candidate.mesh)
-        if key not in self.cache:
-            self.cache[key] = np.array([self.limit(candidate, rank) for rank in range(candidate.pp)], dtype=float)
-        return self.cache[key]
+        return self.once(_limits, candidate.mesh, self, candidate)
 
     def most(self, candidate: Candidate) -> float:
         """The limit of the rank that may use most."""
-        key = ("most", candidate.mesh)
-        if key not in self.cache:
-            self.cache[key] = float(self.limits(candidate).max())
-        return self.cache[key]
+        return self.once(_most, candidate.mesh, self, candidate)
 
     def optimizer_seconds(self, elements: float, device: Device) -> float:
         """Memory traffic alone."""
         moved = elements * self.kinds.moved_by_update
         return self.cost_model.op_seconds("_foreach_add", 0.0, moved, self.workload.precision.master, device)
+
+
+def _limits(setting: Setting, candidate: Candidate) -> np.ndarray:
+    return np.array([setting.limit(candidate, rank) for rank in range(candidate.pp)], dtype=float)
+
+
+def _most(setting: Setting, candidate: Candidate) -> float:
+    return float(setting.limits(candidate).max())

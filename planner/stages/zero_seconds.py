@@ -67,10 +67,8 @@ def stage_tables(setting: Setting, candidate: Candidate, chain: Chain) -> StageT
     zero = candidate.zero if candidate.state_ranks > 1 else 0
     accumulates = candidate.state_ranks > 1 or candidate.count > 1
     extents = candidate.extents
-    key = ("tables", chain, candidate.mesh, zero, extents, accumulates)
-    if key not in setting.cache:
-        setting.cache[key] = _build(setting, setting.mesh(candidate), chain, zero, extents, accumulates)
-    return setting.cache[key]
+    key = (chain, candidate.mesh, zero, extents, accumulates)
+    return setting.once(_build, key, setting, setting.mesh(candidate), chain, zero, extents, accumulates)
 
 
 def _build(
