@@ -6,6 +6,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class RecomputePoint:
+    """A choice of what the backward makes again, and what that costs of one instance and microbatch on one rank.
+
+    recomputed: names of captured ops (passes/partition.py); () with is_whole: all of them. forward_s, forward_comm_s:
+    of what runs again. saved_bytes: still kept from forward to backward.
+    """
+
+    recomputed: tuple[str, ...]
+    forward_s: float
+    forward_comm_s: float
+    saved_bytes: int
+    is_whole: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return self.forward_s + self.forward_comm_s
+
+
+@dataclass(frozen=True)
 class SegmentCost:
     """Per instance, per microbatch, on one rank, under given placements. Seconds and bytes.
 
@@ -28,6 +47,15 @@ class SegmentCost:
     workspace_bytes: int  # most that is alive inside one forward or backward beyond saved
     model_flops: float  # floating-point operations of forward + backward, no recomputation, this rank's share
     summed_elements: int = 0  # of the trainable: gradients that are partial sums over the tensor axis, once a step
+    points: tuple[RecomputePoint, ...] = ()  # of recomputation in part, by seconds; each frees less a second
+
+    @property
+    def recompute_points(self) -> tuple[RecomputePoint, ...]:
+        """All choices but to keep everything, by seconds; the last recomputes the whole segment."""
+        if self.points:
+            return self.points
+        whole = RecomputePoint((), self.forward_s, self.forward_comm_s, self.recompute_saved_bytes, is_whole=True)
+        return (whole,)
 
     @property
     def backward_s(self) -> float:

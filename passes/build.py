@@ -17,7 +17,7 @@ from ..plans.placements import AxisSolution, read_placements
 from ..profiler.graph import ModelGraph, Segment
 from ..profiler.op_view import is_op
 from .improve import Part, dump, improve_backward, improve_forward
-from .partition import partition
+from .partition import Recompute, partition
 from .program import SegmentProgram
 from .redistribute import MeshAxis
 from .shard import ShardContext, local_shape, shard_segment
@@ -44,11 +44,16 @@ def build_segment_programs(
         name: build_segment_program(
             graph.segments[name],
             context,
-            recompute=plan.memory_policy.recompute.get(name, "none") == "all",
+            recompute=_recomputed(plan, name),
             splits=splits,
         )
         for name in names
     }
+
+
+def _recomputed(plan: Plan, segment: str) -> Recompute:
+    choice = plan.memory_policy.recompute.get(segment, "none")
+    return choice == "all" if isinstance(choice, str) else choice
 
 
 def check_fits(graph: ModelGraph, plan: Plan) -> None:
@@ -67,7 +72,7 @@ def check_fits(graph: ModelGraph, plan: Plan) -> None:
 
 
 def build_segment_program(
-    segment: Segment, context: ShardContext, recompute: bool, splits: bool = False
+    segment: Segment, context: ShardContext, recompute: Recompute, splits: bool = False
 ) -> SegmentProgram:
     """splits: the backward also as two programs, of the inputs' gradients and of the parameters'. Not where the forward
     runs again in it: between the two, all that was recomputed would have to be held."""
@@ -88,8 +93,9 @@ def build_segment_program(
         context.device,
     )
     dump(joint, f"{name}.joint.0-shard")
-    repeats = recompute and not segment.is_prologue
-    forward, backward, kept = partition(joint, segment, repeats)
+    recompute = False if segment.is_prologue else recompute
+    repeats = bool(recompute)
+    forward, backward, kept = partition(joint, segment, recompute)
     dump(forward, f"{name}.forward.0-partition")
     first = Part(name, "forward", forward, len(segment.param_shapes))
     improve_forward(first)

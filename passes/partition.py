@@ -1,13 +1,15 @@
 """A joint graph becomes a forward and a backward graph, and with them what is kept in between.
 
 Kept are the memories (not the views) of forward results that the backward reads; parameters, buffers and the random
-key are handed to both. Under recomputation only inputs are kept and the forward runs again inside the backward. Views,
-constants and whatever derives from parameters by views alone are made anew in the backward.
+key are handed to both. What is recomputed is not kept: the backward makes it again from what is. Where that is
+everything, only inputs are kept and the forward runs again inside the backward. Views, constants and whatever derives
+from parameters by views alone are made anew in the backward in any case.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,20 +17,21 @@ from torch import fx
 
 from ..profiler.graph import Segment
 from ..profiler.nodes import needed_for
+from ..profiler.work import VIEWS, is_free
 from .shard import result_keys
 
 aten = torch.ops.aten
-_FREE_PACKETS = {
-    getattr(aten, name)
-    for name in ("view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "reshape",
-                 "zeros", "ones", "full", "scalar_tensor", "zeros_like")
-}  # fmt: skip
+Recompute = bool | Collection[str]
 
 
 def partition(
-    joint: fx.GraphModule, segment: Segment, recompute: bool
+    joint: fx.GraphModule, segment: Segment, recompute: Recompute
 ) -> tuple[fx.GraphModule, fx.GraphModule | None, list[str]]:
-    """(forward, backward or None, names of what is kept), with the signatures of passes.program.SegmentProgram."""
+    """(forward, backward or None, names of what is kept), with the signatures of passes.program.SegmentProgram.
+
+    recompute: everything (True), nothing, or the captured ops named, and "NODE.K>kept" for a form that is brought
+    about again from the producer's own.
+    """
     graph = joint.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     both = [n for n in placeholders if n.name.startswith(("param_", "buffer_")) or n.name == "key"]
@@ -41,7 +44,7 @@ def partition(
     backward_results = [v for k, v in results.items() if k.startswith(("param_grad_", "input_grad_"))]
     if not any(isinstance(v, fx.Node) for v in backward_results):
         return extract(joint, [*both[:-1], *inputs, both[-1]], forward_results), None, []
-    kept = _kept(graph, backward_results, recompute)
+    kept = _kept(graph, backward_results, _recomputed(recompute))
     written = {f"buffer_{slot}" for slot in segment.mutated_buffers}
     copies = [n for n in both if n.name in written and recompute and n.users]
     forward = extract(joint, [*both[:-1], *inputs, both[-1]], [*forward_results, *kept, *copies], clone=set(copies))
@@ -51,37 +54,58 @@ def partition(
     return forward, backward, [n.name for n in [*kept, *copies]]
 
 
-def _kept(graph: fx.Graph, wanted: list[Any], recompute: bool) -> list[fx.Node]:
-    """Walk back from the gradients; stop at what must be kept."""
+def _recomputed(recompute: Recompute) -> Callable[[fx.Node], bool]:
+    """Is the result of a node of the forward made again?"""
+    if isinstance(recompute, bool):
+        return lambda node: recompute
+    names = frozenset(recompute)
+
+    def is_again(node: fx.Node) -> bool:
+        owner = node.args[0] if node.target is operator.getitem else node
+        if getattr(getattr(owner, "target", None), "overloadpacket", None) in VIEWS:
+            return True  # whose memory it is, is decided where it was made
+        return (node.meta.get("form") if node.meta.get("moves") else node.meta.get("of")) in names
+
+    return is_again
+
+
+def _kept(graph: fx.Graph, wanted: list[Any], is_again: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Walk back from the gradients; stop at what must be kept.
+
+    An op that runs again reads what its operands were made from: of a result that is kept, the producer's own form, or
+    the one that is kept for the backward, from which the other forms are brought about again.
+    """
     kept: dict[fx.Node, None] = {}
-    seen: set[fx.Node] = set()
-    stack = [n for n in wanted if isinstance(n, fx.Node)]
+    seen: set[tuple[fx.Node, bool]] = set()
+    stack = [(n, False) for n in wanted if isinstance(n, fx.Node)]  # (node, does an op that runs again read it)
     while stack:
-        node = stack.pop()
-        if node in seen:
+        node, inside = stack.pop()
+        if (node, inside) in seen:
             continue
-        seen.add(node)
+        seen.add((node, inside))
         if node.op == "placeholder":
             if node.name.startswith("input_"):
                 kept[node] = None
             continue
-        if node.meta.get("phase") == "forward" and not recompute and not is_free(node):
+        runs_again = node.meta.get("phase") == "forward" and not is_free(node)
+        if runs_again and not is_again(node) and not (inside and _is_passing(node)):
             if node.target is operator.getitem or not isinstance(_results(node), list):
                 kept[node] = None
                 continue
-        stack.extend(node.all_input_nodes)
+        stack.extend((source, inside or runs_again) for source in node.all_input_nodes)
     order = {n: i for i, n in enumerate(graph.nodes)}
     return sorted(kept, key=lambda n: order[n])
+
+
+def _is_passing(node: fx.Node) -> bool:
+    """A form that only readers in the forward ask for."""
+    return bool(node.meta.get("moves")) and "form" not in node.meta
 
 
 def _results(node: fx.Node) -> Any:
     """A list for ops with several results, which are kept one by one through their getitems."""
     users = list(node.users)
     return users if users and all(u.target is operator.getitem for u in users) else None
-
-
-def is_free(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) in _FREE_PACKETS
 
 
 def extract(

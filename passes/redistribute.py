@@ -30,14 +30,17 @@ class MeshAxis:
 
 
 class Emitter:
-    """Appends nodes to a graph, marking each with the phase it belongs to."""
+    """Appends nodes to a graph, marking each with the phase it belongs to, and with the captured op that it computes:
+    "of", its name; "moves", where it only brings a result of it into another placement."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph, self.phase = graph, "forward"
+        self.of, self.moves = "", False
 
     def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(op, args, kwargs)
         node.meta["phase"] = self.phase
+        node.meta["of"], node.meta["moves"] = self.of, self.moves
         return node
 
     def wait(self, op: Any, *args: Any) -> fx.Node:

@@ -19,7 +19,7 @@ from torch import fx
 from ..ops.catalog import RULES
 from ..ops.placement import R, shard_size, shard_start, way
 from ..ops.strategy import replicated
-from ..plans.placements import AxisSolution
+from ..plans.placements import AxisSolution, kept_key
 from ..profiler.graph import Segment
 from ..profiler.op_view import is_op, origin, view_of
 from ..profiler.signature import results
@@ -124,7 +124,7 @@ class _Sharding:
     def _read(self, source: fx.Node, output: int, wanted: Places) -> fx.Node:
         """The operand in the placements that a reader wants, by way of the form shared by readers of this phase."""
         made, x = self._made(source, output), self.env[(source, output)]
-        if self.emit.phase == "backward" and self._has(f"{source.name}.{output}>kept"):
+        if self.emit.phase == "backward" and self._has(kept_key(source.name, output)):
             shared = self._shared(source, output, "forward", made)
             way = whole_on_short(made, self.axes), whole_on_short(shared, self.axes)
             x, made = self.moved.get((source, output, *way, "forward"), x), shared
@@ -145,6 +145,8 @@ class _Sharding:
         if before == after:
             return x
         if key not in self.moved:
+            outer = self.emit.of, self.emit.moves
+            self.emit.of, self.emit.moves = source.name, True
             val = source.meta["val"]
             whole = val[output] if isinstance(val, (tuple, list)) else val
             if whole.is_complex():  # the backends move real numbers only
@@ -153,7 +155,18 @@ class _Sharding:
                 self.moved[key] = self.emit.call(aten.view_as_complex.default, self.emit.contiguous(x))
             else:
                 self.moved[key] = self._move_axes(x, whole.shape, list(before), after)
+            self.emit.of, self.emit.moves = outer
+            if self._is_kept_form(source, output, before, after):
+                self.moved[key].meta["form"] = kept_key(source.name, output)
         return self.moved[key]
+
+    def _is_kept_form(self, source: fx.Node, output: int, before: Places, after: Places) -> bool:
+        """Is this the form, shared by the forward's readers, that the backward reads too?"""
+        if self.emit.phase != "forward" or not self._has(kept_key(source.name, output)):
+            return False
+        made = self._made(source, output)
+        shared = self._shared(source, output, "forward", made)
+        return (before, after) == (whole_on_short(made, self.axes), whole_on_short(shared, self.axes))
 
     def _move_axes(self, x: fx.Node, shape: Sequence[int], current: list[int], after: Places) -> fx.Node:
         """Along the route that the planner counted on (placement.way)."""
@@ -170,6 +183,7 @@ class _Sharding:
     # ----- ops
 
     def _op(self, node: fx.Node) -> None:
+        self.emit.of = node.name
         strategies = self._strategies(node)
         places = iter(zip(*(s.inputs for s in strategies), strict=True)) if strategies[0].inputs else iter(())
 

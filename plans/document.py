@@ -18,7 +18,8 @@ from .axes import MeshShape
 from .axes import names as axis_names
 from .document_checks import problem_of, seal
 
-SCHEMA_VERSION = "shardwright.plan/1"
+SCHEMA_VERSION = "shardwright.plan/2"
+READABLE_VERSIONS = ("shardwright.plan/1", SCHEMA_VERSION)  # 1: a segment is recomputed whole or not at all
 
 
 class _Document(BaseModel):
@@ -97,9 +98,17 @@ class Stage(_Document):
 
 
 class MemoryPolicy(_Document):
-    """recompute: for each distinct segment, 'none' or 'all' (its forward runs again in the backward)."""
+    """recompute: for each distinct segment 'none', 'all' (its forward runs again in the backward), or the ops whose
+    results are not kept but made again there; NODE.K>kept for a result that is kept as its producer has it and brought
+    into the form that the backward reads there."""
 
-    recompute: dict[str, Literal["none", "all"]] = Field(default_factory=dict)
+    recompute: dict[str, Literal["none", "all"] | tuple[str, ...]] = Field(default_factory=dict)
+
+    @property
+    def recomputed(self) -> dict[str, str]:
+        """Of each distinct segment of which something runs again: "all", or of how many ops."""
+        texts = {name: c if isinstance(c, str) else f"{len(c)} ops" for name, c in self.recompute.items()}
+        return {name: text for name, text in texts.items() if text != "none"}
 
 
 class StageSeconds(_Document):
@@ -269,7 +278,7 @@ class Plan(_Document):
         except (ValueError, RecursionError) as error:
             raise _refused(f"{path} is not JSON: {error}", "it is not a plan") from None
         found = document.get("schema") if isinstance(document, dict) else None
-        if found != SCHEMA_VERSION:
+        if found not in READABLE_VERSIONS:
             raise _refused(
                 f"{path} has schema {found!r}; this version reads {SCHEMA_VERSION!r}",
                 "it was made by another version, or is not a plan",

@@ -162,6 +162,10 @@ def _check_state(document: Document) -> str:
     known = set(document["segments"]) | set(document["placements"])
     if unknown := [name for name in document["memory_policy"]["recompute"] if name not in known]:
         return f"memory_policy.recompute.{unknown[0]}: there is no such segment"
+    for name, choice in document["memory_policy"]["recompute"].items():
+        rows = document["placements"].get(name, {})
+        if not isinstance(choice, str) and (strangers := [op for op in choice if op not in rows]):
+            return f"memory_policy.recompute.{name}: {strangers[0]!r} is not placed"
     return ""
 
 

@@ -21,6 +21,11 @@ from ..profiler.graph import ModelGraph
 from ..profiler.op_view import is_op, view_of
 
 
+def kept_key(node: str, output: int) -> str:
+    """Of the form in which the forward keeps a result for the backward, where that is not the producer's own."""
+    return f"{node}.{output}>kept"
+
+
 @dataclass
 class AxisSolution:
     """strategies: (segment, op node). places: (segment, key) for every other key of the plan's text form."""
@@ -37,7 +42,7 @@ class AxisSolution:
     def read_from(self, segment: str, node: fx.Node, output: int, phase: str) -> int:
         """The same as a reader of this phase finds it: the backward may read what the forward's readers shared."""
         key = f"{node.name}.{output}>forward"
-        if phase == "backward" and (segment, f"{node.name}.{output}>kept") in self.places:
+        if phase == "backward" and (segment, kept_key(node.name, output)) in self.places:
             return self.places[(segment, key)]
         return self.of_result(segment, node, output)
 

@@ -24,6 +24,13 @@ VIEWS = {
     if hasattr(aten, name)
 }  # fmt: skip
 
+# what costs less to make again than to keep: views, if of a copy where a shard's strides ask for one, and constants
+FREE = {
+    getattr(aten, name)
+    for name in ("view", "_unsafe_view", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice",
+                 "select", "reshape", "zeros", "ones", "full", "scalar_tensor", "zeros_like")
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class OpWork:
@@ -44,6 +51,11 @@ def is_view(node: fx.Node) -> bool:
         source, out = node.all_input_nodes[0].meta["val"], node.meta["val"]
         return packet is aten.reshape and source.is_contiguous() and out.is_contiguous()
     return packet in VIEWS
+
+
+def is_free(node: fx.Node) -> bool:
+    """Is the result made anew wherever it is read, and never kept?"""
+    return getattr(node.target, "overloadpacket", None) in FREE
 
 
 def size_bytes(tensor: torch.Tensor) -> int:

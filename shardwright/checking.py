@@ -114,7 +114,8 @@ def _test_untouched(workload: Workload, say: api.Progress) -> None:
     if workload.precision.compute == torch.float64 or not is_applicable(workload):
         return
     say(f"self-test of {workload.name} as it is")
-    run_self_test(workload, api.capture_for_planning(with_batch_dims(workload)))
+    workload = with_batch_dims(workload)
+    run_self_test(workload, api.capture_for_planning(workload))
 
 
 def _fill_pipeline(force: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
@@ -219,7 +220,7 @@ def scale_down(plan: Plan, num_processes: int = DEFAULT_PROCESSES) -> dict[str, 
     elif plan.schedule.virtual_stages > 1:
         force["virtual_stages"] = "2"
     choices = set(plan.memory_policy.recompute.values())
-    force["recompute"] = "none" if choices <= {"none"} else "all"
+    force["recompute"] = "none" if choices <= {"none"} else "all" if "all" in choices else "auto"
     return force
 
 

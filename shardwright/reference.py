@@ -74,7 +74,7 @@ def _counted(
 ) -> tuple[list[list[torch.Tensor]], bool]:
     """The weights of targets of each mean of each microbatch; whether the model draws random numbers."""
     found, draws = [], False
-    with buffers_kept(workload.model), torch.no_grad():
+    with buffers_kept(workload.model):  # with gradients, as hooks on activations cannot be put where none flow
         for index, microbatch in enumerate(parts):
             random, counts = CounterBasedRandom(workload.seed, step, index), CountedTargets()
             with shardwright_attention(workload.model), random, counts:

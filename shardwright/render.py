@@ -162,9 +162,10 @@ def schedule_text(plan: Plan) -> str:
 
 def _recomputed(plan: Plan) -> list[str]:
     """Segments, in every backward."""
-    policy = plan.memory_policy.recompute
-    recomputed = [name for name, choice in policy.items() if choice != "none"]
-    return ["every segment"] if recomputed and len(recomputed) == len(policy) else recomputed
+    policy = plan.memory_policy
+    if policy.recompute and set(policy.recompute.values()) == {"all"}:
+        return ["every segment"]
+    return [name if text == "all" else f"{text} of {name}" for name, text in policy.recomputed.items()]
 
 
 def mesh_text(mesh: Mesh) -> str:

@@ -38,6 +38,6 @@ def moved_policy(graph: ModelGraph, policy: MemoryPolicy, other: ModelGraph) -> 
         pairs = zip(graph.instances, other.instances, strict=True)
         chosen = {new.segment: policy.recompute.get(old.segment, "none") for old, new in pairs}
     else:
-        every: Literal["none", "all"] = "all" if "all" in policy.recompute.values() else "none"
+        every: Literal["none", "all"] = "none" if set(policy.recompute.values()) <= {"none"} else "all"
         chosen = dict.fromkeys(other.segments, every)
     return policy.model_copy(update={"recompute": chosen})

@@ -13,6 +13,7 @@ from distributed import run_ranks
 from torch import nn
 
 import shardwright
+from shardwright.checking import _test_untouched
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.batch_dims import with_batch_dims
 from shardwright.profiler.workload import Precision, Workload
@@ -66,6 +67,15 @@ def test_nested_batches_are_cut_over_data_ranks_and_microbatches() -> None:
 def test_what_merely_is_as_long_as_the_batch_is_shared() -> None:
     dims = with_batch_dims(workload_of(Shared(), shared_entries())).batch_dims
     assert dims == {"bias": None, "ids": 0, "positions": 1, "weight": None, "labels": 0, "scales": None}
+
+
+def test_a_check_tests_the_model_as_it_is_on_entries_that_are_no_samples() -> None:
+    """It resizes the batch, and must cut what is cut in the plan."""
+    batch = {name: value.float() if value.is_floating_point() else value for name, value in shared_entries().items()}
+    tested = Workload(model=Shared(), example_batch=batch, global_batch=SAMPLES, name="s")
+    said: list[str] = []
+    _test_untouched(tested, said.append)
+    assert said == ["self-test of s as it is"]
 
 
 def test_shared_entries_and_samples_along_other_dimensions_give_the_numbers_of_the_whole_batch() -> None:

@@ -102,7 +102,7 @@ def test_force_given_twice_with_different_values_is_refused(capsys):
 
 def test_a_plan_of_another_schema_is_refused_with_exit_code_7(capsys, tmp_path, hand_made_plan):
     path = tmp_path / "plan.json"
-    path.write_text(hand_made_plan.to_json().replace("shardwright.plan/1", "shardwright.plan/0"))
+    path.write_text(hand_made_plan.to_json().replace("shardwright.plan/2", "shardwright.plan/0"))
     for command in ("plan", "run", "check"):
         code, _, err = run_main(capsys, command, str(path))
         assert code == ExitCode.PLAN_MISMATCH and "shardwright.plan/0" in err
@@ -114,7 +114,7 @@ def test_a_saved_plan_is_shown_again(capsys, tmp_path, hand_made_plan):
     code, out, _ = run_main(capsys, "plan", str(path))
     assert code == 0 and "preset:demo-llama on 4xCPU" in out
     code, out, _ = run_main(capsys, "plan", str(path), "--json")
-    assert code == 0 and json.loads(out)["schema"] == "shardwright.plan/1"
+    assert code == 0 and json.loads(out)["schema"] == "shardwright.plan/2"
 
 
 @pytest.mark.parametrize("exit_code", list(ExitCode)[2:])

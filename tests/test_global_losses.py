@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from distributed import run_ranks
 from global_losses import CLASSES, EACH, LOSSES, OVER, SAMPLES, Small, batch_of
+from torch import nn
 
 import shardwright
 from shardwright.api import capture_for_planning
@@ -18,6 +20,7 @@ from shardwright.profiler.batch_dims import with_batch_dims
 from shardwright.profiler.batches import resize_batch
 from shardwright.profiler.capture import capture
 from shardwright.profiler.workload import Precision, Workload
+from shardwright.reference import forward_backward
 
 DOUBLE = Precision(torch.float64, torch.float64, torch.float64)
 
@@ -133,3 +136,22 @@ def test_every_capture_separates_the_same_totals() -> None:
     workload = with_batch_dims(workload_of(*MEANS))
     planned, one = capture_for_planning(workload), capture(resize_batch(workload, 1))
     assert planned.totals == one.totals and planned.input_names == one.input_names
+
+
+class _Hooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(x))
+        hidden.register_hook(lambda grad: -grad)  # which no tensor takes where no gradient flows
+        return F.cross_entropy(self.last(hidden), labels)
+
+
+def test_the_reference_counts_targets_with_gradients_on() -> None:
+    batch = {"x": torch.randn(4, 4, dtype=torch.float64), "labels": torch.tensor([0, 1, -100, 2])}
+    model = _Hooked().double()
+    workload = Workload(model=model, example_batch=batch, global_batch=4, precision=DOUBLE)
+    loss = forward_backward(workload, batch, step=0, microbatch_size=2)
+    assert loss.item() == pytest.approx(model(**batch).item(), rel=1e-9)

@@ -7,7 +7,8 @@ from importlib import resources
 
 import jsonschema
 
-from shardwright.plans.document import plan_json_schema
+from shardwright.plans.document import Plan, plan_json_schema
+from shardwright.plans.document_checks import problem_of, seal
 
 
 def published_schema() -> dict:
@@ -20,3 +21,19 @@ def test_published_schema_is_current():
 
 def test_a_plan_satisfies_the_published_schema(hand_made_plan):
     jsonschema.validate(json.loads(hand_made_plan.to_json()), published_schema())
+
+
+def test_a_plan_of_the_version_before_is_read(hand_made_plan, tmp_path):
+    """It says of each segment whether it is recomputed whole, which this version says too."""
+    document = json.loads(hand_made_plan.to_json())
+    document["schema"] = "shardwright.plan/1"
+    document["hashes"]["document"] = seal(document)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document))
+    assert Plan.load(path).memory_policy == hand_made_plan.memory_policy
+
+
+def test_a_plan_that_recomputes_what_it_does_not_place_is_refused(hand_made_plan):
+    document = json.loads(hand_made_plan.to_json())
+    document["memory_policy"]["recompute"]["block"] = ["no_such_op"]
+    assert "no_such_op" in problem_of(document)

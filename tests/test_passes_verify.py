@@ -21,8 +21,8 @@ from shardwright.passes.program import SegmentProgram
 from shardwright.passes.redistribute import MeshAxis
 from shardwright.passes.shard import ShardContext
 from shardwright.passes.verify import Collective, implied_collectives, moved_collectives, totals, verify
-from shardwright.planner.sharding.cost import Placed, moves
 from shardwright.planner.sharding.mesh import Axis, Mesh
+from shardwright.planner.sharding.routes import Placed, moves
 from shardwright.plans.document import Plan
 from shardwright.plans.placements import read_placements
 from shardwright.profiler.batches import resize_batch

@@ -15,6 +15,7 @@ from shardwright.planner.memory.rank_bytes import rank_breakdown
 from shardwright.planner.search.step_time import lower_bound, run_timeline
 from shardwright.planner.space.candidates import enumerate_candidates
 from shardwright.planner.space.forcing import Forced, divisors, force_keys, parse_forced
+from shardwright.planner.stages.chain import whole_segments
 from shardwright.planner.stages.setting import Setting
 from shardwright.plans import document as plan_document
 from shardwright.profiler.workload import OptimizerSpec, Precision
@@ -33,7 +34,7 @@ def brute_force(case: Case):
     for candidate in enumerate_candidates(Forced(), case.cluster.num_devices, case.workload.global_batch, n, 8):
         solution = case.sharder.solve(candidate.mesh, candidate.local_batch)
         for recompute in ((), ("block",), ("block", "head"), ("block", "head", "embed")):
-            chain = setting.chain(solution, recompute)
+            chain = setting.chain(solution, whole_segments(solution, recompute))
             for inner in itertools.combinations(range(1, n), candidate.num_stages - 1):
                 bounds = (0, *inner, n)
                 peaks = [

@@ -1,7 +1,8 @@
 """What trades time for memory inside a candidate: placements off the sharding frontier, and recomputation.
 
-An option is a point of the frontier together with the distinct segments whose forward runs again in the backward.
-Segments are taken in the order of bytes freed per second spent; of all options those stay that no other beats in
+An option is a point of the sharding frontier together with a point of the recompute frontier of each distinct segment:
+which of its results the backward makes again. Steps along these are taken in the order of bytes freed per second spent,
+which is the hull of all choices together; of all options those stay that no other beats in
 seconds, bytes kept for the backward and bytes of training state, fastest first.
 
 Besides, an order of its own may be offered to let go of single activations: of one stage and one microbatch.
@@ -9,13 +10,18 @@ Besides, an order of its own may be offered to let go of single activations: of 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from ...costmodel.segment import SegmentCost
 from ...costmodel.stage_times import StageTimes
 from ..interfaces import ShardingSolution
-from ..stages.chain import Chain, Shape
+from ..stages.chain import NOTHING, Chain, Recompute, Shape, chosen_points, whole_segments
+
+LEAST_STEP = 0.04  # of all bytes that recomputation can free: options nearer to each other are one
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,10 @@ def offering(
 
 @dataclass(frozen=True)
 class MemoryOption:
+    """recompute_all: every segment's whole forward that may be of use runs again."""
+
     solution: ShardingSolution
-    recompute: frozenset[str]
+    recompute: Recompute
     recompute_all: bool = False
 
 
@@ -72,28 +80,56 @@ def memory_options(shape: Shape, solutions: Sequence[ShardingSolution], forced: 
 
 
 def _of_solution(counts: Counter[str], solution: ShardingSolution, forced: str) -> list[MemoryOption]:
-    costs = {name: solution.costs[name] for name in counts}
-
-    def freed_per_second(name: str) -> float:
-        cost = costs[name]
-        return (cost.saved_bytes - cost.recompute_saved_bytes) / max(cost.forward_s + cost.forward_comm_s, 1e-12)
-
-    order = sorted(costs, key=freed_per_second, reverse=True)
     if forced == "all":
-        return [MemoryOption(solution, frozenset(order), True)]
+        return [MemoryOption(solution, whole_segments(solution, counts), True)]
     if forced == "none":
-        return [MemoryOption(solution, frozenset())]
-    useful = [name for name in order if costs[name].saved_bytes > costs[name].recompute_saved_bytes]
-    return [MemoryOption(solution, frozenset(useful[:k]), 0 < k == len(useful)) for k in range(len(useful) + 1)]
+        return [MemoryOption(solution, NOTHING)]
+    steps = sorted(
+        (step for name in counts for step in _steps(name, solution.costs[name])),
+        key=lambda step: step.freed_per_s,
+        reverse=True,
+    )
+    whole = whole_segments(solution, {step.segment for step in steps})
+    least_bytes = LEAST_STEP * sum(counts[step.segment] * step.freed_bytes for step in steps)
+    taken: Recompute = NOTHING
+    found = [MemoryOption(solution, taken)]
+    freed_bytes = 0
+    for step in steps:
+        taken |= {(step.segment, step.level)}
+        freed_bytes += counts[step.segment] * step.freed_bytes
+        if freed_bytes >= least_bytes or step is steps[-1]:
+            found.append(MemoryOption(solution, taken, whole <= taken))
+            freed_bytes = 0
+    return found
+
+
+class _Step(NamedTuple):
+    """From one recompute point of a segment to the next, in one instance."""
+
+    segment: str
+    level: int
+    freed_bytes: int
+    freed_per_s: float
+
+
+def _steps(name: str, cost: SegmentCost) -> Iterator[_Step]:
+    """As long as they free ever less a second."""
+    seconds, num_bytes, most = 0.0, cost.saved_bytes, math.inf
+    for level, point in enumerate(cost.recompute_points):
+        freed_bytes = num_bytes - point.saved_bytes
+        freed_per_s = freed_bytes / max(point.seconds - seconds, 1e-12)
+        if 0 < freed_per_s <= most:
+            yield _Step(name, level, freed_bytes, freed_per_s)
+            seconds, num_bytes, most = point.seconds, point.saved_bytes, freed_per_s
 
 
 def _weigh(counts: Counter[str], option: MemoryOption) -> tuple[float, float]:
     """(seconds, bytes kept) of one microbatch through all instances."""
+    points = chosen_points(option.solution, option.recompute)
     seconds = kept = 0.0
     for name, count in counts.items():
-        cost = option.solution.costs[name]
-        again = name in option.recompute
-        once = cost.forward_s + cost.forward_comm_s
-        seconds += count * (once * (2 if again else 1) + cost.backward_s + cost.backward_comm_s)
-        kept += count * (cost.recompute_saved_bytes if again else cost.saved_bytes)
+        cost, point = option.solution.costs[name], points.get(name)
+        once = cost.forward_s + cost.forward_comm_s + cost.backward_s + cost.backward_comm_s
+        seconds += count * (once + (point.seconds if point else 0.0))
+        kept += count * (point.saved_bytes if point else cost.saved_bytes)
     return seconds, kept

@@ -85,8 +85,11 @@ def binding(plan: Plan) -> str:
     if limit and peak > TIGHT * limit:
         kind = max(plan.predicted.memory, key=lambda k: plan.predicted.memory[k], default="memory")
         found.append(f"memory: {format_bytes(peak)} of {format_bytes(limit)}, most of it {kind}")
-    if recomputed := [name for name, policy in plan.memory_policy.recompute.items() if policy != "none"]:
-        found.append(f"memory: {len(recomputed)} kinds of segment are computed twice to save it")
+    recomputed = plan.memory_policy.recomputed
+    if whole := [name for name, text in recomputed.items() if text == "all"]:
+        found.append(f"memory: {len(whole)} kinds of segment are computed twice to save it")
+    if parts_of := [f"{text} of {name}" for name, text in recomputed.items() if text != "all"]:
+        found.append(f"memory: {', '.join(parts_of)} are computed twice to save it")
     again, away = num_let_go(plan)
     for count, what in ((again, "computed twice"), (away, "sent to host memory")):
         if count:
@@ -107,7 +110,6 @@ def _choices(before: Plan, after: Plan) -> Iterator[Change]:
 
 def _described(plan: Plan) -> dict[str, str]:
     sizes = plan.mesh.shape
-    recompute = plan.memory_policy.recompute
     let_go = zip(num_let_go(plan), ("recomputed", "offloaded"), strict=True)
     return {
         "model": str(plan.workload.get("model", "")),
@@ -121,7 +123,7 @@ def _described(plan: Plan) -> dict[str, str]:
         "stage cuts": " ".join(str(len(stage.segments)) for stage in plan.stages),
         "ZeRO": str(plan.zero),
         "ZeRO extents": " ".join(f"{kind}={size}" for kind, size in plan.zero_extents.items()),
-        "recompute": " ".join(f"{name}={policy}" for name, policy in recompute.items() if policy != "none"),
+        "recompute": " ".join(f"{name}={text}" for name, text in plan.memory_policy.recomputed.items()),
         "let go one by one": ", ".join(f"{count} {what}" for count, what in let_go if count),
         "fused kernels": " ".join(plan.fusions),
         "forced": " ".join(f"{key}={value}" for key, value in plan.forced.items()),

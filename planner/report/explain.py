@@ -20,9 +20,10 @@ from ...plans.placements import read_placements
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.nodes import source_of
 from ...profiler.op_view import storage_root
-from ..sharding.cost import Move, Placed, moves, op_load, partial_axes
+from ..sharding.cost import op_load, partial_axes
 from ..sharding.mesh import Mesh
 from ..sharding.pins import module_paths
+from ..sharding.routes import Move, Placed, moves
 from ..sharding.sharder import Sharder
 from ..sharding.training import Sums
 

@@ -10,6 +10,7 @@ from ...plans.axes import MeshShape, tensor_axes
 from ...units import format_bytes, format_seconds
 from ..interfaces import ShardingSolution
 from ..space.candidates import Candidate
+from ..stages.chain import NOTHING, Recompute
 
 MAX_ROWS = 24
 MAX_MISFITS = 4
@@ -28,7 +29,7 @@ class Outcome:
     search_bound_s: float = 0.0
     step_s: float | None = None
     bounds: tuple[int, ...] = ()
-    recompute: frozenset[str] = frozenset()
+    recompute: Recompute = NOTHING
     recompute_all: bool = False
     solution: ShardingSolution | None = None
     peak_bytes: int | None = None

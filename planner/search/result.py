@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ...costmodel.stage_times import Hop, StageTimes
 from ...costmodel.timeline import Timeline
@@ -14,7 +15,7 @@ from ...schedules import PipelineSchedule
 from ..interfaces import ShardingSolution
 from ..memory.rank_bytes import placements_of
 from ..space.candidates import Candidate
-from ..stages.chain import Chain
+from ..stages.chain import Chain, chosen_points
 from ..stages.setting import Setting
 from .certificate import certified_bound, not_searched
 from .chosen import Chosen
@@ -48,6 +49,13 @@ class SearchResult:
     interrupted: str = ""  # 'time limit' or 'Ctrl-C'
 
 
+def _memory_policy(setting: Setting, chosen: Chosen) -> plan_document.MemoryPolicy:
+    points = chosen_points(chosen.solution, chosen.outcome.recompute)
+    policy: dict[str, Literal["none", "all"] | tuple[str, ...]] = dict.fromkeys(setting.graph.segments, "none")
+    policy |= {name: "all" if point.is_whole else point.recomputed for name, point in points.items()}
+    return plan_document.MemoryPolicy(recompute=policy)
+
+
 def build_result(state: SearchState, chosen: Chosen, started: float, interrupted: str) -> SearchResult:
     setting, candidate, chain = state.setting, chosen.candidate, chosen.chain
     bounds, timeline, step_s = chosen.bounds, chosen.timeline, chosen.step_s
@@ -67,9 +75,7 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
         stages=_stages(setting, candidate, chain, bounds),
         zero=candidate.zero,
         zero_extents=candidate.extents._asdict() if candidate.split is not None else {},
-        memory_policy=plan_document.MemoryPolicy(
-            recompute={name: "all" if name in chosen.outcome.recompute else "none" for name in setting.graph.segments}
-        ),
+        memory_policy=_memory_policy(setting, chosen),
         predicted=plan_document.Predicted(
             step_s=step_s,
             tokens_per_s_per_device=tokens / step_s / setting.cluster.num_devices,

@@ -23,7 +23,7 @@ from ...schedules.synthesis.synthesize import synthesize
 from ..memory.options import Offers, memory_options, offering
 from ..memory.rank_bytes import activation_room, placement_of, placements_of
 from ..space.candidates import Candidate
-from ..stages.chain import Chain
+from ..stages.chain import Chain, Recompute, whole_segments
 from ..stages.cuts import improve_cuts
 from ..stages.setting import Setting
 from .outcome import Outcome
@@ -48,7 +48,7 @@ class Way:
 
     chain: Chain
     memory_chain: Chain
-    recompute: frozenset[str]
+    recompute: Recompute
     offers: Offers
 
 
@@ -120,7 +120,8 @@ def _ways(state: SearchState, best: Outcome) -> Iterator[Way]:
             less = option.recompute < best.recompute
             if less or (option.recompute == best.recompute and (offers.offload or not best.recompute)):
                 keeping = setting.chain(solution, option.recompute)
-                counted = setting.chain(solution, setting.shape.segments) if offers.recompute else keeping
+                whole = whole_segments(solution, setting.shape.segments)
+                counted = setting.chain(solution, whole) if offers.recompute else keeping
                 yield Way(keeping, counted, option.recompute, offers)
 
 

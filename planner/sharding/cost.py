@@ -4,115 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 
 from torch import fx
 
-from ...costmodel.segment import SegmentCost
-from ...ops.placement import P, Places, R, transition, way
-from ...ops.strategy import Strategy
-from ...plans.placements import AxisSolution
-from ...profiler.graph import Segment
+from ...costmodel.segment import RecomputePoint, SegmentCost
+from ...ops.placement import P, R
 from ...profiler.op_view import origin
-from .mesh import Mesh
+from .recompute import Recomputation, hull
+from .routes import Placed, Route, routes
 from .segment_facts import SegmentFacts
-
-
-@dataclass(frozen=True)
-class Move:
-    """A collective that the solution asks for on one axis. full_bytes: of the tensor whole on that axis, as the other
-    axes have it. node: whose result moves."""
-
-    axis: str
-    kind: str
-    full_bytes: float
-    phase: str
-    node: str
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A segment with its placements on a mesh."""
-
-    segment: Segment
-    mesh: Mesh
-    solutions: tuple[AxisSolution, ...]
-    known: SegmentFacts | None = None  # of the segment, where others need them too
-
-    @cached_property
-    def facts(self) -> SegmentFacts:
-        return self.known or SegmentFacts(self.segment)
-
-    def strategies(self, node: fx.Node) -> tuple[Strategy, ...]:
-        return tuple(s.strategies[(self.segment.name, node.name)] for s in self.solutions)
-
-    def made(self, source: fx.Node, output: int) -> Places:
-        return tuple(s.of_result(self.segment.name, source, output) for s in self.solutions)
-
-    def read_from(self, source: fx.Node, output: int, phase: str) -> Places:
-        return tuple(s.read_from(self.segment.name, source, output, phase) for s in self.solutions)
-
-    def shared(self, source: fx.Node, output: int, phase: str) -> Places | None:
-        return self.at(f"{source.name}.{output}>{phase}")
-
-    def at(self, key: str) -> Places | None:
-        if (self.segment.name, key) not in self.solutions[0].places:
-            return None
-        return tuple(s.places[(self.segment.name, key)] for s in self.solutions)
-
-    def kept(self, source: fx.Node, output: int) -> Places:
-        """Placement of what the backward keeps of a result."""
-        return self.read_from(source, output, "backward")
-
-    def local_bytes(self, source: fx.Node, output: int, places: Places | None = None) -> float:
-        return self.mesh.local_bytes(source, output, places if places is not None else self.made(source, output))
-
-
-def moves(placed: Placed) -> list[Move]:
-    """Every collective that the solution needs in the segment, each once."""
-    found: dict[tuple[str, Places, Places, str], list[Move]] = {}
-
-    def add(source: fx.Node, output: int, before: Places, after: Places, phase: str) -> None:
-        key = (f"{source.name}.{output}", before, after, phase)
-        if before != after and key not in found:
-            found[key] = _steps(placed, source, output, before, after, phase)
-
-    for node, view in placed.facts.views.items():
-        phase = node.meta.get("phase", "forward")
-        strategies = placed.strategies(node)
-        for position, operand in enumerate(view.operands):
-            source, output = origin(operand)
-            base = placed.read_from(source, output, phase)
-            shared = placed.shared(source, output, phase)
-            if shared is not None:
-                add(source, output, base, shared, phase)
-                base = shared
-            add(source, output, base, tuple(s.inputs[position] for s in strategies), phase)
-    for key, (source, output), phase in placed.facts.results:
-        target = placed.at(key)
-        if target is None and key.startswith("update_"):
-            target = (R,) * len(placed.solutions)
-        if target is not None:
-            add(source, output, placed.made(source, output), target, phase)
-    return [move for listed in found.values() for move in listed]
-
-
-def _steps(placed: Placed, source: fx.Node, output: int, before: Places, after: Places, phase: str) -> list[Move]:
-    """One move for each collective of the route."""
-    mesh, current, found = placed.mesh, list(before), []
-    num_bytes = mesh.sizes(source, output).num_bytes
-    wide = [axis.size > 1 for axis in mesh.axes]
-    start, end = (tuple(p if w else R for p, w in zip(places, wide, strict=True)) for places in (before, after))
-    current = list(start)
-    for k, place, target in way(start, end) or ():
-        kind = transition(place, target)
-        current[k] = R
-        if kind not in ("", "local", None):
-            full = num_bytes / mesh.shares(tuple(current))
-            found.append(Move(mesh.axes[k].name, kind, full, phase, source.name))  # type: ignore[arg-type]
-        current[k] = target
-    return found
 
 
 def evaluate(placed: Placed) -> SegmentCost:
@@ -121,16 +22,23 @@ def evaluate(placed: Placed) -> SegmentCost:
     flops = 0.0
     scratch: dict[fx.Node, float] = {}
     lasting = 0.0  # what an op leaves for the next of its kind: one at a time
+    op_s: dict[fx.Node, float] = {}
     for node, part in facts.parts.items():
         share, moved = op_load(placed, node)
-        seconds[part] += mesh.op_s(node, share, moved)
+        op_s[node] = mesh.op_s(node, share, moved)
+        seconds[part] += op_s[node]
         flops += facts.model_flops.get(node, 0.0) * share
         scratch[node], left = mesh.scratch_of(node, share, lambda operand: placed.local_bytes(*origin(operand)))
         lasting = max(lasting, left)
     by_axis = {axis.name: axis for axis in mesh.axes}
+
+    def collective_s(route: Route) -> float:
+        return sum(by_axis[move.axis].collective_s(move.kind, move.full_bytes) for move in route.moves)
+
+    asked = routes(placed)
     comm: dict[str, float] = defaultdict(float)
-    for move in moves(placed):
-        comm[move.phase] += by_axis[move.axis].collective_s(move.kind, move.full_bytes)
+    for route in asked:
+        comm[route.phase] += collective_s(route)
 
     def local(node: fx.Node, output: int = 0) -> float:
         return placed.local_bytes(node, output)
@@ -140,6 +48,8 @@ def evaluate(placed: Placed) -> SegmentCost:
     elements = [local(n) / n.meta["val"].element_size() for n in params]
     trained = [e if t else 0.0 for e, t in zip(elements, segment.param_requires_grad, strict=True)]
     inputs = [placeholders[f"input_{i}"] for i in range(len(segment.inputs))]
+    saved_bytes = int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in facts.saved))
+    points = _points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes)
     return SegmentCost(
         forward_s=seconds["F"],
         backward_input_s=seconds["I"],
@@ -149,14 +59,27 @@ def evaluate(placed: Placed) -> SegmentCost:
         param_elements=int(sum(elements)),
         trainable_elements=int(sum(trained)),
         buffer_bytes=int(sum(local(n) for name, n in placeholders.items() if name.startswith("buffer_"))),
-        saved_bytes=int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in facts.saved)),
-        recompute_saved_bytes=int(sum(local(n) for n in inputs if n.meta["val"].is_floating_point())),
+        saved_bytes=saved_bytes,
+        recompute_saved_bytes=points[-1].saved_bytes,
         input_bytes=int(sum(local(n) for n in inputs)),
         output_bytes=int(sum(local(*o) for o in facts.outputs)),
         workspace_bytes=int(_workspace(facts, local, scratch) + lasting),
         model_flops=flops,
         summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
+        points=points,
     )
+
+
+def _points(placed: Placed, again: Recomputation, saved_bytes: int) -> tuple[RecomputePoint, ...]:
+    """The choices are those of the first placements seen on a mesh of these sizes, each priced under these."""
+    sizes = placed.mesh.counts
+    if sizes not in placed.facts.recompute_choices:
+        placed.facts.recompute_choices[sizes] = again.values.choices()
+    found = [again.point(choice) for choice in placed.facts.recompute_choices[sizes]]
+    whole = again.point(frozenset(), is_whole=True)
+    points = [point for point in hull([*found, whole]) if not point.is_whole and point.saved_bytes > whole.saved_bytes]
+    points.append(whole)
+    return tuple(replace(point, saved_bytes=max(0, saved_bytes + point.saved_bytes)) for point in points)
 
 
 def is_summed(placed: Placed, slot: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -24,6 +24,8 @@ class SegmentFacts:
     """Of one segment."""
 
     segment: Segment
+    # sizes of the mesh axes -> sets of ops whose results may be made again (recompute.py)
+    recompute_choices: dict[tuple[int, ...], list[frozenset[str]]] = field(default_factory=dict)
 
     @cached_property
     def views(self) -> dict[fx.Node, OpView]:

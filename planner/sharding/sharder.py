@@ -30,10 +30,11 @@ from ...profiler.op_view import view_of
 from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..solver import Solution
-from .cost import Move, Placed, evaluate, moves, op_load
+from .cost import evaluate, op_load
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
 from .pins import Pins, cannot_meet
 from .problem import STATE, Build, Catalog, Demands, build
+from .routes import Move, Placed, moves
 from .segment_facts import SegmentFacts
 from .solution import read_choice
 from .solve.pbqp import solve

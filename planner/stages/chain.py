@@ -6,13 +6,14 @@ Prologue instances (input-only work) stand outside: every stage that reads their
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from ...costmodel.memory import StageState
+from ...costmodel.segment import RecomputePoint
 from ...profiler.graph import ModelGraph
 from ..interfaces import ShardingSolution
 
@@ -116,6 +117,21 @@ def interval_maxima(values: np.ndarray) -> np.ndarray:
     return table
 
 
+# What the backward makes again: (distinct segment, place in its recompute_points), the last of a segment counts.
+Recompute = frozenset[tuple[str, int]]
+NOTHING: Recompute = frozenset()
+
+
+def whole_segments(solution: ShardingSolution, names: Iterable[str]) -> Recompute:
+    """Their whole forward runs again."""
+    return frozenset((name, len(solution.costs[name].recompute_points) - 1) for name in names)
+
+
+def chosen_points(solution: ShardingSolution, recompute: Recompute) -> dict[str, RecomputePoint]:
+    """Of each distinct segment of which something is recomputed."""
+    return {name: solution.costs[name].recompute_points[level] for name, level in sorted(recompute)}
+
+
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Chain:
     """Per microbatch and rank, under one sharding and one choice of what to recompute. Arrays of length n (cuts: n+1).
@@ -208,13 +224,14 @@ class Chain:
 
 
 def build_chain(
-    graph: ModelGraph, shape: Shape, solution: ShardingSolution, recompute: Collection[str], compute_scale: float = 1.0
+    graph: ModelGraph, shape: Shape, solution: ShardingSolution, recompute: Recompute, compute_scale: float = 1.0
 ) -> Chain:
-    """recompute: distinct segments whose forward runs again in the backward. compute_scale: slower (or faster)
-    device.
-    """
+    """compute_scale: slower (or faster) device."""
     costs = [solution.costs[name] for name in shape.segments]
-    again = np.array([name in recompute for name in shape.segments])
+    points = chosen_points(solution, recompute)
+    again = np.array([name in points for name in shape.segments])
+    repeated = {name: (p.forward_s * compute_scale, p.forward_comm_s) for name, p in points.items()}
+    again_s, again_comm = np.array([repeated.get(name, (0.0, 0.0)) for name in shape.segments]).reshape(-1, 2).T
 
     def column(name: str) -> np.ndarray:
         return np.array([getattr(cost, name) for cost in costs], dtype=float)
@@ -224,8 +241,13 @@ def build_chain(
     forward = forward_compute + forward_comm
     weight = column("backward_weight_s") * compute_scale
     # a backward that runs the forward again is one piece, whatever the schedule
-    backward_input = column("backward_input_s") * compute_scale + backward_comm + np.where(again, forward + weight, 0.0)
-    saved, inputs = column("saved_bytes"), column("recompute_saved_bytes")
+    backward_input = column("backward_input_s") * compute_scale + backward_comm + np.where(again, weight, 0.0)
+    backward_input = backward_input + again_s + again_comm
+    saved = column("saved_bytes")
+    kept = np.array(
+        [points[name].saved_bytes if name in points else solution.costs[name].saved_bytes for name in shape.segments],
+        dtype=float,
+    )
     n = len(costs)
     cuts = {True: np.zeros(n + 2), False: np.zeros(n + 2)}
     for value, start, stop, has_gradient in shape.spans:
@@ -250,10 +272,10 @@ def build_chain(
         backward_input_s=backward_input,
         backward_weight_s=np.where(again, 0.0, weight),
         forward_comm_s=forward_comm,
-        backward_comm_s=backward_comm + np.where(again, forward_comm, 0.0),
-        activation_bytes=np.where(again, inputs, saved),
+        backward_comm_s=backward_comm + again_comm,
+        activation_bytes=kept,
         forward_workspace_bytes=column("workspace_bytes"),
-        backward_workspace_bytes=column("workspace_bytes") + np.where(again, np.maximum(saved - inputs, 0.0), 0.0),
+        backward_workspace_bytes=column("workspace_bytes") + np.maximum(saved - kept, 0.0),
         param_elements=column("param_elements"),
         trainable_elements=column("trainable_elements"),
         summed_elements=column("summed_elements"),

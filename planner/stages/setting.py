@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from ...profiler.workload import Workload
 from ..interfaces import ShardingSolution
 from ..space.candidates import Candidate
 from ..space.mesh_costs import MeshCosts
-from .chain import Chain, Shape, build_chain, model_shape
+from .chain import Chain, Recompute, Shape, build_chain, model_shape
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class Setting:
     kinds: StateBytes = field(init=False)
     _meshes: dict[MeshShape, MeshCosts] = field(default_factory=dict, init=False)
     _values: dict[Hashable, Any] = field(default_factory=dict, init=False)
-    _chains: dict[tuple[int, frozenset[str]], tuple[ShardingSolution, Chain]] = field(default_factory=dict, init=False)
+    _chains: dict[tuple[int, Recompute], tuple[ShardingSolution, Chain]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.shape = model_shape(self.graph)
@@ -54,8 +54,8 @@ class Setting:
             self._meshes[key] = MeshCosts(self.cluster, self.cost_model, key, self.workload.precision.compute)
         return self._meshes[key]
 
-    def chain(self, solution: ShardingSolution, recompute: Collection[str]) -> Chain:
-        key = (id(solution), frozenset(recompute))
+    def chain(self, solution: ShardingSolution, recompute: Recompute) -> Chain:
+        key = (id(solution), recompute)
         if key not in self._chains:
             self._chains[key] = solution, build_chain(self.graph, self.shape, solution, recompute)
         return self._chains[key][1]

@@ -1,0 +1,164 @@
+"""What of a segment the backward makes again: the frontier of seconds spent and bytes kept, under given placements.
+
+A unit (recompute_cut.py) is an op of the forward, or the collectives that bring a result into the form that is kept for
+the backward. Where an op runs again, so do the collectives that bring its operands to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from ...costmodel.segment import RecomputePoint
+from ...plans.placements import kept_key
+from ...profiler.op_view import origin
+from ...profiler.work import is_free, is_view
+from .recompute_cut import Choice, Unit, Values
+from .routes import Placed, Route
+
+
+@dataclass
+class _Made(Unit):
+    """compute_s: without collectives. own_comm_s: of the collectives that it is. readers: ops whose operands must be
+    moved for it."""
+
+    compute_s: float = 0.0
+    own_comm_s: float = 0.0
+    readers: list[fx.Node] = field(default_factory=list)
+
+
+class Recomputation:
+    """Units and values of a segment. op_s: of the forward's ops. collective_s: of a route's collectives."""
+
+    def __init__(
+        self,
+        placed: Placed,
+        op_s: Mapping[fx.Node, float],
+        routes: Collection[Route],
+        collective_s: Callable[[Route], float],
+    ) -> None:
+        self.placed, self.op_s = placed, op_s
+        self.route_s = [(route, collective_s(route)) for route in routes if route.phase == "forward"]
+        self.units: dict[str, _Made] = {}
+        self.num_bytes: dict[str, float] = {}  # of each value
+        self.made_by: dict[str, str] = {}  # value -> unit; none for the segment's inputs
+        self.needed: dict[str, None] = {}  # values that the backward reads
+        for node in placed.facts.views:
+            if node.meta.get("phase") == "backward":
+                for operand in node.all_input_nodes:
+                    if operand.meta.get("phase") != "backward" and (value := self._value(operand, [])):
+                        self.needed[value] = None
+        self._route_of = self._readers_of_routes()
+        for unit in self.units.values():
+            unit.seconds = unit.compute_s + unit.own_comm_s + sum(self.route_s[k][1] for k in self._routes([unit]))
+        self.values = Values(self.units, self.num_bytes, self.made_by, self.needed)
+
+    # ------------------------------------------------------------------ units
+
+    def _value(self, node: fx.Node, passed: list[fx.Node]) -> str:
+        """What must be at hand to read this node; "" for what is in any case. passed: gets the ops on the way, which
+        run again with the reader."""
+        source, output = origin(node)
+        while True:
+            form = self._form(source, output)
+            if form:
+                return form
+            if source.op == "placeholder":
+                return self._input(source)
+            if not (is_free(source) or is_view(source)):
+                return self._result(source, output)
+            passed.append(source)
+            tensors = self.placed.facts.views[source].operands
+            if not tensors:
+                return ""
+            source, output = origin(tensors[0])
+
+    def _form(self, source: fx.Node, output: int) -> str:
+        key, made = kept_key(source.name, output), self.placed.made(source, output)
+        shared = self.placed.shared(source, output, "forward")
+        if self.placed.at(key) is None or shared is None or shared == made or source.meta.get("phase") == "backward":
+            return ""
+        if key not in self.units:
+            unit = self.units[key] = _Made()
+            self.num_bytes[key], self.made_by[key] = self.placed.local_bytes(source, output, shared), key
+            unit.own_comm_s = sum(
+                seconds
+                for route, seconds in self.route_s
+                if (route.source, route.output, route.before, route.after) == (source, output, made, shared)
+            )
+            unit.reads = [value for value in [self._base(source, output, unit.readers)] if value]
+        return key
+
+    def _base(self, source: fx.Node, output: int, passed: list[fx.Node]) -> str:
+        """The value behind a form."""
+        if source.op == "placeholder":
+            return self._input(source)
+        if not (is_free(source) or is_view(source)):
+            return self._result(source, output)
+        passed.append(source)
+        tensors = self.placed.facts.views[source].operands
+        return self._value(tensors[0], passed) if tensors else ""
+
+    def _input(self, node: fx.Node) -> str:
+        if not node.name.startswith("input_"):
+            return ""
+        self.num_bytes[node.name] = self.placed.local_bytes(node, 0)
+        return node.name
+
+    def _result(self, node: fx.Node, output: int) -> str:
+        value = f"{node.name}.{output}"
+        self.num_bytes[value], self.made_by[value] = self.placed.local_bytes(node, output), node.name
+        if node.name not in self.units:
+            unit = self.units[node.name] = _Made(compute_s=self.op_s.get(node, 0.0), readers=[node])
+            read = [self._value(operand, unit.readers) for operand in self.placed.facts.views[node].operands]
+            unit.reads = [name for name in dict.fromkeys(read) if name]
+        return value
+
+    def _readers_of_routes(self) -> dict[fx.Node, list[int]]:
+        found: dict[fx.Node, list[int]] = {}
+        kept = {key for key in self.units if key.endswith(">kept")}
+        for k, (route, _) in enumerate(self.route_s):
+            is_form = kept_key(route.source.name, route.output) in kept and (
+                route.after == self.placed.shared(route.source, route.output, "forward")
+                and route.before == self.placed.made(route.source, route.output)
+            )
+            for reader in route.readers if not is_form else ():
+                found.setdefault(reader, []).append(k)
+        return found
+
+    # ------------------------------------------------------------------ points
+
+    def _routes(self, units: Collection[_Made]) -> set[int]:
+        return {k for unit in units for reader in unit.readers for k in self._route_of.get(reader, ())}
+
+    def point(self, choice: Choice, *, is_whole: bool = False) -> RecomputePoint:
+        """The figures of a choice; saved_bytes: less what is kept where nothing runs again, 0 for nothing."""
+        again, kept = self.values.walk(self.units.keys() if is_whole else choice)
+        units = [self.units[name] for name in again]
+        comm_s = sum(self.route_s[k][1] for k in self._routes(units)) + sum(unit.own_comm_s for unit in units)
+        freed = sum(self.num_bytes[name] for name in self.needed) - sum(self.num_bytes[name] for name in kept)
+        names = () if is_whole else tuple(sorted(again))
+        return RecomputePoint(names, sum(unit.compute_s for unit in units), comm_s, -int(freed), is_whole)
+
+
+def hull(points: Collection[RecomputePoint]) -> Iterator[RecomputePoint]:
+    """Those on the lower convex hull of (seconds, bytes) that begins at nothing run again, nothing freed."""
+    kept: list[tuple[float, float, RecomputePoint | None]] = [(0.0, 0.0, None)]
+    for point in sorted(points, key=lambda point: (point.seconds, point.saved_bytes)):
+        if point.saved_bytes >= kept[-1][1]:
+            continue
+        while len(kept) > 1 and _is_above(kept[-2], kept[-1], point):
+            kept.pop()
+        kept.append((point.seconds, point.saved_bytes, point))
+    return iter([point for _, _, point in kept if point is not None])
+
+
+def _is_above(
+    first: tuple[float, float, RecomputePoint | None],
+    middle: tuple[float, float, RecomputePoint | None],
+    last: RecomputePoint,
+) -> bool:
+    through = (last.saved_bytes - first[1]) * (middle[0] - first[0])
+    return (middle[1] - first[1]) * (last.seconds - first[0]) >= through

@@ -1,0 +1,107 @@
+"""Which results to make again: the choices on the hull of seconds spent and bytes kept, by minimum cuts.
+
+A unit makes values from values; some values are needed. A choice is a set of units: their values are not kept, and the
+unit runs again where they are needed. With a price on a byte the best choice is a minimum cut, as in Chen et al.,
+"Training Deep Nets with Sublinear Memory Cost" (2016), and PyTorch's partitioner: for a value a = 1 where it is at
+hand, for a unit r = 1 where it runs again; a byte kept costs where a = 1 and r = 0, a second where r = 1; r = 1 asks
+for a = 1 of what the unit reads. The prices are the slopes between the points found so far, so that the points are
+those of the lower convex hull.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import networkx
+
+MAX_CHOICES = 6
+WORTH = 0.02  # of the bytes that can be freed: a choice that frees less than this beyond its neighbour is left out
+SCALE = 1e15  # capacities are whole numbers, of this for all seconds and for all bytes together
+
+Choice = frozenset[str]  # names of units
+
+
+@dataclass
+class Unit:
+    """seconds: of one more run, alone. reads: values."""
+
+    seconds: float = 0.0
+    reads: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """choice: the units that run again, none that need not."""
+
+    choice: Choice
+    seconds: float
+    num_bytes: float
+
+
+@dataclass
+class Values:
+    """num_bytes: of each value. made_by: the unit of each, none where it is given. needed: values."""
+
+    units: Mapping[str, Unit]
+    num_bytes: Mapping[str, float]
+    made_by: Mapping[str, str]
+    needed: Collection[str]
+
+    def walk(self, choice: Collection[str]) -> tuple[set[str], set[str]]:
+        """(units that run again, values kept)."""
+        again: set[str] = set()
+        kept: set[str] = set()
+        stack = list(self.needed)
+        while stack:
+            value = stack.pop()
+            unit = self.made_by.get(value)
+            if unit is None or unit not in choice:
+                kept.add(value)
+            elif unit not in again:
+                again.add(unit)
+                stack.extend(self.units[unit].reads)
+        return again, kept
+
+    def figures(self, choice: Collection[str]) -> Figures:
+        again, kept = self.walk(choice)
+        seconds = sum(self.units[name].seconds for name in again)
+        return Figures(frozenset(again), seconds, sum(self.num_bytes[name] for name in kept))
+
+    def choices(self) -> list[Choice]:
+        """Those of the hull, by seconds, at most MAX_CHOICES; none that frees nothing."""
+        first, last = self.figures(()), self.figures(self.cut(seconds=1e-6, per_byte=1.0))
+        if last.num_bytes >= first.num_bytes:
+            return []
+        found, pairs, least = {first.choice: first, last.choice: last}, deque([(first, last)]), last
+        while pairs and len(found) <= MAX_CHOICES:
+            one, other = pairs.popleft()
+            drop, rise = one.num_bytes - other.num_bytes, other.seconds - one.seconds
+            if drop < 2 * WORTH * (first.num_bytes - least.num_bytes) or rise <= 0:
+                continue
+            middle = self.figures(self.cut(seconds=1.0, per_byte=rise / drop))
+            below = rise / drop * (one.num_bytes - middle.num_bytes) - (middle.seconds - one.seconds)
+            if middle.choice not in found and below > 1e-6 * rise:
+                found[middle.choice] = middle
+                pairs += [(one, middle), (middle, other)]
+        return [each.choice for each in sorted(found.values(), key=lambda each: each.seconds) if each.choice]
+
+    def cut(self, *, seconds: float, per_byte: float) -> Choice:
+        """The choice of least seconds * (seconds run again) + per_byte * (bytes kept)."""
+        second_costs = {name: seconds * unit.seconds for name, unit in self.units.items()}
+        byte_costs = {name: per_byte * num_bytes for name, num_bytes in self.num_bytes.items()}
+        total = sum(second_costs.values()) + sum(byte_costs.values())
+        scale = SCALE / total if total > 0 else 1.0
+        graph = networkx.DiGraph()
+        graph.add_nodes_from(["needed", "spent"])
+        for value, cost in byte_costs.items():
+            unit = self.made_by.get(value)
+            made = "spent" if unit is None else ("again", unit)
+            graph.add_edge(("at hand", value), made, capacity=round(scale * cost))
+        for name, unit in self.units.items():
+            graph.add_edge(("again", name), "spent", capacity=round(scale * second_costs[name]))
+            graph.add_edges_from((("again", name), ("at hand", value)) for value in unit.reads)
+        graph.add_edges_from(("needed", ("at hand", value)) for value in self.needed)
+        _, (side, _) = networkx.minimum_cut(graph, "needed", "spent")
+        return frozenset(key[1] for key in side if key[0] == "again")

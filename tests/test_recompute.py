@@ -1,0 +1,97 @@
+"""What the backward makes again: the choices are the best there are, the numbers stay, the bytes are those counted."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from captured import recorded
+from matrix import except_in_full
+from random_placements import random_solutions
+from test_passes_shard import MESHES, compare, run_program
+
+from shardwright import api, tasks
+from shardwright.checking import run_check
+from shardwright.planner.sharding.recompute_cut import Unit, Values
+from shardwright.plans.document import Plan
+from shardwright.plans.placements import kept_key
+from shardwright.profiler.hardware import parse_hardware
+from shardwright.profiler.op_view import is_op
+
+OTHERS = ["tiny-gpt2", "tiny-t5", "tiny-mixtral"]
+
+
+def random_values(seed: int) -> Values:
+    """Up to eight units, each of one or two values, that read earlier ones."""
+    draw = random.Random(seed)
+    given = [f"given{k}" for k in range(draw.randint(1, 2))]
+    num_bytes, made_by, units = {name: draw.randint(1, 9) for name in given}, {}, {}
+    for k in range(draw.randint(1, 8)):
+        reads = draw.sample(list(num_bytes), min(len(num_bytes), draw.randint(1, 3)))
+        units[f"op{k}"] = Unit(draw.choice([0, 1, 10, 50]), reads)
+        for value in range(draw.randint(1, 2)):
+            num_bytes[f"op{k}.{value}"], made_by[f"op{k}.{value}"] = draw.randint(1, 9), f"op{k}"
+    needed = draw.sample(list(num_bytes), draw.randint(1, len(num_bytes)))
+    return Values(units, num_bytes, made_by, needed)
+
+
+def test_choices_are_those_of_all_that_nothing_beats_at_any_price() -> None:
+    """At every price of a byte, the choices found do as well as any set of units."""
+    for seed in range(200):
+        values = random_values(seed)
+        every = [
+            values.figures(chosen)
+            for size in range(len(values.units) + 1)
+            for chosen in itertools.combinations(values.units, size)
+        ]
+        for price in (0.1, 1, 5, 20):
+            best = min(each.seconds + price * each.num_bytes for each in every)
+            cut = values.figures(values.cut(seconds=1.0, per_byte=price))
+            assert cut.seconds + price * cut.num_bytes == pytest.approx(best, rel=1e-6, abs=1e-6), (seed, price)
+        found = [values.figures(()), *(values.figures(choice) for choice in values.choices())]
+        assert found[-1].num_bytes == min(each.num_bytes for each in every)
+        assert all(one.seconds <= other.seconds for one, other in itertools.pairwise(found))
+        for each in found:  # none lies above the line between two others of all
+            assert not any(o.seconds < each.seconds and o.num_bytes <= each.num_bytes for o in every), seed
+
+
+def some_of(segment, solutions, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    names = []
+    for node in segment.joint.graph.nodes:
+        if is_op(node) and node.meta.get("phase") != "backward" and draw.random() < 0.6:
+            names.append(node.name)
+        key = kept_key(node.name, 0)
+        if draw.random() < 0.6 and any((segment.name, key) in s.places for s in solutions):
+            names.append(key)
+    return names
+
+
+@pytest.mark.parametrize(
+    "preset",
+    except_in_full(["tiny-llama", *OTHERS], OTHERS),
+)
+def test_whatever_is_made_again_the_numbers_stay(preset: str) -> None:
+    for i, one in enumerate(recorded(preset)):
+        sizes = MESHES[i % len(MESHES)]
+        solutions = random_solutions(one.segment, sizes, i)
+        names = some_of(one.segment, solutions, i)
+        found, _ = run_program(one, solutions, sizes, names)
+        compare(one, found)
+
+
+def test_between_all_and_nothing_a_plan_makes_some_results_again_and_the_numbers_stay() -> None:
+    """Memory for half of what recomputation can free; the program's losses and gradients are the model's."""
+    workload = tasks.check_workload({"model": "preset:tiny-llama", "global_batch": 8, "seq_len": 256})
+
+    def plan(limit_bytes: int | None = None, recompute: str = "auto") -> Plan:
+        force = {"tp": "2", "recompute": recompute, "schedule": "1f1b", "microbatch": "8"}
+        return api.plan(workload, parse_hardware("2xCPU"), force=force, memory_limit_bytes=limit_bytes)
+
+    most, least = (plan(recompute=choice).predicted.peak_bytes[0] for choice in ("none", "all"))
+    assert least < most
+    made = plan((most + least) // 2)
+    assert any(isinstance(choice, tuple) for choice in made.memory_policy.recompute.values())
+    assert made.predicted.peak_bytes[0] <= (most + least) // 2
+    assert run_check(made).ok
