@@ -63,9 +63,23 @@ def in_flight_profiles(name: str, num_ranks: int, num_microbatches: int, num_chu
     if name == "gpipe" and v == 1:
         return tuple(np.array([[m]]) for _ in range(p))
     # beyond a few rounds the steady state of one direction repeats, where there is one
-    few = [cached_schedule(name, p, min(m, rounds * p + m % p), v) for rounds in (4, 5)]
-    repeats = SCHEDULES[name].directions == 1 and few[0].in_flight() == few[1].in_flight()
-    schedule = few[0] if repeats else cached_schedule(name, p, m, v)
+    few, more = (min(m, rounds * p + m % p) for rounds in (4, 5))
+    return _profiles(name, p, few if _repeats(name, p, few, more, v) else m, v)
+
+
+@lru_cache(maxsize=PROFILES)
+def _repeats(name: str, num_ranks: int, few: int, more: int, num_chunks: int) -> bool:
+    """Does the order of so many microbatches hold as many at once as that of more?"""
+    if SCHEDULES[name].directions == 2:
+        return False
+    held = [cached_schedule(name, num_ranks, count, num_chunks).in_flight() for count in (few, more)]
+    return held[0] == held[1]
+
+
+@lru_cache(maxsize=PROFILES)
+def _profiles(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> tuple[np.ndarray, ...]:
+    p, v = num_ranks, num_chunks
+    schedule = cached_schedule(name, p, num_microbatches, v)
     profiles = []
     direction, stages = schedule.direction, stages_by_rank(name, p, v)
     for rank, actions in enumerate(schedule.ranks):
@@ -149,7 +163,7 @@ def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Inte
     return setting.once(_interval_bytes, key, setting, candidate, chain)
 
 
-def _state(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
+def state_memory_of(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
     c = candidate
     return memory.state_memory(state, setting.kinds, c.state_ranks, c.zero, c.count, kind, c.extents)
 
@@ -157,7 +171,7 @@ def _state(setting: Setting, candidate: Candidate, state: StageState, kind: str)
 def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
     kind = setting.mesh(candidate).devices[0].kind
     state = StageState(chain.param_of, chain.trainable_of, chain.buffer_of, chain.largest_of)
-    held = _state(setting, candidate, state, kind)
+    held = state_memory_of(setting, candidate, state, kind)
     lasting = held.parameters + held.optimizer + held.buffers
     if candidate.num_stages > 1:
         cut = boundary_bytes(chain.cut_forward_bytes + chain.cut_backward_bytes)
@@ -226,7 +240,7 @@ class _WholeBytes(NamedTuple):
 def _whole_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
     n, kind = chain.num_instances, setting.mesh(candidate).devices[0].kind
     whole = StageState(chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n], 0)
-    held = _state(setting, candidate, whole, kind)
+    held = state_memory_of(setting, candidate, whole, kind)
     return _WholeBytes(
         held.parameters + held.optimizer + held.buffers,
         float(chain.activation_bytes.sum()),
@@ -240,7 +254,7 @@ def _whole_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> _Whole
 def state_share(setting: Setting, candidate: Candidate) -> float:
     """What a byte of training state, before ZeRO, weighs beside one that a microbatch keeps for the backward."""
     unit = 1 << 20
-    held = _state(setting, candidate, StageState(unit, unit, 0, 0), setting.mesh(candidate).devices[0].kind)
+    held = state_memory_of(setting, candidate, StageState(unit, unit, 0, 0), setting.mesh(candidate).devices[0].kind)
     each = (held.parameters + held.optimizer + held.gradients) / unit / setting.kinds.of_trained
     in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
     return float(f"{each / in_flight:.1g}")
@@ -263,7 +277,7 @@ def rank_breakdown(
     chunks = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)[:, rank].tolist()
     stages = [(bounds[s], bounds[s + 1]) for s in sorted(set(chunks))]  # two directions may share one
     kind = setting.mesh(candidate).devices[rank].kind
-    held = [_state(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
+    held = [state_memory_of(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
     if activation_bytes is None:
         each = np.array([stage_activation(chain, bounds[s], bounds[s + 1]) for s in chunks])
         profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from ...errors import ExitCode, ShardwrightError
 from ..memory.options import MemoryOption
 from ..memory.rank_bytes import fits, mean_bytes, quick_peaks, state_share
+from ..memory.too_large import is_too_large
 from ..space.candidates import Candidate
 from ..stages.chain import Chain
 from .outcome import Outcome
@@ -211,6 +212,8 @@ class _Scoring:
         if self.state.forced.cuts is not None or candidate.num_stages == 1:
             bounds = (0, *self._forced_positions(), chain.num_instances)
             return _Fit(bounds, 0.0, True) if fits(setting, candidate, chain, bounds) else None
+        if is_too_large(setting, candidate, chain):
+            return None
         free = find_cuts(setting, candidate, chain, ignore_memory=True)
         if free is None:
             return None

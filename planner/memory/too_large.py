@@ -1,0 +1,86 @@
+"""A proof that no cuts of a chain fit, without looking for any.
+
+A relaxation: a rank may hold parts of positions, and any of them. Of the positions that it holds let L be the bytes
+that last, gradients among them, and A those that one microbatch keeps. Pipeline rank r needs at least
+
+    (L + h_r A + e) slack + reserve  <=  limit_r
+
+h_r: microbatches that it holds at some moment, however A is spread over its chunks                (least_held)
+e:   what one of its stages holds beside at a time: with v chunks at least the v-th least of any position
+
+Positions that keep much for what lasts of them belong on the ranks of least h_r: two that lie otherwise leave more room
+when parts of them change places. So filling the ranks in that order decides.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from ...costmodel import memory
+from ...costmodel.memory import StageState
+from ...schedules.published.library import SCHEDULES
+from ..space.candidates import Candidate
+from ..stages.chain import Chain
+from ..stages.setting import Setting
+from .rank_bytes import PROFILES, num_groups, profile_table, state_memory_of
+
+ROUNDS = 40  # of the game; more only raise h_r
+ROUNDING = 1 + 1e-9  # of sums in another order
+
+
+@lru_cache(maxsize=PROFILES)
+def least_held(name: str, num_ranks: int, num_microbatches: int, num_chunks: int) -> np.ndarray:
+    """[rank] -> microbatches that the rank holds at some moment, weighed by its chunks' shares of its activations,
+    whatever these are: a bound from below on the value of the game of moments against shares, by fictitious play."""
+    held = profile_table(name, num_ranks, num_microbatches, num_chunks)  # [rank, moment, chunk]
+    ranks = np.arange(num_ranks)
+    shares = np.full((num_ranks, num_chunks), 1.0 / num_chunks)
+    total, best = np.zeros((num_ranks, num_chunks)), np.zeros(num_ranks)
+    for count in range(1, ROUNDS + 1):
+        total += held[ranks, np.einsum("rkc,rc->rk", held, shares).argmax(axis=1)]
+        best = np.maximum(best, total.min(axis=1) / count)  # of any mixture of moments, the chunk that holds least
+        shares *= count / (count + 1)
+        shares[ranks, total.argmin(axis=1)] += 1 / (count + 1)
+    return best
+
+
+def is_too_large(setting: Setting, candidate: Candidate, chain: Chain) -> bool:
+    """Is it proven that no cuts fit? Of schedules of two directions nothing is."""
+    c = candidate
+    if SCHEDULES[c.schedule].directions == 2:
+        return False
+    key = (chain, c.state_ranks, c.zero, c.extents, c.count > 1)
+    lasting, kept, beside = setting.once(_position_bytes, key, setting, candidate, chain)
+    kind = setting.mesh(candidate).devices[0].kind
+    reserve = memory.reserve_bytes(kind, num_groups(candidate))
+    rooms = (setting.limits(candidate) - reserve) / memory.slack_factor(kind) * ROUNDING - beside[: c.virtual_stages][
+        -1
+    ]
+    held = least_held(c.schedule, c.pp, c.count, c.virtual_stages)
+    places, placed = np.arange(len(kept) + 1), 0.0  # positions that the ranks so far hold, the last one in part
+    for rank in np.argsort(held):
+        needs = np.concatenate([[0.0], np.cumsum(lasting + held[rank] * kept)])
+        filled = np.interp(placed, places, needs) + max(rooms[rank], 0.0)
+        if filled >= needs[-1]:
+            return False
+        placed = float(np.interp(filled, needs, places))
+    return True
+
+
+def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lasting, kept, beside) of each position: those that keep most for what lasts first; beside: least first."""
+    params, trainable = chain.param_elements.copy(), chain.trainable_elements.copy()
+    for repeat in chain.repeats:  # may be held once
+        params[repeat.later] -= repeat.elements
+        trainable[repeat.later] -= repeat.trainable
+    # a stage's share is rounded up once, not for each of its positions
+    whole = [np.maximum(elements - candidate.state_ranks, 0.0) for elements in (params, trainable)]
+    kind = setting.mesh(candidate).devices[0].kind
+    state = state_memory_of(setting, candidate, StageState(*whole, chain.buffer_bytes, chain.param_elements), kind)
+    lasting = state.parameters + state.optimizer + state.buffers + state.gradients
+    workspace = np.maximum(chain.forward_workspace_bytes, chain.backward_workspace_bytes)
+    order = np.argsort(-chain.activation_bytes / np.maximum(lasting, 1.0))
+    beside = np.sort(state.gathered_each + state.fresh_each + workspace)
+    return lasting[order], chain.activation_bytes[order], beside
