@@ -137,18 +137,19 @@ class StateMemory:
 def state_memory(
     state: StageState,
     kinds: StateBytes,
-    dp: int,
+    state_ranks: int,
     zero: int,
     num_microbatches: int,
     device_kind: str,
     extents: Extents | None = None,
 ) -> StateMemory:
-    """See the module's table. zero counts where dp > 1. extents: over all of dp where None."""
-    zero = zero if dp > 1 else 0
-    extents = extents if extents is not None and zero else Extents.of(zero, dp)
+    """See the module's table. state_ranks: over which ZeRO may split; with one of them `zero` counts for
+    nothing. extents: over all of them where None."""
+    zero = zero if state_ranks > 1 else 0
+    extents = extents if extents is not None and zero else Extents.of(zero, state_ranks)
     params, trainable, largest = state.param_elements, state.trainable_elements, state.largest_segment_elements
     shard = _share(trainable, extents.optimizer)
-    accumulates = dp > 1 or num_microbatches > 1
+    accumulates = state_ranks > 1 or num_microbatches > 1
     each = kinds.reduce if accumulates else kinds.compute
     in_master = kinds.reduces_in_master if accumulates else kinds.single_copy
     gathered = round(assumed("gathered_units")) * kinds.compute if zero == 3 else 0

@@ -68,8 +68,9 @@ def route(before: Places, after: Places) -> tuple[Step, ...] | None:
     """The collectives, one axis at a time, that take a tensor between placements on a mesh; None where none do.
 
     Of all orders the one that moves the fewest bytes, those over outer axes, whose links are slower, counting for more
-    (axes are taken as equally long, so that a route depends on the placements alone). An axis cuts or joins a dimension
-    only while no other axis cuts it; two axes that swap dimensions are parted by making the tensor whole on one first.
+    (axes are taken as equally long, so that a route depends on the placements alone). Axes that cut the same dimension
+    each cut what those outside them left, so an axis cuts or joins a dimension only while no axis inside it cuts it.
+    Where that leaves no order, as for two axes that swap dimensions, the tensor is made whole on one of them first.
     """
     changed = [k for k in range(len(before)) if before[k] != after[k]]
     if any(transition(before[k], after[k]) is None for k in changed):
@@ -77,7 +78,9 @@ def route(before: Places, after: Places) -> tuple[Step, ...] | None:
     orders = [steps for order in itertools.permutations(changed) if (steps := _steps(before, after, order)) is not None]
     if orders:
         return min(orders, key=lambda steps: _weight(before, steps))
-    k = next(k for k in reversed(changed) if before[k] >= 0 and after[k] >= 0)
+    swapped = [k for k in changed if before[k] >= 0 and after[k] >= 0]
+    innermost = max(k for k, place in enumerate(before) if place >= 0)
+    k = swapped[-1] if swapped and not _blocked(swapped[-1], before, R) else innermost
     rest = route((*before[:k], R, *before[k + 1 :]), after)
     return ((k, before[k], R), *rest) if rest is not None else None
 
@@ -85,7 +88,7 @@ def route(before: Places, after: Places) -> tuple[Step, ...] | None:
 def way(before: Places, after: Places) -> tuple[Step, ...] | None:
     """The route of a value that is there. The gradient of a parameter may also be a shard that has to leave as a
     partial sum (on data axes all do): it is padded with zeros, first and without traffic. No op is offered that."""
-    padded = tuple((k, b, P) for k, (b, a) in enumerate(zip(before, after, strict=True)) if b >= 0 and a == P)
+    padded = tuple((k, before[k], P) for k in reversed(range(len(before))) if before[k] >= 0 and after[k] == P)
     sums = tuple(P if b >= 0 and a == P else b for b, a in zip(before, after, strict=True))
     rest = route(sums, after)
     return (*padded, *rest) if rest is not None else None
@@ -97,7 +100,7 @@ _BYTES = {"local": 0.0, "all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 
 def _steps(before: Places, after: Places, order: Sequence[int]) -> tuple[Step, ...] | None:
     current, steps = list(before), []
     for k in order:
-        if _touched(k, current, after[k]):
+        if _blocked(k, current, after[k]):
             return None
         steps.append((k, current[k], after[k]))
         current[k] = after[k]
@@ -113,9 +116,10 @@ def _weight(before: Places, steps: Sequence[Step]) -> float:
     return total
 
 
-def _touched(k: int, current: list[int], target: int) -> bool:
+def _blocked(k: int, current: Sequence[int], target: int) -> bool:
+    """Does an axis inside this one cut a dimension that it would cut or join?"""
     dims = {place for place in (current[k], target) if place >= 0}
-    return any(current[j] in dims for j in range(len(current)) if j != k)
+    return any(place in dims for place in current[k + 1 :])
 
 
 def shares(places: Places, sizes: Sequence[int]) -> int:

@@ -40,7 +40,7 @@ def _can_fuse(parameters: list[nn.Parameter]) -> bool:
 def start_grad_norm(store: ParameterStore) -> Summing:
     """The square of the 2-norm of the gradient of the whole model, on its way to every rank.
 
-    Shards, copies over dp or tp or of a second direction, and parameters tied over stages are each counted once; the
+    Shards, copies over mesh axes or of a second direction, and parameters tied over stages are each counted once; the
     sum is taken in float64.
     """
     grads = [grad for name, grad in store.local_grads().items() if store.counts_once(name)]

@@ -127,6 +127,24 @@ def test_no_modules_import_each_other_in_a_circle():
     assert not circles
 
 
+def test_axes_are_named_in_one_place():
+    """Code asks for axes of a kind (plans/axes.py), so that one more axis is one more role."""
+    pair, wrong = {"dp", "tp"}, []
+    for path in python_files():
+        if path.relative_to(ROOT).as_posix() == "plans/axes.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = (
+                [node.value] if isinstance(node, ast.Constant)
+                else [node.attr] if isinstance(node, ast.Attribute)
+                else [node.arg] if isinstance(node, (ast.arg, ast.keyword))
+                else [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+                else []
+            )  # fmt: skip
+            wrong += [f"{path.relative_to(ROOT)}:{node.lineno}" for name in named if name in pair]
+    assert not wrong
+
+
 def test_importing_the_package_imports_no_torch():
     code = (
         "import sys, shardwright; dir(shardwright); assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
