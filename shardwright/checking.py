@@ -27,9 +27,8 @@ from .profiler.models import reload_workload
 from .profiler.workload import Workload
 from .self_test import is_applicable
 from .self_test import self_test as run_self_test
-from .tasks import check_workload
+from .tasks import TOLERANCE, check_workload
 
-TOLERANCE = 1e-9  # relative, as promised for float64
 SMALL_PARAMS = 2_000_000  # models up to this size are checked as they are
 SMALL_SEQ_LEN = 16
 SMALL_IMAGE_TOKENS = 32  # a small image's placeholders, beside the text

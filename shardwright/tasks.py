@@ -21,6 +21,10 @@ from .profiler.models import make_reference_dtype, reload_workload
 from .profiler.workload import OptimizerSpec, Workload
 from .runtime.program import Program
 
+TOLERANCE = 1e-9  # relative, as promised for float64
+# Of the largest gradient: TOLERANCE of it is 64 roundings of float64
+CANCELLED = 64 * torch.finfo(torch.float64).eps / TOLERANCE
+
 Report = Callable[..., None]
 
 
@@ -106,8 +110,9 @@ def trainable(workload: Workload) -> list[torch.nn.Parameter]:
 def compare(found: Mapping[str, torch.Tensor], workload: Workload, plan: Plan) -> dict[str, float]:
     """Largest difference of each gradient, relative to its largest entry.
 
-    An entry that is zero but for rounding has no digits to agree on: the scale is at least a millionth of the largest
-    gradient of the model. A gradient that one side lacks counts as infinitely wrong.
+    A gradient below a millionth of the model's largest is taken for a sum that cancels, as of a bias before a
+    normalization: it has no digits of its own to agree on, and is compared at CANCELLED of the largest. A gradient that
+    one side lacks counts as infinitely wrong.
     """
     expected = {name: p.grad for name, p in workload.model.named_parameters() if p.grad is not None}
     largest = max(map(_largest, expected.values()), default=0.0)
@@ -117,7 +122,9 @@ def compare(found: Mapping[str, torch.Tensor], workload: Workload, plan: Plan) -
             present = found.get(name, expected.get(name))
             errors[name] = float("inf") if present is not None and _largest(present) > 0 else 0.0
             continue
-        scale = max(_largest(expected[name]), 1e-6 * largest, 1e-300)
+        scale = max(_largest(expected[name]), 1e-300)
+        if scale < 1e-6 * largest:
+            scale = CANCELLED * largest
         errors[name] = _largest(found[name] - expected[name]) / scale
     return errors
 

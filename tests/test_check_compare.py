@@ -1,0 +1,36 @@
+"""What check holds two gradients to."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from shardwright.checking import TOLERANCE
+from shardwright.tasks import compare
+
+
+def errors(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros(2, dtype=torch.float64)) for name in expected})
+    for name, value in expected.items():
+        model[name].grad = torch.full((2,), value, dtype=torch.float64)
+    given = {name: torch.full((2,), value, dtype=torch.float64) for name, value in found.items()}
+    return compare(given, SimpleNamespace(model=model), None)
+
+
+@pytest.mark.parametrize("grad", [0.0, 1e-17, -3e-16])
+def test_a_gradient_that_cancels_may_differ_by_roundings_of_the_largest(grad: float) -> None:
+    assert errors({"w": 1.0, "b": grad + 5e-15}, {"w": 1.0, "b": grad})["b"] <= TOLERANCE
+    assert errors({"w": 1.0, "b": grad + 5e-14}, {"w": 1.0, "b": grad})["b"] > TOLERANCE
+
+
+@pytest.mark.parametrize("grad", [1.0, 1e-3, 2e-6])
+def test_any_other_is_held_to_its_own_digits(grad: float) -> None:
+    assert errors({"w": 1.0, "b": grad * (1 + 1e-10)}, {"w": 1.0, "b": grad})["b"] <= TOLERANCE
+    assert errors({"w": 1.0, "b": grad * (1 + 2e-9)}, {"w": 1.0, "b": grad})["b"] > TOLERANCE
+
+
+def test_a_gradient_that_one_side_lacks_is_wrong() -> None:
+    assert errors({"w": 1.0}, {"w": 1.0, "b": 1.0})["b"] == float("inf")
