@@ -16,6 +16,7 @@ from ..plans.order import splits_backward
 from ..plans.placements import AxisSolution, read_placements
 from ..profiler.graph import ModelGraph, Segment
 from ..profiler.op_view import is_op
+from ..profiler.slots import INPUT, OUTPUT, PARAM, PARAM_GRAD, TANGENT, slot_name, slot_names
 from .improve import Part, dump, improve_backward, improve_forward
 from .partition import Recompute, partition
 from .program import SegmentProgram
@@ -111,14 +112,13 @@ def build_segment_program(
         verify(segment, context, forward, [split.inputs, split.weights], repeats)
 
     def metas(kind: str, infos: tuple) -> tuple:  # type: ignore[type-arg]
-        return tuple(
-            (tuple(local_shape(info.shape, places(f"{kind}_{i}"), axes)), info.dtype) for i, info in enumerate(infos)
-        )
+        named = zip(slot_names(kind, len(infos)), infos, strict=True)
+        return tuple((tuple(local_shape(info.shape, places(name), axes)), info.dtype) for name, info in named)
 
     def shards(kind: str, count: int) -> tuple[dict[str, int], ...]:
         return tuple(
-            {a.name: place for a, place in zip(axes, places(f"{kind}_{i}"), strict=True) if place >= 0 and a.size > 1}
-            for i in range(count)
+            {a.name: place for a, place in zip(axes, places(name), strict=True) if place >= 0 and a.size > 1}
+            for name in slot_names(kind, count)
         )
 
     gradients = _returned_gradients(backward, segment)
@@ -136,15 +136,15 @@ def build_segment_program(
         tangent_outputs=tuple(tangents),
         input_grads=tuple(gradients[len(segment.param_shapes) :]),
         param_grads=tuple(gradients[: len(segment.param_shapes)]),
-        param_shards=shards("param", len(segment.param_shapes)),
+        param_shards=shards(PARAM, len(segment.param_shapes)),
         grad_partial_axes=tuple(_partial_axes(axes, solutions, name, i) for i in range(len(segment.param_shapes))),
-        output_meta=metas("output", segment.outputs),
-        output_shards=shards("output", len(segment.outputs)),
-        input_meta=metas("input", segment.inputs),
+        output_meta=metas(OUTPUT, segment.outputs),
+        output_shards=shards(OUTPUT, len(segment.outputs)),
+        input_meta=metas(INPUT, segment.inputs),
         into_slots=into_slots,
         split=split,
         collectives=collectives,
-        tangent_meta=metas("tangent", tuple(segment.outputs[j] for j in tangents)),
+        tangent_meta=metas(TANGENT, tuple(segment.outputs[j] for j in tangents)),
     )
 
 
@@ -175,5 +175,5 @@ def _partial_axes(
     return tuple(
         axis.name
         for axis, s in zip(axes, solutions, strict=True)
-        if axis.size > 1 and s.places.get((segment, f"param_grad_{slot}"), R) == P
+        if axis.size > 1 and s.places.get((segment, slot_name(PARAM_GRAD, slot)), R) == P
     )

@@ -17,8 +17,8 @@ from torch import fx
 
 from ..profiler.graph import Segment
 from ..profiler.nodes import needed_for
+from ..profiler.slots import BUFFER, GRADIENTS, INPUT, LASTING, TANGENT, kind_of, slot_name
 from ..profiler.work import VIEWS, is_free
-from .shard import result_keys
 
 aten = torch.ops.aten
 Recompute = bool | Collection[str]
@@ -34,18 +34,18 @@ def partition(
     """
     graph = joint.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    both = [n for n in placeholders if n.name.startswith(("param_", "buffer_")) or n.name == "key"]
-    inputs = [n for n in placeholders if n.name.startswith("input_")]
-    tangents = [n for n in placeholders if n.name.startswith("tangent_")]
+    both = [n for n in placeholders if kind_of(n.name) in LASTING]
+    inputs = [n for n in placeholders if kind_of(n.name) == INPUT]
+    tangents = [n for n in placeholders if kind_of(n.name) == TANGENT]
     results = dict(
-        zip(result_keys(segment), next(n for n in reversed(graph.nodes) if n.op == "output").args[0], strict=True)
+        zip(segment.signature.results, next(n for n in reversed(graph.nodes) if n.op == "output").args[0], strict=True)
     )
-    forward_results = [v for k, v in results.items() if k.startswith(("output_", "update_"))]
-    backward_results = [v for k, v in results.items() if k.startswith(("param_grad_", "input_grad_"))]
+    forward_results = [v for k, v in results.items() if kind_of(k) not in GRADIENTS]
+    backward_results = [v for k, v in results.items() if kind_of(k) in GRADIENTS]
     if not any(isinstance(v, fx.Node) for v in backward_results):
         return extract(joint, [*both[:-1], *inputs, both[-1]], forward_results), None, []
     kept = _kept(graph, backward_results, _recomputed(recompute))
-    written = {f"buffer_{slot}" for slot in segment.mutated_buffers}
+    written = {slot_name(BUFFER, slot) for slot in segment.mutated_buffers}
     copies = [n for n in both if n.name in written and recompute and n.users]
     forward = extract(joint, [*both[:-1], *inputs, both[-1]], [*forward_results, *kept, *copies], clone=set(copies))
     # a buffer that the forward overwrites is read by the recomputation as it was before
@@ -84,7 +84,7 @@ def _kept(graph: fx.Graph, wanted: list[Any], is_again: Callable[[fx.Node], bool
             continue
         seen.add((node, inside))
         if node.op == "placeholder":
-            if node.name.startswith("input_"):
+            if kind_of(node.name) == INPUT:
                 kept[node] = None
             continue
         runs_again = node.meta.get("phase") == "forward" and not is_free(node)

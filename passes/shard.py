@@ -23,6 +23,7 @@ from ..plans.placements import AxisSolution, kept_key
 from ..profiler.graph import Segment
 from ..profiler.op_view import is_op, origin, view_of
 from ..profiler.signature import results
+from ..profiler.slots import UPDATE, kind_of
 from .formats import arranged
 from .lowerings import LOWERINGS, nll
 from .redistribute import Emitter, MeshAxis, redistribute
@@ -271,21 +272,10 @@ class _Sharding:
             self.emit.phase = phase
             made = self._made(source, output)
             target = tuple(
-                s.places.get((name, key), R if key.startswith("update_") else place)
+                s.places.get((name, key), R if kind_of(key) == UPDATE else place)
                 for s, place in zip(self.context.solutions, made, strict=True)
             )
             found[key] = self._move(source, output, self.env[(source, output)], made, target)
-        keys = result_keys(self.segment)
-        self.graph.output(tuple(found.get(key) for key in keys))
+        self.graph.output(tuple(found.get(key) for key in self.segment.signature.results))
         self.graph.eliminate_dead_code()
         return fx.GraphModule(torch.nn.Module(), self.graph)
-
-
-def result_keys(segment: Segment) -> list[str]:
-    """Names of everything that the joint graph returns, in order."""
-    return (
-        [f"output_{k}" for k in range(len(segment.outputs))]
-        + [f"update_{k}" for k in range(len(segment.mutated_buffers))]
-        + [f"param_grad_{k}" for k in range(len(segment.param_shapes))]
-        + [f"input_grad_{k}" for k in range(len(segment.inputs))]
-    )

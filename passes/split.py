@@ -13,9 +13,8 @@ from typing import Any
 from torch import fx
 
 from ..profiler.nodes import needed_for
+from ..profiler.slots import LASTING, PARAM, kind_of
 from .partition import extract, is_free
-
-_HANDED_TO_BOTH = ("param_", "buffer_")
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class SplitBackward:
 
 def split_backward(backward: fx.GraphModule, num_params: int) -> SplitBackward:
     placeholders = [node for node in backward.graph.nodes if node.op == "placeholder"]
-    both = [node for node in placeholders if node.name.startswith(_HANDED_TO_BOTH) or node.name == "key"]
+    both = [node for node in placeholders if kind_of(node.name) in LASTING]
     output: Any = next(node for node in reversed(backward.graph.nodes) if node.op == "output")
     param_grads, input_grads = list(output.args[0][:num_params]), list(output.args[0][num_params:])
     for_inputs = needed_for(input_grads)
@@ -54,7 +53,7 @@ def split_backward(backward: fx.GraphModule, num_params: int) -> SplitBackward:
     inputs = extract(backward, placeholders, [*input_grads, *handed_on])
     weights = extract(backward, [*both, *handed_on], param_grads)
     read = {node.name for node in weights.graph.nodes if node.op == "placeholder" and node.users}
-    return SplitBackward(inputs, weights, any(name.startswith("param_") for name in read))
+    return SplitBackward(inputs, weights, any(kind_of(name) == PARAM for name in read))
 
 
 def _is_made(node: fx.Node, for_inputs: set[fx.Node]) -> bool:

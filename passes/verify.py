@@ -22,6 +22,7 @@ from ..profiler.joint import flatten_outputs
 from ..profiler.nodes import needed_for
 from ..profiler.op_view import is_op, origin, view_of
 from ..profiler.signature import results
+from ..profiler.slots import UPDATE, kind_of
 from .shard import Places, ShardContext, local_shape, whole_on_short
 from .values import c10d
 
@@ -147,7 +148,7 @@ class _Implied:
                 yield source, output, shared, wanted, phase
         for key, (source, output), phase in results(self.segment):
             made = tuple(s.of_result(name, source, output) for s in solutions)
-            default = (R,) * len(made) if key.startswith("update_") else made
+            default = (R,) * len(made) if kind_of(key) == UPDATE else made
             wanted = tuple(s.places.get((name, key), p) for s, p in zip(solutions, default, strict=True))
             yield source, output, made, wanted, phase
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from .graph import Segment
+from .slots import BUFFER, slot_name
 
 aten = torch.ops.aten
 _SUMS = (aten.add.Tensor, aten.add.Scalar)
@@ -23,7 +24,7 @@ def update_scales(segment: Segment) -> dict[int, float | None]:
     first = len(segment.outputs)
     scales: dict[int, float | None] = {}
     for position, slot in enumerate(segment.mutated_buffers, start=first):
-        buffer = placeholders[f"buffer_{slot}"]
+        buffer = placeholders[slot_name(BUFFER, slot)]
         dependent = _behind(buffer)
         read = any(isinstance(n, fx.Node) and n in dependent for k, n in enumerate(outputs) if k != position)
         scales[slot] = None if read else _scale(outputs[position], buffer, dependent)

@@ -25,7 +25,7 @@ from .functional import copy, without_writes, writes_or_restrides
 from .graph import Segment
 from .nodes import value
 from .random_ops import refuse_random
-from .slots import BUFFER, INPUT, KEY, PARAM, TANGENT, JointSignature, kind_of, slot, slots
+from .slots import BUFFER, INPUT, KEY, LASTING, PARAM, TANGENT, JointSignature, kind_of, slot_name, slot_names
 from .work import is_view
 
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ def forward_module(
     env: dict[fx.Node, fx.Node] = {}
     for kind, nodes in ((PARAM, piece.params), (BUFFER, piece.buffers), (INPUT, piece.inputs), (KEY, [key])):
         for i, node in enumerate(nodes):
-            env[node] = graph.placeholder(slot(kind, i) if kind != KEY else KEY)
+            env[node] = graph.placeholder(slot_name(kind, i) if kind != KEY else KEY)
             env[node].meta["val"] = value(node)
     for node in piece.nodes:
         new = graph.node_copy(node, lambda n: env[n])
@@ -151,7 +151,7 @@ def _functional(forward: fx.GraphModule, args: Sequence[Any]) -> fx.GraphModule:
 
 
 def _name_placeholders(traced: fx.GraphModule, signature: JointSignature, last: str) -> None:
-    names = [*signature.arguments, *slots(TANGENT, len(signature.tangents))]
+    names = [*signature.arguments, *slot_names(TANGENT, len(signature.tangents))]
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     phase = "forward"
     for node in traced.graph.nodes:
@@ -187,7 +187,7 @@ def _view_again(traced: fx.GraphModule) -> None:
         root = node
         while root.op == "call_function" and not is_getitem(root) and is_view(root):
             root = root.args[0]  # type: ignore[assignment]
-        return not (root.op == "placeholder" and kind_of(root.name) in (PARAM, BUFFER, KEY))
+        return not (root.op == "placeholder" and kind_of(root.name) in LASTING)
 
     def remake(node: fx.Node, before: fx.Node) -> fx.Node:
         if not viewed(node):

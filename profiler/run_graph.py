@@ -16,6 +16,7 @@ from torch import fx
 from .global_loss import SHARE
 from .graph import ModelGraph, Segment, SegmentInstance
 from .joint import flatten_outputs
+from .slots import TANGENT, kind_of
 
 Tensors = Mapping[str, torch.Tensor]
 _ANY_STRIDES = {
@@ -86,7 +87,7 @@ class _Running:
         self.env: dict[fx.Node, Any] = {}
         self.tangents: list[fx.Node] = []
         for node in segment.joint.graph.nodes:
-            if node.op == "placeholder" and node.name.startswith("tangent_"):
+            if node.op == "placeholder" and kind_of(node.name) == TANGENT:
                 self.tangents.append(node)
             elif node.op == "placeholder":
                 self.env[node] = next(given)

@@ -13,14 +13,16 @@ from typing import Any
 
 PARAM, BUFFER, INPUT, KEY, TANGENT = "param", "buffer", "input", "key", "tangent"
 OUTPUT, UPDATE, PARAM_GRAD, INPUT_GRAD = "output", "update", "param_grad", "input_grad"
+GRADIENTS = (PARAM_GRAD, INPUT_GRAD)
+LASTING = (PARAM, BUFFER, KEY)  # there before a forward and after its backward
 
 
-def slot(kind: str, index: int) -> str:
+def slot_name(kind: str, index: int) -> str:
     return f"{kind}_{index}"
 
 
-def slots(kind: str, count: int) -> list[str]:
-    return [slot(kind, index) for index in range(count)]
+def slot_names(kind: str, count: int) -> list[str]:
+    return [slot_name(kind, index) for index in range(count)]
 
 
 def kind_of(name: str) -> str:
@@ -46,13 +48,13 @@ class JointSignature:
     def arguments(self) -> list[str]:
         """Placeholders of the forward: all but the tangents."""
         params, inputs = len(self.param_requires_grad), len(self.input_requires_grad)
-        return [*slots(PARAM, params), *slots(BUFFER, self.num_buffers), *slots(INPUT, inputs), KEY]
+        return [*slot_names(PARAM, params), *slot_names(BUFFER, self.num_buffers), *slot_names(INPUT, inputs), KEY]
 
     @property
     def results(self) -> list[str]:
         params, inputs = len(self.param_requires_grad), len(self.input_requires_grad)
-        outputs = [*slots(OUTPUT, len(self.output_requires_grad)), *slots(UPDATE, self.num_updates)]
-        return [*outputs, *slots(PARAM_GRAD, params), *slots(INPUT_GRAD, inputs)]
+        outputs = [*slot_names(OUTPUT, len(self.output_requires_grad)), *slot_names(UPDATE, self.num_updates)]
+        return [*outputs, *slot_names(PARAM_GRAD, params), *slot_names(INPUT_GRAD, inputs)]
 
     @property
     def differentiated(self) -> list[tuple[int, bool]]:

@@ -40,6 +40,7 @@ from .profiler.fixed_batch import refuse_fixed_batch
 from .profiler.graph import ModelGraph
 from .profiler.inputs import example_batch_size, reshaped
 from .profiler.models import load_workload
+from .profiler.slots import PARAM, slot_name
 from .profiler.watch import TimeUp, stop_at, telling
 from .profiler.workload import Workload
 from .runtime.evaluation import Evaluation
@@ -296,7 +297,7 @@ def _running_graph(workload: Workload, graph: ModelGraph, fusions: Sequence[str]
 def parameter_places(graph: ModelGraph, placements: Mapping[str, Mapping[str, Sequence[str]]]) -> dict[str, Places]:
     """Parameter -> how it lies on each axis."""
     return {
-        name: tuple(map(from_text, placements[instance.segment][f"param_{slot}"]))
+        name: tuple(map(from_text, placements[instance.segment][slot_name(PARAM, slot)]))
         for instance in graph.instances
         for slot, name in enumerate(instance.params)
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -223,5 +224,18 @@ def test_only_the_cost_model_and_the_profiler_read_the_rates_of_hardware():
         for path in others
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in rates
+    ]
+    assert not wrong
+
+
+def test_slots_of_joint_graphs_are_named_and_read_in_one_module():
+    kinds = "param|buffer|input|tangent|output|update|param_grad|input_grad"
+    spelled = re.compile(rf"f?[\"'](?:{kinds})_(?:[\"']|\{{)")
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in python_files()
+        if path.name != "slots.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if spelled.search(line)
     ]
     assert not wrong

@@ -19,7 +19,7 @@ from simulated_ranks import cut, join, mesh, run
 from shardwright.ops.placement import R
 from shardwright.passes.build import build_segment_program
 from shardwright.passes.program import SegmentProgram
-from shardwright.passes.shard import ShardContext, result_keys
+from shardwright.passes.shard import ShardContext
 from shardwright.plans.placements import AxisSolution
 from shardwright.profiler._torch import lazy_recompile
 
@@ -48,7 +48,7 @@ def run_program(
     forward = run(
         [p.forward for p in programs], [[g[n] for n in [*fixed, *inputs, "key"]] for g in given], ranks
     )  # fmt: skip
-    keys = result_keys(one.segment)
+    keys = one.segment.signature.results
     split = programs[0].num_outputs + len(programs[0].mutated_buffers)
     local = [dict(zip(keys, results[:split], strict=False)) for results in forward]
     if programs[0].backward is not None:
@@ -79,7 +79,7 @@ def _check_shapes(programs: list[SegmentProgram], given: list[dict[str, Any]], l
 
 
 def compare(one: Recorded, found: dict[str, Any]) -> None:
-    expected = dict(zip(result_keys(one.segment), one.results, strict=True))
+    expected = dict(zip(one.segment.signature.results, one.results, strict=True))
     assert set(found) == {key for key, value in expected.items() if value is not None}
     for key, value in found.items():
         try:

@@ -20,6 +20,7 @@ from ...plans.placements import read_placements
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.nodes import source_of
 from ...profiler.op_view import storage_root
+from ...profiler.slots import BUFFER, INPUT, KEY, PARAM, TANGENT, index_of, kind_of, slot_name
 from ..sharding.cost import op_load, partial_axes
 from ..sharding.mesh import Mesh
 from ..sharding.pins import module_paths
@@ -142,12 +143,12 @@ def explain(plan: Plan, graph: ModelGraph, sharder: Sharder) -> Explanation:
     names: dict[str, dict[str, str]] = {}
     for instance in graph.instances:
         instances[instance.segment].append(instance.module_path)
-        slots = {f"param_{k}": name for k, name in enumerate(instance.params)}
-        slots |= {f"buffer_{k}": name for k, name in enumerate(instance.buffers)}
-        slots |= {f"input_{k}": name for k, name in enumerate(instance.inputs)}
+        slots = {slot_name(PARAM, k): name for k, name in enumerate(instance.params)}
+        slots |= {slot_name(BUFFER, k): name for k, name in enumerate(instance.buffers)}
+        slots |= {slot_name(INPUT, k): name for k, name in enumerate(instance.inputs)}
         outputs = zip(instance.outputs, graph.segments[instance.segment].outputs, strict=True)
         differentiated = [name for name, info in outputs if info.requires_grad]
-        slots |= {f"tangent_{k}": f"gradient of {name}" for k, name in enumerate(differentiated)}
+        slots |= {slot_name(TANGENT, k): f"gradient of {name}" for k, name in enumerate(differentiated)}
         names.setdefault(instance.segment, slots)
     rows: list[Row] = []
     for name, segment in graph.segments.items():
@@ -165,14 +166,14 @@ def _segment_rows(placed: Placed, plan: Plan, names: dict[str, str], sums: Sums)
     rows = []
     for node in segment.joint.graph.nodes:
         texts = written.get(node.name)
-        if texts is None or node.name == "key":
+        if texts is None or node.name == KEY:
             continue
         outside = node.op == "placeholder"
         rows.append(
             Row(
                 segment=segment.name,
                 node=names.get(node.name, node.name) if outside else node.name,
-                op=node.name.split("_")[0] if outside else str(node.target),
+                op=kind_of(node.name) if outside else str(node.target),
                 phase=node.meta.get("phase", "forward"),
                 module=_owner(node.name, names) if outside else modules[node],
                 source="" if outside else sources[node],
@@ -182,7 +183,7 @@ def _segment_rows(placed: Placed, plan: Plan, names: dict[str, str], sums: Sums)
                 compute_s=0.0 if outside else mesh.op_s(node, *op_load(placed, node)),
                 local_bytes=_local_bytes(placed, node),
                 collectives=tuple(moved.get(node.name, ())),
-                sums=tuple(_sums(placed, plan, node, sums)) if outside and node.name.startswith("param_") else (),
+                sums=tuple(_sums(placed, plan, node, sums)) if outside and kind_of(node.name) == PARAM else (),
             )
         )
     return rows
@@ -191,13 +192,13 @@ def _segment_rows(placed: Placed, plan: Plan, names: dict[str, str], sums: Sums)
 def _sums(placed: Placed, plan: Plan, param: fx.Node, sums: Sums) -> Iterator[Collective]:
     """What the gradient of a parameter takes once a step: over the axes that ZeRO splits state over, and over
     others where the parameter is whole and its gradient a partial sum."""
-    slot = int(param.name.removeprefix("param_"))
-    if not placed.segment.param_requires_grad[slot]:
+    index = index_of(param.name)
+    if not placed.segment.param_requires_grad[index]:
         return
     elements = placed.local_bytes(param, 0) / param.meta["val"].element_size()
     axes = placed.mesh.axes
     split = tuple(axis.size > 1 and axis.role.splits_state for axis in axes)
-    others = partial_axes(placed, slot)
+    others = partial_axes(placed, index)
     num_bytes = elements * sums.kinds.reduce
 
     def named(over: tuple[bool, ...]) -> str:
@@ -216,7 +217,7 @@ def _sums(placed: Placed, plan: Plan, param: fx.Node, sums: Sums) -> Iterator[Co
 
 def _owner(placeholder: str, names: dict[str, str]) -> str:
     """The module that a parameter or buffer belongs to."""
-    return names[placeholder].rpartition(".")[0] if placeholder.startswith(("param_", "buffer_")) else ""
+    return names[placeholder].rpartition(".")[0] if kind_of(placeholder) in (PARAM, BUFFER) else ""
 
 
 def _collective(move: Move, mesh: Mesh) -> Collective:
@@ -258,4 +259,4 @@ def _reader(placeholder: fx.Node) -> fx.Node | None:
 
 
 def _is_weight(node: fx.Node) -> bool:
-    return any(storage_root(n)[0].name.startswith("param_") for n in (node, *node.all_input_nodes))
+    return any(kind_of(storage_root(n)[0].name) == PARAM for n in (node, *node.all_input_nodes))

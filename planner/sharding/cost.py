@@ -11,6 +11,7 @@ from torch import fx
 from ...costmodel.segment import RecomputePoint, SegmentCost
 from ...ops.placement import P, R
 from ...profiler.op_view import origin
+from ...profiler.slots import BUFFER, INPUT, PARAM, PARAM_GRAD, kind_of, slot_name, slot_names
 from .recompute import Recomputation, hull
 from .routes import Placed, Route, routes
 from .segment_facts import SegmentFacts
@@ -44,10 +45,10 @@ def evaluate(placed: Placed) -> SegmentCost:
         return placed.local_bytes(node, output)
 
     placeholders = facts.placeholders
-    params = [placeholders[f"param_{i}"] for i in range(len(segment.param_shapes))]
+    params = [placeholders[name] for name in slot_names(PARAM, len(segment.param_shapes))]
     elements = [local(n) / n.meta["val"].element_size() for n in params]
     trained = [e if t else 0.0 for e, t in zip(elements, segment.param_requires_grad, strict=True)]
-    inputs = [placeholders[f"input_{i}"] for i in range(len(segment.inputs))]
+    inputs = [placeholders[name] for name in slot_names(INPUT, len(segment.inputs))]
     saved_bytes = int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in facts.saved))
     points = _points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes)
     return SegmentCost(
@@ -58,7 +59,7 @@ def evaluate(placed: Placed) -> SegmentCost:
         backward_comm_s=comm["backward"],
         param_elements=int(sum(elements)),
         trainable_elements=int(sum(trained)),
-        buffer_bytes=int(sum(local(n) for name, n in placeholders.items() if name.startswith("buffer_"))),
+        buffer_bytes=int(sum(local(n) for name, n in placeholders.items() if kind_of(name) == BUFFER)),
         saved_bytes=saved_bytes,
         recompute_saved_bytes=points[-1].saved_bytes,
         input_bytes=int(sum(local(n) for n in inputs)),
@@ -90,7 +91,7 @@ def is_summed(placed: Placed, slot: int) -> bool:
 def partial_axes(placed: Placed, slot: int) -> tuple[bool, ...]:
     """Those axes, among all of the mesh."""
     axes = placed.mesh.axes
-    places = placed.at(f"param_grad_{slot}") or (R,) * len(axes)
+    places = placed.at(slot_name(PARAM_GRAD, slot)) or (R,) * len(axes)
     return tuple(p == P and axis.size > 1 and not axis.role.grads_partial for p, axis in zip(places, axes, strict=True))
 
 

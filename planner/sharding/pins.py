@@ -27,6 +27,7 @@ from ...ops.placement import from_text
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.near import near_matches
 from ...profiler.op_view import is_op
+from ...profiler.slots import PARAM, slot_name
 
 FORM = re.compile(r"(?:(?P<axis>[a-z]+):)?(?P<form>colwise|rowwise|replicated|R|P|S\(\d+\))$")
 FEATURES = ("colwise", "rowwise")
@@ -144,7 +145,7 @@ def _feature_dim(segment: Segment, slot: int, form: str) -> int | None:
     """The dimension of a weight with its output (colwise) or input (rowwise) features, by the op that reads it."""
     if len(segment.param_shapes[slot]) != 2:
         return None
-    node = next(n for n in segment.joint.graph.nodes if n.op == "placeholder" and n.name == f"param_{slot}")
+    node = next(n for n in segment.joint.graph.nodes if n.op == "placeholder" and n.name == slot_name(PARAM, slot))
     for user in (u for u in node.users if u.meta.get("phase") == "forward"):
         packet = getattr(user.target, "overloadpacket", None)
         if packet in (aten.t, aten.permute, aten.transpose, aten.linear):  # nn.Linear: [out, in]

@@ -49,6 +49,7 @@ from ...ops.strategy import Strategy
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
 from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
+from ...profiler.slots import INPUT, INPUT_GRAD, OUTPUT, PARAM, TANGENT, UPDATE, index_of, kind_of, slot_name
 from .mesh import Mesh, Sizes
 from .pins import Demand, Resolved, cannot_meet
 from .solve.pbqp import Elimination, Problem, prepare
@@ -138,11 +139,6 @@ def _placeholder(segment: Segment, name: str) -> fx.Node:
     return next(n for n in segment.joint.graph.nodes if n.op == "placeholder" and n.name == name)
 
 
-def tangent_slots(segment: Segment) -> list[int]:
-    """Output slot of each tangent placeholder, in order."""
-    return [j for j, out in enumerate(segment.outputs) if out.requires_grad]
-
-
 def _add_boundaries(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) -> None:
     """One variable for each class of values, and one for each class of their gradients."""
     values, gradients = _Union(), _Union()
@@ -180,9 +176,9 @@ def _add_boundaries(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands
 def _boundary_node(graph: ModelGraph, key: tuple[str, str, int]) -> fx.Node:
     segment = graph.segments[key[0]]
     if key[1] in ("in", "gin"):
-        return _placeholder(segment, f"input_{key[2]}")
+        return _placeholder(segment, slot_name(INPUT, key[2]))
     if key[1] == "tan":
-        return _placeholder(segment, f"tangent_{tangent_slots(segment).index(key[2])}")
+        return _placeholder(segment, slot_name(TANGENT, segment.signature.tangents.index(key[2])))
     return flatten_outputs(segment.joint.graph)[key[2]]
 
 
@@ -195,8 +191,8 @@ def _place_variable(made: Build, options: list[Places], label: Any) -> int:
 def slot_key(segment: Segment, kind: str, slot: int) -> str:
     """Where a slot variable stands in AxisSolution.places."""
     if kind == "tan":
-        return f"tangent_{tangent_slots(segment).index(slot)}"
-    return {"in": "input_{}", "out": "output_{}", "gin": "input_grad_{}", "param": "param_{}"}[kind].format(slot)
+        return slot_name(TANGENT, segment.signature.tangents.index(slot))
+    return slot_name({"in": INPUT, "out": OUTPUT, "gin": INPUT_GRAD, "param": PARAM}[kind], slot)
 
 
 def _add_weight(made: Build, variable: int, column: int, values: Sequence[float]) -> None:
@@ -223,7 +219,7 @@ def _add_params(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) ->
             continue
         root = union.find(key)
         if root not in classes:
-            sizes = mesh.sizes(_placeholder(graph.segments[key[0]], f"param_{key[2]}"))
+            sizes = mesh.sizes(_placeholder(graph.segments[key[0]], slot_name(PARAM, key[2])))
             options = mesh.domain(sizes, partial=False, is_param=True)
             options = _demanded(options, names[root], demands)
             classes[root] = _place_variable(made, options, ("param", key))
@@ -353,13 +349,13 @@ class _SegmentBuilder:
         name = self.segment.name
         if is_op(node):
             return self.made.op_vars[(name, node.name)]
-        kind, _, slot = node.name.rpartition("_")
-        if kind == "param":
-            return self.made.slot_vars[(name, "param", int(slot))]
-        if kind == "input":
-            return self.made.slot_vars[(name, "in", int(slot))]
-        if kind == "tangent":
-            return self.made.slot_vars[(name, "tan", tangent_slots(self.segment)[int(slot)])]
+        kind = kind_of(node.name)
+        if kind == PARAM:
+            return self.made.slot_vars[(name, "param", index_of(node.name))]
+        if kind == INPUT:
+            return self.made.slot_vars[(name, "in", index_of(node.name))]
+        if kind == TANGENT:
+            return self.made.slot_vars[(name, "tan", self.segment.signature.tangents[index_of(node.name)])]
         if node.name not in self.whole:  # buffers and the random key
             whole = [(R,) * len(self.mesh.axes)]
             self.whole[node.name] = _place_variable(self.made, whole, ("whole", name, node.name))
@@ -443,7 +439,7 @@ class _SegmentBuilder:
                 self._end(source, output, self.made.slot_vars[(name, "out", k)])
             elif k < num_outputs + num_updates:
                 whole = [(R,) * len(self.mesh.axes)]
-                self._end(source, output, _place_variable(self.made, whole, ("whole", name, f"update_{k}")))
+                self._end(source, output, _place_variable(self.made, whole, ("whole", name, slot_name(UPDATE, k))))
             elif k < first_input:
                 slot = k - num_outputs - num_updates
                 self._add_param_gradient(source, output, self.made.slot_vars[(name, "param", slot)])
@@ -494,7 +490,7 @@ def _is_saved(source: fx.Node) -> bool:
     """Made in the forward and no view of a parameter, buffer or key: the backward reads it from memory."""
     root, _ = storage_root(source)
     if root.op == "placeholder":
-        return root.name.startswith("input_")
+        return kind_of(root.name) == INPUT
     return root.meta.get("phase", "forward") == "forward"
 
 

@@ -14,6 +14,7 @@ from torch import fx
 from ...costmodel.segment import RecomputePoint
 from ...plans.placements import kept_key
 from ...profiler.op_view import origin
+from ...profiler.slots import INPUT, kind_of
 from ...profiler.work import is_free, is_view
 from .recompute_cut import Choice, Unit, Values
 from .routes import Placed, Route
@@ -102,7 +103,7 @@ class Recomputation:
         return self._value(tensors[0], passed) if tensors else ""
 
     def _input(self, node: fx.Node) -> str:
-        if not node.name.startswith("input_"):
+        if kind_of(node.name) != INPUT:
             return ""
         self.num_bytes[node.name] = self.placed.local_bytes(node, 0)
         return node.name

@@ -12,6 +12,7 @@ from ...ops.strategy import Strategy
 from ...plans.placements import AxisSolution
 from ...profiler.graph import Segment
 from ...profiler.op_view import origin
+from ...profiler.slots import UPDATE, kind_of
 from .mesh import Mesh
 from .segment_facts import SegmentFacts
 
@@ -111,7 +112,7 @@ def routes(placed: Placed) -> list[Route]:
             add(source, output, base, tuple(s.inputs[position] for s in strategies), phase, node)
     for key, (source, output), phase in placed.facts.results:
         target = placed.at(key)
-        if target is None and key.startswith("update_"):
+        if target is None and kind_of(key) == UPDATE:
             target = (R,) * len(placed.solutions)
         if target is not None:
             add(source, output, placed.made(source, output), target, phase, None)

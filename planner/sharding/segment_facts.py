@@ -14,6 +14,7 @@ from ...profiler.graph import Segment
 from ...profiler.joint import flatten_outputs, is_getitem
 from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
 from ...profiler.signature import results, split_backward
+from ...profiler.slots import INPUT, kind_of
 from ...profiler.work import attention_flops, is_view, op_work
 
 Result = tuple[fx.Node, int]  # an op or placeholder, and which of its results
@@ -95,7 +96,7 @@ def saved_tensors(segment: Segment) -> list[Result]:
             if operand.meta.get("phase") == "backward" or not isinstance(operand.meta.get("val"), torch.Tensor):
                 continue
             source, output = storage_root(operand)
-            if source.op != "placeholder" or source.name.startswith("input_"):
+            if source.op != "placeholder" or kind_of(source.name) == INPUT:
                 found[(source, output)] = None
     return list(found)
 

@@ -27,6 +27,7 @@ from ...plans.placements import AxisSolution, write_placements
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.nodes import source_of
 from ...profiler.op_view import view_of
+from ...profiler.slots import INPUT, OUTPUT, PARAM, slot_name
 from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..solver import Solution
@@ -373,7 +374,7 @@ class Sharder:
             sums = {"parameters": [0.0, 0.0], "activations": [0.0, 0.0]}
             for name, segment in self.graph.segments.items():
                 for slot, shape in enumerate(segment.param_shapes):
-                    is_here = solution.places.get((name, f"param_{slot}"), R) >= 0
+                    is_here = solution.places.get((name, slot_name(PARAM, slot)), R) >= 0
                     _add(sums["parameters"], self.counts[name] * torch.Size(shape).numel(), is_here)
                 for source, output in self._facts[name].saved:
                     num_bytes = self.counts[name] * solved.mesh.sizes(source, output).num_bytes
@@ -405,12 +406,12 @@ class Sharder:
         for instance in self.graph.instances:
             segment = self.graph.segments[instance.segment]
             for names, infos, kind in (
-                (instance.inputs, segment.inputs, "input"),
-                (instance.outputs, segment.outputs, "output"),
+                (instance.inputs, segment.inputs, INPUT),
+                (instance.outputs, segment.outputs, OUTPUT),
             ):
                 for slot, (name, info) in enumerate(zip(names, infos, strict=True)):
                     sizes = solved.mesh.measure(torch.Size(info.shape), info.dtype)
-                    key = (segment.name, f"{kind}_{slot}")
+                    key = (segment.name, slot_name(kind, slot))
                     places = tuple(s.places.get(key, R) for s in solved.solutions)
                     found[name] = int(sizes.num_bytes / shares(places, solved.mesh.counts))
         return found

@@ -11,6 +11,7 @@ from ...plans.placements import AxisSolution
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
 from ...profiler.op_view import origin
+from ...profiler.slots import PARAM, PARAM_GRAD, slot_name
 from .problem import COPY, Build, slot_key
 
 
@@ -49,6 +50,7 @@ def _param_gradients(segment: Segment, solution: AxisSolution, data: bool) -> No
     for slot in range(len(segment.param_shapes)):
         node = results[first + slot]
         if isinstance(node, fx.Node):
-            param = solution.places[(segment.name, f"param_{slot}")]
+            param = solution.places[(segment.name, slot_name(PARAM, slot))]
             found = solution.of_result(segment.name, *origin(node))
-            solution.places[(segment.name, f"param_grad_{slot}")] = P if data or (found == P and param == R) else param
+            place = P if data or (found == P and param == R) else param
+            solution.places[(segment.name, slot_name(PARAM_GRAD, slot))] = place
