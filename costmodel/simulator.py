@@ -290,8 +290,9 @@ def _transfers(pipeline: Pipeline, times: StepTimes, ran: _Ran) -> Iterator[Even
                 (receiver, *seconds), end = back[row][stage], ran.gradient_in[slot - m]
             else:
                 continue
-            if receiver != rank and sum(seconds):
-                yield Event(rank, f"{SEND}:{receiver}", "send", stage, i, end - sum(seconds), end)
+            sent_s = float(sum(seconds))
+            if receiver != rank and sent_s:
+                yield Event(rank, f"{SEND}:{receiver}", "send", stage, i, end - sent_s, end)
 
 
 def _collectives(reductions: Sequence[Sequence[tuple[int, float, float]]]) -> Iterator[Event]:

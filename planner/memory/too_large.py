@@ -76,9 +76,10 @@ def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> tup
         params[repeat.later] -= repeat.elements
         trainable[repeat.later] -= repeat.trainable
     # a stage's share is rounded up once, not for each of its positions
-    whole = [np.maximum(elements - candidate.state_ranks, 0.0) for elements in (params, trainable)]
+    whole, stepped = (np.maximum(elements - candidate.state_ranks, 0.0) for elements in (params, trainable))
     kind = setting.mesh(candidate).devices[0].kind
-    state = state_memory_of(setting, candidate, StageState(*whole, chain.buffer_bytes, chain.param_elements), kind)
+    held = StageState(whole, stepped, chain.buffer_bytes, chain.param_elements)
+    state = state_memory_of(setting, candidate, held, kind)
     lasting = state.parameters + state.optimizer + state.buffers + state.gradients
     workspace = np.maximum(chain.forward_workspace_bytes, chain.backward_workspace_bytes)
     order = np.argsort(-chain.activation_bytes / np.maximum(lasting, 1.0))

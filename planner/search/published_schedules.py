@@ -16,6 +16,7 @@ from ...profiler.buffer_updates import update_scales
 from ...schedules.published.library import SCHEDULES, SEARCHED
 from ..memory.rank_bytes import fits, quick_peaks
 from ..space.candidates import Candidate
+from ..stages.chain import NOTHING
 from ..stages.cuts import improve_cuts
 from .certificate import base_of
 from .outcome import Outcome, is_preferable
@@ -109,7 +110,7 @@ def free_bound(state: SearchState, candidate: Candidate) -> float:
     solution = state.solve(candidate)
     if solution is None:
         return 0.0
-    chain = state.setting.chain(solution, ())
+    chain = state.setting.chain(solution, NOTHING)
     return lower_bound(state.setting, candidate, chain, any_order=True) * solution.proven_share
 
 

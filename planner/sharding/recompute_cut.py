@@ -96,8 +96,8 @@ class Values:
         graph = networkx.DiGraph()
         graph.add_nodes_from(["needed", "spent"])
         for value, cost in byte_costs.items():
-            unit = self.made_by.get(value)
-            made = "spent" if unit is None else ("again", unit)
+            maker = self.made_by.get(value)
+            made = "spent" if maker is None else ("again", maker)
             graph.add_edge(("at hand", value), made, capacity=round(scale * cost))
         for name, unit in self.units.items():
             graph.add_edge(("again", name), "spent", capacity=round(scale * second_costs[name]))
