@@ -47,11 +47,12 @@ class SegmentCost:
     workspace_bytes: int  # most that is alive inside one forward or backward beyond saved
     model_flops: float  # floating-point operations of forward + backward, no recomputation, this rank's share
     summed_elements: int = 0  # of the trainable: gradients that are partial sums over the tensor axis, once a step
-    points: tuple[RecomputePoint, ...] = ()  # of recomputation in part, by seconds; each frees less a second
+    points: tuple[RecomputePoint, ...] = ()  # see recompute_points
 
     @property
     def recompute_points(self) -> tuple[RecomputePoint, ...]:
-        """All choices but to keep everything, by seconds; the last recomputes the whole segment."""
+        """All choices but to keep everything: by seconds, each freeing less a second than the one before; that of the
+        whole segment stands last where it is none of those. Without points: the whole segment alone."""
         if self.points:
             return self.points
         whole = RecomputePoint((), self.forward_s, self.forward_comm_s, self.recompute_saved_bytes, is_whole=True)

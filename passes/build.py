@@ -52,6 +52,21 @@ def build_segment_programs(
     }
 
 
+def _check_recomputed(plan: Plan, name: str, segment: Segment) -> None:
+    """Only results of the forward can be made again."""
+    choice = plan.memory_policy.recompute.get(name, "none")
+    forward = {n.name for n in segment.joint.graph.nodes if is_op(n) and n.meta.get("phase") != "backward"}
+    strangers = [op for op in choice if op not in forward and not op.endswith(">kept")]
+    if not isinstance(choice, str) and strangers:
+        raise ShardwrightError(
+            f"the plan makes {strangers[0]} of {name} again, which is no result of its forward",
+            means="the plan was changed, or made for another model",
+            change="make the plan again for this model",
+            works="shardwright plan MODEL --hardware NAME -o plan.json",
+            exit_code=ExitCode.PLAN_MISMATCH,
+        )
+
+
 def _recomputed(plan: Plan, segment: str) -> Recompute:
     choice = plan.memory_policy.recompute.get(segment, "none")
     return choice == "all" if isinstance(choice, str) else choice
@@ -70,6 +85,7 @@ def check_fits(graph: ModelGraph, plan: Plan) -> None:
                 works="shardwright plan MODEL --hardware NAME -o plan.json",
                 exit_code=ExitCode.PLAN_MISMATCH,
             )
+        _check_recomputed(plan, name, segment)
 
 
 def build_segment_program(

@@ -46,7 +46,8 @@ def partition(
         return extract(joint, [*both[:-1], *inputs, both[-1]], forward_results), None, []
     kept = _kept(graph, backward_results, _recomputed(recompute))
     written = {slot_name(BUFFER, slot) for slot in segment.mutated_buffers}
-    copies = [n for n in both if n.name in written and recompute and n.users]
+    read = needed_for(backward_results, set(kept).__contains__) if recompute else set()
+    copies = [n for n in both if n.name in written and n in read]
     forward = extract(joint, [*both[:-1], *inputs, both[-1]], [*forward_results, *kept, *copies], clone=set(copies))
     # a buffer that the forward overwrites is read by the recomputation as it was before
     renamed = {n: f"before_{n.name}" for n in copies}
@@ -61,10 +62,9 @@ def _recomputed(recompute: Recompute) -> Callable[[fx.Node], bool]:
     names = frozenset(recompute)
 
     def is_again(node: fx.Node) -> bool:
-        owner = node.args[0] if node.target is operator.getitem else node
-        if getattr(getattr(owner, "target", None), "overloadpacket", None) in VIEWS:
+        if _is_view(node):
             return True  # whose memory it is, is decided where it was made
-        return (node.meta.get("form") if node.meta.get("moves") else node.meta.get("of")) in names
+        return node.meta.get("form", node.meta.get("of")) in names
 
     return is_again
 
@@ -92,9 +92,16 @@ def _kept(graph: fx.Graph, wanted: list[Any], is_again: Callable[[fx.Node], bool
             if node.target is operator.getitem or not isinstance(_results(node), list):
                 kept[node] = None
                 continue
-        stack.extend((source, inside or runs_again) for source in node.all_input_nodes)
+        reads = inside or (runs_again and not _is_view(node))
+        stack.extend((source, reads) for source in node.all_input_nodes)
     order = {n: i for i, n in enumerate(graph.nodes)}
     return sorted(kept, key=lambda n: order[n])
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Does it, or the op that it is a result of, view another's memory?"""
+    owner = node.args[0] if node.target is operator.getitem else node
+    return getattr(getattr(owner, "target", None), "overloadpacket", None) in VIEWS
 
 
 def _is_passing(node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from ..profiler.graph import Segment
 from ..profiler.op_view import is_op, origin, view_of
 from ..profiler.signature import results
 from ..profiler.slots import UPDATE, kind_of
+from ..profiler.work import is_free
 from .formats import arranged
 from .lowerings import LOWERINGS, nll
 from .redistribute import Emitter, MeshAxis, redistribute
@@ -158,7 +159,10 @@ class _Sharding:
                 self.moved[key] = self._move_axes(x, whole.shape, list(before), after)
             self.emit.of, self.emit.moves = outer
             if self._is_kept_form(source, output, before, after):
-                self.moved[key].meta["form"] = kept_key(source.name, output)
+                made = self.moved[key]
+                while is_free(made) and made.args[0].meta.get("moves"):  # type: ignore[union-attr]
+                    made = made.args[0]  # type: ignore[assignment]
+                made.meta["form"] = kept_key(source.name, output)
         return self.moved[key]
 
     def _is_kept_form(self, source: fx.Node, output: int, before: Places, after: Places) -> bool:

@@ -281,7 +281,7 @@ class Plan(_Document):
         found = document.get("schema") if isinstance(document, dict) else None
         if found not in READABLE_VERSIONS:
             raise _refused(
-                f"{path} has schema {found!r}; this version reads {SCHEMA_VERSION!r}",
+                f"{path} has schema {found!r}; this version reads {' and '.join(READABLE_VERSIONS)}",
                 "it was made by another version, or is not a plan",
             )
         try:

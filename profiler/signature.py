@@ -14,7 +14,7 @@ from .slots import GRADIENTS, INPUT_GRAD, kind_of
 def results(segment: Segment) -> list[tuple[str, tuple[fx.Node, int], str]]:
     """(key in the plan, producing op and result, phase) of everything that the joint graph returns."""
     found = []
-    for key, node in zip(segment.signature.results, flatten_outputs(segment.joint.graph), strict=True):
+    for key, node in zip(segment.signature.results, flatten_outputs(segment.joint.graph), strict=False):
         if isinstance(node, fx.Node):
             found.append((key, origin(node), "backward" if kind_of(key) in GRADIENTS else "forward"))
     return found

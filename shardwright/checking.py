@@ -219,7 +219,8 @@ def scale_down(plan: Plan, num_processes: int = DEFAULT_PROCESSES) -> dict[str, 
     elif plan.schedule.virtual_stages > 1:
         force["virtual_stages"] = "2"
     choices = set(plan.memory_policy.recompute.values())
-    force["recompute"] = "none" if choices <= {"none"} else "all" if "all" in choices else "auto"
+    partly = any(not isinstance(choice, str) for choice in choices)
+    force["recompute"] = "selective" if partly else "all" if "all" in choices else "none"
     return force
 
 

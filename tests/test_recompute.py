@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import itertools
 import random
+from unittest import mock
 
 import pytest
-from captured import recorded
+import torch
+from captured import graph_of, recorded
 from matrix import except_in_full
 from random_placements import random_solutions
 from test_passes_shard import MESHES, compare, run_program
 
 from shardwright import api, tasks
 from shardwright.checking import run_check
+from shardwright.costmodel.model import CostModel
+from shardwright.costmodel.segment import SegmentCost
+from shardwright.passes.build import build_segment_program
+from shardwright.passes.redistribute import MeshAxis
+from shardwright.passes.shard import ShardContext
+from shardwright.planner.sharding import sharder as sharder_module
+from shardwright.planner.sharding.cost import evaluate
 from shardwright.planner.sharding.recompute_cut import Unit, Values
+from shardwright.planner.sharding.routes import Placed
+from shardwright.planner.sharding.sharder import Sharder
+from shardwright.plans.axes import MeshShape
 from shardwright.plans.document import Plan
 from shardwright.plans.placements import kept_key
+from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.op_view import is_op
 
@@ -52,7 +65,9 @@ def test_choices_are_those_of_all_that_nothing_beats_at_any_price() -> None:
         found = [values.figures(()), *(values.figures(choice) for choice in values.choices())]
         assert found[-1].num_bytes == min(each.num_bytes for each in every)
         assert all(one.seconds <= other.seconds for one, other in itertools.pairwise(found))
-        for each in found:  # none lies above the line between two others of all
+        slopes = [(a.num_bytes - b.num_bytes) / max(b.seconds - a.seconds, 1e-9) for a, b in itertools.pairwise(found)]
+        assert slopes == sorted(slopes, reverse=True), seed
+        for each in found:
             assert not any(o.seconds < each.seconds and o.num_bytes <= each.num_bytes for o in every), seed
 
 
@@ -95,3 +110,40 @@ def test_between_all_and_nothing_a_plan_makes_some_results_again_and_the_numbers
     assert any(isinstance(choice, tuple) for choice in made.memory_policy.recompute.values())
     assert made.predicted.peak_bytes[0] <= (most + least) // 2
     assert run_check(made).ok
+
+
+def placed_on_two_tensor_ranks(graph: ModelGraph, batch: int) -> list[tuple[Placed, SegmentCost]]:
+    """Of every placement on the frontier, all segments."""
+    sharder, seen = Sharder(graph, CostModel(parse_hardware("2xA100-80GB"))), []
+
+    def noted(placed: Placed) -> SegmentCost:
+        seen.append((placed, evaluate(placed)))
+        return seen[-1][1]
+
+    with mock.patch.object(sharder_module, "evaluate", noted):
+        sharder.frontier(MeshShape.of({"tp": 2}), batch)
+    return seen
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_program_keeps_no_more_than_its_point_counts(batch: int) -> None:
+    """A batch of one too, whose gathered results are views of what was gathered."""
+    compared = 0
+    for placed, cost in placed_on_two_tensor_ranks(graph_of("tiny-llama", batch), batch):
+        axes = tuple(MeshAxis(axis.name, axis.size, 0, axis.name) for axis in placed.mesh.axes)
+        context = ShardContext(axes, placed.solutions, torch.device("cpu"))
+
+        def kept_bytes(recompute: bool | tuple[str, ...]) -> int:
+            """Without parameters that were gathered for the forward."""
+            program = build_segment_program(placed.segment, context, recompute)  # noqa: B023
+            results = program.forward.graph.output_node().args[0]
+            kept = results[len(results) - program.num_saved :]  # type: ignore[arg-type, index]
+            own = [node for node in kept if not str(node.meta.get("of")).startswith("param_")]
+            return sum(node.meta["val"].untyped_storage().nbytes() for node in own)
+
+        for point in (point for point in cost.points if not point.is_whole):
+            kept = kept_bytes(point.recomputed)
+            assert kept <= 1.02 * point.saved_bytes, (placed.segment.name, point)
+            assert kept < kept_bytes(False)
+            compared += 1
+    assert compared >= 8

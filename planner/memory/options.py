@@ -66,7 +66,7 @@ class MemoryOption:
 
 
 def memory_options(shape: Shape, solutions: Sequence[ShardingSolution], forced: str) -> list[MemoryOption]:
-    """forced: 'all', 'none' or 'auto' recomputation. Never empty."""
+    """forced: 'all', 'none', 'selective' or 'auto' recomputation. Never empty."""
     counts = Counter(shape.segments)
     listed = [option for solution in solutions for option in _of_solution(counts, solution, forced)]
     if len(solutions) == 1:
@@ -89,18 +89,30 @@ def _of_solution(counts: Counter[str], solution: ShardingSolution, forced: str) 
         key=lambda step: step.freed_per_s,
         reverse=True,
     )
-    whole = whole_segments(solution, {step.segment for step in steps})
-    least_bytes = LEAST_STEP * sum(counts[step.segment] * step.freed_bytes for step in steps)
-    taken: Recompute = NOTHING
-    found = [MemoryOption(solution, taken)]
-    freed_bytes = 0
-    for step in steps:
-        taken |= {(step.segment, step.level)}
-        freed_bytes += counts[step.segment] * step.freed_bytes
-        if freed_bytes >= least_bytes or step is steps[-1]:
-            found.append(MemoryOption(solution, taken, whole <= taken))
-            freed_bytes = 0
+    all_bytes = sum(counts[step.segment] * step.freed_bytes for step in steps)
+    if forced == "selective":
+        *_, half = _prefixes(counts, steps, 0.0, 0.5 * all_bytes)
+        return [MemoryOption(solution, half)]
+    last = {step.segment: step.level for step in steps}  # the most that frees anything
+    found = [MemoryOption(solution, NOTHING)]
+    for taken in _prefixes(counts, steps, LEAST_STEP * all_bytes, all_bytes):
+        found.append(MemoryOption(solution, taken, taken >= last.items()))
     return found
+
+
+def _prefixes(counts: Counter[str], steps: Sequence[_Step], least: float, most: float) -> Iterator[Recompute]:
+    """What is recomputed after so many of the steps, where at least so many bytes were freed since the last time,
+    until most are freed; and at the end."""
+    taken, freed, freed_before = NOTHING, 0, 0
+    for step in steps:
+        if freed >= most:
+            break
+        taken |= {(step.segment, step.level)}
+        freed += counts[step.segment] * step.freed_bytes
+        if freed - freed_before >= least and step is not steps[-1] and freed < most:
+            yield taken
+            freed_before = freed
+    yield taken
 
 
 class _Step(NamedTuple):

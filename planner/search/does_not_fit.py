@@ -16,7 +16,7 @@ from ..interfaces import ShardingSolution
 from ..memory.rank_bytes import fits
 from ..space.candidates import Candidate, enumerate_candidates, value_of
 from ..space.forcing import Forced
-from ..stages.chain import NOTHING, whole_segments
+from ..stages.chain import NOTHING, leanest_segments
 from ..stages.setting import Setting
 from .outcome import Outcome
 from .smaller_job import Known, smaller_jobs
@@ -125,7 +125,7 @@ def first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | Non
     )
     for candidate in lean[:MAX_TRIES]:
         solution = known[candidate.mesh.tensor_part, candidate.local_batch]
-        recompute = NOTHING if forced.recompute == "none" else whole_segments(solution, setting.shape.segments)
+        recompute = NOTHING if forced.recompute == "none" else leanest_segments(solution, setting.shape.segments)
         chain = setting.chain(solution, recompute)
         cuts = find_cuts(setting, candidate, chain)
         if cuts is not None and fits(setting, candidate, chain, cuts.bounds):

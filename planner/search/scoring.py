@@ -192,6 +192,8 @@ class _Scoring:
     def _fit(self, option: MemoryOption) -> _Fit | None:
         """The option's cuts. Each option of the same placements keeps less than those before it, and what it keeps
         less it holds while it runs again, so the first with cuts that fit is found by bisection."""
+        if self.candidate.virtual_stages > 1 and self.state.forced.cuts is None:
+            return self._cuts_of(option)  # cuts of interleaved stages are looked for, not proven
         alike = [other for other in self.options if other.solution is option.solution]
         at, placements = alike.index(option), id(option.solution)
         if placements not in self._first:

@@ -82,9 +82,10 @@ def _fitting_tokens(job: _Job, forced: Forced, known: Known, first_fit: FirstFit
 
 
 def _shorter(solution: ShardingSolution, parts: int) -> ShardingSolution:
-    costs = {
-        name: replace(cost, **{kind: -(-getattr(cost, kind) // parts) for kind in ACTIVATIONS})
-        for name, cost in solution.costs.items()
-    }
+    costs = {}
+    for name, cost in solution.costs.items():
+        points = tuple(replace(point, saved_bytes=-(-point.saved_bytes // parts)) for point in cost.points)
+        shorter = {kind: -(-getattr(cost, kind) // parts) for kind in ACTIVATIONS}
+        costs[name] = replace(cost, points=points, **shorter)
     boundaries = {name: -(-size // parts) for name, size in solution.boundary_bytes.items()}
     return replace(solution, costs=costs, boundary_bytes=boundaries)

@@ -1,7 +1,7 @@
 """An order synthesized for the chosen plan's own stages, where their bound leaves enough to gain.
 
 Cuts and order are improved in turn, on the placement that suits. Where activations may be let go of one by one, such
-orders compete with those that keep them all or recompute all of a segment in its backward.
+orders compete with those that keep them all or recompute some or all of a segment in its backward.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ MAX_ACTIONS = 12_000  # of an order that is synthesized without being asked for
 @dataclass(frozen=True)
 class Way:
     """How memory is saved. chain: what the order is timed with. memory_chain: what its memory is counted with, as a
-    forward whose activations go needs the workspace of recomputation. recompute: segments whose forward runs again in
-    the backward."""
+    forward whose activations go needs the workspace of recomputation. recompute: of each
+    segment, what its backward makes again."""
 
     chain: Chain
     memory_chain: Chain

@@ -72,14 +72,15 @@ def evaluate(placed: Placed) -> SegmentCost:
 
 
 def _points(placed: Placed, again: Recomputation, saved_bytes: int) -> tuple[RecomputePoint, ...]:
-    """The choices are those of the first placements seen on a mesh of these sizes, each priced under these."""
-    sizes = placed.mesh.counts
-    if sizes not in placed.facts.recompute_choices:
-        placed.facts.recompute_choices[sizes] = again.values.choices()
-    found = [again.point(choice) for choice in placed.facts.recompute_choices[sizes]]
+    """The choices are those of the first placements seen on a mesh of these sizes and with these units, each priced
+    under these."""
+    key = placed.mesh.counts, frozenset(again.units)
+    if key not in placed.facts.recompute_choices:
+        placed.facts.recompute_choices[key] = again.values.choices()
     whole = again.point(frozenset(), is_whole=True)
-    points = [point for point in hull([*found, whole]) if not point.is_whole and point.saved_bytes > whole.saved_bytes]
-    points.append(whole)
+    points = list(hull([*map(again.point, placed.facts.recompute_choices[key]), whole]))
+    if whole not in points:
+        points.append(whole)
     return tuple(replace(point, saved_bytes=max(0, saved_bytes + point.saved_bytes)) for point in points)
 
 

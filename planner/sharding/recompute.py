@@ -49,12 +49,23 @@ class Recomputation:
         for node in placed.facts.views:
             if node.meta.get("phase") == "backward":
                 for operand in node.all_input_nodes:
-                    if operand.meta.get("phase") != "backward" and (value := self._value(operand, [])):
-                        self.needed[value] = None
+                    if operand.meta.get("phase") != "backward":
+                        self._need(operand)
         self._route_of = self._readers_of_routes()
         for unit in self.units.values():
             unit.seconds = unit.compute_s + unit.own_comm_s + sum(self.route_s[k][1] for k in self._routes([unit]))
         self.values = Values(self.units, self.num_bytes, self.made_by, self.needed)
+
+    def _need(self, operand: fx.Node) -> None:
+        """The views through which the backward reads a value run again with what makes it; where they bring it into
+        another placement, it is kept in that."""
+        passed: list[fx.Node] = []
+        if value := self._value(operand, passed):
+            self.needed[value] = None
+            if any(reader in passed for route, _ in self.route_s for reader in route.readers):
+                self.num_bytes[value] = self.placed.local_bytes(*origin(operand))
+            if unit := self.units.get(self.made_by.get(value, "")):
+                unit.readers += [node for node in passed if node not in unit.readers]
 
     # ------------------------------------------------------------------ units
 

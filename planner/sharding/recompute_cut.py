@@ -49,18 +49,18 @@ class Values:
     made_by: Mapping[str, str]
     needed: Collection[str]
 
-    def walk(self, choice: Collection[str]) -> tuple[set[str], set[str]]:
-        """(units that run again, values kept)."""
-        again: set[str] = set()
-        kept: set[str] = set()
+    def walk(self, choice: Collection[str]) -> tuple[dict[str, None], dict[str, None]]:
+        """(units that run again, values kept), in an order that does not change from process to process."""
+        again: dict[str, None] = {}
+        kept: dict[str, None] = {}
         stack = list(self.needed)
         while stack:
             value = stack.pop()
             unit = self.made_by.get(value)
             if unit is None or unit not in choice:
-                kept.add(value)
+                kept[value] = None
             elif unit not in again:
-                again.add(unit)
+                again[unit] = None
                 stack.extend(self.units[unit].reads)
         return again, kept
 

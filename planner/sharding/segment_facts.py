@@ -25,8 +25,8 @@ class SegmentFacts:
     """Of one segment."""
 
     segment: Segment
-    # sizes of the mesh axes -> sets of ops whose results may be made again (recompute.py)
-    recompute_choices: dict[tuple[int, ...], list[frozenset[str]]] = field(default_factory=dict)
+    # sizes of the mesh axes, units -> sets of units whose results may be made again (recompute.py)
+    recompute_choices: dict[tuple[tuple[int, ...], frozenset[str]], list[frozenset[str]]] = field(default_factory=dict)
 
     @cached_property
     def views(self) -> dict[fx.Node, OpView]:

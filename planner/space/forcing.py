@@ -16,7 +16,7 @@ from ...schedules.published.library import SCHEDULES, canonical_name
 CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
            "offload", "prefer")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
-RECOMPUTE_CHOICES = ("auto", "none", "all")
+RECOMPUTE_CHOICES = ("auto", "none", "selective", "all")
 OFFLOAD_CHOICES = ("none", "auto")
 PREFER_CHOICES = ("time", "memory")
 

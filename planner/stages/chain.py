@@ -124,7 +124,16 @@ NOTHING: Recompute = frozenset()
 
 def whole_segments(solution: ShardingSolution, names: Iterable[str]) -> Recompute:
     """Their whole forward runs again."""
-    return frozenset((name, len(solution.costs[name].recompute_points) - 1) for name in names)
+    points = {name: solution.costs[name].recompute_points for name in names}
+    return frozenset((n, next(k for k, point in enumerate(found) if point.is_whole)) for n, found in points.items())
+
+
+def leanest_segments(solution: ShardingSolution, names: Iterable[str]) -> Recompute:
+    """As much runs again as leaves the fewest bytes."""
+    points = {name: solution.costs[name].recompute_points for name in names}
+    return frozenset(
+        (name, min(range(len(found)), key=lambda k: found[k].saved_bytes)) for name, found in points.items()
+    )
 
 
 def chosen_points(solution: ShardingSolution, recompute: Recompute) -> dict[str, RecomputePoint]:
