@@ -16,6 +16,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.planner.memory.rank_bytes import cached_schedule, in_flight_profiles, quick_peaks, rank_breakdown
 from shardwright.planner.search.step_time import find_cuts, stage_times
 from shardwright.planner.space.candidates import Candidate
+from shardwright.planner.stages.chain import NOTHING, whole_segments
 from shardwright.planner.stages.setting import Setting
 from shardwright.plans.axes import MeshShape
 from shardwright.profiler.workload import OptimizerSpec, Precision
@@ -113,7 +114,7 @@ def test_profiles_and_the_simulated_order_agree_on_activations(schedule, pp, m, 
     case = Case(Sizes(layers=10), "4xCPU", 6)
     setting = setting_of(case)
     candidate = Candidate(MeshShape.of({"pp": pp}), 1, m, schedule, v, 0)
-    chain = setting.chain(case.sharder.solve(MeshShape.of(), 1), ())
+    chain = setting.chain(case.sharder.solve(MeshShape.of(), 1), NOTHING)
     cuts = find_cuts(setting, candidate, chain, ignore_memory=True)
     order = cached_schedule(schedule, pp, m, v)
     peaks, _ = peak_memory(order.ranks, stage_times(setting, candidate, chain, cuts.bounds))
@@ -141,7 +142,7 @@ def test_a_tied_weight_is_held_once_by_a_stage_that_reads_it_twice():
     tied, loose = (Case(Sizes(layers=4, tied=t), "4xCPU", 4) for t in (True, False))
     elements = []
     for case in (tied, loose):
-        chain = setting_of(case).chain(case.sharder.solve(MeshShape.of(), 1), ())
+        chain = setting_of(case).chain(case.sharder.solve(MeshShape.of(), 1), NOTHING)
         n = chain.num_instances
         elements.append((chain.param_of[0, n], chain.param_of[0, n - 1] + chain.param_of[n - 1, n]))
     assert elements[0][0] == elements[1][0] - 1000 * 64
@@ -151,7 +152,7 @@ def test_a_tied_weight_is_held_once_by_a_stage_that_reads_it_twice():
 def test_recomputation_trades_saved_bytes_for_workspace_and_time():
     case = Case(Sizes(layers=6), "4xCPU", 4)
     setting, solution = setting_of(case), case.sharder.solve(MeshShape.of(), 2)
-    kept, again = setting.chain(solution, ()), setting.chain(solution, {"block"})
+    kept, again = setting.chain(solution, NOTHING), setting.chain(solution, whole_segments(solution, ["block"]))
     assert again.activation_bytes.sum() < 0.5 * kept.activation_bytes.sum()
     assert again.backward_s.sum() == pytest.approx(kept.backward_s.sum() + kept.forward_s[1:-1].sum())
     assert (again.backward_workspace_bytes[1:-1] > kept.backward_workspace_bytes[1:-1]).all()
@@ -159,7 +160,7 @@ def test_recomputation_trades_saved_bytes_for_workspace_and_time():
 
 def test_prologue_work_is_rerun_by_the_stages_that_need_it_and_never_sent():
     case = Case(Sizes(layers=4), "4xCPU", 4)
-    chain = setting_of(case).chain(case.sharder.solve(MeshShape.of(), 1), ())
+    chain = setting_of(case).chain(case.sharder.solve(MeshShape.of(), 1), NOTHING)
     assert chain.prologue_of(0, 1) == [] and chain.prologue_of(1, 3) == [0]
     hidden = 128 * 64 * 2
     assert np.allclose(chain.cut_forward_bytes, [0, hidden, hidden, hidden, hidden, hidden, 0])
