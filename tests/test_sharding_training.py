@@ -55,24 +55,29 @@ def combinations(graph: ModelGraph) -> Iterator[dict[str, int]]:
         yield dict(zip(names, places, strict=True))
 
 
+def on_tensor_ranks(wishes: Mapping[str, int] | None) -> dict[str, tuple[int, int]]:
+    """Whole on the data axis."""
+    return {name: (R, place) for name, place in (wishes or {}).items()}
+
+
 @pytest.mark.parametrize("hidden", [48, 4096])
 @pytest.mark.parametrize("global_batch", [8, 256])
 def test_with_the_sums_of_gradients_the_least_of_every_placement_of_parameters_is_found(hidden, global_batch):
     """Eight samples a microbatch. Few of them in a step: large weights are split; many: their sums weigh little."""
     graph = api.capture_for_planning(workload_of(hidden))
-    cost_model, key = CostModel(parse_hardware("2xCPU")), (1, 2, 8)
+    cost_model, key = CostModel(parse_hardware("2xCPU")), (MeshShape.of({"tp": 2}), 8)
     job = Job(state_kinds(workload_of(hidden)), global_batch)
     again = 1.0 / job.num_microbatches(1, 8)
 
     def least(wishes: Mapping[str, int] | None) -> float:
-        sharder = Sharder(graph, cost_model, wishes, job=job)
+        sharder = Sharder(graph, cost_model, on_tensor_ranks(wishes), job=job)
         made = sharder._problem(key)[1]
         choice, proof = solve(made.problem, price=(0.0, 0.0, again))
         figures = sharder._figures(key, sharder._solved(*sharder._problem(key), Prices(0.0, 0.0, again)), 0.0)
         kinds = ("trainable_elements", "summed_elements")
         counted = [sum(getattr(cost, kind) for cost in figures.costs.values()) for kind in kinds]
         weighed = sum(rows[choice[u], SUMS] for u, rows in made.problem.weights.items())
-        assert weighed == pytest.approx(sharder.sums(1, 2).of(*counted), rel=1e-6)
+        assert weighed == pytest.approx(sharder.sums(key[0]).of(*counted), rel=1e-6)
         return proof.objective
 
     assert least(None) == pytest.approx(min(map(least, combinations(graph))), rel=1e-9)
@@ -104,7 +109,8 @@ def test_what_fits_under_some_placement_is_found(hidden):
     job = Job(state_kinds(workload), workload.global_batch)
 
     def least(wishes: Mapping[str, int]) -> int:
-        lean = Sharder(graph, cost_model, wishes, job=Job(job.kinds, job.global_batch, memory_first=True))
+        split = on_tensor_ranks(wishes)
+        lean = Sharder(graph, cost_model, split, job=Job(job.kinds, job.global_batch, memory_first=True))
         return min(
             plan_peak(graph, workload, lean, None, recompute=recompute, microbatch=microbatch)
             for recompute in ("all", "none")
