@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,6 +111,14 @@ class MemoryPolicy(_Document):
         """Of each distinct segment of which something runs again: "all", or of how many ops."""
         texts = {name: c if isinstance(c, str) else f"{len(c)} ops" for name, c in self.recompute.items()}
         return {name: text for name, text in texts.items() if text != "none"}
+
+    def among(self, placements: Mapping[str, Collection[str]]) -> MemoryPolicy:
+        """Of the ops and forms to make again, those that these placements have."""
+        chosen = {
+            name: choice if isinstance(choice, str) else tuple(op for op in choice if op in placements.get(name, ()))
+            for name, choice in self.recompute.items()
+        }
+        return self.model_copy(update={"recompute": chosen})
 
 
 class StageSeconds(_Document):

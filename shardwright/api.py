@@ -245,13 +245,9 @@ def _placed_as_it_runs(
     asked.say(f"placing the ops of {size} samples")
     wishes = parameter_places(graph, planned.solution.placements)
     mesh = mesh_for(found.mesh.shape, size)
-    sharder = placing.sharder(running, asked.left_s, wishes)
-    return _Placed(
-        running,
-        moved_stages(graph, planned.stages, running),
-        moved_policy(graph, planned.memory_policy, running),
-        sharder.solve(mesh, size // mesh.batch_ranks),
-    )
+    solution = placing.sharder(running, asked.left_s, wishes).solve(mesh, size // mesh.batch_ranks)
+    policy = moved_policy(graph, planned.memory_policy, running).among(solution.placements)
+    return _Placed(running, moved_stages(graph, planned.stages, running), policy, solution)
 
 
 def _refuse_conservative(solution: ShardingSolution) -> None:

@@ -7,7 +7,7 @@ from importlib import resources
 
 import jsonschema
 
-from shardwright.plans.document import Plan, plan_json_schema
+from shardwright.plans.document import MemoryPolicy, Plan, plan_json_schema
 from shardwright.plans.document_checks import problem_of, seal
 
 
@@ -37,3 +37,10 @@ def test_a_plan_that_recomputes_what_it_does_not_place_is_refused(hand_made_plan
     document = json.loads(hand_made_plan.to_json())
     document["memory_policy"]["recompute"]["block"] = ["no_such_op"]
     assert "no_such_op" in problem_of(document)
+
+
+def test_a_policy_names_what_the_placements_have():
+    """An op that a model lacks at another size of the batch is kept there."""
+    policy = MemoryPolicy(recompute={"block": ("mm", "mm_1", "mul.0>kept"), "head": "all", "gone": ("mm",)})
+    found = policy.among({"block": {"mm": [], "mul.0>kept": []}, "head": {}})
+    assert found.recompute == {"block": ("mm", "mul.0>kept"), "head": "all", "gone": ()}
