@@ -41,22 +41,14 @@ class SegmentCost:
     trainable_elements: int
     buffer_bytes: int
     saved_bytes: int  # kept from forward to backward when nothing is recomputed (inputs included)
-    recompute_saved_bytes: int  # kept when the whole segment is recomputed (its inputs)
     input_bytes: int  # boundary values that come in
     output_bytes: int  # boundary values that go out
     workspace_bytes: int  # most that is alive inside one forward or backward beyond saved
     model_flops: float  # floating-point operations of forward + backward, no recomputation, this rank's share
+    # all choices but to keep everything: by seconds, each freeing less a second than the one before; that of the whole
+    # segment stands last where it is none of those
+    recompute_points: tuple[RecomputePoint, ...]
     summed_elements: int = 0  # of the trainable: gradients that are partial sums over the tensor axis, once a step
-    points: tuple[RecomputePoint, ...] = ()  # see recompute_points
-
-    @property
-    def recompute_points(self) -> tuple[RecomputePoint, ...]:
-        """All choices but to keep everything: by seconds, each freeing less a second than the one before; that of the
-        whole segment stands last where it is none of those. Without points: the whole segment alone."""
-        if self.points:
-            return self.points
-        whole = RecomputePoint((), self.forward_s, self.forward_comm_s, self.recompute_saved_bytes, is_whole=True)
-        return (whole,)
 
     @property
     def backward_s(self) -> float:

@@ -13,7 +13,7 @@ from ..errors import ExitCode, ShardwrightError
 from ..ops.placement import P, R
 from ..plans.document import Plan
 from ..plans.order import splits_backward
-from ..plans.placements import AxisSolution, read_placements
+from ..plans.placements import AxisSolution, is_kept_key, read_placements
 from ..profiler.graph import ModelGraph, Segment
 from ..profiler.op_view import is_op
 from ..profiler.slots import INPUT, OUTPUT, PARAM, PARAM_GRAD, TANGENT, slot_name, slot_names
@@ -52,40 +52,35 @@ def build_segment_programs(
     }
 
 
-def _check_recomputed(plan: Plan, name: str, segment: Segment) -> None:
-    """Only results of the forward can be made again."""
-    choice = plan.memory_policy.recompute.get(name, "none")
-    forward = {n.name for n in segment.joint.graph.nodes if is_op(n) and n.meta.get("phase") != "backward"}
-    strangers = [op for op in choice if op not in forward and not op.endswith(">kept")]
-    if not isinstance(choice, str) and strangers:
-        raise ShardwrightError(
-            f"the plan makes {strangers[0]} of {name} again, which is no result of its forward",
-            means="the plan was changed, or made for another model",
-            change="make the plan again for this model",
-            works="shardwright plan MODEL --hardware NAME -o plan.json",
-            exit_code=ExitCode.PLAN_MISMATCH,
-        )
-
-
 def _recomputed(plan: Plan, segment: str) -> Recompute:
     choice = plan.memory_policy.recompute.get(segment, "none")
     return choice == "all" if isinstance(choice, str) else choice
 
 
 def check_fits(graph: ModelGraph, plan: Plan) -> None:
-    """Every op of every distinct segment must have its placement in the plan."""
+    """Every op of every distinct segment must have its placement in the plan; what is made again is of a forward."""
     for name, segment in graph.segments.items():
         rows = plan.placements.get(name)
         missing = [n.name for n in segment.joint.graph.nodes if is_op(n) and (rows is None or n.name not in rows)]
         if rows is None or missing:
-            raise ShardwrightError(
-                f"the plan has no placement for {len(missing)} ops of {name}, as {missing[0] if missing else 'all'}",
-                means="the plan was made for another model, or for another version of its code",
-                change="make the plan again for this model",
-                works="shardwright plan MODEL --hardware NAME -o plan.json",
-                exit_code=ExitCode.PLAN_MISMATCH,
+            raise _of_another_model(
+                f"the plan has no placement for {len(missing)} ops of {name}, as {missing[0] if missing else 'all'}"
             )
-        _check_recomputed(plan, name, segment)
+        again = _recomputed(plan, name)
+        forward = {n.name for n in segment.joint.graph.nodes if is_op(n) and n.meta.get("phase") != "backward"}
+        strangers = [] if isinstance(again, bool) else [op for op in again if op not in forward and not is_kept_key(op)]
+        if strangers:
+            raise _of_another_model(f"the plan makes {strangers[0]} of {name} again, which is no result of its forward")
+
+
+def _of_another_model(what: str) -> ShardwrightError:
+    return ShardwrightError(
+        what,
+        means="the plan was made for another model, or for another version of its code",
+        change="make the plan again for this model",
+        works="shardwright plan MODEL --hardware NAME -o plan.json",
+        exit_code=ExitCode.PLAN_MISMATCH,
+    )
 
 
 def build_segment_program(

@@ -17,8 +17,9 @@ from torch import fx
 
 from ..profiler.graph import Segment
 from ..profiler.nodes import needed_for
+from ..profiler.op_view import origin
 from ..profiler.slots import BUFFER, GRADIENTS, INPUT, LASTING, TANGENT, kind_of, slot_name
-from ..profiler.work import VIEWS, is_free
+from ..profiler.work import is_free, is_view
 
 aten = torch.ops.aten
 Recompute = bool | Collection[str]
@@ -62,7 +63,7 @@ def _recomputed(recompute: Recompute) -> Callable[[fx.Node], bool]:
     names = frozenset(recompute)
 
     def is_again(node: fx.Node) -> bool:
-        if _is_view(node):
+        if is_view(origin(node)[0]):
             return True  # whose memory it is, is decided where it was made
         return node.meta.get("form", node.meta.get("of")) in names
 
@@ -92,16 +93,10 @@ def _kept(graph: fx.Graph, wanted: list[Any], is_again: Callable[[fx.Node], bool
             if node.target is operator.getitem or not isinstance(_results(node), list):
                 kept[node] = None
                 continue
-        reads = inside or (runs_again and not _is_view(node))
+        reads = inside or (runs_again and not is_view(origin(node)[0]))
         stack.extend((source, reads) for source in node.all_input_nodes)
     order = {n: i for i, n in enumerate(graph.nodes)}
     return sorted(kept, key=lambda n: order[n])
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Does it, or the op that it is a result of, view another's memory?"""
-    owner = node.args[0] if node.target is operator.getitem else node
-    return getattr(getattr(owner, "target", None), "overloadpacket", None) in VIEWS
 
 
 def _is_passing(node: fx.Node) -> bool:

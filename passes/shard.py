@@ -126,10 +126,9 @@ class _Sharding:
     def _read(self, source: fx.Node, output: int, wanted: Places) -> fx.Node:
         """The operand in the placements that a reader wants, by way of the form shared by readers of this phase."""
         made, x = self._made(source, output), self.env[(source, output)]
-        if self.emit.phase == "backward" and self._has(kept_key(source.name, output)):
-            shared = self._shared(source, output, "forward", made)
-            way = whole_on_short(made, self.axes), whole_on_short(shared, self.axes)
-            x, made = self.moved.get((source, output, *way, "forward"), x), shared
+        kept = self._kept_way(source, output)
+        if self.emit.phase == "backward" and kept is not None:
+            x, made = self.moved.get((source, output, *kept, "forward"), x), kept[1]
         shared = self._shared(source, output, self.emit.phase, made)
         return self._move(source, output, self._move(source, output, x, made, shared), shared, wanted)
 
@@ -158,20 +157,20 @@ class _Sharding:
             else:
                 self.moved[key] = self._move_axes(x, whole.shape, list(before), after)
             self.emit.of, self.emit.moves = outer
-            if self._is_kept_form(source, output, before, after):
+            if self.emit.phase == "forward" and self._kept_way(source, output) == (before, after):
                 made = self.moved[key]
                 while is_free(made) and made.args[0].meta.get("moves"):  # type: ignore[union-attr]
                     made = made.args[0]  # type: ignore[assignment]
                 made.meta["form"] = kept_key(source.name, output)
         return self.moved[key]
 
-    def _is_kept_form(self, source: fx.Node, output: int, before: Places, after: Places) -> bool:
-        """Is this the form, shared by the forward's readers, that the backward reads too?"""
-        if self.emit.phase != "forward" or not self._has(kept_key(source.name, output)):
-            return False
+    def _kept_way(self, source: fx.Node, output: int) -> tuple[Places, Places] | None:
+        """From the producer's form to that, shared by the forward's readers, which the backward reads too."""
+        if not self._has(kept_key(source.name, output)):
+            return None
         made = self._made(source, output)
         shared = self._shared(source, output, "forward", made)
-        return (before, after) == (whole_on_short(made, self.axes), whole_on_short(shared, self.axes))
+        return whole_on_short(made, self.axes), whole_on_short(shared, self.axes)
 
     def _move_axes(self, x: fx.Node, shape: Sequence[int], current: list[int], after: Places) -> fx.Node:
         """Along the route that the planner counted on (placement.way)."""

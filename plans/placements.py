@@ -26,6 +26,10 @@ def kept_key(node: str, output: int) -> str:
     return f"{node}.{output}>kept"
 
 
+def is_kept_key(key: str) -> bool:
+    return key.endswith(">kept")
+
+
 @dataclass
 class AxisSolution:
     """strategies: (segment, op node). places: (segment, key) for every other key of the plan's text form."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardwright.costmodel.model import CostModel
-from shardwright.costmodel.segment import SegmentCost
+from shardwright.costmodel.segment import RecomputePoint, SegmentCost
 from shardwright.planner.interfaces import ShardingSolution
 from shardwright.plans.axes import MeshShape
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance, ValueInfo
@@ -137,13 +137,14 @@ class FakeSharder:
             comm_s = comms * self.cost_model.collective_seconds("all_reduce", state_bytes, group) if tp > 1 else 0.0
             return SegmentCost(
                 forward_s, forward_s, forward_s if params else 0.0, comm_s, comm_s, math.ceil(params / tp),
-                math.ceil(params / tp), 0, int(saved / tp), int(kept), int(kept), int(kept), int(workspace / tp),
-                3 * flops / tp,
+                math.ceil(params / tp), 0, int(saved / tp), int(kept), int(kept), int(workspace / tp),
+                3 * flops / tp, (RecomputePoint((), forward_s, comm_s, int(kept), is_whole=True),),
             )  # fmt: skip
 
         attention = 2 * tokens * s.seq * s.hidden  # causal
+        rope_again = RecomputePoint((), 1e-6, 0, 0, is_whole=True)
         costs = {
-            "rope": SegmentCost(1e-6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, s.seq * 128 * width, 0, 0.0),
+            "rope": SegmentCost(1e-6, 0, 0, 0, 0, 0, 0, 0, 0, 0, s.seq * 128 * width, 0, 0.0, (rope_again,)),
             "embed": cost(s.vocab * s.hidden, 0.0, 0, 0, 1, 0),
             "block": cost(
                 s.block_params,

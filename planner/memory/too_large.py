@@ -55,9 +55,8 @@ def is_too_large(setting: Setting, candidate: Candidate, chain: Chain) -> bool:
     lasting, kept, beside = setting.once(_position_bytes, key, setting, candidate, chain)
     kind = setting.mesh(candidate).devices[0].kind
     reserve = memory.reserve_bytes(kind, num_groups(candidate))
-    rooms = (setting.limits(candidate) - reserve) / memory.slack_factor(kind) * ROUNDING - beside[: c.virtual_stages][
-        -1
-    ]
+    least_beside = beside[: c.virtual_stages][-1]
+    rooms = (setting.limits(candidate) - reserve) / memory.slack_factor(kind) * ROUNDING - least_beside
     held = least_held(c.schedule, c.pp, c.count, c.virtual_stages)
     places, placed = np.arange(len(kept) + 1), 0.0  # positions that the ranks so far hold, the last one in part
     for rank in np.argsort(held):

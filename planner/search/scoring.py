@@ -103,8 +103,6 @@ class _Scoring:
         self.best: Outcome | None = None
         self.search_bound_s = self.bound_s = math.inf
         self.fits = self.too_slow = self.tight = False
-        self._found: dict[int, _Fit | None] = {}  # by option
-        self._first: dict[int, int] = {}  # placements -> place of the first option with cuts that fit
 
     def run(self) -> Outcome:
         done: set[int] = set()  # placements whose other options only take longer
@@ -146,7 +144,7 @@ class _Scoring:
             self.too_slow = True
             self._bound(option, least_s)
             return True
-        fit = self._fit(option)
+        fit = self._cuts(chain)
         self.tight = self.tight or fit is None or not fit.free
         if fit is None:
             if candidate.virtual_stages > 1 and state.forced.cuts is None:
@@ -188,26 +186,6 @@ class _Scoring:
                 fits=True,
                 recompute_all=option.recompute_all,
             )
-
-    def _fit(self, option: MemoryOption) -> _Fit | None:
-        """The option's cuts. Each option of the same placements keeps less than those before it, and what it keeps
-        less it holds while it runs again, so the first with cuts that fit is found by bisection."""
-        if self.candidate.virtual_stages > 1 and self.state.forced.cuts is None:
-            return self._cuts_of(option)  # cuts of interleaved stages are looked for, not proven
-        alike = [other for other in self.options if other.solution is option.solution]
-        at, placements = alike.index(option), id(option.solution)
-        if placements not in self._first:
-            first, last = at, len(alike)  # last: has cuts, or is behind the end
-            while first < last:
-                middle = (first + last) // 2 if last < len(alike) else last - 1
-                first, last = (first, middle) if self._cuts_of(alike[middle]) is not None else (middle + 1, last)
-            self._first[placements] = last
-        return self._cuts_of(option) if at >= self._first[placements] else None
-
-    def _cuts_of(self, option: MemoryOption) -> _Fit | None:
-        if id(option) not in self._found:
-            self._found[id(option)] = self._cuts(self.setting.chain(option.solution, option.recompute))
-        return self._found[id(option)]
 
     def _cuts(self, chain: Chain) -> _Fit | None:
         setting, candidate = self.setting, self.candidate

@@ -33,7 +33,7 @@ from ...units import format_seconds
 from ..interfaces import Sharder
 from ..space.candidates import Candidate, enumerate_candidates, nothing_divides
 from ..space.forcing import check_forced, divisors, parse_forced
-from ..stages.chain import Chain, build_chain
+from ..stages.chain import NOTHING, Chain, build_chain
 from ..stages.setting import Setting
 from .certificate import base_of, ideal_seconds, learn_any_order, own_order_bound
 from .chosen import choose
@@ -81,7 +81,7 @@ class _Search:
         solution = self.state.solve_for(MeshShape.of(), batch)
         if solution is None:
             return
-        chain = build_chain(self.setting.graph, self.setting.shape, solution, frozenset())
+        chain = build_chain(self.setting.graph, self.setting.shape, solution, NOTHING)
         scale = min(min(self.setting.mesh(candidate).scales) for candidate in self.state.candidates[:1])
         self.state.whole_forward_s = float((chain.forward_s - chain.forward_comm_s).sum()) * scale
         self.state.whole_backward_s = float((chain.backward_s - chain.backward_comm_s).sum()) * scale

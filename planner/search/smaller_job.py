@@ -17,7 +17,7 @@ from ..stages.setting import Setting
 
 SHORTER = (2, 4, 8, 16, 32)
 LEAST_TOKENS = 128
-ACTIVATIONS = ("saved_bytes", "recompute_saved_bytes", "input_bytes", "output_bytes", "workspace_bytes")
+ACTIVATIONS = ("saved_bytes", "input_bytes", "output_bytes", "workspace_bytes")
 Known = Mapping[tuple[MeshShape, int], ShardingSolution]  # axes that cut parameters, local batch
 FirstFit = Callable[[Setting, Forced, Known], Candidate | None]
 
@@ -84,8 +84,8 @@ def _fitting_tokens(job: _Job, forced: Forced, known: Known, first_fit: FirstFit
 def _shorter(solution: ShardingSolution, parts: int) -> ShardingSolution:
     costs = {}
     for name, cost in solution.costs.items():
-        points = tuple(replace(point, saved_bytes=-(-point.saved_bytes // parts)) for point in cost.points)
+        points = tuple(replace(point, saved_bytes=-(-point.saved_bytes // parts)) for point in cost.recompute_points)
         shorter = {kind: -(-getattr(cost, kind) // parts) for kind in ACTIVATIONS}
-        costs[name] = replace(cost, points=points, **shorter)
+        costs[name] = replace(cost, recompute_points=points, **shorter)
     boundaries = {name: -(-size // parts) for name, size in solution.boundary_bytes.items()}
     return replace(solution, costs=costs, boundary_bytes=boundaries)

@@ -50,7 +50,6 @@ def evaluate(placed: Placed) -> SegmentCost:
     trained = [e if t else 0.0 for e, t in zip(elements, segment.param_requires_grad, strict=True)]
     inputs = [placeholders[name] for name in slot_names(INPUT, len(segment.inputs))]
     saved_bytes = int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in facts.saved))
-    points = _points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes)
     return SegmentCost(
         forward_s=seconds["F"],
         backward_input_s=seconds["I"],
@@ -61,13 +60,12 @@ def evaluate(placed: Placed) -> SegmentCost:
         trainable_elements=int(sum(trained)),
         buffer_bytes=int(sum(local(n) for name, n in placeholders.items() if kind_of(name) == BUFFER)),
         saved_bytes=saved_bytes,
-        recompute_saved_bytes=points[-1].saved_bytes,
         input_bytes=int(sum(local(n) for n in inputs)),
         output_bytes=int(sum(local(*o) for o in facts.outputs)),
         workspace_bytes=int(_workspace(facts, local, scratch) + lasting),
         model_flops=flops,
+        recompute_points=_points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes),
         summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
-        points=points,
     )
 
 

@@ -46,23 +46,28 @@ class Recomputation:
         self.num_bytes: dict[str, float] = {}  # of each value
         self.made_by: dict[str, str] = {}  # value -> unit; none for the segment's inputs
         self.needed: dict[str, None] = {}  # values that the backward reads
+        self._of_forms: set[int] = set()  # routes that are units of their own
+        moving = {reader for route, _ in self.route_s for reader in route.readers}
         for node in placed.facts.views:
             if node.meta.get("phase") == "backward":
                 for operand in node.all_input_nodes:
                     if operand.meta.get("phase") != "backward":
-                        self._need(operand)
-        self._route_of = self._readers_of_routes()
+                        self._need(operand, moving)
+        self._routes_of: dict[fx.Node, list[int]] = {}
+        for k, (route, _) in enumerate(self.route_s):
+            for reader in route.readers if k not in self._of_forms else ():
+                self._routes_of.setdefault(reader, []).append(k)
         for unit in self.units.values():
-            unit.seconds = unit.compute_s + unit.own_comm_s + sum(self.route_s[k][1] for k in self._routes([unit]))
+            unit.seconds = unit.compute_s + self._comm_s([unit])
         self.values = Values(self.units, self.num_bytes, self.made_by, self.needed)
 
-    def _need(self, operand: fx.Node) -> None:
+    def _need(self, operand: fx.Node, moving: Collection[fx.Node]) -> None:
         """The views through which the backward reads a value run again with what makes it; where they bring it into
-        another placement, it is kept in that."""
+        another placement, it is kept in that. moving: ops whose operands are brought into other placements."""
         passed: list[fx.Node] = []
         if value := self._value(operand, passed):
             self.needed[value] = None
-            if any(reader in passed for route, _ in self.route_s for reader in route.readers):
+            if any(node in moving for node in passed):
                 self.num_bytes[value] = self.placed.local_bytes(*origin(operand))
             if unit := self.units.get(self.made_by.get(value, "")):
                 unit.readers += [node for node in passed if node not in unit.readers]
@@ -73,21 +78,10 @@ class Recomputation:
         """What must be at hand to read this node; "" for what is in any case. passed: gets the ops on the way, which
         run again with the reader."""
         source, output = origin(node)
-        while True:
-            form = self._form(source, output)
-            if form:
-                return form
-            if source.op == "placeholder":
-                return self._input(source)
-            if not (is_free(source) or is_view(source)):
-                return self._result(source, output)
-            passed.append(source)
-            tensors = self.placed.facts.views[source].operands
-            if not tensors:
-                return ""
-            source, output = origin(tensors[0])
+        return self._form(source, output) or self._base(source, output, passed)
 
     def _form(self, source: fx.Node, output: int) -> str:
+        """The form in which it is kept for the backward; "" where that is the producer's own."""
         key, made = kept_key(source.name, output), self.placed.made(source, output)
         shared = self.placed.shared(source, output, "forward")
         if self.placed.at(key) is None or shared is None or shared == made or source.meta.get("phase") == "backward":
@@ -95,16 +89,15 @@ class Recomputation:
         if key not in self.units:
             unit = self.units[key] = _Made()
             self.num_bytes[key], self.made_by[key] = self.placed.local_bytes(source, output, shared), key
-            unit.own_comm_s = sum(
-                seconds
-                for route, seconds in self.route_s
-                if (route.source, route.output, route.before, route.after) == (source, output, made, shared)
-            )
+            for k, (route, seconds) in enumerate(self.route_s):
+                if (route.source, route.output, route.before, route.after) == (source, output, made, shared):
+                    unit.own_comm_s += seconds
+                    self._of_forms.add(k)
             unit.reads = [value for value in [self._base(source, output, unit.readers)] if value]
         return key
 
     def _base(self, source: fx.Node, output: int, passed: list[fx.Node]) -> str:
-        """The value behind a form."""
+        """What a result is, or views."""
         if source.op == "placeholder":
             return self._input(source)
         if not (is_free(source) or is_view(source)):
@@ -128,31 +121,20 @@ class Recomputation:
             unit.reads = [name for name in dict.fromkeys(read) if name]
         return value
 
-    def _readers_of_routes(self) -> dict[fx.Node, list[int]]:
-        found: dict[fx.Node, list[int]] = {}
-        kept = {key for key in self.units if key.endswith(">kept")}
-        for k, (route, _) in enumerate(self.route_s):
-            is_form = kept_key(route.source.name, route.output) in kept and (
-                route.after == self.placed.shared(route.source, route.output, "forward")
-                and route.before == self.placed.made(route.source, route.output)
-            )
-            for reader in route.readers if not is_form else ():
-                found.setdefault(reader, []).append(k)
-        return found
-
     # ------------------------------------------------------------------ points
 
-    def _routes(self, units: Collection[_Made]) -> set[int]:
-        return {k for unit in units for reader in unit.readers for k in self._route_of.get(reader, ())}
+    def _comm_s(self, units: Collection[_Made]) -> float:
+        """A route that several of them ask for is taken once."""
+        asked = {k for unit in units for reader in unit.readers for k in self._routes_of.get(reader, ())}
+        return sum(self.route_s[k][1] for k in asked) + sum(unit.own_comm_s for unit in units)
 
     def point(self, choice: Choice, *, is_whole: bool = False) -> RecomputePoint:
         """The figures of a choice; saved_bytes: less what is kept where nothing runs again, 0 for nothing."""
         again, kept = self.values.walk(self.units.keys() if is_whole else choice)
         units = [self.units[name] for name in again]
-        comm_s = sum(self.route_s[k][1] for k in self._routes(units)) + sum(unit.own_comm_s for unit in units)
         freed = sum(self.num_bytes[name] for name in self.needed) - sum(self.num_bytes[name] for name in kept)
         names = () if is_whole else tuple(sorted(again))
-        return RecomputePoint(names, sum(unit.compute_s for unit in units), comm_s, -int(freed), is_whole)
+        return RecomputePoint(names, sum(unit.compute_s for unit in units), self._comm_s(units), -int(freed), is_whole)
 
 
 def hull(points: Collection[RecomputePoint]) -> Iterator[RecomputePoint]:
