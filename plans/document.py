@@ -102,9 +102,11 @@ class Stage(_Document):
 class MemoryPolicy(_Document):
     """recompute: for each distinct segment 'none', 'all' (its forward runs again in the backward), or the ops whose
     results are not kept but made again there; NODE.K>kept for a result that is kept as its producer has it and brought
-    into the form that the backward reads there."""
+    into the form that the backward reads there. optimizer_state: where it is, with the parameters' copies that the
+    optimizer steps over, and where they are stepped."""
 
     recompute: dict[str, Literal["none", "all"] | tuple[str, ...]] = Field(default_factory=dict)
+    optimizer_state: Literal["device", "host"] = "device"
 
     @property
     def recomputed(self) -> dict[str, str]:

@@ -15,6 +15,11 @@ Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Any, Any], torch.Tensor]
 
 _FUSED = frozenset({torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD})  # one kernel for all
+# Their update of an element depends on nothing but that element.
+_ELEMENTWISE = frozenset({
+    torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.Adamax, torch.optim.AdamW,
+    torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD,
+})  # fmt: skip
 _WAYS = ("foreach", "fused", "capturable", "differentiable")  # options that say how the update is computed
 
 
@@ -41,6 +46,11 @@ class OptimizerSpec:
     @property
     def waits_for_norm(self) -> bool:
         return self.needs_norm and not self.post_validation
+
+    @property
+    def is_elementwise(self) -> bool:
+        """May parameters be stepped piece by piece?"""
+        return self.factory in _ELEMENTWISE
 
     @property
     def is_fused(self) -> bool:

@@ -45,6 +45,11 @@ def with_layout(local: torch.Tensor, layout: Any) -> DTensor:
     return DTensor(local.detach(), layout, requires_grad=False)
 
 
+def num_step_hooks(optimizer: torch.optim.Optimizer) -> int:
+    """Functions that are called around each step()."""
+    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
 # torch 2.13 renamed both and warns about the old names
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

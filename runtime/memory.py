@@ -39,7 +39,7 @@ class MemoryMeter:
     def begin(self, optimizer: torch.optim.Optimizer | None) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._optimizer_bytes = optimizer_bytes(optimizer) if self._steps_left else 0
+        self._optimizer_bytes = self._state_bytes(optimizer) if self._steps_left else 0
 
     def sample(self) -> None:
         if self._steps_left and self.device.type != "cuda" and self._store is not None:
@@ -51,9 +51,14 @@ class MemoryMeter:
         if self.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
         elif self._steps_left:
-            self._optimizer_bytes = optimizer_bytes(optimizer) + kept_bytes
+            self._optimizer_bytes = self._state_bytes(optimizer, kept_bytes)
             self.sample()
             self._steps_left -= 1
+
+    def _state_bytes(self, optimizer: torch.optim.Optimizer | None, kept_bytes: int = 0) -> int:
+        """Of the device; all of it is in host memory where what the optimizer steps over is."""
+        on_host = self._store is not None and self._store.link is not None
+        return 0 if on_host else optimizer_bytes(optimizer) + kept_bytes
 
     def static_bytes(self) -> int:
         """Parameters, master copies, optimizer state and buffers."""

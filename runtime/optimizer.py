@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import nn
 
+from ..errors import ExitCode, ShardwrightError
 from ..profiler.workload import OptimizerSpec
 from .collectives import Summing
 from .parameters import ParameterStore
-
-# Their update of an element depends on nothing but that element: they step over plain local tensors, which spares the
-# dispatch of DTensor for each parameter and op.
-ELEMENTWISE = frozenset({
-    optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD, optim.NAdam, optim.RAdam,
-    optim.RMSprop, optim.Rprop, optim.SGD,
-})  # fmt: skip
+from .units import Unit
 
 
 def build_optimizer(spec: OptimizerSpec, store: ParameterStore) -> torch.optim.Optimizer | None:
-    """None where this rank holds no trainable parameter. Torch's fused update is taken where nothing else is asked."""
-    local = spec.factory in ELEMENTWISE
-    held = store.local_parameters if local else store.parameters
+    """None where this rank holds no trainable parameter. Torch's fused update is taken where nothing else is asked.
+
+    Where the update is elementwise it steps over plain local tensors, which spares the dispatch of DTensor for each
+    parameter and op."""
+    if store.link is not None and store.storage_mesh is not None and not spec.is_elementwise:
+        raise ShardwrightError(
+            f"{spec.name} steps over whole tensors, which ranks share, and the plan has its state in host memory",
+            means="what it computes of a tensor would take collectives between hosts",
+            change="--force optimizer_state",
+            works="--force optimizer_state=device, or an elementwise optimizer such as AdamW",
+            exit_code=ExitCode.PLAN_MISMATCH,
+        )
+    held = store.local_parameters if spec.is_elementwise else store.parameters
     trainable = [parameter for parameter in held.values() if parameter.requires_grad]
     if not trainable:
         return None
@@ -48,7 +54,7 @@ def start_grad_norm(store: ParameterStore) -> Summing:
     total = torch.zeros((), dtype=torch.float64, device=store.device)
     if grads:
         norms = torch._foreach_norm(grads, 2)
-        total += torch.stack([norm.double() for norm in norms]).square().sum()
+        total += torch.stack([norm.double() for norm in norms]).square().sum().to(store.device)
     return Summing(total, alone=store.grid.world_size == 1)
 
 
@@ -59,8 +65,22 @@ def clip_factor(max_norm: float, norm: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def scale_gradients(store: ParameterStore, factor: torch.Tensor) -> None:
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for grad in store.local_grads().values():
-        by_dtype.setdefault(grad.dtype, []).append(grad)
-    for dtype, group in by_dtype.items():
-        torch._foreach_mul_(group, factor.to(dtype))
+        groups.setdefault((grad.device, grad.dtype), []).append(grad)
+    for (device, dtype), group in groups.items():
+        torch._foreach_mul_(group, factor.to(device, dtype))
+
+
+def subgroups(units: Sequence[Unit], most_elements: int) -> list[list[Unit]]:
+    """Consecutive units with at most so many elements to step together, at least one each."""
+    found: list[list[Unit]] = []
+    elements = 0
+    for unit in units:
+        own = sum(master.numel() for master in unit.masters.values())
+        if not found or elements + own > most_elements:
+            found.append([])
+            elements = 0
+        found[-1].append(unit)
+        elements += own
+    return found

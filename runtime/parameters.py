@@ -9,7 +9,9 @@ parameter never stands on a rank unless the plan replicates it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from ..profiler.workload import Precision
 from ._torch import layout_of, local_part, with_layout
 from .collectives import Pending
 from .extents import DataCut
+from .host_link import HostLink
 from .mesh import RankGrid
 from .relayout import changed_axes, dim_cuts, grad_to_storage, relaid
 from .sharded import ShardedUnit
@@ -34,9 +37,18 @@ MAX_PENDING = 2  # collectives of whole units in flight on a rank; each holds a 
 BUCKET_ELEMENTS = 1 << 25  # of one collective that sums several gradients: 128 MiB in float32
 
 
+@dataclass(frozen=True)
+class Storage:
+    """Where parameters are kept. existing: tensors to adopt. link: to the host, where what the optimizer steps over is
+    there."""
+
+    device: torch.device
+    existing: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    link: HostLink | None = None
+
+
 class ParameterStore:
-    """names: parameters of each instance that runs here, by index. stage_of: its stage. existing: tensors to adopt as
-    storage."""
+    """names: parameters of each instance that runs here, by index. stage_of: its stage."""
 
     def __init__(
         self,
@@ -47,11 +59,10 @@ class ParameterStore:
         *,
         cut: DataCut,
         precision: Precision,
-        device: torch.device,
-        existing: Mapping[str, torch.Tensor] | None = None,
+        storage: Storage,
     ) -> None:
         self.specs = {name: specs[name] for name in held_names(specs, grid.coord("pp"))}
-        self.grid, self.device = grid, device
+        self.grid, self.device, self.link = grid, storage.device, storage.link
         self.cut = cut
         self.levels = [grid.data_level(*digit) for digit in cut.levels]
         self.copies = grid.data_level(*cut.copies)
@@ -63,7 +74,7 @@ class ParameterStore:
         self._layouts: dict[tuple[str, torch.dtype], Any] = {}  # how each parameter's DTensor is described
         self._pending = Pending(MAX_PENDING)
         self._mirrored: list[Unit] = []  # in the order in which all ranks that have copies of them start to sum
-        self.units = self._make_units(users, stage_of, precision, existing or {})
+        self.units = self._make_units(users, stage_of, precision, storage.existing)
         self._unit_of = {name: unit for unit in self.units for name in unit.names}
         self._units_of_instance = {
             index: tuple(dict.fromkeys(self._unit_of[name] for name in row)) for index, row in names.items()
@@ -88,11 +99,14 @@ class ParameterStore:
         def levels(spec: ParamSpec) -> int:
             return cut.num_levels("optimizer" if spec.requires_grad else "parameters")
 
+        def link(spec: ParamSpec) -> HostLink | None:
+            return self.link if spec.requires_grad else None
+
         sums = {n: summed_axes(s, cut, grid.sizes) for n, s in self.specs.items()}
         copies = {n: mirrors(s, cut) for n, s in self.specs.items()}
         stages = {n: {stage_of[index] for index in users[n]} if copies[n] else set() for n in self.specs}
         kinds = {
-            n: (s.dtype, s.master_dtype, s.has_grad, levels(s), sums[n], copies[n], tuple(sorted(stages[n])))
+            n: (s.dtype, s.master_dtype, s.has_grad, levels(s), sums[n], copies[n], tuple(sorted(stages[n])), link(s))
             for n, s in self.specs.items()
         }
         units: list[Unit] = []
@@ -108,6 +122,7 @@ class ParameterStore:
                 "master_dtype": first.master_dtype,
                 "reduce_dtype": torch.promote_types(first.dtype, precision.grad_reduce),
                 "device": self.device,
+                "link": link(first),
                 "sum_group": grid.pipeline_subgroup(subset, axes) if subset else grid.axes_group(axes),
             }
             shapes = {name: self._used_shape(self.specs[name]) for name in names}
@@ -162,8 +177,8 @@ class ParameterStore:
             return with_layout(local, self._layouts[key])
         spec = self.specs[name]
         stride = torch.empty(spec.shape, device="meta").stride()
-        made = DTensor.from_local(
-            local,
+        made = DTensor.from_local(  # of a tensor in host memory it would make one of the device
+            torch.empty_like(local, device=self.device),
             self.storage_mesh,
             self.placements(spec),
             run_check=False,
@@ -171,7 +186,13 @@ class ParameterStore:
             stride=stride,
         )
         self._layouts[key] = layout_of(made)
-        return made
+        return with_layout(local, self._layouts[key])
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of a parameter's gradient, put together from all ranks of its stage."""
+        if not isinstance(tensor, DTensor):
+            return tensor
+        return with_layout(local_part(tensor).to(self.device), layout_of(tensor)).full_tensor()
 
     def _parameter(self, name: str) -> nn.Parameter:
         local = self._unit_of[name].masters[name]
@@ -204,10 +225,19 @@ class ParameterStore:
     @torch.no_grad()
     def refresh(self) -> None:
         """After the parameters were written (a step, a load): bring the new values into the segments' tensors."""
+        with self.refreshing() as refresh:
+            for unit in self.units:
+                refresh(unit)
+
+    @contextmanager
+    def refreshing(self) -> Iterator[Callable[[Unit], None]]:
+        """Inside, the given function begins with one unit after another; at the end all of them are done. Every rank
+        gives it all units, in one order."""
         pending = Pending(MAX_PENDING)
-        for unit in self.units:
-            pending.start(unit.refresh())
+        yield lambda unit: pending.start(unit.refresh())
         pending.drain()
+        if self.link is not None:
+            self.link.arrive()
         self._versions = self._versions_now()
 
     def _versions_now(self) -> dict[str, tuple[int, ...]]:
@@ -312,19 +342,21 @@ class ParameterStore:
         for unit in self.units:
             if unit.expects_grads:
                 grads.update(unit.finish_reduce())
+        if self.link is not None:
+            self.link.settle()
         rest = {n: s for n, s in self.specs.items() if s.has_grad and not mirrors(s, self.cut)}
         for subset in tied_subsets(rest.values()):
             tied = {}
             for name in (n for n, s in rest.items() if s.pipeline_ranks == subset):
                 grad = grads[name] if name in grads else torch.zeros_like(self._unit_of[name].masters[name])
-                tied[name] = grad.to(self._unit_of[name].reduce_dtype)  # the same on every rank that adds
+                tied[name] = grad.to(self.device, self._unit_of[name].reduce_dtype)  # the same on every rank that adds
             grads.update(sum_together(tied, self.grid.pipeline_subgroup(subset)))
         for name in list(grads):
             grad = grads.pop(name)
             if not self.specs[name].has_grad or name in self.frozen:
                 continue
-            grad = grad.to(self.specs[name].master_dtype)
             master = self._unit_of[name].masters[name]
+            grad = grad.to(master.device, master.dtype)
             if grad.stride() != master.stride():  # fused updates go through both memories in step
                 grad = torch.empty_like(master).copy_(grad)
             if scale != 1.0:
@@ -357,8 +389,15 @@ class ParameterStore:
         return sum(unit.param_bytes() for unit in self.units)
 
     def grad_bytes(self) -> int:
+        """Of the device."""
         accumulating = sum(unit.grad_bytes() for unit in self.units) + self._pending.num_bytes()
+        if self.link is not None:
+            return accumulating + self.link.num_bytes()
         return accumulating + sum(g.numel() * g.element_size() for g in self.local_grads().values())
+
+    def host_bytes(self) -> int:
+        """What the optimizer steps over in host memory, and the gradients there."""
+        return sum(unit.host_bytes() for unit in self.units)
 
 
 def local_tensor(tensor: Any) -> torch.Tensor:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from ..costmodel.trace import COLLECTIVE, COMPUTE, Trace
 from ..errors import ShardwrightError
@@ -32,6 +31,7 @@ from .conditions import Conditions
 from .evaluation import Evaluator, MakeEvaluation
 from .extents import DataCut
 from .half_loaded import HalfLoaded
+from .host_link import HostLink
 from .loss_scaling import loss_scaler
 from .memory import MemoryMeter
 from .mesh import RankGrid
@@ -39,7 +39,7 @@ from .microbatches import Keys, Microbatches, Rebuild
 from .offload import HostMemory
 from .optimizer import build_optimizer
 from .orders import forward_order, schedule_for
-from .parameters import ParameterStore, tied_subsets
+from .parameters import ParameterStore, Storage, tied_subsets
 from .pipeline import PipelineEngine, Work
 from .safetensors import open_safetensors
 from .specs import ParamSpec, mirrors, param_specs, summed_axes
@@ -157,15 +157,11 @@ class Program:
             counting = self._counting.instances
             names |= {index: () for index in counting}
             stage_of |= {index: self._own_eval[0].index for index in counting if index not in stage_of}
+        self.host = HostMemory(self.device)
+        link = HostLink(self.host) if self.plan.memory_policy.optimizer_state == "host" else None
+        storage = Storage(self.device, _real_tensors(workload.model) if adopt else {}, link)
         self.store = ParameterStore(
-            specs,
-            names,
-            stage_of,
-            self.grid,
-            cut=self._cut,
-            precision=workload.precision,
-            device=self.device,
-            existing=_real_tensors(workload.model) if adopt else None,
+            specs, names, stage_of, self.grid, cut=self._cut, precision=workload.precision, storage=storage
         )
         self._by_hand = ByHand(self.store, graph, workload.model)
         self.scaler = loss_scaler(workload.precision)
@@ -181,7 +177,6 @@ class Program:
         """What runs the stages, over the values that are there by now."""
         graph = self.graph
         self._keys = Keys(graph, self.workload.seed, self.device)
-        self.host = HostMemory(self.device)
         self.recorder = Recorder(self.grid.rank, self.device)
         self._runners = [self._runner(self.wiring, stage) for stage in self._own]
         self._eval_runners = [self._runner(self._eval_wiring, stage) for stage in self._own_eval if not stage.direction]
@@ -502,7 +497,7 @@ class Program:
         self.settle()
         self._optimizer, self._has_optimizer = optimizer, True
         if optimizer is not None:
-            optimizer.register_step_post_hook(lambda *_: self.store.refresh())
+            self._stepper.follow(optimizer)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What this rank holds, by original name: DTensors, or plain tensors where one rank holds a stage alone."""
@@ -519,7 +514,7 @@ class Program:
         own = {name: p.grad for name, p in self.store.parameters.items() if p.grad is not None}
         if not full:
             return own
-        whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in own.items()}
+        whole = {name: self.store.whole(grad) for name, grad in own.items()}
         if self.grid.size("pp") == 1:
             return whole
         parts: list[Any] = [None] * self.grid.size("pp")

@@ -9,6 +9,9 @@ pieces by the second, and so on; a scalar stays whole on every rank.
     gradients        scattered over the levels that cut them after each microbatch; over the other levels, and summed
                      over the copies, once a step
     optimizer state  cut by all levels; its new values are gathered over the levels that do not cut parameters
+
+Where optimizer state is in host memory, a rank's part of the gradients goes there: after each microbatch where the
+scatter leaves it complete, else once a step.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from .collectives import Pending, start_all_gather, start_reduce_scatter
 from .extents import Level
 from .shards import ShardLayout, cut_bounds
 from .units import Unit
+
+_BLOCK = "block"  # of all names together
 
 
 class ShardedUnit(Unit):
@@ -58,10 +63,12 @@ class ShardedUnit(Unit):
             held = {name: self.layouts[0].shard(self._block, name) for name in self.names}
         else:
             held = self.compute = {name: self._empty(shape, self.dtype) for name, shape in self.shapes.items()}
-        if self.master_dtype == self.dtype:  # the optimizer's copy is a part of what is held
+        if self.has_copies:
+            self.masters = self._make_masters(pieces)
+        else:  # the optimizer's copy is a part of what is held
             self.masters = {name: self._own_rows(tensor) for name, tensor in held.items()}
-        else:
-            self.masters = {name: self._empty(shape, self.master_dtype) for name, shape in pieces.items()}
+        complete = cut_grads == len(self.levels) and copies.size == 1 and sum_group is None
+        self._leaves_early = self.on_host is not None and complete
         self._users = 0
         self._gathering: tuple[Any, torch.Tensor] | None = None
         self._packed: torch.Tensor | None = None
@@ -116,14 +123,19 @@ class ShardedUnit(Unit):
             layout = self.layouts[k]
             block = self._empty(layout.block_elements, self.dtype)
             for name in self.names:
-                layout.shard(block, name).copy_(pieces[name])
+                if k == len(self.levels) - 1:
+                    self._write(layout.shard(block, name), pieces[name])
+                else:
+                    layout.shard(block, name).copy_(pieces[name])
+            if self.link is not None:
+                self.link.arrive()
             work, buffer = self._gather(block, k)
             yield work, (block, buffer)
             targets = self._held(k)
             pieces = {name: layout.unpack(buffer, name, out=targets.get(name)) for name in self.names}
-        if self.cut_params == len(self.levels) and self.master_dtype != self.dtype:
+        if self.cut_params == len(self.levels) and self.has_copies:
             for name, target in self._held(self.cut_params).items():
-                target.copy_(self.masters[name])
+                self._write(target, self.masters[name])
 
     def _held(self, k: int) -> Mapping[str, torch.Tensor]:
         """What this rank keeps between steps as the first k levels cut it, where it keeps that."""
@@ -168,8 +180,12 @@ class ShardedUnit(Unit):
             if packed is not None:
                 self._scattered, done = True, self.cut_grads
                 block = yield from self._scatter(packed, 0, done)
-                self._sum = block if self._sum is None else self._sum.add_(block)
-            if not last:
+                if self._leaves_early:
+                    assert self.on_host is not None
+                    self.on_host.add(_BLOCK, block)
+                else:
+                    self._sum = block if self._sum is None else self._sum.add_(block)
+            if not last or self._leaves_early:
                 return
             done = self.cut_grads
             assert self._sum is not None
@@ -203,14 +219,17 @@ class ShardedUnit(Unit):
     def finish_reduce(self) -> dict[str, torch.Tensor]:
         self.pending.drain()
         total, self._sum, self._scattered = self._sum, None, False
+        if self.on_host is not None:
+            if total is not None:
+                self.on_host.add(_BLOCK, total)
+            total = self.on_host.take().get(_BLOCK)
         return {} if total is None else {name: self.layouts[-1].shard(total, name) for name in self.names}
 
     # bytes
 
     def param_bytes(self) -> int:
         held = [*self.compute.values()] if self._block is None else [self._block]
-        if self.master_dtype != self.dtype:
-            held += self.masters.values()
+        held += self._masters_here()
         return sum(t.numel() * t.element_size() for t in held)
 
     def grad_bytes(self) -> int:

@@ -7,6 +7,10 @@ again. What the step overwrites is copied before and copied back then, so the re
 
 After a step that was clipped the next one probably will be too: ranks then wait. They all decide by the same norm, so
 they all take the same way.
+
+What is in host memory is stepped there in subgroups of units (ZeRO-Offload, Ren et al., arXiv:2101.06840; subgroups as
+in Deep Optimizer States, Maurya et al., arXiv:2410.21316): the new parameters of one are on their way to the device
+while the next is stepped.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ from typing import Any
 import torch
 
 from ..profiler.workload import OptimizerSpec
+from ._torch import num_step_hooks
 from .collectives import Summing
 from .loss_scaling import LossScaler
-from .optimizer import clip_factor, scale_gradients, start_grad_norm
+from .optimizer import clip_factor, scale_gradients, start_grad_norm, subgroups
 from .parameters import ParameterStore, local_tensor
+
+SUBGROUP_ELEMENTS = 1 << 26
 
 
 class Stepper:
@@ -34,6 +41,11 @@ class Stepper:
         self._norm: torch.Tensor | None = None
         self._trial: _Trial | None = None
         self._was_clipped = False
+        self._in_parts = False  # of a step under way parameters are refreshed part by part
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """What it steps over is brought to where it is computed with, after each of its steps."""
+        optimizer.register_step_post_hook(lambda *_: None if self._in_parts else self.store.refresh())
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -102,7 +114,36 @@ class Stepper:
             self.store.refresh()
         else:
             self.store.take_gradients()
-            optimizer.step()
+            if self.store.link is not None and self._may_divide(optimizer):
+                self._step_in_parts(optimizer)
+            else:
+                optimizer.step()
+
+    def _may_divide(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Is a step of some parameters after the others the same as one of all? Hooks are called once a step."""
+        own_hooks = 1
+        return (
+            type(optimizer) is self.spec.factory and self.spec.is_elementwise and num_step_hooks(optimizer) == own_hooks
+        )
+
+    def _step_in_parts(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer passes over parameters without a gradient."""
+        grads = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
+        self._in_parts = True
+        try:
+            with self.store.refreshing() as refresh:
+                for units in subgroups(self.store.units, SUBGROUP_ELEMENTS):
+                    part = {self.store.local_parameters[name] for unit in units for name in unit.names}
+                    for parameter, grad in grads.items():
+                        parameter.grad = grad if parameter in part else None
+                    if any(grads.get(parameter) is not None for parameter in part):
+                        optimizer.step()
+                    for unit in units:
+                        refresh(unit)
+        finally:
+            self._in_parts = False
+            for parameter, grad in grads.items():
+                parameter.grad = grad
 
 
 def _leaves_gradients(optimizer: torch.optim.Optimizer | None) -> bool:

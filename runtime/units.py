@@ -3,6 +3,9 @@
 Whole units keep every parameter whole over the data-parallel ranks (ZeRO-0, frozen parameters, a single such rank);
 units that ZeRO cuts are in sharded.py. "Whole" means whole over these: over tensor axes they are cut as the segments
 want them.
+
+Where optimizer state is in host memory, so are the masters. Gradients that no other rank adds to leave the device after
+each microbatch, others once they are summed.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import torch.distributed as dist
 from ..costmodel.communication import bucket_bytes
 from ..passes.gradients import Into
 from . import collectives
+from .host_link import HostGradients, HostLink
 
 
 class Unit:
-    """names share dtypes. shapes: of the tensors inside the segments, cut over tensor axes, whole over data ones."""
+    """names share dtypes. shapes: of the tensors inside the segments, cut over tensor axes, whole over data ones.
+    link: to the host, where the optimizer's copies are there."""
 
     def __init__(
         self,
@@ -29,13 +34,31 @@ class Unit:
         master_dtype: torch.dtype,
         reduce_dtype: torch.dtype,
         device: torch.device,
+        link: HostLink | None = None,
     ) -> None:
         self.shapes = dict(shapes)
         self.names = tuple(shapes)
         self.dtype, self.master_dtype, self.reduce_dtype = dtype, master_dtype, reduce_dtype
-        self.device = device
+        self.device, self.link = device, link
+        self.on_host = HostGradients(link, reduce_dtype) if link is not None else None
+        self.has_copies = link is not None or master_dtype != dtype  # of the parameters, for the optimizer
         self.masters: dict[str, torch.Tensor] = {}  # what the optimizer steps over, on this rank
         self.expects_grads = False
+
+    def _make_masters(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        place = self.device if self.link is None else torch.device("cpu")
+        return {name: torch.empty(shape, dtype=self.master_dtype, device=place) for name, shape in shapes.items()}
+
+    def _write(self, target: torch.Tensor, master: torch.Tensor) -> None:
+        """An optimizer's copy to where it is computed with."""
+        if self.link is None:
+            target.copy_(master)
+        else:
+            self.link.send(master, target)
+
+    def _masters_here(self) -> list[torch.Tensor]:
+        """Copies that take memory of the device."""
+        return list(self.masters.values()) if self.has_copies and self.link is None else []
 
     def prefetch(self) -> None:
         """Start gathering; never blocks."""
@@ -66,7 +89,9 @@ class Unit:
         """All contributions of the step are in."""
 
     def finish_reduce(self) -> dict[str, torch.Tensor]:
-        """Summed over the ranks of one stage, laid out as `masters`, in any floating dtype. The unit keeps nothing."""
+        """Summed over the ranks of one stage, laid out as `masters`, in any floating dtype. The unit keeps nothing.
+
+        In host memory they are complete once the link has settled."""
         raise NotImplementedError
 
     def refresh(self) -> collectives.Sequence:
@@ -74,11 +99,17 @@ class Unit:
         raise NotImplementedError
 
     def param_bytes(self) -> int:
-        """Parameters and masters held between steps."""
+        """Parameters and masters that the device holds between steps."""
         raise NotImplementedError
 
     def grad_bytes(self) -> int:
         return 0
+
+    def host_bytes(self) -> int:
+        """Masters and gradients in host memory."""
+        if self.on_host is None:
+            return 0
+        return self.on_host.num_bytes() + sum(t.numel() * t.element_size() for t in self.masters.values())
 
 
 class WholeUnit(Unit):
@@ -94,12 +125,7 @@ class WholeUnit(Unit):
             name: existing[name] if name in existing else torch.empty(shape, dtype=self.dtype, device=self.device)
             for name, shape in self.shapes.items()
         }
-        if self.master_dtype == self.dtype:
-            self.masters = self.compute
-        else:
-            self.masters = {
-                n: torch.empty(shape, dtype=self.master_dtype, device=self.device) for n, shape in self.shapes.items()
-            }
+        self.masters = self._make_masters(self.shapes) if self.has_copies else self.compute
         self._grads: dict[str, torch.Tensor] = {}
         self._owned: set[str] = set()  # accumulators that alias nothing, so that they may be added to in place
         self._flat: torch.Tensor | None = None
@@ -156,6 +182,12 @@ class WholeUnit(Unit):
             self._views[name].copy_(grad)
             self._owned.add(name)
 
+    def flush(self) -> None:
+        if self.on_host is not None and not self.sums:
+            for name, grad in self._grads.items():
+                self.on_host.add(name, grad)
+            self._grads, self._owned = {}, set()
+
     def start_reduce(self) -> None:
         if not self.sums or not self.expects_grads:
             return
@@ -170,18 +202,24 @@ class WholeUnit(Unit):
     def finish_reduce(self) -> dict[str, torch.Tensor]:
         if self._work is not None:
             self._work.wait()
-        grads = dict(self._views) if self.sums else _without_aliases(self._grads, self._owned)
+        if self.on_host is not None:
+            self.flush()
+            for name, view in self._views.items():
+                self.on_host.add(name, view)
+            grads = self.on_host.take()
+        else:
+            grads = dict(self._views) if self.sums else _without_aliases(self._grads, self._owned)
         self._grads, self._views, self._owned, self._flat, self._work = {}, {}, set(), None, None
         return grads
 
     def refresh(self) -> collectives.Sequence:
-        if self.masters is not self.compute:
+        if self.has_copies:
             for name in self.names:
-                self.compute[name].copy_(self.masters[name])
+                self._write(self.compute[name], self.masters[name])
         yield from ()
 
     def param_bytes(self) -> int:
-        tensors = [*self.compute.values(), *(self.masters.values() if self.masters is not self.compute else ())]
+        tensors = [*self.compute.values(), *self._masters_here()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def grad_bytes(self) -> int:
