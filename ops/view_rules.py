@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..profiler.op_view import OpView
 from .placement import P, R
 from .rules import aten, rule_for, same_everywhere, wrap
-from .strategy import Strategy
-from .views import reshape_pairs
+from .strategy import TOKENS, Strategy
+from .views import inner_pairs, reshape_pairs
 
 
 @rule_for("view", "reshape", "_unsafe_view")
@@ -14,6 +14,8 @@ def reshape(view: OpView) -> list[Strategy]:
     found = [Strategy((P,), (P,))]
     for i, j, exact in reshape_pairs(view.inputs[0].shape, view.outputs[0].shape):  # type: ignore[union-attr]
         found.append(Strategy((i,), (j,), even=not exact))
+    for (i, j), outer in inner_pairs(view.inputs[0].shape, view.outputs[0].shape):  # type: ignore[union-attr]
+        found.append(Strategy((i,), (j,), even=True, of_sequence=TOKENS, inside=outer))
     return found
 
 

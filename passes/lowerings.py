@@ -12,6 +12,8 @@ Arguments: emitter, the captured node, its arguments with tensors replaced by lo
     softmax_cols
     softmax_cols_backward, log_softmax_cols_backward
     own_experts, own_experts_backward   experts split: choices of others' experts left out
+    attention_rows, attention_rows_backward   queries split, each with the keys that it sees (passes/attention_rows.py)
+    attention_near_rows, ..._backward         the same, where each sees as many: within a window
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from torch import fx
 
 from ..ops.placement import shard_size, shard_start
+from .attention_rows import attention_rows, attention_rows_backward
 from .redistribute import Emitter, MeshAxis
 
 aten = torch.ops.aten
@@ -150,7 +153,12 @@ def own_experts_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: Me
     return emit.call(node.target, *args[:2], index, *args[3:6], None, args[7])
 
 
-LOWERINGS: dict[str, Lowering] = {
+_ROWS: dict[str, Lowering] = {
+    f"attention_{rows}{phase}": function
+    for rows in ("rows", "near_rows")
+    for phase, function in (("", attention_rows), ("_backward", attention_rows_backward))
+}
+LOWERINGS: dict[str, Lowering] = _ROWS | {
     function.__name__: function
     for function in (
         embedding_rows, embedding_rows_backward, nll_rows, nll_cols, nll_cols_backward, log_softmax_cols, softmax_cols,

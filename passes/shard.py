@@ -204,10 +204,10 @@ class _Sharding:
         lowered = [
             (s.lowering, axis) for s, axis in zip(strategies, self.axes, strict=True) if s.lowering and axis.size > 1
         ]
+        self._localize(node, args, strategies)
         if lowered:
             result = self._lower(node, args, lowered)
         else:
-            self._localize(node, args, strategies)
             args, kwargs = arranged(node, args, kwargs, self.emit.call)
             result = self.emit.call(self._target(node), *args, **kwargs)
             for key in ("stack_trace", "nn_module_stack"):

@@ -61,6 +61,10 @@ class AxisRole:
         return self.carries is Carries.BATCH
 
     @property
+    def carries_sequence(self) -> bool:
+        return self.carries is Carries.SEQUENCE
+
+    @property
     def splits_state(self) -> bool:
         """Does ZeRO split training state over it?"""
         return self.params_whole and self.grads_partial
@@ -81,7 +85,10 @@ class AxisRole:
         return self.is_factor and not self.missing and self.carries is not Carries.STAGES
 
     def shares_dimensions_with(self, other: AxisRole) -> bool:
-        """May both cut the same dimension of a tensor?"""
+        """May both cut the same dimension of a tensor? Tokens of all samples in one dimension are cut by samples, and
+        those of a sample by its sequence."""
+        if {self.carries, other.carries} == {Carries.BATCH, Carries.SEQUENCE}:
+            return True
         return self.carries is other.carries and (self.shares or other.shares)
 
 
@@ -101,7 +108,6 @@ _ROLES = [
         "context: each sequence split",
         params_whole=True,
         grads_partial=True,
-        missing="the search space has no context-parallel axis",
     ),
     AxisRole(
         "ep",
@@ -148,9 +154,10 @@ def registered(role: AxisRole, before: str | None = None) -> Iterator[AxisRole]:
         _ROLES[:] = before_it
 
 
-def placement_axes() -> tuple[str, ...]:
-    """The axes that have a placement in a plan, outermost first."""
-    return names(lambda role: role.is_placed)
+def placement_axes(shape: MeshShape | None = None) -> tuple[str, ...]:
+    """The axes that may have a placement in a plan, outermost first; of one mesh: those that are searched, and others
+    where they are wide."""
+    return names(lambda r: r.is_placed and (shape is None or r.is_searched or shape.size(r.name) > 1))
 
 
 def stage_axes() -> tuple[str, ...]:
@@ -160,6 +167,11 @@ def stage_axes() -> tuple[str, ...]:
 def batch_axes() -> tuple[str, ...]:
     """The axes that carry the batch: their ranks together hold a microbatch."""
     return names(lambda role: role.is_placed and role.carries_batch)
+
+
+def sequence_axes() -> tuple[str, ...]:
+    """The axes that cut sequences."""
+    return names(lambda role: role.is_placed and role.carries_sequence)
 
 
 def state_axes() -> tuple[str, ...]:
@@ -242,6 +254,10 @@ class MeshShape:
     @cached_property
     def batch_ranks(self) -> int:
         return self.size_of(batch_axes())
+
+    @cached_property
+    def sequence_ranks(self) -> int:
+        return self.size_of(sequence_axes())
 
     @cached_property
     def state_ranks(self) -> int:

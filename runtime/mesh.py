@@ -168,7 +168,8 @@ class RankGrid:
     def data_group(self, size: int, stride: int) -> Any:
         wide = self.wide(state_axes())
         if size in (1, math.prod(self.sizes[axis] for axis in wide)):
-            return self.axes_group(wide or state_axes()[-1:])
+            present = self.mesh.mesh_dim_names or () if self.mesh is not None else ()
+            return self.axes_group(wide or tuple(axis for axis in state_axes() if axis in present)[-1:])
         return self._data_groups[size, stride]
 
     def data_level(self, size: int, stride: int) -> Level:

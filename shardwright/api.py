@@ -219,7 +219,7 @@ def _make_plan(asked: _Asked) -> Plan:
         schedule=found.schedule,
         stages=placed.stages,
         segments=[instance.segment for instance in placed.graph.instances],
-        placement_axes=list(placement_axes()),
+        placement_axes=list(placement_axes(found.mesh.shape)),
         placements=placed.solution.placements,
         zero=found.zero,
         zero_extents=found.zero_extents,

@@ -16,7 +16,7 @@ import torch
 
 from . import api, trust
 from .launch import Event, launch
-from .plans.axes import MeshShape, easiest_first, free_axis, stage_axes, tensor_axes
+from .plans.axes import MeshShape, easiest_first, free_axis, sequence_axes, stage_axes, tensor_axes
 from .plans.document import Plan
 from .profiler import diffusion
 from .profiler.batch_dims import with_batch_dims
@@ -118,18 +118,20 @@ def _test_untouched(workload: Workload, say: api.Progress) -> None:
 
 
 def _fill_pipeline(force: Mapping[str, Any], global_batch: int) -> dict[str, Any]:
-    """A pipeline without a microbatch asked for gets two for each stage: times of toy sizes would not choose them."""
+    """A pipeline without a microbatch asked for gets two for each stage: times of toy sizes would not choose them. Cut
+    sequences come one at a time as it is."""
     stages, ranks = _asked(force, stage_axes()[0]), _asked(force, free_axis())
     size, rest = divmod(global_batch, 2 * stages)
-    given = {"microbatch", "global_microbatch"} & set(force)
+    given = {"microbatch", "global_microbatch"} & set(force) or any(_asked(force, axis) > 1 for axis in sequence_axes())
     if stages == 1 or given or rest or size == 0 or size % max(ranks, 1):
         return dict(force)
     return {**force, "global_microbatch": size}
 
 
 def _split_state(force: Mapping[str, Any]) -> dict[str, Any]:
-    """A tensor axis that is asked for splits parameters wherever it can: times of toy sizes would split the batch."""
-    is_asked = any(_asked(force, axis) > 1 for axis in tensor_axes())
+    """A tensor axis that is asked for splits parameters wherever it can, and a context axis sequences: times of toy
+    sizes would split the batch, or nothing."""
+    is_asked = any(_asked(force, axis) > 1 for axis in (*sequence_axes(), *tensor_axes()))
     return {**({"prefer": "memory"} if is_asked else {}), **force}
 
 

@@ -64,7 +64,7 @@ def test_results_of_a_module_are_pinned() -> None:
     [
         ("layer.*.mlp=colwise", ExitCode.USAGE, "no parameter or module"),
         ("*.q_proj=row", ExitCode.USAGE, "no such placement"),
-        ("*.q_proj=cp:R", ExitCode.USAGE, "no such axis"),
+        ("*.q_proj=zp:R", ExitCode.USAGE, "no such axis"),
         ("*.norm.weight=S(3)", ExitCode.CONTRADICTION, "cannot lie so"),
         ("*.mlp.down_proj=S(1)", ExitCode.CONTRADICTION, "cannot lie so"),
     ],

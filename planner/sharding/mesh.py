@@ -7,7 +7,7 @@ told by its size; here such dimensions get the size that they have in the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ...ops.placement import INFINITE, P, Places, R, can_shard, route, shares, transition
-from ...ops.strategy import Strategy
+from ...ops.strategy import HEADS, Strategy
 from ...plans.axes import AxisRole, Carries
 
 ANY = AxisRole("any", Carries.FEATURES, "splits what it can")
@@ -36,12 +36,14 @@ class Axis:
 
 
 class Sizes(NamedTuple):
-    """Of a whole tensor in the run. batched: which dimensions carry the batch."""
+    """Of a whole tensor in the run. batched: which dimensions carry the batch. tokens: which may be a sequence's, alone
+    or together with the samples."""
 
     shape: tuple[int, ...]
     batched: tuple[bool, ...]
     num_bytes: float
     partial: bool  # may be a partial sum
+    tokens: tuple[bool, ...] = ()
 
 
 def _no_scratch(node: fx.Node, share: float, bytes_of: Callable[[fx.Node], float]) -> tuple[float, float]:
@@ -54,7 +56,8 @@ class Mesh:
     bytes moved -> seconds. memory_s: bytes -> seconds of a local copy. scratch_of: node, share, bytes of an operand on
     a rank -> bytes that the op holds while it runs, and bytes that it leaves for the next. state_of: elements, their
     bytes, whether they are trained -> bytes of training state. sum_all_s: axes (one bool each), elements -> seconds of
-    the step's sum of their gradients; None: not counted. tie_break: seconds that a byte of an op's results is worth.
+    the step's sum of their gradients; None: not counted. lengths: of the model's sequences. tie_break: seconds that a
+    byte of an op's results is worth.
     """
 
     axes: tuple[Axis, ...]
@@ -65,6 +68,7 @@ class Mesh:
     state_of: Callable[[float, float, bool], float] = lambda elements, num_bytes, is_trained: num_bytes
     sum_all_s: Callable[[tuple[bool, ...], float], float] | None = None
     scratch_of: Callable[[fx.Node, float, Callable[[fx.Node], float]], tuple[float, float]] = _no_scratch
+    lengths: frozenset[int] = frozenset()
     tie_break: float = TIE_BREAK_S_PER_BYTE
     _sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict)
     _shares: dict[Places, int] = field(default_factory=dict)
@@ -88,7 +92,14 @@ class Mesh:
         shape = tuple(captured)
         batched = tuple(self.batch > 1 and size % self.batch == 0 and size > 0 for size in shape)
         sizes = tuple(s // self.batch * self.run_batch if b else s for s, b in zip(shape, batched, strict=True))
-        return Sizes(sizes, batched, float(math.prod(sizes) * dtype.itemsize), dtype.is_floating_point)
+        num_bytes = float(math.prod(sizes) * dtype.itemsize)
+        tokens = tuple(self._is_of_tokens(s, b) for s, b in zip(shape, batched, strict=True)) if self.lengths else ()
+        return Sizes(sizes, batched, num_bytes, dtype.is_floating_point, tokens)
+
+    def _is_of_tokens(self, size: int, is_batched: bool) -> bool:
+        """May a dimension be a sequence's? One that carries the batch may hold several things of each token."""
+        each = size // self.batch if is_batched else size
+        return size in self.lengths or (is_batched and each > 1 and any(each % s == 0 for s in self.lengths if s > 1))
 
     def shares(self, places: Places) -> int:
         """How many times smaller than the whole tensor one rank's part is."""
@@ -102,17 +113,27 @@ class Mesh:
     def may_split(self, sizes: Sizes, dim: int, axis: Axis, even: bool = False) -> bool:
         if axis.role.carries_batch and not sizes.batched[dim]:
             return False
+        if axis.role.carries_sequence and not (sizes.tokens and sizes.tokens[dim]):
+            return False
         return can_shard(sizes.shape[dim], axis.size, even)
 
     def domain(self, sizes: Sizes, *, partial: bool, is_param: bool = False) -> list[Places]:
         """Every way in which a tensor may lie."""
-        found: list[Places] = [()]
+        choices = []
         for axis in self.axes:
             here = [R] + ([P] if partial and sizes.partial else [])
-            if not (is_param and axis.role.params_whole):
-                here += [d for d, s in enumerate(sizes.shape) if s > 1 and self.may_split(sizes, d, axis)]
-            if axis.size == 1 or (is_param and axis.role.params_whole):
-                here = [R]
+            here += [d for d, s in enumerate(sizes.shape) if s > 1 and self.may_split(sizes, d, axis)]
+            choices.append([R] if axis.size == 1 or (is_param and axis.role.params_whole) else here)
+        return self._joint(sizes, choices)
+
+    def among(self, sizes: Sizes, used: Sequence[Collection[int]]) -> list[Places]:
+        """Every way in which it may lie with these placements on each axis."""
+        order = [R, P, *range(len(sizes.shape))]
+        return self._joint(sizes, [[p for p in order if p in here] for here in used])
+
+    def _joint(self, sizes: Sizes, choices: Sequence[Sequence[int]]) -> list[Places]:
+        found: list[Places] = [()]
+        for here in choices:
             found = [(*places, p) for places in found for p in here if self._may_follow(sizes.shape, places, p)]
         return found
 
@@ -138,8 +159,13 @@ class Mesh:
             listed = [s for s in listed if axis.role.allows(s)] or [listed[0]]
         tensors = [*operands, *results]
 
+        if not axis.role.carries_sequence:
+            listed = [s for s in listed if not s.of_sequence]
+
         def fits(strategy: Strategy) -> bool:
             places = zip((*strategy.inputs, *strategy.outputs), tensors, strict=True)
+            if strategy.of_sequence == HEADS:
+                return all(p < 0 or can_shard(t.shape[p], axis.size, strategy.even) for p, t in places)
             return all(p < 0 or not t.shape or self.may_split(t, p, axis, strategy.even) for p, t in places)
 
         def on_its_batch(strategy: Strategy) -> bool:
@@ -156,6 +182,8 @@ class Mesh:
         shared = [axis.role.shares_dimensions_with(role) for axis in self.axes[: len(before)]]
         if not all(compatible(b, strategy, s) for b, s in zip(before, shared, strict=True)):
             return False
+        if strategy.inside and not self._is_inside(before, strategy, tensors[0]):
+            return False
         if not any(shared):
             return True
         rows = [(*b.inputs, *b.outputs) for b in before]
@@ -166,12 +194,21 @@ class Mesh:
             if place >= 0
         )
 
+    def _is_inside(self, before: Sequence[Strategy], strategy: Strategy, first: Sizes) -> bool:
+        """Do the axes before it leave one sample on a rank, of which this axis cuts the sequence?"""
+        source, target = strategy.inside
+        pairs = [(b.inputs[0], b.outputs[0]) for b in before]
+        outer = [axis.size for axis, pair in zip(self.axes, pairs, strict=False) if pair == (source, target)]
+        return math.prod(outer) == first.shape[source]
+
     def share(self, strategies: Sequence[Strategy], batched: bool) -> float:
         """Of the captured op's work, one rank's."""
         share = self.run_batch / self.batch if batched else 1.0
         for axis, strategy in zip(self.axes, strategies, strict=True):
             if is_split(strategy):
                 share /= axis.size
+            if strategy.lowering in _UNEVEN:  # of n ranks the last has 2 n - 1 of the n^2 parts of a triangle
+                share *= 2.0 - 1.0 / axis.size
         return share
 
     def state_bytes(self, sizes: Sizes, is_trained: bool) -> float:
@@ -258,6 +295,7 @@ def compatible(first: Strategy, second: Strategy, shared: bool = False) -> bool:
     return shared or not any(a == b and a >= 0 for a, b in places)
 
 
+_UNEVEN = ("attention_rows", "attention_rows_backward")
 # lowering -> number of all-reduces (passes/lowerings.py), and whether of one value per row of the first operand
 _LOWERING_REDUCES = {"nll_rows": (2, False), "nll_cols": (2, False),
                      "log_softmax_cols": (2, True), "softmax_cols": (2, True),

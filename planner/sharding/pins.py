@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import fx
@@ -76,6 +77,14 @@ class Resolved:
     params: dict[str, Demand] = field(default_factory=dict)
     results: dict[tuple[str, str], Demand] = field(default_factory=dict)
     pins: dict[object, Pin] = field(default_factory=dict)  # key in either -> the pin that asked for it
+
+    def on(self, axes: Sequence[int]) -> Resolved:
+        """Of these axes alone."""
+
+        def kept(demands: Mapping[Any, Demand]) -> dict[Any, Demand]:
+            return {key: tuple(demand[k] for k in axes) for key, demand in demands.items()}
+
+        return replace(self, params=kept(self.params), results=kept(self.results))
 
 
 @dataclass(frozen=True)

@@ -397,11 +397,7 @@ class _SegmentBuilder:
     ) -> int:
         """On each axis a copy lies as its producer or as one of its readers has it: another form never helps."""
         used = [set(axis) for axis in zip(*self._places(producer, output), *itertools.chain(*wanted), strict=True)]
-        options = [
-            places
-            for places in self.mesh.domain(sizes, partial=True)
-            if all(p in axis for p, axis in zip(places, used, strict=True))
-        ]
+        options = self.mesh.among(sizes, used)
         index = _place_variable(self.made, options, ("copy", self.segment.name, source.name, output, phase))
         self.made.copy_vars[(self.segment.name, source.name, output, phase)] = index
         self._join(producer, self._places(producer, output), index, options, sizes)

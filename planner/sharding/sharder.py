@@ -101,6 +101,7 @@ class Sharder:
         self.wishes = dict(wishes or {})
         self.pins = pins or Pins()
         self._pinned = self.pins.resolve(graph, placement_axes())
+        self._lengths = sequence_lengths(graph)
         self.batch = max(graph.batch_size, 1)
         self.counts: dict[str, int] = defaultdict(int)
         for instance in graph.instances:
@@ -135,7 +136,7 @@ class Sharder:
         if key not in self._frontiers:
             share = self.job.state_left(mesh.state_ranks)
             points = [self.solve(mesh, local_batch)]
-            if mesh.tensor_ranks == 1 or self.job.memory_first:  # there is nothing to choose
+            if mesh.tensor_ranks * mesh.sequence_ranks == 1 or self.job.memory_first:  # there is nothing to choose
                 self._frontiers[key] = points
                 return points
             points.append(self._at_price(key, self._dear(share)))
@@ -253,7 +254,7 @@ class Sharder:
     def mesh(self, shape: MeshShape, local_batch: int) -> Mesh:
         shape = shape.of_stage
         return Mesh(
-            axes=tuple(self._axis(role_of(name), shape) for name in placement_axes()),
+            axes=tuple(self._axis(role_of(name), shape) for name in placement_axes(shape)),
             batch=self.batch,
             run_batch=local_batch * shape.batch_ranks,
             op_s=self.op_seconds,
@@ -261,6 +262,7 @@ class Sharder:
             scratch_of=self._scratch_bytes,
             state_of=self.job.state_of,
             sum_all_s=self.sums(shape).seconds if shape.tensor_ranks > 1 else None,
+            lengths=self._lengths if shape.sequence_ranks > 1 else frozenset(),
         )
 
     def _axis(self, role: AxisRole, shape: MeshShape) -> Axis:
@@ -284,7 +286,8 @@ class Sharder:
             is_cut = dim != R and sizes.batched[dim]
             return tuple(dim if is_cut and axis.role.carries_batch and axis.size > 1 else R for axis in mesh.axes)
 
-        return Demands(inputs, self.wishes, self._pinned)
+        own = [placement_axes().index(axis.name) for axis in mesh.axes]
+        return Demands(inputs, self.wishes, self._pinned.on(own))
 
     def _problem(self, key: Key) -> tuple[Mesh, Build]:
         if key not in self._problems:
@@ -318,6 +321,7 @@ class Sharder:
         started = time.perf_counter()
         mesh, made = self._problem(key)
         cuts_params = key[0].tensor_ranks > 1
+        has_choice = cuts_params or key[0].sequence_ranks > 1
         solved = self._solved(mesh, made, Prices())
         found = self._figures(key, solved, started)
         least_s = found.lower_bound_s
@@ -334,7 +338,7 @@ class Sharder:
             figures = self._figures(key, other, started)
             if seconds(figures) < seconds(found):
                 solved, found = other, figures
-        if cuts_params and (self.job.memory_first or not self._is_of_use(solved, found)):
+        if has_choice and (self.job.memory_first or not self._is_of_use(solved, found)):
             solved = self._solved(mesh, made, replace(LEAST_STATE, sums=once.sums))
             found = self._figures(key, solved, started)
         self.moves[key] = {name: moves(self._placed(segment, solved)) for name, segment in self.graph.segments.items()}
@@ -387,17 +391,25 @@ class Sharder:
         return Placed(segment, solved.mesh, solved.solutions, self._facts[segment.name])
 
     def _is_of_use(self, solved: _Solved, found: ShardingSolution) -> bool:
-        """Do the axes that cut parameters split any to speak of, or work?"""
+        """Do the axes that cut parameters split any to speak of, or work? Do those that cut sequences split work?"""
+        axes = solved.mesh.axes
+        cutting = [k for k, axis in enumerate(axes) if axis.role.cuts_params and axis.size > 1]
+        along = [k for k, axis in enumerate(axes) if axis.role.carries_sequence and axis.size > 1]
+        split = max((shares["parameters"] for shares in found.split_shares.values()), default=0.0)
+        if along and self._split_work(solved, along) < MIN_SPLIT_FLOPS:
+            return False
+        return not cutting or split >= MIN_SPLIT_PARAMS or self._split_work(solved, cutting) >= MIN_SPLIT_FLOPS
+
+    def _split_work(self, solved: _Solved, axes: Sequence[int]) -> float:
+        """The share of the matrix products that any of these axes splits."""
         whole = done = 0.0
-        cutting = [k for k, axis in enumerate(solved.mesh.axes) if axis.role.cuts_params]
         for name, segment in self.graph.segments.items():
             placed = self._placed(segment, solved)
             for node, flops in placed.facts.model_flops.items():
                 whole += flops * self.counts[name]
                 strategies = placed.strategies(node)
-                done += flops * self.counts[name] * any(is_split(strategies[k]) for k in cutting)
-        split = max(shares["parameters"] for shares in found.split_shares.values())
-        return split >= MIN_SPLIT_PARAMS or done >= MIN_SPLIT_FLOPS * whole > 0
+                done += flops * self.counts[name] * any(is_split(strategies[k]) for k in axes)
+        return done / whole if whole else 0.0
 
     # ------------------------------------------------------------------ figures
 
@@ -425,6 +437,13 @@ class Sharder:
                 ConservativeOp(op=str(node.target), node=f"{name}.{node.name}", source=source_of(node), cost_s=cost)
             )
         return rows
+
+
+def sequence_lengths(graph: ModelGraph) -> frozenset[int]:
+    """Of what the model is given: sizes of the dimension after the samples'."""
+    dims = {name: graph.batch_dims.get(name.removeprefix("input:"), R) for name in graph.input_names}
+    after = [graph.values[name].shape[dim + 1 : dim + 2] for name, dim in dims.items() if dim >= 0]
+    return frozenset(size for sizes in after for size in sizes if size > 1)
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

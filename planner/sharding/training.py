@@ -48,6 +48,7 @@ class Sums:
     def __init__(self, graph: ModelGraph, cost_model: CostModel, kinds: StateBytes, mesh: MeshShape) -> None:
         """mesh: of one stage."""
         cluster = cost_model.cluster
+        self.axes = placement_axes(mesh)
         mesh = mesh.within(cluster.num_devices)
         self.kinds, self.state_ranks = kinds, mesh.state_ranks
         self.byte_s = cost_model.op_seconds("copy_", 0.0, SAMPLE_BYTES, torch.float32) / SAMPLE_BYTES
@@ -69,8 +70,8 @@ class Sums:
         self.over_both_s = per_element((*state_axes(), *tensor_axes()))
 
     def seconds(self, over: tuple[bool, ...], elements: float) -> float:
-        """over: which of the placement axes sum."""
-        axes = tuple(name for name, sums in zip(placement_axes(), over, strict=True) if sums)
+        """over: which of the mesh's placement axes sum."""
+        axes = tuple(name for name, sums in zip(self.axes, over, strict=True) if sums)
         return self._rate(axes) * elements if axes else 0.0
 
     def of(self, trained: float, summed: float) -> float:

@@ -109,6 +109,8 @@ def enumerate_candidates(
         ranks = mesh.batch_ranks
         for local_batch in divisors(global_batch // ranks) if global_batch % ranks == 0 else ():
             microbatch = local_batch * ranks
+            if mesh.sequence_ranks > 1 and local_batch > 1:  # sequences that are cut come one at a time
+                continue
             if forced.microbatch not in (None, local_batch) or forced.global_microbatch not in (None, microbatch):
                 continue
             count = global_batch // microbatch

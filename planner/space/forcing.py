@@ -226,6 +226,7 @@ def _check_batch(forced: Forced, num_devices: int, global_batch: int) -> None:
     if global_batch < 1:
         raise ShardwrightError(f"a global batch of {global_batch} is no batch", change="--global-batch", works="8")
     _check_microbatch(forced, global_batch)
+    _check_sequences(forced)
     ranks = _batch_ranks(forced)
     if ranks is not None and global_batch % ranks:
         raise contradiction(
@@ -235,6 +236,18 @@ def _check_batch(forced: Forced, num_devices: int, global_batch: int) -> None:
             f"--global-batch {nearest_multiple(global_batch, ranks)}",
         )
     _check_microbatch_of_ranks(forced, global_batch)
+
+
+def _check_sequences(forced: Forced) -> None:
+    """Cut sequences come one at a time: the tokens of one lie together in memory, those of several do not."""
+    cut = [(axis, size) for axis, size in forced.axes.items() if role_of(axis).carries_sequence and size > 1]
+    if cut and (forced.microbatch or 1) > 1:
+        raise contradiction(
+            f"microbatch={forced.microbatch} with {cut[0][0]}={cut[0][1]}",
+            f"each rank has its part of one sequence at a time, {forced.microbatch} of which are as many microbatches",
+            "--force microbatch",
+            "--force microbatch=1",
+        )
 
 
 def _batch_ranks(forced: Forced) -> int | None:

@@ -1,0 +1,45 @@
+"""How shardwright::attention splits on an axis that cuts sequences, besides the rows of the kernels' table.
+
+tokens   each rank has some queries of every head, and all keys and values (gathered)
+heads    each rank has all queries and keys of some heads (Ulysses, arXiv:2309.14509): the exchange from tokens to
+         heads and back is the change of placement before and after
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..profiler.nodes import named_arguments
+from ..profiler.op_view import OpView
+from .placement import P, R
+from .strategy import HEADS, TOKENS, Strategy
+
+ROWS = 2  # dimension of queries
+
+
+def of_sequence(view: OpView, listed: list[Strategy]) -> list[Strategy]:
+    """listed: the op's strategies for any axis."""
+    call = named_arguments(view.node)
+    heads = [s._replace(of_sequence=HEADS) for s in listed if s.outputs[0] == 1]
+    windowed = call["causal"] or call["window"] > 0  # else the table has rows of queries
+    return [*heads, *([_tokens(view)] if windowed and not call.get("mask_needs_grad") else [])]
+
+
+def _tokens(view: OpView) -> Strategy:
+    """Queries by rows; each row's mask depends on its number, which the lowering knows."""
+    call = named_arguments(view.node)
+    mask = call["mask"].meta["val"].shape if isinstance(call["mask"], torch.fx.Node) else None
+    split = R
+    if mask is not None and len(mask) >= ROWS and mask[-2] > 1:
+        split = len(mask) - ROWS
+    extra = [] if mask is None else [split]
+    extra += [R] if isinstance(call["rng_key"], torch.fx.Node) else []
+    lowering = "attention_near_rows" if call["window"] > 0 else "attention_rows"
+    if "grad_out" not in call:
+        return Strategy((ROWS, R, R, *extra), (ROWS, ROWS), lowering=lowering, of_sequence=TOKENS)
+    return Strategy(
+        (ROWS, ROWS, R, R, *extra, ROWS, ROWS),
+        (ROWS, P, P, R),
+        lowering=f"{lowering}_backward",
+        of_sequence=TOKENS,
+    )
