@@ -44,6 +44,11 @@ _LIBRARY.impl("autograd_function", _kernel, "CompositeImplicitAutograd")
 _LIBRARY.impl("opaque_function", _opaque_kernel, "CompositeExplicitAutograd")
 
 
+def replayed_of(node: fx.Node) -> Replayed:
+    """Of a recorded call in a graph."""
+    return _replayed[str(node.args[1]).partition("@")[0]]
+
+
 class Calls:
     """The calls that one capture records."""
 

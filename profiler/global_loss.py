@@ -39,7 +39,7 @@ _REDUCTIONS = {"sum": "sum", "mean": "mean", "count_nonzero": "sum"}
 _PER_SAMPLE = {"_to_copy", "to", "constant_pad_nd", "cat", "stack", "clone", "contiguous", "reshape", "flatten",
                "arange", "full", "full_like", "ones_like", "zeros_like", "new_ones", "new_zeros", "new_full", "ones",
                "zeros", "scalar_tensor", "embedding", "index_select", "type_as", "expand_as", "one_hot",
-               "pad"}  # fmt: skip
+               "pad", "where", "masked_fill"}  # fmt: skip
 _OF_ONE = {"mul", "div", "neg", "_to_copy", "to", "view", "reshape", "squeeze", "unsqueeze", "alias", "clone"}
 
 

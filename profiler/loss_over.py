@@ -10,24 +10,40 @@ with a degree: the power of the batch's size that it grows with. A sum over samp
 degree 1, their mean of degree 0. Everything else (a maximum, a product of two means, what mixes samples) is of no kind.
 A loss that is added, of degree 1 or 0, is over microbatches what it is over the batch, as a sum or a mean. Statistics
 of batch norm count as fixed: they are those of a microbatch by what batch norm is.
+
+The gradients of all that torch differentiates are then added too, but what a user's own backward makes of them need not
+be (a gradient divided by its norm, or by the batch's size). So the backward of a recorded call, a Function's or a
+hook's, is judged likewise: given gradients of the kinds that belong to its results, it must give those that belong to
+its arguments. Where it does not, the loss is that of each microbatch, as its gradient is.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from .autograd_functions import OP, replayed_of
 from .global_loss import SHARE, op_name, reduction_of
 from .graph import LossOver
 from .nodes import named_arguments, value
+from .replay import Graphs, Replayed
 
 Kind = tuple[str, int] | None
+
+
+class _Judged(NamedTuple):
+    kind: Kind
+    val: Any
+
+
+_ABSENT = ("absent", 0)  # of a gradient that a backward does not give
 _LINEAR = {"neg", "_to_copy", "to", "view", "reshape", "squeeze", "unsqueeze", "select", "slice", "expand", "clone",
            "alias", "permute", "transpose", "t", "contiguous", "stack", "cat", "detach", "sum", "mean", "index_select",
-           "flatten", "unbind", "broadcast_tensors", "diagonal", "lift_fresh_copy", "type_as"}  # fmt: skip
+           "flatten", "unbind", "slice_copy", "select_copy", "broadcast_tensors", "diagonal", "lift_fresh_copy",
+           "type_as"}  # fmt: skip
 _CONTRACTIONS = {"mm", "bmm", "matmul", "addmm", "einsum", "dot", "mv", "linear", "baddbmm", "vdot", "inner"}
 _ADDING = {*_CONTRACTIONS, "index_add", "scatter_add", "bincount", "sum", "count_nonzero"}
 # ops that mix, or place by number, what stands along their dimension
@@ -36,6 +52,14 @@ _ALONG = {"softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumpr
           "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "index_select", "index_reduce",
           "slice_scatter", "select_scatter", "renorm"}  # fmt: skip
 _INDEXED = {"index", "index_put", "_unsafe_index", "_unsafe_index_put", "_index_put_impl"}
+# backwards whose results without samples are gradients of parameters, summed over samples
+_OF_PARAMETERS = {"native_layer_norm_backward", "native_group_norm_backward", "convolution_backward",
+                  "embedding_dense_backward", "_fused_rms_norm_backward"}  # fmt: skip
+# of values and of where they come from or go to: linear in the values, with zeros in the other places
+_PLACING = {*_LINEAR, "slice_scatter", "select_scatter", "index_put", "_unsafe_index_put", "index", "_unsafe_index",
+            "masked_fill", "where", "index_fill", "index_copy", "index_add", "scatter", "scatter_add", "gather", "tril",
+            "triu", "flip", "roll", "cumsum", "constant_pad_nd", "copy", "fill"}  # fmt: skip
+_ZEROS = {"zeros", "zeros_like", "new_zeros", "zero"}
 _PASSED_ON = {"view", "reshape", "unsqueeze", "expand", "expand_as", "_to_copy", "to", "clone", "alias", "flatten"}
 
 
@@ -46,6 +70,8 @@ def loss_over(graph: fx.Graph, loss: fx.Node, batch_size: int, totals: dict[str,
         if node.op != "output":
             judge.kinds[node] = judge.kind(node)
     found = judge.kinds[loss]
+    if judge.is_of_each:
+        return "each"
     if found is not None and found[1] == 0 and found[0] != "rows":
         return "mean"
     return "sum" if found == ("added", 1) else "each"
@@ -55,6 +81,8 @@ class _Judge:
     def __init__(self, batch_size: int, totals: dict[str, str]) -> None:
         self.size, self.totals = batch_size, totals
         self.kinds: dict[fx.Node, Kind] = {}
+        self.results: dict[fx.Node, list[Kind]] = {}  # of recorded calls
+        self.is_of_each = False
 
     def kind(self, node: fx.Node) -> Kind:
         if node.op != "call_function":
@@ -65,6 +93,10 @@ class _Judge:
             return "fixed", 0
         if node.target is torch.ops.shardwright.assumed.default:  # its first argument, on a condition
             return self.kinds[node.all_input_nodes[0]]
+        if node.target is OP:
+            return self._call(node, replayed_of(node))
+        if node.target is operator.getitem and node.args[0] in self.results:
+            return self.results[node.args[0]][node.args[1]]  # type: ignore[index]
         operands = [self.kinds[n] for n in node.all_input_nodes]
         if not operands:
             return ("rows", 0) if self._rows(node) else self._made(node)
@@ -78,6 +110,49 @@ class _Judge:
         if any(kind == "rows" for kind, _ in given):
             return self._reduced(node, given)
         return self._of_numbers(node, given)
+
+    def _call(self, node: fx.Node, replayed: Replayed) -> Kind:
+        """The kinds of its results; is_of_each is set where its backward gives a microbatch's own gradients."""
+        given = [_Judged(self.kinds[tensor], value(tensor)) for tensor in node.args[0]]  # type: ignore[union-attr]
+        results = self._run(replayed.graphs.forward, given)[: replayed.num_results + len(replayed.written)]
+        self.results[node] = [result.kind for result in results]
+        for pattern, graphs in ((None, replayed.graphs), *replayed.partial.items()):
+            if not self._gives_added(replayed, graphs, pattern, given):
+                self.is_of_each = True
+        return next(iter(self.results[node]), None)
+
+    def _gives_added(
+        self, replayed: Replayed, graphs: Graphs, pattern: tuple[bool, ...] | None, given: list[_Judged]
+    ) -> bool:
+        if graphs.backward is None:
+            return True
+        results = self._run(graphs.forward, given)
+        taken = [result for result, takes in zip(results, replayed.differentiable, strict=False) if takes]
+        if pattern is not None:
+            taken = [result for result, is_given in zip(taken, pattern, strict=True) if is_given]
+        saved = results[replayed.num_results + len(replayed.written) :]
+        gradients = [_Judged(_gradient_kind(result.kind), result.val) for result in taken]
+        found = self._run(graphs.backward, [*saved, *gradients])
+        wanted = [tensor for tensor, takes in zip(given, replayed.wanted, strict=True) if takes]
+        return all(
+            gradient.kind == _ABSENT or (gradient.kind is not None and gradient.kind == _gradient_kind(tensor.kind))
+            for gradient, tensor in zip(found, wanted, strict=True)
+        )
+
+    def _run(self, module: fx.GraphModule, given: list[_Judged]) -> list[_Judged]:
+        """Of what a graph returns. Its nodes have the values of this call, as one graph may serve several."""
+        inner, arguments = _Judge(self.size, {}), iter(given)
+        with next(judged.val for judged in given).fake_mode:
+            for node in module.graph.nodes:
+                if node.op == "output":
+                    return [_Judged(inner.kinds.get(r, _ABSENT), value(r)) for r in node.args[0]]
+                if node.op == "placeholder":
+                    inner.kinds[node], node.meta["val"] = next(arguments)
+                    continue
+                operands, keywords = fx.node.map_arg((node.args, node.kwargs), value)
+                node.meta["val"] = node.target(*operands, **keywords)
+                inner.kinds[node] = inner.kind(node)
+        raise AssertionError("a graph without an output")
 
     def _made(self, node: fx.Node) -> Kind:
         numbers = [a for a in node.args if isinstance(a, (int, float)) and not isinstance(a, bool)]
@@ -138,17 +213,45 @@ class _Judge:
             return ("added", degree + (reduction == 2)) if reduction and degree == 0 else None
         if op_name(node) == "mean":
             return "added", degree
+        made_by = node.args[0] if node.target is operator.getitem else node
+        if isinstance(made_by, fx.Node) and op_name(made_by) in _OF_PARAMETERS:
+            return "added", degree + 1
         return ("added", degree + 1) if op_name(node) in _ADDING else None
 
     def _of_numbers(self, node: fx.Node, given: list[tuple[str, int]]) -> Kind:
         name, kinds = op_name(node), set(given)
         if name in ("add", "sub"):
             kinds |= {("fixed", 0) for a in node.args[:2] if not isinstance(a, fx.Node) and a != 0}
-        elif node.target is not operator.getitem and name not in _LINEAR:
-            return ("fixed", 0) if kinds == {("fixed", 0)} else self._inverse(name, kinds)
+        elif kinds == {("fixed", 0)}:
+            return "fixed", 0
+        elif name in _CONTRACTIONS:
+            return self._contracted(node)
+        elif name in _PLACING:
+            return self._placed(node)
+        elif node.target is not operator.getitem:
+            return self._inverse(name, kinds)
         if len(kinds) == 1:
             return kinds.pop()
         return ("added", 0) if kinds == {("added", 0), ("fixed", 0)} else None
+
+    def _contracted(self, node: fx.Node) -> Kind:
+        """Of a sum over samples and what is fixed: linear in the sum."""
+        kinds = [self.kinds[n] for n in node.all_input_nodes]
+        added = [kind for kind in kinds if kind != ("fixed", 0)]
+        is_product = len(kinds) == 2 and len(added) == 1
+        return added[0] if is_product and added[0] is not None and added[0][0] == "added" else None
+
+    def _placed(self, node: fx.Node) -> Kind:
+        """Values beside zeros, by fixed places."""
+        values, places = [], []
+        for operand in node.all_input_nodes:
+            dtype = value(operand).dtype
+            (values if dtype.is_floating_point or dtype.is_complex else places).append(operand)
+        kinds = {self.kinds[operand] for operand in values if not _is_zero(operand)}
+        filled = [named_arguments(node).get(name) for name in ("value", "fill_value", "self", "other")]
+        is_fixed = all(self.kinds[operand] == ("fixed", 0) for operand in places)
+        beside_zeros = not any(isinstance(number, (int, float)) and number for number in filled)
+        return kinds.pop() if len(kinds) == 1 and is_fixed and beside_zeros else None
 
     def _inverse(self, name: str, kinds: set[tuple[str, int]]) -> Kind:
         if name == "reciprocal" and len(kinds) == 1 and next(iter(kinds))[0] == "fixed":
@@ -177,6 +280,23 @@ class _Judge:
             if abs(inverse) >= 0.5 and abs(inverse - round(inverse)) < 1e-9:
                 return -1
         return 0
+
+
+def _gradient_kind(of: Kind) -> Kind:
+    """Of the gradient of a loss of the batch, by a value of a kind: what is the same in it for each microbatch."""
+    if of is None:
+        return None
+    kind, degree = of
+    return {"rows": ("rows", -degree), "fixed": ("added", 1 - degree), "added": ("fixed", 1 - degree)}[kind]
+
+
+def _is_zero(node: fx.Node) -> bool:
+    while op_name(node) in _PASSED_ON and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if op_name(node) not in ("full", "full_like", "new_full", "fill", "scalar_tensor"):
+        return op_name(node) in _ZEROS
+    filled = node.args[0 if op_name(node) == "scalar_tensor" else 1]
+    return _is_zero(filled) if isinstance(filled, fx.Node) else filled == 0
 
 
 def _is_whole(given: dict[str, Any], shape: torch.Size) -> bool:

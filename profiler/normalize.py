@@ -7,6 +7,7 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
     count_users           every node among the users of what it reads
     place_hooks           (gradient_hooks.py) each hook on a gradient right behind the tensor that it is on
     number_draws          a number on each random op, in program order
+    replace_synonyms      one name for each op: mul for multiply, bitwise_and for __and__
     drop_bookkeeping      no asserts, no casts to the same dtype, no aliases
     pin_dtypes            no tensor whose type is that of torch's default when the graph runs
     drop_unread_writes    no writes into memory that nothing reads, as modules built in a forward initialize
@@ -56,6 +57,13 @@ _CASTS = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
     aten.contiguous.default, aten.expand.default, aten.view.default, aten.reshape.default,
 }  # fmt: skip
+_SYNONYMS = {
+    "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg", "absolute": "abs",
+    "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne", "clip": "clamp",
+    "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor", "concat": "cat", "concatenate": "cat",
+    "fix": "trunc", "arctan2": "atan2", "special_expit": "sigmoid",
+    "special_erf": "erf", "special_log1p": "log1p", "special_exp2": "exp2",
+}  # fmt: skip
 _POOLED = {aten.adaptive_avg_pool1d.default: [-1], aten.adaptive_avg_pool2d.default: [-2, -1]}
 
 
@@ -74,6 +82,7 @@ def normalize(
     count_users(graph)
     place_hooks(graph)
     number_draws(graph)
+    replace_synonyms(graph)
     drop_bookkeeping(graph)
     pin_dtypes(graph)
     drop_unread_writes(graph)
@@ -245,6 +254,26 @@ def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, operands: list
         user.replace_all_uses_with(outputs[user.args[1]])
         graph.erase_node(user)
     graph.erase_node(node)
+
+
+def replace_synonyms(graph: fx.Graph) -> None:
+    """What an op is, and how it is split, is told by its name."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.name.startswith("aten::"):
+            continue
+        name = schema.name.removeprefix("aten::")
+        plain = _SYNONYMS.get(name.removesuffix("_") if not name.endswith("__") else name)
+        if plain is None:
+            continue
+        packet = getattr(aten, plain + ("_" if schema.is_mutable else ""), None)
+        overload = getattr(packet, node.target._overloadname, None)
+        if overload is not None and _takes_the_same(overload._schema, schema):
+            node.target = overload
+
+
+def _takes_the_same(one: Any, other: Any) -> bool:
+    return [(a.type, a.kwarg_only) for a in one.arguments] == [(a.type, a.kwarg_only) for a in other.arguments]
 
 
 def drop_bookkeeping(graph: fx.Graph) -> None:

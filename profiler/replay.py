@@ -383,6 +383,15 @@ def _lift_constants(module: fx.GraphModule) -> list[torch.Tensor]:
         if node.op != "get_attr":
             continue
         tensor = getattr(module, str(node.target))
+        if _is_literal(node, tensor):
+            for copied in list(node.users):
+                with graph.inserting_before(copied):
+                    number = graph.call_function(aten.full.default, ([], tensor.item()), {"dtype": tensor.dtype})
+                number.meta = dict(copied.meta)
+                copied.replace_all_uses_with(number)
+                graph.erase_node(copied)
+            graph.erase_node(node)
+            continue
         if id(tensor) not in by_id:
             with graph.inserting_after(last[-1]) if last else graph.inserting_before(next(iter(graph.nodes))):
                 by_id[id(tensor)] = graph.placeholder(f"implicit_{len(lifted)}")
@@ -392,6 +401,12 @@ def _lift_constants(module: fx.GraphModule) -> list[torch.Tensor]:
         node.replace_all_uses_with(by_id[id(tensor)])
         graph.erase_node(node)
     return lifted
+
+
+def _is_literal(node: fx.Node, tensor: torch.Tensor) -> bool:
+    """Is it a number that the code itself writes, as in gradient[:5] = 0?"""
+    is_real = type(tensor) is torch.Tensor and tensor.dim() == 0 and not tensor.is_meta
+    return is_real and all(user.target is aten.lift_fresh_copy.default for user in node.users)
 
 
 def _refuse_random(module: fx.GraphModule, name: str, place: str) -> None:

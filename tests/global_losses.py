@@ -26,6 +26,10 @@ LOSSES: dict[str, Any] = {
     "last": lambda y, b: y[torch.arange(len(y)), b["t"].ne(-100).sum(1) - 1].square().mean(),
     "masked_rows": lambda y, b: torch.where(b["m"] > 0.5, 0.0, y[..., 0]).square().mean(),
     "columns": lambda y, b: y.slice_scatter(2 * y[:, ::2], 1, 0, None, 2).square().mean(),
+    "derived": lambda y, b: F.cross_entropy(y.flatten(0, 1), torch.where(b["m"] > 0.3, b["t"], -100).flatten()),
+    "synonyms": lambda y, b: (
+        torch.multiply(y.square().mean(-1), b["m"]).sum().divide((b["m"] > 0).__and__(b["m"] < 0.9).sum())
+    ),
     "samples": lambda y, b: (token_losses(y, b) * b["m"]).sum(1).div(b["m"].sum(1)).mean(),
 }
 OVER = dict.fromkeys(LOSSES, "mean") | {"sum": "sum", "sum_over_given": "sum"}

@@ -155,3 +155,83 @@ def test_the_reference_counts_targets_with_gradients_on() -> None:
     workload = Workload(model=model, example_batch=batch, global_batch=4, precision=DOUBLE)
     loss = forward_backward(workload, batch, step=0, microbatch_size=2)
     assert loss.item() == pytest.approx(model(**batch).item(), rel=1e-9)
+
+
+class _Scaled(torch.autograd.Function):
+    """Its backward knows the batch's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.size = len(x)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient / ctx.size
+
+
+class _Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, beta)
+        return x * torch.sigmoid(beta * x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        x, beta = ctx.saved_tensors
+        gate = torch.sigmoid(beta * x)
+        slope = gate * (1 - gate)
+        return gradient * (gate + beta * x * slope), (gradient * x * x * slope).sum()
+
+
+def _first_rows_zero(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.clone()
+    gradient[:2] = 0
+    return gradient
+
+
+class _OwnBackward(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.beta = nn.Linear(6, 6), nn.Linear(6, 3), nn.Parameter(torch.tensor(1.5))
+        self.kind = kind
+        hooks = {"norm": lambda g: g / (g.norm() + 0.1), "rows": _first_rows_zero, "scale": lambda g: 0.5 * g.t().t()}
+        if kind in hooks:
+            self.first.weight.register_hook(hooks[kind])
+        self.double()
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        if self.kind == "turned":
+            h.register_hook(lambda g: g.flip(0))
+        h = _Swish.apply(h, self.beta) if self.kind == "swish" else _Scaled.apply(h) if self.kind == "size" else h
+        return F.cross_entropy(self.last(h), t) + 0 * self.beta
+
+
+def _own(kind: str) -> Workload:
+    torch.manual_seed(1)
+    batch = {"x": torch.randn(8, 6, dtype=torch.float64), "t": torch.tensor([0, 1, -100, 2, 0, -100, -100, 1])}
+    return Workload(model=_OwnBackward(kind), example_batch=batch, global_batch=8, precision=DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "over"),
+    [("swish", "mean"), ("rows", "mean"), ("scale", "mean"), ("norm", "each"), ("size", "each"), ("turned", "each")],
+)
+def test_what_an_own_backward_makes_of_the_batch_tells_what_the_loss_is_over(kind: str, over: str) -> None:
+    workload = with_batch_dims(_own(kind))
+    assert capture_for_planning(workload).loss_over == over
+    program = shardwright.build(
+        shardwright.plan(workload, "1xCPU", force={"microbatch": 2}, self_test=False), workload, self_test=False
+    )
+    loss = program.forward_backward(workload.example_batch).item()
+    model, expected = _OwnBackward(kind), 0.0
+    size = 2 if over == "each" else 8
+    for start in range(0, 8, size):
+        part = model(**{name: t[start : start + size] for name, t in workload.example_batch.items()}) * size / 8
+        part.backward()
+        expected += part.item()
+    assert loss == pytest.approx(expected, rel=1e-9)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(program.gradients()[name], parameter.grad, rtol=1e-9, atol=1e-12)
