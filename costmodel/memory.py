@@ -15,6 +15,12 @@ With Extents the D of a row is that of its kind of state: hybrid sharding splits
 nodes, and parameters may be split over fewer ranks than the optimizer's state (PaRO, arXiv:2310.06003; AMSP,
 arXiv:2311.00257).
 
+With the optimizer's state in host memory the last row is there, master copies too where k would be 0, with the
+gradients that it steps by; of gradients the device then keeps what leaves it at the end of the step alone:
+
+    gradients                    leave as they are made on one data-parallel rank and under ZeRO-2 and 3 over all ranks
+                                 (2 u c on their way), but for partial sums over the tensor axis, which stay as above
+
 k is 0 where master and compute type are the same (the parameters are the optimizer's copy), else 1. One data-parallel
 rank and one microbatch keep gradients in c. Under ZeRO-2 and 3 two reductions are in flight while the next
 is packed.
@@ -117,12 +123,13 @@ class StageState:
     trainable_elements: Any
     buffer_bytes: Any
     largest_segment_elements: Any  # parameter elements of its largest segment instance
+    summed_elements: Any = 0  # of the trainable ones: gradients are partial sums over a tensor axis
 
 
 @dataclass(frozen=True)
 class StateMemory:
     """Bytes of one stage (or arrays of them). *_each: of the one stage in use; the others add up over a rank's
-    stages."""
+    stages. host: of host memory; all else is the device's."""
 
     parameters: Any
     optimizer: Any
@@ -132,6 +139,12 @@ class StateMemory:
     fresh_each: Any  # on their way to the gradients
     step_gradients: Any  # in the optimizer step
     step_temporaries: Any
+    host: Any = 0
+
+
+def leave_early(state_ranks: int, zero: int, extents: Extents) -> bool:
+    """Where state is in host memory: do gradients go there as they are made? Others are summed over ranks first."""
+    return state_ranks == 1 or (zero >= 2 and extents.gradients == extents.optimizer == state_ranks)
 
 
 def state_memory(
@@ -142,9 +155,11 @@ def state_memory(
     num_microbatches: int,
     device_kind: str,
     extents: Extents | None = None,
+    *,
+    on_host: bool = False,
 ) -> StateMemory:
     """See the module's table. state_ranks: over which ZeRO may split; with one of them `zero` counts for
-    nothing. extents: over all of them where None."""
+    nothing. extents: over all of them where None. on_host: the optimizer's state is in host memory."""
     zero = zero if state_ranks > 1 else 0
     extents = extents if extents is not None and zero else Extents.of(zero, state_ranks)
     params, trainable, largest = state.param_elements, state.trainable_elements, state.largest_segment_elements
@@ -154,16 +169,36 @@ def state_memory(
     in_master = kinds.reduces_in_master if accumulates else kinds.single_copy
     gathered = round(assumed("gathered_units")) * kinds.compute if zero == 3 else 0
     reduced = round(assumed("reduced_units")) * each if zero >= 2 else 0
-    stepped = _smaller(shard, largest) if device_kind == "cpu" else shard  # on CPU torch steps one parameter at a time
+    # on CPU torch steps one parameter at a time
+    stepped = _smaller(shard, largest) if device_kind == "cpu" or on_host else shard
+    step_temporaries = (stepped * kinds.step_tensors + shard * kinds.kept_tensors) * kinds.master
+    parameters, gathered_each = _share(params, extents.parameters) * kinds.compute, largest * gathered
+    if on_host:
+        early = leave_early(state_ranks, zero, extents)
+        held = state.summed_elements if early else trainable
+        gradients = (_share(held, extents.gradients) + (shard if zero == 1 else 0)) * each
+        leaving = largest * (2 * kinds.compute if state_ranks == 1 else kinds.compute + reduced)
+        stepped_by = kinds.reduce + (0 if kinds.reduces_in_master else kinds.master)
+        return StateMemory(
+            parameters=parameters,
+            optimizer=0 * shard,
+            buffers=state.buffer_bytes,
+            gathered_each=gathered_each,
+            gradients=gradients,
+            fresh_each=leaving if early else largest * ((kinds.compute if accumulates else 0) + reduced),
+            step_gradients=gradients,
+            step_temporaries=0 * shard,
+            host=shard * ((1 + kinds.state_tensors) * kinds.master + stepped_by) + step_temporaries,
+        )
     return StateMemory(
-        parameters=_share(params, extents.parameters) * kinds.compute,
+        parameters=parameters,
         optimizer=shard * kinds.of_master,
         buffers=state.buffer_bytes,
-        gathered_each=largest * gathered,
+        gathered_each=gathered_each,
         gradients=(_share(trainable, extents.gradients) + (shard if zero == 1 else 0)) * each,
         fresh_each=largest * ((kinds.compute if accumulates else 0) + reduced),
         step_gradients=shard * (each + (0 if in_master else kinds.master)),
-        step_temporaries=(stepped * kinds.step_tensors + shard * kinds.kept_tensors) * kinds.master,
+        step_temporaries=step_temporaries,
     )
 
 

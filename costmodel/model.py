@@ -72,6 +72,22 @@ class CostModel:
         device = device if device is not None else self.cluster.worst_device()
         return communication.transfer_host_seconds(self.table, num_bytes, device, tier)
 
+    def host_memory_seconds(self, num_bytes: float, device: Device | None = None) -> float:
+        """Memory traffic of the device's share of its host, by all cores of that share."""
+        device = device if device is not None else self.cluster.worst_device()
+        if device.kind == "cpu":
+            return self.op_seconds("_foreach_add", 0.0, num_bytes, "fp32", device)
+        if device.host_memory_bytes_per_s:
+            return num_bytes / device.host_memory_bytes_per_s
+        sharing = max(group.devices_per_host for group in self.cluster.groups)
+        return num_bytes * sharing / self.table.get("host_update_bytes_per_s", device.name)
+
+    def between_host_seconds(self, num_bytes: float, device: Device) -> float:
+        """A copy between device memory and host memory; on a CPU, where both are one, of memory."""
+        if device.kind == "cpu":
+            return self.op_seconds("copy_", 0.0, 2 * num_bytes, "fp32", device)
+        return self.transfer_host_seconds(num_bytes, device)
+
     def slowest_memory(self, devices: Sequence[Device]) -> Device:
         return min(devices, key=lambda device: device.memory_bytes_per_s)
 

@@ -151,6 +151,8 @@ class Predicted(_Document):
         default_factory=dict
     )  # worst rank: parameters, gradients, optimizer, activations, ...
     memory_limit_bytes: int = 0
+    host_bytes: int = 0  # of host memory, on the rank that needs most: optimizer state and what it is stepped by
+    host_limit_bytes: int = 0  # of that rank's share; 0: not known
     stage_s: list[StageSeconds] = Field(default_factory=list)
     tail_s: list[float] = Field(default_factory=list)  # of each pipeline rank: optimizer step and gathers after it
     tails_wait: bool = False  # an optimizer step begins once all ranks have their gradients, as it needs their norm
@@ -207,6 +209,7 @@ class Considered(_Document):
     schedule: str
     zero: int
     zero_extents: dict[str, int] = Field(default_factory=dict)  # as in Plan
+    optimizer_state: Literal["device", "host"] = "device"
     recompute: str
     step_s: float | None
     peak_bytes: int | None

@@ -85,6 +85,7 @@ class Device:
     peaks: tuple[tuple[str, float], ...]  # dtype key -> dense FLOP/s
     host_link: Link
     host_memory_bytes: int = 0  # share of one device; 0: not known
+    host_memory_bytes_per_s: float = 0.0  # likewise, reached in an optimizer step; 0: as constants.toml has it
     nvme_bytes: int = 0
     nvme_bytes_per_s: float = 0.0
     measured: bool = False  # peaks and bandwidth are what ops reach: no efficiency is taken off them
@@ -171,6 +172,7 @@ def worse_device(first: Device, second: Device) -> Device:
         memory_bytes_per_s=min(first.memory_bytes_per_s, second.memory_bytes_per_s),
         host_link=worse_link(first.host_link, second.host_link),
         host_memory_bytes=min(first.host_memory_bytes, second.host_memory_bytes),
+        host_memory_bytes_per_s=min(first.host_memory_bytes_per_s, second.host_memory_bytes_per_s),
         nvme_bytes=min(first.nvme_bytes, second.nvme_bytes),
         nvme_bytes_per_s=min(first.nvme_bytes_per_s, second.nvme_bytes_per_s),
         measured=first.measured and second.measured,

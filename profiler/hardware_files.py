@@ -13,8 +13,8 @@ from .accelerators import find_link, read_toml
 from .cluster import Cluster, Figure, HostGroup, HostPairLink, Link
 from .host_groups import MAX_DEVICES, checked_groups, notes_on, parse_term
 
-HOST_KEYS = {"devices", "count", "local_link", "network_link", "memory_gib", "host_memory_gib", "nvme_gib",
-             "nvme_gb_per_s", "domain_devices"}  # fmt: skip
+HOST_KEYS = {"devices", "count", "local_link", "network_link", "memory_gib", "host_memory_gib",
+             "host_memory_gb_per_s", "nvme_gib", "nvme_gb_per_s", "domain_devices"}  # fmt: skip
 LINK_KEYS = {"name", "family", "gb_per_s", "latency_us", "kind", "source", "date"}
 KINDS = ("datasheet", "measured", "fitted", "assumed")
 # Of memory in GiB, rates in GB/s and latencies in microseconds: beyond these a file is mistyped.
@@ -79,7 +79,8 @@ def load_cluster(path: Path) -> Cluster:
     """A TOML file of hosts and links.
 
     [[hosts]]: devices = "8xH100-SXM-80GB", count, local_link and network_link (a catalog name, or a table with name,
-    gb_per_s, latency_us, source, kind, date), memory_gib, host_memory_gib, nvme_gib, nvme_gb_per_s.
+    gb_per_s, latency_us, source, kind, date), memory_gib, host_memory_gib, host_memory_gb_per_s, nvme_gib,
+    nvme_gb_per_s.
     [[links]]: hosts = [0, 1] and the entries of such a table.
     """
     try:
@@ -115,6 +116,7 @@ def _group(path: Path, index: int, entry: Any) -> HostGroup:
     for key, field, unit, share in (
         ("memory_gib", "memory_bytes", GIB, 1),
         ("host_memory_gib", "host_memory_bytes", GIB, group.devices_per_host),
+        ("host_memory_gb_per_s", "host_memory_bytes_per_s", GB, group.devices_per_host),
         ("nvme_gib", "nvme_bytes", GIB, group.devices_per_host),
         ("nvme_gb_per_s", "nvme_bytes_per_s", GB, group.devices_per_host),
     ):

@@ -14,17 +14,22 @@ from typing import Any
 
 import torch
 
+from ..errors import ExitCode, ShardwrightError
+from ..units import format_bytes
 from .buffers import Buffers
 from .parameters import ParameterStore, local_tensor
 from .stage import StageRunner
 
 
 class MemoryMeter:
-    """Samples the first `num_steps` steps on a CPU; later ones repeat them, and sampling costs time."""
+    """Samples the first `num_steps` steps on a CPU; later ones repeat them, and sampling costs time.
+
+    limit_bytes: what a step may take, where one is set; a step that takes more is ended with an error."""
 
     def __init__(self, device: torch.device, num_steps: int = 3) -> None:
         self.device = device
         self.peak_bytes = 0
+        self.limit_bytes: int | None = None
         self._steps_left = num_steps
         self._runners: Sequence[StageRunner] = ()
         self._store: ParameterStore | None = None
@@ -45,15 +50,28 @@ class MemoryMeter:
         if self._steps_left and self.device.type != "cuda" and self._store is not None:
             activations = sum(runner.kept_bytes() for runner in self._runners)
             self.peak_bytes = max(self.peak_bytes, self.static_bytes() + self._store.grad_bytes() + activations)
+            self._enforce()
 
     def end(self, optimizer: torch.optim.Optimizer | None, kept_bytes: int = 0) -> None:
         """Before gradients are freed, after the optimizer has made its state. kept_bytes: what a roll-back needs."""
         if self.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+            self._enforce()
         elif self._steps_left:
             self._optimizer_bytes = self._state_bytes(optimizer, kept_bytes)
             self.sample()
             self._steps_left -= 1
+
+    def _enforce(self) -> None:
+        if self.limit_bytes is not None and self.peak_bytes > self.limit_bytes:
+            raise ShardwrightError(
+                f"a step takes {format_bytes(self.peak_bytes)} of {self.device.type} memory, and its limit is "
+                f"{format_bytes(self.limit_bytes)}",
+                means="the plan was made for more memory, or its prediction is off",
+                change="--memory-limit of the plan",
+                works=f"--memory-limit {int(self.limit_bytes * self.limit_bytes / self.peak_bytes)}",
+                exit_code=ExitCode.DOES_NOT_FIT,
+            )
 
     def _state_bytes(self, optimizer: torch.optim.Optimizer | None, kept_bytes: int = 0) -> int:
         """Of the device; all of it is in host memory where what the optimizer steps over is."""

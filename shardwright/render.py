@@ -134,6 +134,8 @@ def _headline(plan: Plan) -> RenderableType:
     ]
     if away:
         rows.append(("offload", f"{away} {single}"))
+    if plan.memory_policy.optimizer_state == "host":
+        rows.append(("optimizer", "stepped in host memory, with its state and what gradients add up to"))
     if plan.loss_over == "each" and count > 1:
         rows.append(("loss", "of each microbatch, averaged: it is neither a mean nor a sum over samples"))
     if plan.fusions:
@@ -270,6 +272,9 @@ def _memory(plan: Plan) -> RenderableType:
         style = "green" if margin > 0.05 * limit else "yellow" if margin >= 0 else "bold red"
         table.add_row("limit", format_bytes(limit), "")
         table.add_row("margin", Text(format_bytes(margin), style), Text(_share(margin, limit) + " of the limit", style))
+    if predicted.host_bytes:
+        share = f"of {format_bytes(predicted.host_limit_bytes)}" if predicted.host_limit_bytes else ""
+        table.add_row("host memory", format_bytes(predicted.host_bytes), Text(share, "dim"))
     worst = predicted.peak_bytes.index(peak) if predicted.peak_bytes else 0
     where = f"stage {worst}"
     if worst < len(plan.stages) and plan.stages[worst].ranks:
@@ -308,9 +313,10 @@ def _short_microbatch(other: Considered) -> str:
 
 
 def _short_zero(other: Considered) -> str:
-    """With the widths over which it is split, where those are not the whole data axis."""
+    """With the widths over which it is split, where those are not the whole data axis, and where its state is."""
     widths = list(dict.fromkeys(other.zero_extents.values()))
-    return f"{other.zero} over {'/'.join(map(str, widths))}" if widths else str(other.zero)
+    text = f"{other.zero} over {'/'.join(map(str, widths))}" if widths else str(other.zero)
+    return f"{text}, host" if other.optimizer_state == "host" else text
 
 
 def _short_schedule(schedule: str) -> str:

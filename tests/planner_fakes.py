@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -177,12 +177,25 @@ class FakeSharder:
 
 
 class Case:
-    """Graph, cluster, cost model, workload and sharder that belong together."""
+    """Graph, cluster, cost model, workload and sharder that belong together. knows_host: how much memory hosts have."""
 
-    def __init__(self, sizes: Sizes, hardware: str, global_batch: int, *, memory_limit_bytes: int | None = None, **kw):
+    def __init__(
+        self,
+        sizes: Sizes,
+        hardware: str,
+        global_batch: int,
+        *,
+        memory_limit_bytes: int | None = None,
+        knows_host: bool = True,
+        **kw,
+    ):
         self.sizes = sizes
         self.graph = transformer_graph(sizes)
         self.cluster = parse_hardware(hardware, memory_limit_bytes=memory_limit_bytes)
+        if not knows_host:
+            alone = [replace(group.device, host_memory_bytes=0) for group in self.cluster.groups]
+            groups = [replace(g, device=d) for g, d in zip(self.cluster.groups, alone, strict=True)]
+            self.cluster = replace(self.cluster, groups=tuple(groups))
         self.cost_model = CostModel(self.cluster)
         precision = kw.pop("precision", Precision())
         self.workload = Workload(

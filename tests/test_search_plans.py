@@ -200,13 +200,13 @@ def test_too_little_memory_exits_3_with_gib_rank_and_a_change_that_fits():
 def test_a_forced_choice_that_does_not_fit_is_the_change_named():
     case = Case(LLAMA_8B, "8xH100-80GB", 64)
     with pytest.raises(ShardwrightError) as caught:
-        case.search(zero=0, dp=8)
+        case.search(zero=0, dp=8, optimizer_state="device")
     assert caught.value.change == "--force zero" and caught.value.works in (
         "--force zero=1",
         "--force zero=3",
         "--force zero=2",
     )
-    case.search(dp=8, zero=caught.value.works[-1])
+    case.search(dp=8, zero=caught.value.works[-1], optimizer_state="device")
 
 
 def test_a_memory_limit_that_is_too_low_names_one_that_would_do():
@@ -317,6 +317,7 @@ def test_all_force_keys_parse():
         "recompute": "none",
         "cuts": "3,5",
         "offload": "auto",
+        "optimizer_state": "host",
         "prefer": "memory",
     }
     forced = parse_forced(values)

@@ -156,6 +156,7 @@ def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Inte
         candidate.state_ranks,
         candidate.zero,
         candidate.extents,
+        candidate.on_host,
         several,
         candidate.num_stages > 1,
         num_groups(candidate),
@@ -165,12 +166,13 @@ def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Inte
 
 def state_memory_of(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
     c = candidate
-    return memory.state_memory(state, setting.kinds, c.state_ranks, c.zero, c.count, kind, c.extents)
+    ranks, zero, kinds = c.state_ranks, c.zero, setting.kinds
+    return memory.state_memory(state, kinds, ranks, zero, c.count, kind, c.extents, on_host=c.on_host)
 
 
 def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
     kind = setting.mesh(candidate).devices[0].kind
-    state = StageState(chain.param_of, chain.trainable_of, chain.buffer_of, chain.largest_of)
+    state = StageState(chain.param_of, chain.trainable_of, chain.buffer_of, chain.largest_of, chain.summed_of)
     held = state_memory_of(setting, candidate, state, kind)
     lasting = held.parameters + held.optimizer + held.buffers
     if candidate.num_stages > 1:
@@ -217,7 +219,7 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: 
     once. in_flight: microbatches of those, in place of what the candidate's schedule holds.
     """
     c = candidate
-    key = (chain, c.mesh, c.zero, c.split, c.count > 1)
+    key = (chain, c.mesh, c.zero, c.split, c.on_host, c.count > 1)
     whole = setting.once(_whole_bytes, key, setting, candidate, chain)
     if in_flight is None:
         in_flight = least_in_flight(c.schedule, c.pp, c.count, c.virtual_stages)
@@ -239,7 +241,8 @@ class _WholeBytes(NamedTuple):
 
 def _whole_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
     n, kind = chain.num_instances, setting.mesh(candidate).devices[0].kind
-    whole = StageState(chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n], 0)
+    summed = chain.summed_of[0, n]
+    whole = StageState(chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n], 0, summed)
     held = state_memory_of(setting, candidate, whole, kind)
     return _WholeBytes(
         held.parameters + held.optimizer + held.buffers,
@@ -258,10 +261,6 @@ def state_share(setting: Setting, candidate: Candidate) -> float:
     each = (held.parameters + held.optimizer + held.gradients) / unit / setting.kinds.of_trained
     in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
     return float(f"{each / in_flight:.1g}")
-
-
-def fits(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> bool:
-    return bool((quick_peaks(setting, candidate, chain, bounds) <= setting.limits(candidate)).all())
 
 
 def rank_breakdown(

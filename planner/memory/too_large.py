@@ -51,7 +51,7 @@ def is_too_large(setting: Setting, candidate: Candidate, chain: Chain) -> bool:
     c = candidate
     if SCHEDULES[c.schedule].directions == 2:
         return False
-    key = (chain, c.state_ranks, c.zero, c.extents, c.count > 1)
+    key = (chain, c.state_ranks, c.zero, c.extents, c.on_host, c.count > 1)
     lasting, kept, beside = setting.once(_position_bytes, key, setting, candidate, chain)
     kind = setting.mesh(candidate).devices[0].kind
     reserve = memory.reserve_bytes(kind, num_groups(candidate))
@@ -77,7 +77,7 @@ def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> tup
     # a stage's share is rounded up once, not for each of its positions
     whole, stepped = (np.maximum(elements - candidate.state_ranks, 0.0) for elements in (params, trainable))
     kind = setting.mesh(candidate).devices[0].kind
-    held = StageState(whole, stepped, chain.buffer_bytes, chain.param_elements)
+    held = StageState(whole, stepped, chain.buffer_bytes, chain.param_elements, chain.summed_elements)
     state = state_memory_of(setting, candidate, held, kind)
     lasting = state.parameters + state.optimizer + state.buffers + state.gradients
     workspace = np.maximum(chain.forward_workspace_bytes, chain.backward_workspace_bytes)

@@ -90,6 +90,8 @@ def binding(plan: Plan) -> str:
         found.append(f"memory: {len(whole)} kinds of segment are computed twice to save it")
     if parts_of := [f"{text} of {name}" for name, text in recomputed.items() if text != "all"]:
         found.append(f"memory: {', '.join(parts_of)} are computed twice to save it")
+    if plan.memory_policy.optimizer_state == "host":
+        found.append("memory: the optimizer steps in host memory to save it")
     again, away = num_let_go(plan)
     for count, what in ((again, "computed twice"), (away, "sent to host memory")):
         if count:
@@ -124,6 +126,7 @@ def _described(plan: Plan) -> dict[str, str]:
         "ZeRO": str(plan.zero),
         "ZeRO extents": " ".join(f"{kind}={size}" for kind, size in plan.zero_extents.items()),
         "recompute": " ".join(f"{name}={text}" for name, text in plan.memory_policy.recomputed.items()),
+        "optimizer state": plan.memory_policy.optimizer_state,
         "let go one by one": ", ".join(f"{count} {what}" for count, what in let_go if count),
         "fused kernels": " ".join(plan.fusions),
         "forced": " ".join(f"{key}={value}" for key, value in plan.forced.items()),

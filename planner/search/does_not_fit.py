@@ -13,11 +13,12 @@ from ...profiler.cluster import Cluster
 from ...profiler.hardware import parse_hardware
 from ...units import GIB, format_bytes
 from ..interfaces import ShardingSolution
-from ..memory.rank_bytes import fits
+from ..memory.limits import fits
 from ..space.candidates import Candidate, enumerate_candidates, value_of
 from ..space.forcing import Forced
 from ..stages.chain import NOTHING, leanest_segments
 from ..stages.setting import Setting
+from .host_candidates import may_use_host
 from .outcome import Outcome
 from .smaller_job import Known, smaller_jobs
 from .step_time import find_cuts
@@ -50,7 +51,8 @@ def does_not_fit(
     device = setting.cluster.device(first)
     what = (
         f"nothing fits: rank {first} ({device.name}) needs {format_bytes(nearest.peak_bytes or 0)} of "
-        f"{format_bytes(nearest.limit_bytes)}, {format_bytes(nearest.missing_bytes)} missing"
+        f"{format_bytes(nearest.limit_bytes)}{' of host memory' if nearest.lacks_host else ''}, "
+        f"{format_bytes(nearest.missing_bytes)} missing"
     )
     change, works = _nearest_change(setting, forced, nearest, solutions, solve)
     return ShardwrightError(
@@ -76,6 +78,7 @@ def _nearest_change(
         "zero",
         "microbatch",
         "global_microbatch",
+        "optimizer_state",
         "schedule",
         "virtual_stages",
         "cuts",
@@ -112,6 +115,12 @@ def _nearest_change(
 
 def first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | None:
     """A candidate that fits with most recomputation, the leanest first."""
+    places = (forced.optimizer_state,) if forced.optimizer_state or not may_use_host(setting) else ("device", "host")
+    tries = (_first_fit(setting, replace(forced, optimizer_state=place), known) for place in places)
+    return next((found for found in tries if found is not None), None)
+
+
+def _first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | None:
     num_instances = len(setting.shape.instances)
     options: Iterable[Candidate] = (
         candidate
@@ -134,7 +143,7 @@ def first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | Non
 
 
 def _first_cluster_that_fits(setting: Setting, forced: Forced, known: Known, clusters: Iterable[str]) -> str | None:
-    free = forced.without(*names(), "cuts")
+    free = forced.without(*names(), "cuts", "optimizer_state")
     for name in clusters:
         try:
             cluster = parse_hardware(name)

@@ -36,6 +36,7 @@ class Outcome:
     limit_bytes: int = 0
     missing_bytes: int = 0
     worst_rank: int = 0
+    lacks_host: bool = False  # the bytes above are of the host's memory
     fits: bool | None = None
     unsharded: bool = False
     too_slow: bool = False  # with the least recomputation that might fit
@@ -62,7 +63,8 @@ def _reason(outcome: Outcome, best: Outcome, interrupted: str) -> str:
     if outcome.unsharded:
         return f"{outcome.candidate.mesh.tensor_part.text(tensor_axes())} cannot shard this model"
     if outcome.fits is False:
-        return f"needs {format_bytes(outcome.peak_bytes or 0)} of {format_bytes(outcome.limit_bytes)}"
+        of = " of host memory" if outcome.lacks_host else ""
+        return f"needs {format_bytes(outcome.peak_bytes or 0)} of {format_bytes(outcome.limit_bytes)}{of}"
     if outcome.step_s is not None:
         slower = outcome.step_s / best.step_s - 1
         return f"slower by {100 * slower:.1f} %" if slower > 5e-4 else "as fast, not better"
@@ -111,7 +113,7 @@ def considered_rows(
 def _figures(outcome: Outcome) -> tuple[object, ...]:
     c = outcome.candidate
     step = float(f"{outcome.step_s or 0.0:.6g}")
-    return c.mesh, c.microbatch, c.extents, outcome.recompute, step, outcome.peak_bytes
+    return c.mesh, c.microbatch, c.extents, c.on_host, outcome.recompute, step, outcome.peak_bytes
 
 
 def _seen(figures: tuple[object, ...], known: set[tuple[object, ...]]) -> bool:
@@ -130,6 +132,7 @@ def _row(outcome: Outcome, best: Outcome, interrupted: str) -> plan_document.Con
         schedule=c.schedule + chunks,
         zero=c.zero,
         zero_extents=c.extents._asdict() if c.split is not None else {},
+        optimizer_state="host" if c.on_host else "device",
         recompute=outcome.recompute_label,
         step_s=outcome.step_s,
         peak_bytes=outcome.peak_bytes,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from ...profiler.buffer_updates import update_scales
 from ...schedules.published.library import SCHEDULES, SEARCHED
-from ..memory.rank_bytes import fits, quick_peaks
+from ..memory.limits import fits
+from ..memory.rank_bytes import quick_peaks
 from ..space.candidates import Candidate
 from ..stages.chain import NOTHING
 from ..stages.cuts import improve_cuts

@@ -13,6 +13,7 @@ from ...plans import document as plan_document
 from ...profiler.workload import Workload
 from ...schedules import PipelineSchedule
 from ..interfaces import ShardingSolution
+from ..memory.limits import worst_host_need
 from ..memory.rank_bytes import placements_of
 from ..space.candidates import Candidate
 from ..stages.chain import Chain, chosen_points
@@ -53,7 +54,8 @@ def _memory_policy(setting: Setting, chosen: Chosen) -> plan_document.MemoryPoli
     points = chosen_points(chosen.solution, chosen.outcome.recompute)
     policy: dict[str, Literal["none", "all"] | tuple[str, ...]] = dict.fromkeys(setting.graph.segments, "none")
     policy |= {name: "all" if point.is_whole else point.recomputed for name, point in points.items()}
-    return plan_document.MemoryPolicy(recompute=policy)
+    place: Literal["device", "host"] = "host" if chosen.candidate.on_host else "device"
+    return plan_document.MemoryPolicy(recompute=policy, optimizer_state=place)
 
 
 def build_result(state: SearchState, chosen: Chosen, started: float, interrupted: str) -> SearchResult:
@@ -63,6 +65,7 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
     peaks = [sum(items.values()) for items in breakdowns]
     worst = max(range(candidate.pp), key=lambda rank: peaks[rank] - setting.limit(candidate, rank))
     bound_s = certified_bound(state, step_s, tighten=not interrupted)
+    host = worst_host_need(setting, candidate, chosen.memory_chain, bounds)
     gap = (step_s - bound_s) / step_s if step_s else 0.0
     workload = setting.workload
     tokens = workload.global_batch * max(1, _tokens_per_sample(workload))
@@ -85,6 +88,8 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
             exposed_comm_s=max(timeline.exposed_comm_s),
             memory=breakdowns[worst],
             memory_limit_bytes=setting.limit(candidate, worst),
+            host_bytes=host.needed_bytes,
+            host_limit_bytes=host.limit_bytes if candidate.on_host else 0,
             stage_s=_stage_seconds(chosen.stages, hops(setting, candidate, chain, bounds)),
             tail_s=[tail.optimizer_s + tail.gather_s for tail in tails(setting, candidate, chain, bounds)],
             tails_wait=setting.workload.optimizer.waits_for_norm,

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import ExitCode, ShardwrightError
+from ..memory.limits import fits, worst_host_need
 from ..memory.options import MemoryOption
-from ..memory.rank_bytes import fits, mean_bytes, quick_peaks, state_share
+from ..memory.rank_bytes import mean_bytes, quick_peaks, state_share
 from ..memory.too_large import is_too_large
 from ..space.candidates import Candidate
 from ..stages.chain import Chain
@@ -231,9 +232,20 @@ class _Scoring:
         chain = self.setting.chain(leanest.solution, leanest.recompute)
         cuts = find_cuts(self.setting, self.candidate, chain, ignore_memory=True)
         peaks = quick_peaks(self.setting, self.candidate, chain, cuts.bounds) if cuts is not None else None
-        if peaks is not None:
+        if peaks is not None and cuts is not None:
             lacking = peaks - self.setting.limits(self.candidate)
             worst = int(lacking.argmax())
             missing = max(int(lacking[worst]), 0)
+            host = worst_host_need(self.setting, self.candidate, chain, cuts.bounds)
+            if host.missing_bytes > missing:
+                rank, needed, limit = host
+                return replace(
+                    found,
+                    lacks_host=True,
+                    missing_bytes=host.missing_bytes,
+                    peak_bytes=needed,
+                    worst_rank=rank,
+                    limit_bytes=limit,
+                )
             found = replace(found, missing_bytes=missing, peak_bytes=int(peaks[worst]), worst_rank=worst)
         return replace(found, limit_bytes=self.setting.limit(self.candidate, found.worst_rank))

@@ -7,6 +7,9 @@ Inside a group candidates go by their own bound (step_time.lower_bound). Each is
 could be its best (scoring.py): cuts, then the simulated step. The sharding frontier is asked for where the fastest
 placements leave too little memory for their best cuts.
 
+Those of which memory keeps the best from fitting are then looked at with the optimizer's state in host memory
+(host_candidates.py).
+
 Two prunings are not proofs, and leave the certificate alone: a candidate that does not fit rules out those that
 differ in a larger microbatch only, and interleaving is looked at only where an optimistic estimate of its bubble
 beats the incumbent.
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ...costmodel.model import CostModel
@@ -38,6 +41,7 @@ from ..stages.setting import Setting
 from .certificate import base_of, ideal_seconds, learn_any_order, own_order_bound
 from .chosen import choose
 from .does_not_fit import does_not_fit
+from .host_candidates import host_candidates
 from .outcome import Outcome
 from .result import SearchResult, build_result
 from .scoring import first_options, mean_fits, score_in_pool
@@ -55,19 +59,25 @@ class _Search:
 
     def run(self) -> str:
         """Returns what cut it short, or ''."""
-        groups: dict[tuple[int, MeshShape], list[Candidate]] = {}
-        for candidate in self.state.candidates:
-            groups.setdefault((candidate.local_batch, candidate.mesh.tensor_part), []).append(candidate)
         try:
             with stop_at(self.state.deadline):
                 self._learn_whole()
-                for _, members in sorted(groups.items()):
-                    self._run_group(members)
+                self._run_groups(self.state.candidates)
+                on_host = host_candidates(self.state)
+                self.state.candidates.extend(on_host)
+                self._run_groups(on_host)
         except KeyboardInterrupt:
             return "Ctrl-C"
         except TimeUp:
             return "time limit"
         return ""
+
+    def _run_groups(self, candidates: Sequence[Candidate]) -> None:
+        groups: dict[tuple[int, MeshShape], list[Candidate]] = {}
+        for candidate in candidates:
+            groups.setdefault((candidate.local_batch, candidate.mesh.tensor_part), []).append(candidate)
+        for _, members in sorted(groups.items()):
+            self._run_group(members)
 
     def _check_time(self) -> None:
         if time.monotonic() > self.state.deadline:

@@ -20,12 +20,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ...costmodel.constants import assumed
+from ...costmodel.memory import leave_early
 from ...costmodel.stage_times import Hop, StageTimes, Tail
 from ...costmodel.timeline import Timeline
 from ...schedules.schedule import PipelineSchedule
+from ..memory.limits import fits
 from ..memory.rank_bytes import (
     cached_schedule,
-    fits,
     interval_bytes,
     mean_bytes,
     placement_of,
@@ -38,6 +39,7 @@ from ..space.candidates import Candidate
 from ..space.mesh_costs import MeshCosts
 from ..stages.chain import Chain
 from ..stages.cuts import Cuts, WindowCuts, best_cuts, improve_cuts, pipeline_cost, windows
+from ..stages.host_state import optimizer_seconds
 from ..stages.setting import Setting
 from ..stages.zero_seconds import StageTables, stage_tables
 
@@ -80,7 +82,7 @@ def _once_of(setting: Setting, candidate: Candidate, chain: Chain, tables: Stage
     return _Once(
         float(tables.forward_of[0, n]) * scale,
         float(tables.backward_of[0, n]) * scale,
-        setting.optimizer_seconds(stepped, fastest) + float(tables.refresh_s.sum()) / p,
+        optimizer_seconds(setting, candidate, stepped, 0.0, fastest) + float(tables.refresh_s.sum()) / p,
         float(tables.reduce_s.min()),
     )
 
@@ -284,11 +286,13 @@ def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[in
     """Optimizer step, the gathers after it, and sums over the stages that share a parameter."""
     mesh, tables, p = setting.mesh(candidate), stage_tables(setting, candidate, chain), candidate.pp
     parts, place = candidate.extents.optimizer, placement_of(candidate)
-    elements, gather_s = [0.0] * p, [0.0] * p
+    elements, late, gather_s = [0.0] * p, [0.0] * p, [0.0] * p
+    early = leave_early(candidate.state_ranks, candidate.zero, candidate.extents)
     for stage in range(candidate.num_stages):
         i, j = bounds[stage], bounds[stage + 1]
         for rank in {row[stage] for row in placements_of(candidate)}:
             elements[rank] += chain.trainable_of[i, j] / parts
+            late[rank] += (chain.summed_of if early else chain.trainable_of)[i, j] / parts
             gather_s[rank] += float(tables.refresh_s[i:j].sum())
     rank_of = np.repeat(place, np.diff(bounds))
     for repeat in chain.repeats:
@@ -297,7 +301,10 @@ def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[in
             hop = mesh.hop(*ends, repeat.trainable / parts * setting.kinds.reduce, 0.0)
             for rank in ends:
                 gather_s[rank] += 2 * (hop.forward_latency_s + hop.forward_occupancy_s)
-    return [Tail(setting.optimizer_seconds(elements[r], mesh.devices[r]), gather_s[r]) for r in range(p)]
+    return [
+        Tail(optimizer_seconds(setting, candidate, elements[r], late[r], mesh.devices[r]), gather_s[r])
+        for r in range(p)
+    ]
 
 
 def hops(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...]) -> list[Hop]:

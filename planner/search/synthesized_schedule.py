@@ -20,6 +20,7 @@ from ...schedules.problem import PipelineProblem
 from ...schedules.published.library import SCHEDULES
 from ...schedules.schedule import SYNTHESIZED
 from ...schedules.synthesis.synthesize import synthesize
+from ..memory.limits import host_need
 from ..memory.options import Offers, memory_options, offering
 from ..memory.rank_bytes import activation_room, placement_of, placements_of
 from ..space.candidates import Candidate
@@ -172,7 +173,7 @@ class _Search:
             bounds = self._cuts_under(candidate, bounds, schedule, stop_at)
             stages = _stages(self.setting, candidate, self.way, bounds)
             timeline = self._timeline(candidate, bounds, schedule, stages)
-            if not self._host_holds(candidate, schedule, stages):
+            if not self._host_holds(candidate, bounds, schedule, stages):
                 continue
             if found is None or timeline.makespan_s < found.timeline.makespan_s:
                 found = OwnOrder(self.base, candidate, schedule, timeline, bounds, self.way, stages)
@@ -184,11 +185,16 @@ class _Search:
                 break
         return found
 
-    def _host_holds(self, candidate: Candidate, schedule: PipelineSchedule, stages: list[StageTimes]) -> bool:
-        """What is offloaded at once; a host whose memory is not known holds anything."""
-        hosts = (device.host_memory_bytes for device in self.setting.mesh(candidate).devices)
-        peaks = zip(peak_host_memory(schedule.ranks, stages), hosts, strict=True)
-        return all(not host or pinned_bytes(away) <= host for away, host in peaks)
+    def _host_holds(
+        self, candidate: Candidate, bounds: tuple[int, ...], schedule: PipelineSchedule, stages: list[StageTimes]
+    ) -> bool:
+        """What is offloaded at once, beside the optimizer's state there; a host whose memory is not known holds
+        anything."""
+        for rank, away in enumerate(peak_host_memory(schedule.ranks, stages)):
+            need = host_need(self.setting, candidate, self.way.chain, bounds, rank)
+            if away and need.limit_bytes and need.needed_bytes + pinned_bytes(away) > need.limit_bytes:
+                return False
+        return True
 
     def _timeline(
         self, candidate: Candidate, bounds: tuple[int, ...], schedule: PipelineSchedule, stages: list[StageTimes]

@@ -31,13 +31,15 @@ class Candidate:
     virtual_stages: int
     zero: int
     split: tuple[int, int] | None = None  # data-parallel ranks that share parameters, and other state; None: all
+    optimizer_state: str = "device"  # or "host"
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:  # a search looks each up many times
-        return hash((self.mesh, self.microbatch, self.count, self.schedule, self.virtual_stages, self.zero, self.split))
+        order = self.schedule, self.virtual_stages
+        return hash((self.mesh, self.microbatch, self.count, order, self.zero, self.split, self.optimizer_state))
 
     @cached_property
     def pp(self) -> int:
@@ -66,9 +68,15 @@ class Candidate:
         return Extents.of(self.zero, *(self.split or (self.state_ranks, self.state_ranks)))
 
     @property
-    def simplicity(self) -> tuple[int, int, int, str]:
+    def on_host(self) -> bool:
+        """Is the optimizer's state in host memory?"""
+        return self.optimizer_state == "host"
+
+    @property
+    def simplicity(self) -> tuple[int, int, int, int, str]:
         """Of plans as fast as each other, the least is taken."""
         return (
+            int(self.on_host),
             self.zero,
             self.virtual_stages,
             0 if self.split is None else 1 + (self.split[0] != self.split[1]),
@@ -86,6 +94,7 @@ class Candidate:
     def __str__(self) -> str:
         chunks = f" x{self.virtual_stages}" if self.virtual_stages > 1 else ""
         schedule = f"{self.schedule}{chunks} zero={self.zero}{self.split_text}"
+        schedule += f" optimizer_state={self.optimizer_state}" if self.on_host else ""
         return f"{self.mesh.text()} microbatch={self.microbatch} {schedule}"
 
     @property
@@ -105,6 +114,7 @@ def enumerate_candidates(
     """All candidates that divide. max_tensor: the widest axis that cuts parameters tried, unless forced. domain:
     devices that fast links join, inside which hybrid sharding may keep a copy.
     """
+    place = forced.optimizer_state or "device"
     for mesh in _meshes(forced, num_devices, num_instances, max_tensor):
         ranks = mesh.batch_ranks
         for local_batch in divisors(global_batch // ranks) if global_batch % ranks == 0 else ():
@@ -117,7 +127,7 @@ def enumerate_candidates(
             for schedule, chunks in _schedules(forced, mesh.pipeline_ranks, num_instances):
                 for zero in _zeros(forced, mesh.state_ranks):
                     for split in _splits(forced, zero, mesh.state_ranks, domain // mesh.tensor_ranks):
-                        yield Candidate(mesh, microbatch, count, schedule, chunks, zero, split)
+                        yield Candidate(mesh, microbatch, count, schedule, chunks, zero, split, place)
 
 
 def _meshes(forced: Forced, num_devices: int, num_instances: int, max_tensor: int) -> Iterator[MeshShape]:

@@ -14,10 +14,11 @@ from ...profiler.near import near_matches
 from ...schedules.published.library import SCHEDULES, canonical_name
 
 CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
-           "offload", "prefer")  # fmt: skip
+           "offload", "optimizer_state", "prefer")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
 RECOMPUTE_CHOICES = ("auto", "none", "selective", "all")
 OFFLOAD_CHOICES = ("none", "auto")
+STATE_CHOICES = ("device", "host")
 PREFER_CHOICES = ("time", "memory")
 
 
@@ -37,6 +38,7 @@ class Forced:
     cuts: tuple[int, ...] | None = None  # segment instance at which each next stage begins
     zero_extent: tuple[int, int] | None = None  # ranks that share parameters, ranks that share other state
     offload: bool = False  # an order of the plan's own may send activations to host memory
+    optimizer_state: str | None = None  # with the copies that the optimizer steps over
     prefer: str = "time"  # of placements: "memory" splits all training state that can be split, whatever it takes
 
     @property
@@ -89,6 +91,8 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
         elif name == "offload":
             values[name] = _one_of(name, text.lower(), OFFLOAD_CHOICES) == "auto"
+        elif name == "optimizer_state":
+            values[name] = _one_of(name, text.lower(), STATE_CHOICES)
         elif name == "prefer":
             values[name] = _one_of(name, text.lower(), PREFER_CHOICES)
         elif name == "cuts":
@@ -126,6 +130,7 @@ def _example(key: str) -> str:
         "zero": "1",
         "zero_extent": "8",
         "offload": "auto",
+        "optimizer_state": "host",
         "prefer": "memory",
     }.get(key, "2")
 
@@ -171,6 +176,14 @@ def check_forced(forced: Forced, cluster: Cluster, global_batch: int, num_instan
     _check_stages(forced, num_devices, num_instances)
     if forced.offload:
         _check_offload(forced, cluster)
+    device = cluster.worst_device()
+    if forced.optimizer_state == "host" and device.kind != "cpu" and not device.host_memory_bytes:
+        raise contradiction(
+            f"--force optimizer_state=host: nothing is known of the memory of the host of {device.name}",
+            "what would be there could not be counted",
+            "host_memory_gib of its [[hosts]] in a hardware file, or --force optimizer_state",
+            "--force optimizer_state=device",
+        )
 
 
 def _check_offload(forced: Forced, cluster: Cluster) -> None:

@@ -204,6 +204,10 @@ class Chain:
         return self._without_repeats(self.trainable_elements, "trainable")
 
     @cached_property
+    def summed_of(self) -> np.ndarray:
+        return interval_sums(self.summed_elements)
+
+    @cached_property
     def largest_of(self) -> np.ndarray:
         return interval_maxima(self.param_elements)
 
@@ -224,6 +228,7 @@ class Chain:
             math.ceil(self.trainable_of[start, stop]),
             int(self.buffer_of[start, stop]),
             math.ceil(self.largest_of[start, stop]),
+            math.ceil(self.summed_of[start, stop]),
         )
 
     def prologue_of(self, start: int, stop: int) -> list[int]:

@@ -22,15 +22,16 @@ hides: collectives take the cores that compute needs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ...costmodel.communication import bucket_bytes
-from ...costmodel.memory import Extents
+from ...costmodel.memory import Extents, leave_early
 from ..space.candidates import Candidate
 from ..space.mesh_costs import MeshCosts
 from .chain import Chain, interval_sums
+from .host_state import microbatch_seconds
 from .setting import Setting
 
 
@@ -68,7 +69,29 @@ def stage_tables(setting: Setting, candidate: Candidate, chain: Chain) -> StageT
     accumulates = candidate.state_ranks > 1 or candidate.count > 1
     extents = candidate.extents
     key = (chain, candidate.mesh, zero, extents, accumulates)
-    return setting.once(_build, key, setting, setting.mesh(candidate), chain, zero, extents, accumulates)
+    tables = setting.once(_build, key, setting, setting.mesh(candidate), chain, zero, extents, accumulates)
+    if not candidate.on_host or not leave_early(candidate.state_ranks, zero, extents):
+        return tables
+    return setting.once(_with_gradients_away, tables, setting, candidate, chain, tables)
+
+
+def _with_gradients_away(setting: Setting, candidate: Candidate, chain: Chain, tables: StageTables) -> StageTables:
+    """Gradients that no other rank adds to go to the host after each microbatch, and are added up there."""
+    device = setting.cost_model.slowest_memory(setting.mesh(candidate).devices)
+    kinds, parts = setting.kinds, candidate.extents.gradients
+    element_bytes = kinds.compute if candidate.state_ranks == 1 else kinds.reduce
+    away = chain.trainable_elements - chain.summed_elements
+    seconds = {e: microbatch_seconds(setting, e / parts, element_bytes, device) for e in set(away.tolist()) if e > 0}
+    moves = np.array([seconds.get(elements, 0.0) for elements in away.tolist()])
+    kept = chain.summed_elements / np.maximum(chain.trainable_elements, 1.0)
+    accumulate = tables.accumulate_s * kept if candidate.state_ranks == 1 else tables.accumulate_s
+    saved = interval_sums(tables.accumulate_s - accumulate)
+    if device.kind == "cpu":
+        accumulate = accumulate + moves
+        backward_of = tables.backward_of - saved + interval_sums(moves)
+    else:
+        backward_of = np.maximum(tables.backward_of - saved, interval_sums(moves))
+    return replace(tables, accumulate_s=accumulate, backward_of=backward_of, _reductions={})
 
 
 def _build(

@@ -65,7 +65,7 @@ def add_force_option(parser: argparse._ActionsContainer) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="force a choice (repeatable): pp, dp, tp, zero, zero_extent, schedule, virtual_stages, microbatch "
-        "(sequences on each data rank), global_microbatch, recompute, offload, cuts, or PATTERN=FORM: "
+        "(sequences on each data rank), global_microbatch, recompute, offload, optimizer_state, cuts, or PATTERN=FORM: "
         "'layers.*.mlp.up_proj=colwise'",
     )
 
