@@ -41,7 +41,7 @@ from .profiler.graph import ModelGraph
 from .profiler.inputs import example_batch_size, reshaped
 from .profiler.models import load_workload
 from .profiler.slots import PARAM, slot_name
-from .profiler.watch import TimeUp, stop_at, telling
+from .profiler.watch import TimeUp, stop_at, tell, telling
 from .profiler.workload import Workload
 from .runtime.evaluation import Evaluation
 from .runtime.mesh import RankGrid, build_mesh
@@ -163,6 +163,25 @@ class _Placed:
     solution: ShardingSolution
 
 
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """What is planned. graph: with the kernels fused that win on the cluster, which fusions names."""
+
+    workload: Workload
+    graph: ModelGraph
+    fusions: list[str]
+    loss_over: str
+
+
+def captured_for(workload: Workload, cost_model: CostModel) -> Captured:
+    """The same for every global batch, and on every cluster of the same devices."""
+    workload = with_batch_dims(workload)
+    graph = capture_for_planning(workload)
+    tell("fusing kernels")
+    fused, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
+    return Captured(workload, fused, fusions, graph.loss_over)
+
+
 @no_collection()
 def _make_plan(asked: _Asked) -> Plan:
     started = time.perf_counter()
@@ -176,11 +195,8 @@ def _make_plan(asked: _Asked) -> Plan:
     capture_started = time.perf_counter()
     cost_model = CostModel(cluster)
     with asked.stopped_at(asked.deadline), telling(asked.progress):
-        workload = with_batch_dims(asked.workload)
-        graph = capture_for_planning(workload)
-        loss_over = graph.loss_over
-        asked.say("fusing kernels")
-        graph, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
+        captured = captured_for(asked.workload, cost_model)
+    workload, graph, fusions = captured.workload, captured.graph, captured.fusions
     again_s = 2 * (time.perf_counter() - capture_started)  # what another capture may take, to complete a plan
     with asked.stopped_at(asked.deadline, "compared with its graph"):
         tested = _tested(workload, graph, asked)
@@ -215,7 +231,7 @@ def _make_plan(asked: _Asked) -> Plan:
         hardware=cluster.to_dict(),
         mesh=found.mesh,
         microbatch=found.microbatch,
-        loss_over=loss_over,
+        loss_over=captured.loss_over,
         schedule=found.schedule,
         stages=placed.stages,
         segments=[instance.segment for instance in placed.graph.instances],

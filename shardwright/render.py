@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TextIO
 
 from rich.box import SIMPLE_HEAD
@@ -256,9 +256,21 @@ def _segment_text(plan: Plan, stage: Stage) -> str:
 def _memory(plan: Plan) -> RenderableType:
     predicted = plan.predicted
     peak = max(predicted.peak_bytes, default=0)
-    limit = predicted.memory_limit_bytes
+    worst = predicted.peak_bytes.index(peak) if predicted.peak_bytes else 0
+    where = f"stage {worst}"
+    if worst < len(plan.stages) and plan.stages[worst].ranks:
+        where += f", ranks {_ranges(plan.stages[worst].ranks)}"
+    table = memory_table(predicted.memory, peak, predicted.memory_limit_bytes)
+    if predicted.host_bytes:
+        share = f"of {format_bytes(predicted.host_limit_bytes)}" if predicted.host_limit_bytes else ""
+        table.add_row("host memory", format_bytes(predicted.host_bytes), Text(share, "dim"))
+    return Group(Text(where, "dim"), table)
+
+
+def memory_table(memory: Mapping[str, int], peak: int, limit: int) -> Table:
+    """Bytes by kind, their peak, and the margin to the limit where there is one."""
     whole = max(limit, peak, 1)
-    parts = sorted(((name, size) for name, size in predicted.memory.items() if size > 0), key=lambda item: -item[1])
+    parts = sorted(((name, size) for name, size in memory.items() if size > 0), key=lambda item: -item[1])
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -272,14 +284,7 @@ def _memory(plan: Plan) -> RenderableType:
         style = "green" if margin > 0.05 * limit else "yellow" if margin >= 0 else "bold red"
         table.add_row("limit", format_bytes(limit), "")
         table.add_row("margin", Text(format_bytes(margin), style), Text(_share(margin, limit) + " of the limit", style))
-    if predicted.host_bytes:
-        share = f"of {format_bytes(predicted.host_limit_bytes)}" if predicted.host_limit_bytes else ""
-        table.add_row("host memory", format_bytes(predicted.host_bytes), Text(share, "dim"))
-    worst = predicted.peak_bytes.index(peak) if predicted.peak_bytes else 0
-    where = f"stage {worst}"
-    if worst < len(plan.stages) and plan.stages[worst].ranks:
-        where += f", ranks {_ranges(plan.stages[worst].ranks)}"
-    return Group(Text(where, "dim"), table)
+    return table
 
 
 def _bar(fraction: float, style: str) -> Text:

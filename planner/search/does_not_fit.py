@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from ...profiler.hardware import parse_hardware
 from ...units import GIB, format_bytes
 from ..interfaces import ShardingSolution
 from ..memory.limits import fits
+from ..memory.rank_bytes import rank_breakdown
 from ..space.candidates import Candidate, enumerate_candidates, value_of
 from ..space.forcing import Forced
 from ..stages.chain import NOTHING, leanest_segments
@@ -21,6 +22,7 @@ from ..stages.setting import Setting
 from .host_candidates import may_use_host
 from .outcome import Outcome
 from .smaller_job import Known, smaller_jobs
+from .state import SearchState
 from .step_time import find_cuts
 
 Solutions = Mapping[tuple[MeshShape, int], ShardingSolution | None]
@@ -32,10 +34,19 @@ FACTORS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 WIDER = (2, 8)
 
 
-def does_not_fit(
-    setting: Setting, forced: Forced, outcomes: Sequence[Outcome], solutions: Solutions, solve: Solve
-) -> ShardwrightError:
+class DoesNotFit(ShardwrightError):
+    """Nothing fits. memory: bytes of the worst rank of the nearest candidate, by kind; they sum to peak_bytes."""
+
+    def __init__(self, what: str, nearest: Outcome, memory: Mapping[str, int], **parts: Any) -> None:
+        super().__init__(what, exit_code=ExitCode.DOES_NOT_FIT, **parts)
+        self.nearest, self.memory = nearest, dict(memory)
+        self.peak_bytes = sum(memory.values()) or nearest.peak_bytes or 0
+        self.limit_bytes = nearest.limit_bytes
+
+
+def does_not_fit(state: SearchState) -> ShardwrightError:
     """The error to raise (exit 3). Solutions found stand in for those of other meshes with the same tensor axis."""
+    setting, forced, outcomes = state.setting, state.forced, list(state.outcomes.values())
     tried = [outcome for outcome in outcomes if outcome.fits is False]
     if not tried:
         return ShardwrightError(
@@ -45,7 +56,7 @@ def does_not_fit(
             works=f"--force {tensor_axes()[-1]}=1",
             exit_code=ExitCode.DOES_NOT_FIT,
         )
-    nearest = min(tried, key=lambda outcome: outcome.missing_bytes)
+    nearest = min(tried, key=lambda outcome: (outcome.missing_bytes, outcome.assumed))
     candidate = nearest.candidate
     first = nearest.worst_rank * candidate.mesh.ranks_per_stage
     device = setting.cluster.device(first)
@@ -54,14 +65,19 @@ def does_not_fit(
         f"{format_bytes(nearest.limit_bytes)}{' of host memory' if nearest.lacks_host else ''}, "
         f"{format_bytes(nearest.missing_bytes)} missing"
     )
-    change, works = _nearest_change(setting, forced, nearest, solutions, solve)
-    return ShardwrightError(
-        what,
-        means=f"the nearest of {len(outcomes)} candidates is {candidate}, recompute={nearest_recompute(forced)}",
-        change=change,
-        works=works,
-        exit_code=ExitCode.DOES_NOT_FIT,
-    )
+    change, works = "", ""
+    if not state.first_only:
+        change, works = _nearest_change(setting, forced, nearest, state.solutions, state.solve_for)
+    means = f"the nearest of {len(outcomes)} candidates is {candidate}, recompute={nearest_recompute(forced)}"
+    return DoesNotFit(what, nearest, _memory_of(setting, nearest), means=means, change=change, works=works)
+
+
+def _memory_of(setting: Setting, outcome: Outcome) -> dict[str, int]:
+    """Of its worst rank, by kind."""
+    if outcome.solution is None or not outcome.bounds:
+        return {}
+    chain = setting.chain(outcome.solution, outcome.recompute)
+    return rank_breakdown(setting, outcome.candidate, chain, outcome.bounds, outcome.worst_rank)
 
 
 def nearest_recompute(forced: Forced) -> str:

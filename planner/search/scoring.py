@@ -231,8 +231,8 @@ class _Scoring:
         found = replace(outcome, fits=False, recompute=leanest.recompute, recompute_all=leanest.recompute_all)
         chain = self.setting.chain(leanest.solution, leanest.recompute)
         cuts = find_cuts(self.setting, self.candidate, chain, ignore_memory=True)
-        peaks = quick_peaks(self.setting, self.candidate, chain, cuts.bounds) if cuts is not None else None
-        if peaks is not None and cuts is not None:
+        if cuts is not None:
+            peaks = quick_peaks(self.setting, self.candidate, chain, cuts.bounds)
             lacking = peaks - self.setting.limits(self.candidate)
             worst = int(lacking.argmax())
             missing = max(int(lacking[worst]), 0)
@@ -247,5 +247,12 @@ class _Scoring:
                     worst_rank=rank,
                     limit_bytes=limit,
                 )
-            found = replace(found, missing_bytes=missing, peak_bytes=int(peaks[worst]), worst_rank=worst)
+            found = replace(
+                found,
+                missing_bytes=missing,
+                peak_bytes=int(peaks[worst]),
+                worst_rank=worst,
+                solution=leanest.solution,
+                bounds=cuts.bounds,
+            )
         return replace(found, limit_bytes=self.setting.limit(self.candidate, found.worst_rank))

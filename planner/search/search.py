@@ -49,6 +49,11 @@ from .state import MemoryPool, Progress, SearchState
 from .step_time import estimate, lower_bound, unevenness
 
 MAX_CHUNK_CHOICES = 4
+FIRST = "the first that fits"
+
+
+class _Found(Exception):
+    """The first plan that fits is there, and is enough."""
 
 
 class _Search:
@@ -61,7 +66,8 @@ class _Search:
         """Returns what cut it short, or ''."""
         try:
             with stop_at(self.state.deadline):
-                self._learn_whole()
+                if not self.state.first_only:
+                    self._learn_whole()
                 self._run_groups(self.state.candidates)
                 on_host = host_candidates(self.state)
                 self.state.candidates.extend(on_host)
@@ -70,6 +76,8 @@ class _Search:
             return "Ctrl-C"
         except TimeUp:
             return "time limit"
+        except _Found:
+            return FIRST
         return ""
 
     def _run_groups(self, candidates: Sequence[Candidate]) -> None:
@@ -202,6 +210,8 @@ class _Search:
             if self.state.is_better(outcome):
                 self.state.incumbent = outcome
                 self.state.progress(f"best so far {outcome.step_s:.3f} s: {candidate}")
+                if self.state.first_only:
+                    raise _Found
         self.state.record(outcome)
         if candidate.pp == 1:  # there is no other order
             self.state.any_order_s[base_of(candidate)] = outcome.bound_s
@@ -232,8 +242,10 @@ def search(
     time_limit_s: float | None = None,
     memory_limit_bytes: int | None = None,
     progress: Progress | None = None,
+    first_only: bool = False,
 ) -> SearchResult:
-    """The fastest plan that fits. memory_limit_bytes: per device, below what the cluster says.
+    """The fastest plan that fits. memory_limit_bytes: per device, below what the cluster says. first_only: one that
+    fits, whatever it takes; where none does, the error suggests nothing.
 
     Raises ShardwrightError: unknown force key (2), contradiction or a batch that does not divide (4), nothing fits (3),
     time limit with no incumbent (6).
@@ -261,6 +273,7 @@ def search(
         candidates=candidates,
         deadline=started + time_limit_s if time_limit_s is not None else float("inf"),
         progress=progress or (lambda message: None),
+        first_only=first_only,
     )
     interrupted = _Search(state).run()
     if state.incumbent is None:
@@ -275,7 +288,7 @@ def search(
             )
         if state.refusal is not None and all(outcome.unsharded for outcome in state.outcomes.values()):
             raise state.refusal
-        raise does_not_fit(setting, forced, list(state.outcomes.values()), state.solutions, state.solve_for)
+        raise does_not_fit(state)
     if interrupted:
         return _result(state, started, interrupted)
     try:

@@ -71,12 +71,17 @@ def add_force_option(parser: argparse._ActionsContainer) -> None:
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    group = add_search_options(parser)
+    group.add_argument("--strict", action="store_true", help="exit 5 where an op could only be planned conservatively")
+    add_self_test_option(group)
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("search")
     add_force_option(group)
     group.add_argument("--time-limit", type=positive_seconds, metavar="SECONDS", help="stop searching after this long")
     group.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="memory of each device, such as 600MiB")
-    group.add_argument("--strict", action="store_true", help="exit 5 where an op could only be planned conservatively")
-    add_self_test_option(group)
+    return group
 
 
 def add_self_test_option(parser: argparse._ActionsContainer) -> None:
@@ -196,6 +201,11 @@ def positive(text: str) -> int:
     if not 0 < value <= MAX_COUNT:
         raise argparse.ArgumentTypeError(f"{text[:40]} is not a number from 1 to {MAX_COUNT:,}")
     return value
+
+
+def positives(text: str) -> list[int]:
+    """'1,2,4'"""
+    return [positive(part) for part in text.split(",") if part.strip()]
 
 
 def positive_seconds(text: str) -> float:
