@@ -40,8 +40,8 @@ def stop_at(deadline: float) -> Iterator[None]:
             wait_s = AGAIN_S
 
     thread = threading.Thread(target=watch, daemon=True, name="time limit")
-    thread.start()
-    try:
+    try:  # a limit that is all but over strikes while the thread starts
+        thread.start()
         yield
     finally:
         try:
@@ -50,7 +50,8 @@ def stop_at(deadline: float) -> Iterator[None]:
                 pass
         finally:  # a last strike is felt here at the latest
             over.set()
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
 
 @contextlib.contextmanager

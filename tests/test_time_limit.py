@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 import time
 from typing import Any
 
@@ -34,6 +36,13 @@ def test_what_ends_in_time_is_left_alone():
         pass
     with pytest.raises(TimeUp), stop_at(time.monotonic() - 1):
         pytest.fail("began after the end")
+
+
+def test_a_limit_that_is_over_as_its_watch_begins_leaves_no_watch_behind():
+    for microseconds in range(0, 400, 2):
+        with contextlib.suppress(TimeUp), stop_at(time.monotonic() + microseconds * 1e-6):
+            sum(range(50))
+    assert not [thread for thread in threading.enumerate() if thread.name == "time limit"]
 
 
 def test_messages_reach_the_innermost_listener_alone():
