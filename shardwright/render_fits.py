@@ -81,7 +81,8 @@ def print_grids(
     grids: Sequence[Grid], no_lora: str, model: str, cluster: Cluster, console: Console | None = None
 ) -> None:
     parts = [section(f"{model} on {cluster.name}: {one.title} trained", _grid(one)) for one in grids]
-    legend = "peak of the worst rank; r: with recomputation; h: state in host memory; no: does not fit; -: a smaller batch does not"
+    legend = "peak of the worst rank; r: with recomputation; h: state in host memory; no: does not fit; "
+    legend += "-: a smaller batch does not"
     if any(one.out_of_time for one in grids):
         legend += ", or time was up"
     notes = [Text(legend, "dim")] + ([Text(f"no LoRA: {no_lora}", "dim")] if no_lora else [])
