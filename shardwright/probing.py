@@ -18,7 +18,7 @@ from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
 from .planner.search.does_not_fit import DoesNotFit
 from .planner.search.result import SearchResult
-from .planner.search.search import search
+from .planner.search.search import first_that_fits, search
 from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.sharder import Sharder
 from .planner.sharding.training import Job
@@ -136,6 +136,8 @@ class Prober:
 
     @no_collection()
     def _search(self, cluster: Cluster, size: Size, first_only: bool) -> SearchResult:
+        if self.memory_limit_bytes is not None:
+            cluster = cluster.with_memory_limit(self.memory_limit_bytes)
         cost_model = CostModel(cluster)
         captured = self._capture(cost_model, size)
         workload = dataclasses.replace(captured.workload, global_batch=size.global_batch)
@@ -143,16 +145,15 @@ class Prober:
         job = Job(state_kinds(workload), size.global_batch, zero, self.forced.prefer == "memory")
         left_s = None if self.time_limit_s is None else max(0.0, self.deadline - time.monotonic())
         self.num_plans += 1
-        return search(
+        find = first_that_fits if first_only else search
+        return find(
             captured.graph,
             cost_model,
             workload,
             Sharder(captured.graph, cost_model, None, self.pins, left_s, job),
             force={**choices_of(self.force), **dict(size.force)},
             time_limit_s=left_s,
-            memory_limit_bytes=self.memory_limit_bytes,
             progress=self.tell,
-            first_only=first_only,
         )
 
     def _capture(self, cost_model: CostModel, size: Size) -> Captured:

@@ -242,16 +242,41 @@ def search(
     time_limit_s: float | None = None,
     memory_limit_bytes: int | None = None,
     progress: Progress | None = None,
-    first_only: bool = False,
 ) -> SearchResult:
-    """The fastest plan that fits. memory_limit_bytes: per device, below what the cluster says. first_only: one that
-    fits, whatever it takes; where none does, the error suggests nothing.
+    """The fastest plan that fits. memory_limit_bytes: per device, below what the cluster says.
 
     Raises ShardwrightError: unknown force key (2), contradiction or a batch that does not divide (4), nothing fits (3),
     time limit with no incumbent (6).
     """
-    started, cluster = time.monotonic(), cost_model.cluster
-    setting = Setting(graph, cluster, cost_model, workload, memory_limit_bytes)
+    setting = Setting(graph, cost_model.cluster, cost_model, workload, memory_limit_bytes)
+    return _run(_begin(setting, sharder, force, time_limit_s, progress))
+
+
+def first_that_fits(
+    graph: ModelGraph,
+    cost_model: CostModel,
+    workload: Workload,
+    sharder: Sharder,
+    *,
+    force: Mapping[str, str],
+    time_limit_s: float | None = None,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """A plan that fits, whatever time it takes. Raises what search does; where nothing fits, no change is suggested."""
+    setting = Setting(graph, cost_model.cluster, cost_model, workload)
+    state = _begin(setting, sharder, force, time_limit_s, progress)
+    state.first_only = True
+    return _run(state)
+
+
+def _begin(
+    setting: Setting,
+    sharder: Sharder,
+    force: Mapping[str, str],
+    time_limit_s: float | None,
+    progress: Progress | None,
+) -> SearchState:
+    started, cluster, workload = time.monotonic(), setting.cluster, setting.workload
     forced = parse_forced(force)
     num_instances = len(setting.shape.instances)
     check_forced(forced, cluster, workload.global_batch, num_instances)
@@ -266,24 +291,29 @@ def search(
     candidates = list(enumerate_candidates(*space))
     if not candidates:
         raise nothing_divides(*space)
-    state = SearchState(
+    return SearchState(
         setting=setting,
         sharder=sharder,
         forced=forced,
         candidates=candidates,
         deadline=started + time_limit_s if time_limit_s is not None else float("inf"),
         progress=progress or (lambda message: None),
-        first_only=first_only,
+        started=started,
     )
+
+
+def _run(state: SearchState) -> SearchResult:
+    started = state.started
     interrupted = _Search(state).run()
     if state.incumbent is None:
         if interrupted:
+            limit_s = state.deadline - started
             looked_at = sum(outcome.fits is not None for outcome in state.outcomes.values())
             raise ShardwrightError(
                 f"{interrupted} after {time.monotonic() - started:.1f} s, before any plan was found",
-                means=f"{looked_at} of {len(candidates)} candidates looked at",
+                means=f"{looked_at} of {len(state.candidates)} candidates looked at",
                 change="--time-limit",
-                works=f"--time-limit {max(60, round(10 * (time_limit_s or 6)))}",
+                works=f"--time-limit {max(60, round(10 * limit_s)) if limit_s < math.inf else 60}",
                 exit_code=ExitCode.TIME_LIMIT,
             )
         if state.refusal is not None and all(outcome.unsharded for outcome in state.outcomes.values()):

@@ -53,6 +53,7 @@ class SearchState:
     any_order_s: dict[Candidate, float] = field(default_factory=dict)  # of each certificate.base_of
     tolerance: float = BETTER  # of the incumbent's step: what is slower than this share of it is not looked at
     first_only: bool = False  # the first plan that fits is enough
+    started: float = 0.0
 
     def solve(self, candidate: Candidate) -> ShardingSolution | None:
         return self.solve_for(candidate.mesh.of_stage, candidate.local_batch)
