@@ -7,14 +7,27 @@ heads    each rank has all queries and keys of some heads (Ulysses, arXiv:2309.1
 
 from __future__ import annotations
 
-import torch
+from torch import fx
 
+from ..kernels.attention import attention, attention_backward
 from ..profiler.nodes import named_arguments
 from ..profiler.op_view import OpView
 from .placement import P, R
 from .strategy import HEADS, TOKENS, Strategy
 
 ROWS = 2  # dimension of queries
+FORMS = ("gather", "ulysses")
+
+
+def is_attention(node: fx.Node) -> bool:
+    return node.target in (attention, attention_backward)
+
+
+def form_of(strategy: Strategy, node: fx.Node) -> str:
+    """What a strategy of attention on an axis that cuts sequences is called; '' where it is whole there."""
+    if strategy.of_sequence == HEADS:
+        return "ulysses"
+    return "gather" if strategy.inputs[node.target is attention_backward] == ROWS else ""
 
 
 def of_sequence(view: OpView, listed: list[Strategy]) -> list[Strategy]:
@@ -28,12 +41,12 @@ def of_sequence(view: OpView, listed: list[Strategy]) -> list[Strategy]:
 def _tokens(view: OpView) -> Strategy:
     """Queries by rows; each row's mask depends on its number, which the lowering knows."""
     call = named_arguments(view.node)
-    mask = call["mask"].meta["val"].shape if isinstance(call["mask"], torch.fx.Node) else None
+    mask = call["mask"].meta["val"].shape if isinstance(call["mask"], fx.Node) else None
     split = R
     if mask is not None and len(mask) >= ROWS and mask[-2] > 1:
         split = len(mask) - ROWS
     extra = [] if mask is None else [split]
-    extra += [R] if isinstance(call["rng_key"], torch.fx.Node) else []
+    extra += [R] if isinstance(call["rng_key"], fx.Node) else []
     lowering = "attention_near_rows" if call["window"] > 0 else "attention_rows"
     if "grad_out" not in call:
         return Strategy((ROWS, R, R, *extra), (ROWS, ROWS), lowering=lowering, of_sequence=TOKENS)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..kernels.attention import attention, attention_backward
 from ..kernels.sharding import SHARDING_RULES
 from ..profiler.op_view import OpView, view_of
 from . import (  # noqa: F401  each adds its rules to RULES
@@ -21,7 +20,7 @@ from . import (  # noqa: F401  each adds its rules to RULES
     scan_rules,
     view_rules,
 )
-from .attention_rules import of_sequence
+from .attention_rules import is_attention, of_sequence
 from .dtensor_rules import dtensor_strategies
 from .placement import P, R, can_shard
 from .rules import RULES, find_rule
@@ -40,7 +39,7 @@ def strategies(node: fx.Node) -> tuple[list[Strategy], bool]:
         found, known = list(rule(view)), True
     elif node.target in SHARDING_RULES:
         found, known = _from_kernels(view), True
-        if node.target in (attention, attention_backward):
+        if is_attention(node):
             found += of_sequence(view, found)
     else:
         listed = dtensor_strategies(view)

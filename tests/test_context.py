@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ from distributed import run_ranks
 from torch import fx, nn
 
 import shardwright
+from shardwright import api
 from shardwright.errors import ShardwrightError
 from shardwright.kernels.ops import attention, attention_backward, make_key
 from shardwright.passes.attention_rows import attention_rows, attention_rows_backward, pieces
+from shardwright.passes.build import build_segment_programs
 from shardwright.passes.redistribute import Emitter, MeshAxis
 from shardwright.plans.document import Plan
+from shardwright.profiler.batches import resize_batch
 
 SEQ_LEN = 12
 
@@ -24,26 +28,26 @@ SEQ_LEN = 12
 class Attention(nn.Module):
     """heads: of queries; pairs of them share one of keys. kind: what a query sees."""
 
-    def __init__(self, kind: str, heads: int = 4) -> None:
+    def __init__(self, kind: str, width: int = 8, heads: int = 8) -> None:
         super().__init__()
         self.kind, self.heads = kind, heads
-        self.q, self.kv, self.o = nn.Linear(8, 4 * heads), nn.Linear(8, 4 * heads), nn.Linear(4 * heads, 8)
+        self.q, self.kv, self.o = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, x: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, 4)).transpose(1, 2)
-        k, v = (t.unflatten(-1, (self.heads // 2, 4)).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (self.heads // 2, -1)).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
         mask = None if seen is None else seen[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.kind == "causal", enable_gqa=True)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
 class Model(nn.Module):
-    def __init__(self, kind: str, heads: int = 4) -> None:
+    def __init__(self, kind: str, length: int = SEQ_LEN, width: int = 8) -> None:
         super().__init__()
-        self.table, self.places = nn.Embedding(16, 8), nn.Embedding(SEQ_LEN, 8)
-        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
-        self.blocks = nn.ModuleList(Attention(kind, heads) for _ in range(2))
-        self.head = nn.Linear(8, 16)
+        self.table, self.places = nn.Embedding(16, width), nn.Embedding(length, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.blocks = nn.ModuleList(Attention(kind, width) for _ in range(2))
+        self.head = nn.Linear(width, 16)
 
     def forward(self, ids: torch.Tensor, labels: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
         x = self.table(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
@@ -52,13 +56,13 @@ class Model(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
-def _workload(kind: str, heads: int = 4) -> tuple[Any, dict[str, torch.Tensor]]:
+def _workload(kind: str, length: int = SEQ_LEN, width: int = 8) -> tuple[Any, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    batch = {name: torch.randint(16, (4, SEQ_LEN)) for name in ("ids", "labels")}
+    batch = {name: torch.randint(16, (4, length)) for name in ("ids", "labels")}
     batch["labels"][1, :7] = -100
     if kind == "padded":
-        batch["seen"] = torch.arange(SEQ_LEN)[None, :] >= torch.tensor([[0], [3], [7], [1]])
-    return workload_of(Model(kind, heads), batch), batch
+        batch["seen"] = torch.arange(length)[None, :] >= torch.tensor([[0], [3], [7], [1]])
+    return workload_of(Model(kind, length, width), batch), batch
 
 
 def _step(rank: int, kind: str, plan: str) -> Any:
@@ -97,6 +101,51 @@ def test_a_cut_sequence_gives_the_numbers_of_one_device(kind: str) -> None:
     products = [row for row in _rows_of(plan, "mm") + _rows_of(plan, "addmm") if "->" in row]
     assert 2 * sum("S(" in row for row in products) > len(products)
     assert set(_rows_of(plan, "param_grad")) == {"P"} and set(_rows_of(plan, "param_")) <= {"R", "P"}
+
+
+@pytest.mark.parametrize("form", ["gather", "ulysses"])
+def test_each_form_of_attention_is_exact(form: str) -> None:
+    plan = _planned("causal", 2, {"cp": 2, "attention": form})
+    _assert_as_on_one_device("causal", plan)
+
+
+@pytest.mark.parametrize("form", ["gather", "ulysses"])
+def test_each_form_of_attention_moves_the_bytes_of_its_paper(form: str) -> None:
+    length, width = 8192, 2048
+    with torch.device("meta"):
+        model = Model("causal", length, width)
+    batch = {name: torch.zeros(4, length, dtype=torch.int64) for name in ("ids", "labels")}
+    workload = workload_of(model, batch)
+    plan = shardwright.plan(workload, "4xH100", force={"cp": 4, "attention": form}, self_test=False)
+    queries = 2 * length * width * 8  # of both blocks, float64; each key head serves two of queries
+    moved = _attention_bytes(plan, workload)
+    if form == "gather":  # keys and values, and their gradients
+        assert moved == {("forward", "all_gather"): queries, ("backward", "reduce_scatter"): queries}
+    else:  # queries, keys, values and results, and the gradient of each; and results again, of which one form is kept
+        each = 3 * queries
+        assert moved == {("forward", "all_to_all"): each, ("backward", "all_to_all"): each + queries}
+
+
+def _attention_bytes(plan: Plan, workload: Any) -> dict[tuple[str, str], int]:
+    """(phase, kind) -> bytes of the whole tensors that collectives of cp move, as counted in the programs of a rank.
+    What goes with the loss is left out."""
+    graph = api._capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
+    axes = {name: MeshAxis(name, plan.mesh.shape.size(name), 0, name) for name in plan.placement_axes}
+    programs = build_segment_programs(graph, plan, axes, torch.device("cpu"))
+    found: Counter[tuple[str, str]] = Counter()
+    for instance in graph.instances[:-1]:
+        for one in programs[instance.segment].collectives:
+            if one.axis == "cp" and one.kind != "all_reduce":
+                found[one.phase, one.kind] += one.num_bytes
+    return dict(found)
+
+
+def test_a_form_that_heads_do_not_divide_for_is_refused() -> None:
+    with pytest.raises(ShardwrightError, match="attention=ulysses does not go with cp=3") as caught:
+        _planned("causal", 3, {"cp": 3, "attention": "ulysses"})
+    assert caught.value.exit_code == 4
+    with pytest.raises(ShardwrightError, match="no sequence is cut"):
+        _planned("causal", 2, {"attention": "ulysses"})
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Mesh:
     a rank -> bytes that the op holds while it runs, and bytes that it leaves for the next. state_of: elements, their
     bytes, whether they are trained -> bytes of training state. sum_all_s: axes (one bool each), elements -> seconds of
     the step's sum of their gradients; None: not counted. lengths: of the model's sequences. tie_break: seconds that a
-    byte of an op's results is worth.
+    byte of an op's results is worth. attention: its form on axes that cut sequences.
     """
 
     axes: tuple[Axis, ...]
@@ -70,6 +70,7 @@ class Mesh:
     scratch_of: Callable[[fx.Node, float, Callable[[fx.Node], float]], tuple[float, float]] = _no_scratch
     lengths: frozenset[int] = frozenset()
     tie_break: float = TIE_BREAK_S_PER_BYTE
+    attention: str = "auto"
     _sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict)
     _shares: dict[Places, int] = field(default_factory=dict)
     _transfers: dict[tuple[tuple[int, ...], float, Places, Places], float] = field(default_factory=dict)
@@ -150,21 +151,27 @@ class Mesh:
     # ------------------------------------------------------------------ strategies
 
     def fitting(
-        self, axis: Axis, listed: Sequence[Strategy], operands: Sequence[Sizes], results: Sequence[Sizes]
+        self,
+        axis: Axis,
+        listed: Sequence[Strategy],
+        operands: Sequence[Sizes],
+        results: Sequence[Sizes],
+        is_view: bool = False,
     ) -> list[Strategy]:
-        """Those of an op's strategies that the axis may run."""
+        """Those of an op's strategies that the axis may run. Views of tokens may also carry heads, which attention
+        takes, so that what the forward exchanged for them is there for the backward's views."""
         if axis.size == 1:
             return [listed[0]]
         if axis.role.allows is not None:
             listed = [s for s in listed if axis.role.allows(s)] or [listed[0]]
         tensors = [*operands, *results]
-
         if not axis.role.carries_sequence:
             listed = [s for s in listed if not s.of_sequence]
+        anywhere = axis.role.carries_sequence and is_view and any(operands[0].tokens)
 
         def fits(strategy: Strategy) -> bool:
             places = zip((*strategy.inputs, *strategy.outputs), tensors, strict=True)
-            if strategy.of_sequence == HEADS:
+            if strategy.of_sequence == HEADS or anywhere:
                 return all(p < 0 or can_shard(t.shape[p], axis.size, strategy.even) for p, t in places)
             return all(p < 0 or not t.shape or self.may_split(t, p, axis, strategy.even) for p, t in places)
 
@@ -182,7 +189,7 @@ class Mesh:
         shared = [axis.role.shares_dimensions_with(role) for axis in self.axes[: len(before)]]
         if not all(compatible(b, strategy, s) for b, s in zip(before, shared, strict=True)):
             return False
-        if strategy.inside and not self._is_inside(before, strategy, tensors[0]):
+        if strategy.inside and not self._is_inside(before, strategy, tensors[0], tensors[-1]):
             return False
         if not any(shared):
             return True
@@ -194,12 +201,12 @@ class Mesh:
             if place >= 0
         )
 
-    def _is_inside(self, before: Sequence[Strategy], strategy: Strategy, first: Sizes) -> bool:
+    def _is_inside(self, before: Sequence[Strategy], strategy: Strategy, operand: Sizes, result: Sizes) -> bool:
         """Do the axes before it leave one sample on a rank, of which this axis cuts the sequence?"""
         source, target = strategy.inside
         pairs = [(b.inputs[0], b.outputs[0]) for b in before]
         outer = [axis.size for axis, pair in zip(self.axes, pairs, strict=False) if pair == (source, target)]
-        return math.prod(outer) == first.shape[source]
+        return math.prod(outer) == min(operand.shape[source], result.shape[target])
 
     def share(self, strategies: Sequence[Strategy], batched: bool) -> float:
         """Of the captured op's work, one rank's."""

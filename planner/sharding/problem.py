@@ -43,6 +43,8 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from ...errors import ExitCode, ShardwrightError
+from ...ops.attention_rules import form_of, is_attention
 from ...ops.catalog import strategies
 from ...ops.placement import P, Places, R, to_text
 from ...ops.strategy import Strategy
@@ -50,6 +52,7 @@ from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
 from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
 from ...profiler.slots import INPUT, INPUT_GRAD, OUTPUT, PARAM, TANGENT, UPDATE, index_of, kind_of, slot_name
+from ...profiler.work import is_view
 from .mesh import Mesh, Sizes
 from .pins import Demand, Resolved, cannot_meet
 from .solve.pbqp import Elimination, Problem, prepare
@@ -277,7 +280,7 @@ class _SegmentBuilder:
                 self.made.unknown.append((name, node))
             operands = [self.mesh.sizes(*origin(n)) for n in view.operands]
             results = [self.mesh.sizes(node, k) for k in range(len(view.outputs))]
-            options = self._options(listed, operands, results)
+            options = self._options(node, listed, operands, results)
             wanted = self.demands.pins.results.get((name, node.name))
             if wanted is not None:
                 met = [o for o in options if _meets(tuple(s.outputs[0] for s in o), wanted)]
@@ -295,13 +298,20 @@ class _SegmentBuilder:
             self.made.op_vars[(name, node.name)] = index
             self.made.op_options[index] = options
 
-    def _options(self, listed: list[Strategy], operands: list[Sizes], results: list[Sizes]) -> list[Strategies]:
-        """Every combination over the axes that fits the sizes; the first is whole on all of them."""
+    def _options(
+        self, node: fx.Node, listed: list[Strategy], operands: list[Sizes], results: list[Sizes]
+    ) -> list[Strategies]:
+        """Every combination over the axes that fits the sizes; the first is whole on all of them, where no other form
+        of attention is asked for."""
         found: list[Strategies] = [()]
         tensors = [*operands, *results]
         for axis in self.mesh.axes:
-            here = self.mesh.fitting(axis, listed, operands, results)
+            here = self.mesh.fitting(axis, listed, operands, results, is_view(node))
+            if self.mesh.attention != "auto" and axis.role.carries_sequence and axis.size > 1 and is_attention(node):
+                here = [s for s in here if form_of(s, node) == self.mesh.attention]
             found = [(*before, s) for before in found for s in here if self.mesh.joins(before, s, tensors)]
+        if not found:
+            raise _no_such_attention(self.mesh, operands[0])
         return found
 
     def _op_costs(
@@ -470,6 +480,17 @@ class _SegmentBuilder:
         ends = [[0.0 if _unsummed(r, a) == r else np.inf for a in after] for r in reached]
         self.problem.add_edge(index, param, np.array(ends))
         _add_weight(self.made, index, SUMS, [self.count * mesh.sum_s(sizes, places) for places in reached])
+
+
+def _no_such_attention(mesh: Mesh, query: Sizes) -> ShardwrightError:
+    axis = next(axis for axis in mesh.axes if axis.role.carries_sequence)
+    return ShardwrightError(
+        f"attention={mesh.attention} does not go with {axis.name}={axis.size} for queries of {list(query.shape)}",
+        means="ulysses wants heads of queries and of keys that divide, on no other axis",
+        change="--force attention",
+        works="--force attention=gather",
+        exit_code=ExitCode.CONTRADICTION,
+    )
 
 
 def _unsummed(found: Places, param: Places) -> Places:

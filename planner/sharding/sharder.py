@@ -262,6 +262,7 @@ class Sharder:
             scratch_of=self._scratch_bytes,
             state_of=self.job.state_of,
             sum_all_s=self.sums(shape).seconds if shape.tensor_ranks > 1 else None,
+            attention=self.job.attention,
             lengths=self._lengths if shape.sequence_ranks > 1 else frozenset(),
         )
 

@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ExitCode, ShardwrightError
-from ...plans.axes import easiest_first, free_axis, names, role_of, stage_axes
+from ...ops.attention_rules import FORMS
+from ...plans.axes import easiest_first, free_axis, names, role_of, sequence_axes, stage_axes
 from ...profiler.cluster import Cluster
 from ...profiler.near import near_matches
 from ...schedules.published.library import SCHEDULES, canonical_name
 
 CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
-           "offload", "optimizer_state", "prefer")  # fmt: skip
+           "offload", "optimizer_state", "prefer", "attention")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
 RECOMPUTE_CHOICES = ("auto", "none", "selective", "all")
 OFFLOAD_CHOICES = ("none", "auto")
 STATE_CHOICES = ("device", "host")
 PREFER_CHOICES = ("time", "memory")
+ATTENTION_CHOICES = ("auto", *FORMS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Forced:
     offload: bool = False  # an order of the plan's own may send activations to host memory
     optimizer_state: str | None = None  # with the copies that the optimizer steps over
     prefer: str = "time"  # of placements: "memory" splits all training state that can be split, whatever it takes
+    attention: str = "auto"  # where sequences are cut
 
     @property
     def axes(self) -> dict[str, int]:
@@ -95,6 +98,8 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = _one_of(name, text.lower(), STATE_CHOICES)
         elif name == "prefer":
             values[name] = _one_of(name, text.lower(), PREFER_CHOICES)
+        elif name == "attention":
+            values[name] = _one_of(name, text.lower(), ATTENTION_CHOICES)
         elif name == "cuts":
             values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
         elif name == "zero_extent":
@@ -132,6 +137,7 @@ def _example(key: str) -> str:
         "offload": "auto",
         "optimizer_state": "host",
         "prefer": "memory",
+        "attention": "gather",
     }.get(key, "2")
 
 
@@ -260,6 +266,13 @@ def _check_sequences(forced: Forced) -> None:
             f"each rank has its part of one sequence at a time, {forced.microbatch} of which are as many microbatches",
             "--force microbatch",
             "--force microbatch=1",
+        )
+    if forced.attention != "auto" and not cut:
+        raise contradiction(
+            f"attention={forced.attention} where no sequence is cut",
+            "it says how attention runs on a context axis",
+            f"--force {sequence_axes()[0]}",
+            f"--force {sequence_axes()[0]}=2",
         )
 
 
