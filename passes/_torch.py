@@ -16,6 +16,7 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._guards import CompileContext
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -119,6 +120,12 @@ def partition_keeping(
     mine = copy_graph_module(joint)
     with functorch_config.patch(activation_memory_budget=budget):
         return min_cut_rematerialization_partition(mine, joint_inputs, **options)
+
+
+def compiled_frame() -> Any:
+    """Which function's graph Dynamo has compiled now; the same for its variants of other shapes."""
+    found = CompileContext.current_compile_id()
+    return None if found is None else found.frame_id
 
 
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:

@@ -18,15 +18,17 @@ import torch.distributed as dist
 from torch import fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .amounts import byte_amount, gib_amount
 from .backend_test import holds_collectives, tested_at_first_call
 from .costmodel.model import CostModel
 from .errors import ShardwrightError, near_matches
+from .memory_budget import budget_of
 from .passes import _torch
-from .passes.activation_limit import partition_within
+from .passes.activation_limit import Limits, partition_within, saved_bytes
 from .passes.data_parallel import average_gradients
 from .passes.fuse_norm import Wins, fuse_add_rms_norm
 from .profiler.hardware import parse_hardware
-from .units import MIB, parse_bytes
+from .units import MIB
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class BackendOptions:
     (True) or nowhere (False).
     activation_limit: most memory for tensors kept from forward to backward ("600MiB", or bytes); the rest is
     recomputed.
+    memory_gib: most memory of a training step, in GiB: parameters, gradients, what the optimizer keeps (state_tensors
+    of each parameter's size, 2 as Adam does), and what forward and backward hold; recomputation makes the last fit.
     self_test: compare each compiled graph with the one that it was made of when it is first called.
     """
 
@@ -50,6 +54,8 @@ class BackendOptions:
     inductor: bool = False
     fuse: bool | str = "auto"
     activation_limit: int | str | None = None
+    memory_gib: float | None = None
+    state_tensors: int = 2
     self_test: bool = True
 
     @classmethod
@@ -64,17 +70,23 @@ class BackendOptions:
                     works=f"one of {', '.join(known)}",
                 )
         parsed = cls(**(options or {}))
-        parsed.limit_bytes  # noqa: B018  refuses a malformed limit now rather than at the first step
+        parsed.limit_bytes, parsed.memory_bytes  # noqa: B018  refuses a malformed limit now rather than at a step
+        if type(parsed.state_tensors) is not int or parsed.state_tensors < 0:
+            raise ShardwrightError(
+                f"state_tensors={parsed.state_tensors!r} is no number of tensors",
+                means="of each trained parameter's size, that your optimizer keeps",
+                change="state_tensors",
+                works="state_tensors=2 for Adam, 1 for SGD with momentum, 0 for SGD",
+            )
         return parsed
 
     @property
     def limit_bytes(self) -> int | None:
-        if self.activation_limit is None or isinstance(self.activation_limit, int):
-            return self.activation_limit
-        try:
-            return parse_bytes(self.activation_limit)
-        except ValueError as error:
-            raise ShardwrightError(str(error), change="activation_limit", works="'600MiB'") from None
+        return byte_amount(self.activation_limit, "activation_limit")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return gib_amount(self.memory_gib)
 
 
 def shardwright(
@@ -101,6 +113,19 @@ def shardwright(
     static_slots = _torch.static_input_slots(graph_module.graph)
     changed = _fuse(graph_module, example_inputs, settings)
 
+    budget = room = None
+    if settings.memory_bytes is not None and options is not None and torch.is_grad_enabled():
+        budget = budget_of(options, settings.memory_bytes, settings.state_tensors)
+        room = budget.room_for(example_inputs)
+    limits = Limits(settings.limit_bytes, room)
+
+    def split(joint: fx.GraphModule, joint_inputs: Any, **keywords: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Takes forward and backward as one graph, before gradients are averaged in it."""
+        pair = partition_within(joint, joint_inputs, limits=limits, min_cut=settings.inductor, **keywords)
+        if budget is not None:
+            budget.keep(saved_bytes(pair[0], keywords["num_fwd_outputs"]))
+        return pair
+
     talking = holds_collectives(graph_module)
 
     def noting(take: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,9 +142,7 @@ def shardwright(
             example_inputs,
             forward_compiler=noting(partial(_compile, settings=settings)),
             backward_compiler=partial(_compile_backward, settings=settings, parameters=parameters, ranks=num_ranks),
-            partition=noting(  # takes forward and backward as one graph, before gradients are averaged in it
-                partial(partition_within, limit_bytes=settings.limit_bytes, min_cut=settings.inductor)
-            ),
+            partition=noting(split),
             decompositions=_torch.inductor_decompositions() if settings.inductor else None,
         )
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import api
+from .amounts import byte_amount, gib_amount
 from .devices import join_torchrun
 from .errors import ShardwrightError
 from .plans.document import Plan
@@ -33,7 +34,6 @@ from .profiler.models import with_precision
 from .profiler.workload import Loss, OptimizerSpec, Precision, Workload
 from .runtime.batch import BatchPart
 from .runtime.program import Program
-from .units import parse_bytes
 
 Batch = Any  # what the model is called with; see profiler/calling.py
 
@@ -69,6 +69,7 @@ def parallelize(
     precision: Precision | torch.dtype | str | None = None,
     force: Mapping[str, Any] | None = None,
     memory_limit: int | str | None = None,
+    memory_gib: float | None = None,
     time_limit_s: float | None = None,
     seed: int = 0,
     meta: bool = False,
@@ -82,9 +83,10 @@ def parallelize(
     of an entry that counts samples, None for an entry that all samples share; by default that is found out. optimizer:
     a name in torch.optim, an OptimizerSpec, or a function from parameters to an optimizer. precision: a dtype, or a
     Precision; by default that of the model's parameters. force: choices of the plan to keep, such as {"tp": 2}.
-    memory_limit: per device, "600MiB" or bytes. seed: of dropout and other randomness in the model. meta: build the
-    model without allocating it, and draw its first values shard by shard; for models too big for one process, whose
-    modules can reset_parameters(). self_test: compare the captured graph with the module as written before planning.
+    memory_limit: per device, "600MiB" or bytes; memory_gib: the same as a number of GiB. seed: of dropout and other
+    randomness in the model. meta: build the model without allocating it, and draw its first values shard by shard;
+    for models too big for one process, whose modules can reset_parameters(). self_test: compare the captured graph
+    with the module as written before planning.
     """
     settings = Settings(
         hardware=hardware,
@@ -94,7 +96,7 @@ def parallelize(
         optimizer=_optimizer(optimizer, dict(optimizer_options or {}), max_grad_norm),
         precision=precision,
         force=dict(force or {}),
-        memory_limit_bytes=parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit,
+        memory_limit_bytes=_memory_limit(memory_limit, memory_gib),
         time_limit_s=time_limit_s,
         seed=seed,
         meta=meta,
@@ -110,6 +112,17 @@ def parallelize(
         return make
 
     return decorate if factory is None else decorate(factory)
+
+
+def _memory_limit(limit: int | str | None, gib: float | None) -> int | None:
+    """In bytes."""
+    if limit is not None and gib is not None:
+        raise ShardwrightError(
+            f"memory_limit={limit!r} and memory_gib={gib!r} are two limits of one memory",
+            change="memory_limit or memory_gib",
+            works=f"memory_gib={gib!r}",
+        )
+    return byte_amount(limit, "memory_limit") if gib is None else gib_amount(gib)
 
 
 class Parallel:
