@@ -35,8 +35,8 @@ _IN_ORDER: dict[Any, int | None] = {
     aten.adaptive_max_pool3d_backward: None,
     aten.linalg_matrix_exp: None,
 }
-# Factors are of the matrix or of its transpose, by its strides, and the captured backward counts on those it had.
-_AS_CAPTURED = {aten._linalg_det, aten._linalg_slogdet}
+# Factors are of the transpose where the matrix is contiguous, else of the matrix; the captured backward counts on those.
+_AS_CAPTURED = {aten._linalg_det, aten._linalg_slogdet, aten._linalg_solve_ex}
 _OURS = ("shardwright", "prims", "_c10d_functional")  # written for any strides
 
 
@@ -76,8 +76,11 @@ def arranged(node: fx.Node, args: list[Any], kwargs: dict[str, Any], call: Calla
             return local
         if leader is not None:
             return call(in_format, local, leader)
-        order = sorted(range(captured.dim()), key=lambda dim: (-captured.stride()[dim], dim))
-        if packet in _IN_ORDER or order == list(range(captured.dim())) or not is_dense(captured):
+        rank = captured.dim()
+        order = sorted(range(rank), key=lambda dim: (-captured.stride()[dim], dim))
+        if packet in _AS_CAPTURED and rank > 1 and not captured.is_contiguous():
+            return call(in_order, local, (*range(rank - 2), rank - 1, rank - 2))
+        if packet in _IN_ORDER or order == list(range(rank)) or not is_dense(captured):
             return call(aten.contiguous.default, local)
         return call(in_order, local, tuple(order))
 

@@ -89,6 +89,8 @@ TOKENS: dict[str, list[Function]] = {
     "matrices": [
         lambda h: torch.linalg.inv(h @ h.mT + EYE), lambda h: torch.linalg.slogdet(h @ h.mT + EYE)[1],
         lambda h: torch.linalg.cholesky(h @ h.mT + EYE), lambda h: torch.linalg.solve(h @ h.mT + EYE, h),
+        lambda h: torch.linalg.det(h[:, :4, :4]), lambda h: torch.linalg.slogdet(h[..., 1:7])[1],
+        lambda h: torch.linalg.solve(h[..., :6] + 3 * EYE, h), lambda h: torch.linalg.solve((h @ h.mT).mT + EYE, h),
         lambda h: torch.linalg.svdvals(h), lambda h: torch.linalg.eigvalsh(h @ h.mT),
         lambda h: torch.linalg.solve_triangular(h[..., :6].tril() + 3 * EYE, h, upper=False),
     ],
