@@ -174,9 +174,13 @@ class Call:
     form: Form | None = None
     inputs: tuple[Any, ...] | None = None
 
+    def batch_of(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """As its user makes it, and as a program takes it."""
+        return tensors if self.form is None else self.form.put_together(tensors)
+
     def output(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], *, with_loss: bool) -> tuple[Any, Any]:
         """(what the model returns, the batch as its user made it)."""
-        batch = tensors if self.form is None else self.form.put_together(tensors)
+        batch = self.batch_of(tensors)
         arguments, keywords = arguments_of(model, batch, with_loss=with_loss, inputs=self.inputs)
         return model(*arguments, **keywords), batch
 

@@ -203,8 +203,10 @@ def inline_scopes(graph_module: fx.GraphModule) -> None:
             _device, _dtype, autocast, _cache, body_node, *operands = node.args
             detach = False
             if autocast:
+                within = getattr(graph_module, body_node.target).graph.nodes
+                line = next((source_of(inner) for inner in (node, *within) if source_of(inner)), "an unknown line")
                 raise ShardwrightError(
-                    f"the model opens torch.autocast at {source_of(node) or 'an unknown line'}",
+                    f"the model opens torch.autocast around {line}",
                     means="precision is part of the plan; a cast region inside the model cannot be planned",
                     change="remove the autocast region and set the precision of the workload",
                     works="--dtype bfloat16",

@@ -44,14 +44,14 @@ def forward_backward(
     """Loss of a step; gradients are left in .grad of the model's parameters. workload: with real values.
 
     loss_over: as in the plan. Where a microbatch makes no difference to the model as written, it runs on the whole
-    batch; where it draws random numbers, keeps batch statistics, or has a loss of each microbatch, it runs on each.
+    batch; where it draws random numbers, keeps statistics in buffers, or has a loss of each microbatch, it runs on each.
     """
     size = workload.global_batch
     parts = split_batch(batch, batch_dims_of(workload), microbatch_size)
     totals: list[torch.Tensor] | None = None
     if len(parts) > 1 and loss_over != "each":
-        found, draws = _counted(workload, parts, step)
-        if draws or has_batch_statistics(workload.model):
+        found, is_of_microbatch = _counted(workload, parts, step)
+        if is_of_microbatch or has_batch_statistics(workload.model):
             totals = [torch.stack(row).sum() for row in zip(*found, strict=True)]
         else:
             parts = [dict(batch)]
@@ -72,8 +72,10 @@ def forward_backward(
 def _counted(
     workload: Workload, parts: list[dict[str, torch.Tensor]], step: int
 ) -> tuple[list[list[torch.Tensor]], bool]:
-    """The weights of targets of each mean of each microbatch; whether the model draws random numbers."""
+    """The weights of targets of each mean of each microbatch; whether the model draws random numbers or writes to
+    buffers, which the next microbatch reads."""
     found, draws = [], False
+    before = {name: buffer.clone() for name, buffer in workload.model.named_buffers()}
     with buffers_kept(workload.model):  # with gradients, as hooks on activations cannot be put where none flow
         for index, microbatch in enumerate(parts):
             random, counts = CounterBasedRandom(workload.seed, step, index), CountedTargets()
@@ -81,4 +83,6 @@ def _counted(
                 compute_loss(workload.model, workload.loss, microbatch, workload.call)
             found.append(counts.found)
             draws = draws or random.count > 0
-    return found, draws
+        after = dict(workload.model.named_buffers())
+        writes = after.keys() != before.keys() or any(not torch.equal(after[n], old) for n, old in before.items())
+    return found, draws or writes

@@ -44,7 +44,7 @@ def run(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
     batches = batch_source(workload, task.get("text"))
     report(event="built", seconds=time.perf_counter() - started)
     for step in range(task["steps"]):
-        part = program.shard_batch(batches(step))
+        part = program.shard_batch(workload.call.batch_of(batches(step)))
         _synchronize(device)
         started = time.perf_counter()
         loss = program.step(part)
@@ -79,7 +79,8 @@ def check(task: Mapping[str, Any], device: torch.device, report: Report) -> None
     errors: dict[str, float] = {}
     for step in range(2):
         batch = make_batch(workload, workload.global_batch, seed=workload.seed + 1 + step)
-        losses.append(program.forward_backward(program.shard_batch(batch)).item())
+        part = program.shard_batch(workload.call.batch_of(batch))
+        losses.append(program.forward_backward(part).item())
         found = whole_gradients(program)
         program.optimizer_step()
         if model is None or optimizer is None:

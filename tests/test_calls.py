@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from shardwright.checking import _test_untouched
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.batch_dims import with_batch_dims
 from shardwright.profiler.workload import Precision, Workload
+from shardwright.tasks import TASKS, check_workload
 
 DOUBLE = Precision(torch.float64, torch.float64, torch.float64)
 
@@ -54,6 +56,44 @@ def test_the_model_gets_every_entry_as_its_user_passes_them(way: str) -> None:
     found = _gradients(0, kind, batch(1), batch(2), {"loss": loss})
     model = seeded(kind)
     assert_equal_to_eager(found, model, call(model, batch(2)))
+
+
+NESTED_FILE = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, data, views, scale, kind="mean"):
+        h = sum(self.a(v) for v in (*views, data["x"])) * scale
+        return nn.functional.cross_entropy(h, data["y"], reduction=kind)
+
+def make():
+    torch.manual_seed(0)
+    data = {"x": torch.randn(8, 4), "y": torch.zeros(8, dtype=torch.int64)}
+    return Model(), {"data": data, "views": [torch.randn(8, 4), torch.randn(8, 4)], "scale": 0.5, "kind": "sum"}
+"""
+
+
+def _checked(rank: int, path: str, events: tuple[str, ...]) -> Any:
+    found: list[Any] = []
+    for event in events:
+        task = {"plan": path, "steps": 1, "trust_model": True}
+        TASKS[event](task, torch.device("cpu"), lambda **said: found.append(said))
+    return found
+
+
+def test_check_and_run_hand_over_batches_as_their_user_makes_them(tmp_path: Path) -> None:
+    (tmp_path / "nested.py").write_text(NESTED_FILE)
+    workload = check_workload(shardwright.load_workload(f"{tmp_path}/nested.py:make", global_batch=8).spec)
+    shardwright.plan(workload, "1xCPU", force={"microbatch": 4}).save(tmp_path / "plan.json")
+    compared, *ran = run_ranks(1, _checked, str(tmp_path / "plan.json"), ("check", "run"))[0]
+    assert max(compared["gradients"].values()) < 1e-9
+    assert compared["losses"] == pytest.approx(compared["reference_losses"], rel=1e-9)
+    assert [event["event"] for event in ran] == ["built", "step"]
 
 
 def test_nested_batches_are_cut_over_data_ranks_and_microbatches() -> None:

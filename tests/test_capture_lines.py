@@ -9,6 +9,7 @@ import torch
 from as_written import workload_of
 from torch import nn
 
+from shardwright.errors import ShardwrightError
 from shardwright.profiler import capture
 
 
@@ -30,3 +31,15 @@ def test_nodes_have_the_lines_that_torch_notes(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(capture, "lines_kept", contextlib.nullcontext)
     assert kept == [node.meta.get("stack_trace") for node in capture.export_step(workload).graph.nodes]
     assert any("torch.tanh(layer(x))" in (text or "") for text in kept)
+
+
+class Cast(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.first(x).sum()  # the line
+
+
+def test_a_region_of_autocast_is_refused_with_a_line_in_it() -> None:
+    code = Cast.forward.__code__
+    with pytest.raises(ShardwrightError, match=rf"around .*{__name__}.py:{code.co_firstlineno + 2}"):
+        capture.capture(workload_of(Cast(), {"x": torch.ones(3, 4)}))

@@ -235,3 +235,31 @@ def test_what_an_own_backward_makes_of_the_batch_tells_what_the_loss_is_over(kin
     assert loss == pytest.approx(expected, rel=1e-9)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(program.gradients()[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+class _Stale(nn.Module):
+    """Reads what its last forward left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.register_buffer("left", torch.zeros(6))
+        self.double()
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        h = self.first(x) + self.left
+        self.left = h.detach().mean(0)
+        return F.cross_entropy(self.last(h), t)
+
+
+def test_a_microbatch_reads_the_buffers_that_the_last_one_left() -> None:
+    batch = {"x": torch.randn(8, 6, dtype=torch.float64), "t": torch.tensor([0, 1, 1, 2, 0, 2, 2, 1])}
+    workload = with_batch_dims(Workload(model=_Stale(), example_batch=batch, global_batch=8, precision=DOUBLE))
+    plan = shardwright.plan(workload, "1xCPU", force={"microbatch": 2}, self_test=False)
+    loss = shardwright.build(plan, workload, self_test=False).forward_backward(batch).item()
+    model = _Stale()
+    expected = sum(model(x=batch["x"][k : k + 2], t=batch["t"][k : k + 2]).item() / 4 for k in range(0, 8, 2))
+    assert loss == pytest.approx(expected, rel=1e-9)
+    again = dataclasses.replace(workload, model=_Stale())
+    assert forward_backward(again, batch, microbatch_size=2).item() == pytest.approx(expected, rel=1e-9)
