@@ -35,7 +35,7 @@ _IN_ORDER: dict[Any, int | None] = {
     aten.adaptive_max_pool3d_backward: None,
     aten.linalg_matrix_exp: None,
 }
-# Factors are of the transpose where the matrix is contiguous, else of the matrix; the captured backward counts on those.
+# Factors are of the transpose of a contiguous matrix, else of the matrix; the captured backward counts on those.
 _AS_CAPTURED = {aten._linalg_det, aten._linalg_slogdet, aten._linalg_solve_ex}
 _OURS = ("shardwright", "prims", "_c10d_functional")  # written for any strides
 

@@ -85,6 +85,30 @@ def lines_kept() -> Iterator[None]:
         fx_proxy.CapturedTraceback = original  # type: ignore[misc]
 
 
+@contextlib.contextmanager
+def helpers_lines_kept(is_users: Callable[[str], bool]) -> Iterator[None]:
+    """Inside, the source of a node shows functions of the user's that a forward calls; torch notes forwards alone.
+
+    is_users: of a file's name.
+    """
+    original = fx_proxy.TracerBase._filter_traceback_frames
+
+    def filtered(tracer: Any, stack: traceback.StackSummary) -> traceback.StackSummary:
+        kept = original(tracer, stack)
+        if not kept:
+            return kept
+        known = set(map(id, kept))
+        first = next(place for place, frame in enumerate(stack) if id(frame) in known)
+        inner = enumerate(stack)
+        return traceback.StackSummary(f for k, f in inner if id(f) in known or (k > first and is_users(f.filename)))
+
+    fx_proxy.TracerBase._filter_traceback_frames = filtered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        fx_proxy.TracerBase._filter_traceback_frames = original  # type: ignore[method-assign]
+
+
 def outside_trace() -> contextlib.AbstractContextManager[object]:
     """Inside, a running trace sees nothing; fake tensors stay fake."""
     return proxy_tensor.disable_proxy_modes_tracing()

@@ -9,6 +9,7 @@ from torch import nn
 
 from .attributes import Attributes
 from .autograd_functions import Calls, guarded_engine, recorded_functions
+from .data_attribute import data_as_detached
 from .gradient_hooks import GradientHooks, recorded_hooks, refuse_hooks
 from .own_checkpoints import Parts, captured_through
 
@@ -37,6 +38,7 @@ class AsWritten:
             guarded_engine(self.calls),
             recorded_functions(self.calls),
             recorded_hooks(self.hooks),
+            data_as_detached(self.calls),
         ):
             yield
 

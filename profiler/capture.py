@@ -25,7 +25,7 @@ from torch.export import Dim
 from ..errors import ExitCode, ShardwrightError
 from ..kernels import ops  # noqa: F401  registers the ops that normalization puts in
 from . import fold, joint
-from ._torch import DATA_DEPENDENT, lazy_recompile, lines_kept
+from ._torch import DATA_DEPENDENT, helpers_lines_kept, lazy_recompile, lines_kept
 from .as_written import AsWritten
 from .assumptions import Assumptions, separate_conditions
 from .attention_interface import shardwright_attention
@@ -43,7 +43,7 @@ from .scans import scans
 from .slots import JointSignature
 from .unregistered import refuse_unregistered
 from .watch import tell
-from .where import users_frame
+from .where import is_users_file, users_frame
 from .workload import Loss, Workload
 
 ROOT = "model"
@@ -210,6 +210,7 @@ def export_step(
             shardwright_attention(workload.model),
             lazy_recompile(),
             lines_kept(),
+            helpers_lines_kept(is_users_file),
             no_collection(),
             refused_outside_random(workload.model),
             recurrent_layers(),

@@ -20,6 +20,7 @@ from ..errors import ExitCode, ShardwrightError
 from . import _torch
 from .autograd_functions import InterpretOpaquely, see_through
 from .decompositions import DECOMPOSITIONS
+from .failing_gradient import without_gradient
 from .fold import RANDOM_INDEX_ARG, Piece
 from .functional import copy, without_writes, writes_or_restrides
 from .graph import Segment
@@ -102,7 +103,10 @@ def trace_joint(
     with mode if mode is not None else _torch.null_context():
         if _mutates(forward):
             forward = _functional(forward, arguments)
-        traced = make_fx(joint, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*flat_args)
+        try:
+            traced = make_fx(joint, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*flat_args)
+        except (RuntimeError, NotImplementedError) as error:
+            raise without_gradient(forward, arguments, error) or error from None
         if writes_or_restrides(traced.graph):
             traced, boundary = without_writes(traced, flat_args, boundary[0])
     _refuse_lost_writes(traced)

@@ -97,6 +97,8 @@ class _Judge:
             return self._call(node, replayed_of(node))
         if node.target is operator.getitem and node.args[0] in self.results:
             return self.results[node.args[0]][node.args[1]]  # type: ignore[index]
+        if op_name(node) == "embedding" and len(node.args) > 3 and node.args[3]:
+            self.is_of_each = True  # its gradient is divided by how often the batch has a word
         operands = [self.kinds[n] for n in node.all_input_nodes]
         if not operands:
             return ("rows", 0) if self._rows(node) else self._made(node)

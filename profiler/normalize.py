@@ -19,6 +19,7 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
     split_mean_losses     cross entropy's mean over targets as their sum by their count (global_loss.py)
     replace_global_pool   a pool to one value as the mean that it is: torch's own kernel restrides its result in place
     replace_embedding_bag bags of embeddings as lookups and sums, whose tables can be split
+    dense_embeddings      no gradients of tables in sparse layout: their values are the same
     replace_attention     scaled_dot_product_attention as one op of ours (attention_ops.py)
 """
 
@@ -95,6 +96,7 @@ def normalize(
     split_mean_losses(graph)
     replace_global_pool(graph)
     replace_embedding_bag(graph)
+    dense_embeddings(graph)
     replace_attention(graph, key)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     output.args = ((*output.args[0], *mutated.values()),)  # so that what buffers become is not dead code
@@ -346,6 +348,12 @@ def replace_global_pool(graph: fx.Graph) -> None:
 
 
 # --------------------------------------------------------------------------- randomness and attention
+
+
+def dense_embeddings(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target is aten.embedding.default and len(node.args) > 4:
+            node.args = (*node.args[:4], False)
 
 
 def add_key(graph: fx.Graph) -> fx.Node:

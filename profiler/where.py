@@ -26,10 +26,17 @@ def is_users_line(line: str) -> bool:
     return bool(line) and not is_ours(Path(line.rpartition(":")[0]))
 
 
+@functools.lru_cache(maxsize=4096)
+def is_users_file(name: str) -> bool:
+    """Of no library and not of this package."""
+    is_librarys = "/torch/" in name or "site-packages" in name or name.startswith(("<", _STDLIB))
+    return not is_librarys and not is_ours(Path(name))
+
+
 def users_frame(frames: Sequence[traceback.FrameSummary]) -> traceback.FrameSummary:
     """The innermost of these that is the user's; of a library's where none is, and the innermost of all else."""
     outside = [f for f in frames if "/torch/" not in f.filename and not is_ours(Path(f.filename))]
-    own = [f for f in outside if "site-packages" not in f.filename and not f.filename.startswith(("<", _STDLIB))]
+    own = [f for f in outside if is_users_file(f.filename)]
     return (own or outside or frames)[-1]
 
 

@@ -44,7 +44,7 @@ def forward_backward(
     """Loss of a step; gradients are left in .grad of the model's parameters. workload: with real values.
 
     loss_over: as in the plan. Where a microbatch makes no difference to the model as written, it runs on the whole
-    batch; where it draws random numbers, keeps statistics in buffers, or has a loss of each microbatch, it runs on each.
+    batch; where it draws random numbers, writes to buffers, or has a loss of each microbatch, it runs on each.
     """
     size = workload.global_batch
     parts = split_batch(batch, batch_dims_of(workload), microbatch_size)

@@ -30,6 +30,7 @@ from .costmodel.constants import assumed
 from .errors import ExitCode, ShardwrightError
 from .kernels.ops import make_key
 from .plans.document import SelfTest
+from .profiler.attributes import Attributes
 from .profiler.batches import make_batch
 from .profiler.capture import capture
 from .profiler.copies import buffers_kept, copy_workload
@@ -158,7 +159,7 @@ def _itself(workload: Workload, graph: ModelGraph, device: torch.device) -> _Dif
     model = workload.model
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     try:
-        with buffers_kept(model):
+        with buffers_kept(model), Attributes(model).put_back():  # what a forward caches would be another graph's
             return _Comparison(workload, graph, device, widen=False).run_once()
     finally:
         for parameter, gradient in gradients.items():
@@ -283,6 +284,7 @@ class _Comparison:
                 self.workload, self.workload.example_batch, microbatch_size=size, step=step
             )
             self._compare(ran, loss)
+            _make_dense(self.workload.model)  # as weight decay takes no other gradients
             for name, parameter in self.parameters.items():
                 gradient = ran.gradients.get(name)
                 parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
@@ -324,7 +326,7 @@ class _Comparison:
 
     def _compare(self, ran: Ran, loss: torch.Tensor) -> None:
         self._note("loss", ran.loss.double().cpu(), loss.double(), self.floor)
-        expected = {n: p.grad for n, p in self.workload.model.named_parameters() if p.grad is not None}
+        expected = {n: _dense(p.grad) for n, p in self.workload.model.named_parameters() if p.grad is not None}
         floor = self.floor * max((largest(g) for g in expected.values()), default=0.0)
         for name in {*expected, *ran.gradients}:
             self._note(f"gradient of {name}", ran.gradients.get(name), expected.get(name), floor)
@@ -338,12 +340,22 @@ class _Comparison:
     def _note(self, name: str, mine: torch.Tensor | None, theirs: torch.Tensor | None, floor: float) -> None:
         error = math.inf
         if mine is not None and theirs is not None:
-            mine, theirs = (t.to_dense() if t.layout is not torch.strided else t for t in (mine, theirs))
+            mine, theirs = _dense(mine), _dense(theirs)
             error = 0.0 if torch.equal(mine, theirs) else relative_difference(mine, theirs, floor)
             if math.isnan(error):
                 self.unknown[name] = None
                 error = 0.0
         self.found[name] = max(self.found.get(name, 0.0), error)
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def _make_dense(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = _dense(parameter.grad)
 
 
 def relative_difference(mine: torch.Tensor, theirs: torch.Tensor, floor: float) -> float:

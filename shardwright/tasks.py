@@ -115,7 +115,8 @@ def compare(found: Mapping[str, torch.Tensor], workload: Workload, plan: Plan) -
     normalization: it has no digits of its own to agree on, and is compared at CANCELLED of the largest. A gradient that
     one side lacks counts as infinitely wrong.
     """
-    expected = {name: p.grad for name, p in workload.model.named_parameters() if p.grad is not None}
+    given = {name: p.grad for name, p in workload.model.named_parameters() if p.grad is not None}
+    expected = {name: g.to_dense() if g.is_sparse else g for name, g in given.items()}
     largest = max(map(_largest, expected.values()), default=0.0)
     errors = {}
     for name in {*found, *expected}:

@@ -34,3 +34,12 @@ def test_any_other_is_held_to_its_own_digits(grad: float) -> None:
 
 def test_a_gradient_that_one_side_lacks_is_wrong() -> None:
     assert errors({"w": 1.0}, {"w": 1.0, "b": 1.0})["b"] == float("inf")
+
+
+def test_a_sparse_gradient_is_compared_by_its_values() -> None:
+    table = nn.Embedding(4, 2, sparse=True).double()
+    table(torch.tensor([1, 3])).sum().backward()
+    dense = torch.zeros(4, 2, dtype=torch.float64)
+    dense[[1, 3]] = 1.0
+    assert compare({"weight": dense}, SimpleNamespace(model=table), None) == {"weight": 0.0}
+    assert compare({"weight": 2 * dense}, SimpleNamespace(model=table), None) == {"weight": 1.0}
