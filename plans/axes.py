@@ -277,9 +277,9 @@ class MeshShape:
         return self.with_sizes(dict.fromkeys(stage_axes(), 1))
 
     @cached_property
-    def tensor_part(self) -> MeshShape:
-        """The axes alone over which parameters are cut."""
-        return self.with_sizes({axis: 1 for axis in self.axes if axis not in tensor_axes()})
+    def inner_part(self) -> MeshShape:
+        """The axes alone that decide where tensors lie: those that cut parameters, or sequences."""
+        return self.with_sizes({axis: 1 for axis in self.axes if axis not in (*sequence_axes(), *tensor_axes())})
 
     @cached_property
     def without_batch(self) -> MeshShape:

@@ -124,7 +124,7 @@ def test_forced_cuts_are_instances_at_which_stages_begin():
         ({"zero": 4}, "zero takes 0, 1, 2, 3", "--force zero=1"),
         ({"schedule": "1g1b"}, "unknown schedule", "--force schedule=1f1b"),
         ({"recompute": "some"}, "recompute takes", "--force recompute=all"),
-        ({"cp": 2}, "cp=1", "--force cp=1"),
+        ({"ep": 2}, "ep=1", "--force ep=1"),
     ],
 )
 def test_unknown_keys_and_values_name_what_is_near(force, match, works):

@@ -118,7 +118,8 @@ def certified_bound(state: SearchState, step_s: float, *, tighten: bool) -> floa
 def not_searched(state: SearchState) -> list[str]:
     """In few words, what a plan could have that none of the candidates has."""
     forced, cluster = state.forced, state.setting.cluster
-    left_out = ["context and expert axes", "other orders of the axes"]
+    cut = any(candidate.mesh.sequence_ranks > 1 for candidate in state.candidates)
+    left_out = ["expert axes" if cut else "context and expert axes", "other orders of the axes"]
     for axis in searched_axes():
         widest = max(candidate.mesh.size(axis) for candidate in state.candidates)
         if axis in tensor_axes() and not forced.sizes and widest < cluster.num_devices:

@@ -88,7 +88,7 @@ def _nearest_change(
     setting: Setting, forced: Forced, nearest: Outcome, solutions: Solutions, solve: Solve
 ) -> tuple[str, str]:
     """(setting to change, value that fits)."""
-    known = {(mesh.tensor_part, batch): found for (mesh, batch), found in solutions.items() if found is not None}
+    known = {(mesh.inner_part, batch): found for (mesh, batch), found in solutions.items() if found is not None}
     for name in (
         "recompute",
         "zero",
@@ -143,13 +143,13 @@ def _first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | No
         for candidate in enumerate_candidates(
             forced, setting.cluster.num_devices, setting.workload.global_batch, num_instances, max_tensor=1 << 30
         )
-        if (candidate.mesh.tensor_part, candidate.local_batch) in known and candidate.virtual_stages <= 2
+        if (candidate.mesh.inner_part, candidate.local_batch) in known and candidate.virtual_stages <= 2
     )
     lean = sorted(
         options, key=lambda c: (c.local_batch, -c.zero, c.virtual_stages, c.schedule != "1f1b", -c.pp * c.tensor_ranks)
     )
     for candidate in lean[:MAX_TRIES]:
-        solution = known[candidate.mesh.tensor_part, candidate.local_batch]
+        solution = known[candidate.mesh.inner_part, candidate.local_batch]
         recompute = NOTHING if forced.recompute == "none" else leanest_segments(solution, setting.shape.segments)
         chain = setting.chain(solution, recompute)
         cuts = find_cuts(setting, candidate, chain)

@@ -68,7 +68,7 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
     host = worst_host_need(setting, candidate, chosen.memory_chain, bounds)
     gap = (step_s - bound_s) / step_s if step_s else 0.0
     workload = setting.workload
-    tokens = workload.global_batch * max(1, _tokens_per_sample(workload))
+    tokens = workload.global_batch * max(1, tokens_per_sample(workload))
     flops = chain.model_flops * candidate.mesh.ranks_per_stage * candidate.count
     return SearchResult(
         candidate=candidate,
@@ -138,7 +138,7 @@ def _stage_seconds(stages: Sequence[StageTimes], hops: Sequence[Hop]) -> list[pl
     ]
 
 
-def _tokens_per_sample(workload: Workload) -> int:
+def tokens_per_sample(workload: Workload) -> int:
     """Sequence length; as Workload says: dimension 1 of the first integer tensor of the batch, else 1."""
     if workload.tokens_per_sample:
         return workload.tokens_per_sample

@@ -70,7 +70,7 @@ def _score_pool(state: SearchState, candidate: Candidate, pool: MemoryPool) -> O
 
 def _score_leanest(state: SearchState, candidate: Candidate, pool: MemoryPool) -> Outcome:
     """Before a candidate is said not to fit: placements of least bytes in its own proportion of state."""
-    if candidate.tensor_ranks > 1 and pool.widened:
+    if candidate.mesh.inner_part.num_devices > 1 and pool.widened:
         own, share = pool.solved_for, state_share(state.setting, candidate)
         found = state.sharder.leanest(own.mesh.of_stage, own.local_batch, state_share=share)
         solutions = {id(option.solution): option.solution for option in pool.options}

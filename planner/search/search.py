@@ -34,7 +34,7 @@ from ...profiler.watch import TimeUp, stop_at
 from ...profiler.workload import Workload
 from ...units import format_seconds
 from ..interfaces import Sharder
-from ..space.candidates import Candidate, enumerate_candidates, nothing_divides
+from ..space.candidates import Candidate, enumerate_candidates, nothing_divides, widest_sequence_axis
 from ..space.forcing import check_forced, divisors, parse_forced
 from ..stages.chain import NOTHING, Chain, build_chain
 from ..stages.setting import Setting
@@ -43,7 +43,7 @@ from .chosen import choose
 from .does_not_fit import does_not_fit
 from .host_candidates import host_candidates
 from .outcome import Outcome
-from .result import SearchResult, build_result
+from .result import SearchResult, build_result, tokens_per_sample
 from .scoring import first_options, mean_fits, score_in_pool
 from .state import MemoryPool, Progress, SearchState
 from .step_time import estimate, lower_bound, unevenness
@@ -83,7 +83,7 @@ class _Search:
     def _run_groups(self, candidates: Sequence[Candidate]) -> None:
         groups: dict[tuple[int, MeshShape], list[Candidate]] = {}
         for candidate in candidates:
-            groups.setdefault((candidate.local_batch, candidate.mesh.tensor_part), []).append(candidate)
+            groups.setdefault((candidate.local_batch, candidate.mesh.inner_part), []).append(candidate)
         for _, members in sorted(groups.items()):
             self._run_group(members)
 
@@ -287,6 +287,7 @@ def _begin(
         num_instances,
         _widest_tensor_axis(cluster),
         _domain(cluster),
+        widest_sequence_axis(tokens_per_sample(workload), cluster.num_devices),
     )
     candidates = list(enumerate_candidates(*space))
     if not candidates:

@@ -12,12 +12,14 @@ from functools import cached_property
 
 from ...costmodel.memory import Extents
 from ...errors import ShardwrightError
-from ...plans.axes import MeshShape, easiest_first, free_axis, role_of, searched_axes, stage_axes
+from ...plans.axes import MeshShape, easiest_first, free_axis, role_of, searched_axes, sequence_axes, stage_axes
 from ...schedules.published.library import SCHEDULES, SEARCHED
 from .forcing import Forced, contradiction, divisors, nearest_multiple
 
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 MAX_PP = 64
+LONG_SEQUENCE = 16384  # tokens: shorter ones are cut where that is forced
+LEAST_PART = 4096  # tokens of a sequence that each rank has
 
 
 @dataclass(frozen=True)
@@ -109,13 +111,19 @@ class Candidate:
 
 
 def enumerate_candidates(
-    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tensor: int, domain: int = 1
+    forced: Forced,
+    num_devices: int,
+    global_batch: int,
+    num_instances: int,
+    max_tensor: int,
+    domain: int = 1,
+    max_sequence: int = 1,
 ) -> Iterator[Candidate]:
-    """All candidates that divide. max_tensor: the widest axis that cuts parameters tried, unless forced. domain:
-    devices that fast links join, inside which hybrid sharding may keep a copy.
+    """All candidates that divide. max_tensor: the widest axis that cuts parameters tried, unless forced; max_sequence:
+    that cuts sequences. domain: devices that fast links join, inside which hybrid sharding may keep a copy.
     """
     place = forced.optimizer_state or "device"
-    for mesh in _meshes(forced, num_devices, num_instances, max_tensor):
+    for mesh in _meshes(forced, num_devices, num_instances, max_tensor, max_sequence):
         ranks = mesh.batch_ranks
         for local_batch in divisors(global_batch // ranks) if global_batch % ranks == 0 else ():
             microbatch = local_batch * ranks
@@ -130,12 +138,21 @@ def enumerate_candidates(
                         yield Candidate(mesh, microbatch, count, schedule, chunks, zero, split, place)
 
 
-def _meshes(forced: Forced, num_devices: int, num_instances: int, max_tensor: int) -> Iterator[MeshShape]:
-    """Widths of the searched axes; the free one takes the devices that the others leave. What is not searched is as
-    wide as it is forced to be."""
+def widest_sequence_axis(tokens: int, num_devices: int) -> int:
+    """The widest that is tried for sequences of so many tokens."""
+    return 1 if tokens < LONG_SEQUENCE else min(num_devices, tokens // LEAST_PART)
+
+
+def _meshes(
+    forced: Forced, num_devices: int, num_instances: int, max_tensor: int, max_sequence: int
+) -> Iterator[MeshShape]:
+    """Widths of the searched axes, and of those that cut sequences where these are long; the free one takes the devices
+    that the others leave. What is not searched is as wide as it is forced to be."""
+    along = [axis for axis in sequence_axes() if axis not in forced.axes] if max_sequence > 1 else []
     given = {axis: size for axis, size in forced.axes.items() if not role_of(axis).is_searched}
     left = num_devices // math.prod(given.values()) if num_devices % math.prod(given.values()) == 0 else 0
     limits = {axis: min(num_instances, MAX_PP) if axis in stage_axes() else max_tensor for axis in searched_axes()}
+    limits |= dict.fromkeys(along, max_sequence)
 
     def widen(axes: Sequence[str], left: int, sizes: dict[str, int]) -> Iterator[MeshShape]:
         if not axes:
@@ -150,7 +167,7 @@ def _meshes(forced: Forced, num_devices: int, num_instances: int, max_tensor: in
                     yield from widen(axes[1:], left // size, {**sizes, axes[0]: size})
 
     if left:
-        yield from widen([axis for axis in searched_axes() if axis != free_axis()], left, given)
+        yield from widen([*(axis for axis in searched_axes() if axis != free_axis()), *along], left, given)
 
 
 def _zeros(forced: Forced, ranks: int) -> Sequence[int]:
@@ -202,12 +219,19 @@ MAX_BATCHES = 1024  # looked at
 
 
 def nothing_divides(
-    forced: Forced, num_devices: int, global_batch: int, num_instances: int, max_tensor: int, domain: int = 1
+    forced: Forced,
+    num_devices: int,
+    global_batch: int,
+    num_instances: int,
+    max_tensor: int,
+    domain: int = 1,
+    max_sequence: int = 1,
 ) -> ShardwrightError:
     """No candidate at all: names the forced value without which there is one, else the nearest batch that has one."""
 
     def first(of: Forced, batch: int) -> Candidate | None:
-        return next(enumerate_candidates(of, num_devices, batch, num_instances, max_tensor, domain), None)
+        space = num_devices, batch, num_instances, max_tensor, domain, max_sequence
+        return next(enumerate_candidates(of, *space), None)
 
     values = {name: value for name in (*LET_GO, *easiest_first()) if (value := forced.value(name)) is not None}
     named = " ".join(f"{name}={_text(value)}" for name, value in values.items())
