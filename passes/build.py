@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
 from ..ops.placement import P, R
-from ..plans.document import Plan
+from ..plans.document import Plan, RecomputeChoice
 from ..plans.order import splits_backward
 from ..plans.placements import AxisSolution, is_kept_key, read_placements
 from ..profiler.graph import ModelGraph, Segment
@@ -19,7 +19,7 @@ from ..profiler.op_view import is_op
 from ..profiler.slots import INPUT, OUTPUT, PARAM, PARAM_GRAD, TANGENT, slot_name, slot_names
 from .improve import Part, dump, improve_backward, improve_forward
 from .partition import Recompute, partition
-from .program import SegmentProgram
+from .program import SegmentProgram, own_key
 from .redistribute import MeshAxis
 from .shard import ShardContext, local_shape, shard_segment
 from .split import SplitBackward
@@ -41,19 +41,30 @@ def build_segment_programs(
     whole = MeshAxis("", 1, 0, "")
     context = ShardContext(tuple(axes.get(name, whole) for name in plan.placement_axes), tuple(solutions), device)
     names = graph.segments if only is None else only
-    return {
-        name: build_segment_program(
-            graph.segments[name],
-            context,
-            recompute=_recomputed(plan, name),
-            splits=splits,
-        )
-        for name in names
-    }
+    programs: dict[str, SegmentProgram] = {}
+    built: dict[tuple[str, RecomputeChoice], SegmentProgram] = {}
+    for key, segment, choice in _choices(graph, plan):
+        if segment in names:
+            if (segment, choice) not in built:
+                built[segment, choice] = build_segment_program(
+                    graph.segments[segment], context, _recomputed(choice), splits, label=key
+                )
+            programs[key] = built[segment, choice]
+    return programs
 
 
-def _recomputed(plan: Plan, segment: str) -> Recompute:
-    choice = plan.memory_policy.recompute.get(segment, "none")
+def _choices(graph: ModelGraph, plan: Plan) -> Iterator[tuple[str, str, RecomputeChoice]]:
+    """(key among the programs, distinct segment, what its backward makes again)."""
+    policy = plan.memory_policy
+    for name in graph.segments:
+        yield name, name, policy.choice(name)
+    segments = {instance.index: instance.segment for instance in graph.instances}
+    for index, choice in policy.instances.items():
+        if index in segments:
+            yield own_key(index), segments[index], choice
+
+
+def _recomputed(choice: RecomputeChoice) -> Recompute:
     return choice == "all" if isinstance(choice, str) else choice
 
 
@@ -66,10 +77,11 @@ def check_fits(graph: ModelGraph, plan: Plan) -> None:
             raise _of_another_model(
                 f"the plan has no placement for {len(missing)} ops of {name}, as {missing[0] if missing else 'all'}"
             )
-        again = _recomputed(plan, name)
-        forward = {n.name for n in segment.joint.graph.nodes if is_op(n) and n.meta.get("phase") != "backward"}
-        strangers = [] if isinstance(again, bool) else [op for op in again if op not in forward and not is_kept_key(op)]
-        if strangers:
+    for _, name, choice in _choices(graph, plan):
+        nodes = graph.segments[name].joint.graph.nodes
+        forward = {n.name for n in nodes if is_op(n) and n.meta.get("phase") != "backward"}
+        again = () if isinstance(choice, str) else choice
+        if strangers := [op for op in again if op not in forward and not is_kept_key(op)]:
             raise _of_another_model(f"the plan makes {strangers[0]} of {name} again, which is no result of its forward")
 
 
@@ -84,10 +96,11 @@ def _of_another_model(what: str) -> ShardwrightError:
 
 
 def build_segment_program(
-    segment: Segment, context: ShardContext, recompute: Recompute, splits: bool = False
+    segment: Segment, context: ShardContext, recompute: Recompute, splits: bool = False, label: str = ""
 ) -> SegmentProgram:
-    """splits: the backward also as two programs, of the inputs' gradients and of the parameters'. Not where the forward
-    runs again in it: between the two, all that was recomputed would have to be held."""
+    """label: in the names of dumped graphs, the segment's own by default. splits: the backward also as two programs, of
+    the inputs' gradients and of the parameters'. Not where the forward runs again in it: between the two, all that was
+    recomputed would have to be held."""
     axes, solutions, name = context.axes, context.solutions, segment.name
 
     def places(key: str) -> tuple[int, ...]:
@@ -104,17 +117,18 @@ def build_segment_program(
         },
         context.device,
     )
-    dump(joint, f"{name}.joint.0-shard")
+    label = label or name
+    dump(joint, f"{label}.joint.0-shard")
     recompute = False if segment.is_prologue else recompute
     repeats = bool(recompute)
     forward, backward, kept = partition(joint, segment, recompute)
-    dump(forward, f"{name}.forward.0-partition")
-    first = Part(name, "forward", forward, len(segment.param_shapes))
+    dump(forward, f"{label}.forward.0-partition")
+    first = Part(label, "forward", forward, len(segment.param_shapes))
     improve_forward(first)
     into_slots: tuple[int, ...] = ()
     split: SplitBackward | None = None
     if backward is not None:
-        dump(backward, f"{name}.backward.0-partition")
+        dump(backward, f"{label}.backward.0-partition")
         second = replace(first, phase="backward", module=backward, owned=_own_kept(forward.graph, kept))
         split = improve_backward(second, splits and not repeats)
         into_slots = second.into_slots

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..profiler.graph import SegmentInstance
 from .gradients import Into
 from .split import SplitBackward
 from .verify import Collective
@@ -111,3 +112,14 @@ class SegmentProgram:
         """params: Nones where split.reads_params is false. into: for each of split.into_slots."""
         assert self.split is not None
         return list(_plain(self.split.weights)(*params, *buffers, key, *carried, *into))
+
+
+def own_key(instance: int) -> str:
+    """Of a segment instance that recomputes otherwise than its segment, among the programs of a rank."""
+    return f"instance{instance}"
+
+
+def program_of(programs: Mapping[str, SegmentProgram], instance: SegmentInstance) -> SegmentProgram:
+    """The instance's own, or that of its distinct segment."""
+    own = programs.get(own_key(instance.index))
+    return programs[instance.segment] if own is None else own

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,28 +100,62 @@ class Stage(_Document):
     ranks: list[int]
 
 
-class MemoryPolicy(_Document):
-    """recompute: for each distinct segment 'none', 'all' (its forward runs again in the backward), or the ops whose
-    results are not kept but made again there; NODE.K>kept for a result that is kept as its producer has it and brought
-    into the form that the backward reads there. optimizer_state: where it is, with the parameters' copies that the
-    optimizer steps over, and where they are stepped."""
+# "none", "all" (the forward runs again in the backward), or the ops whose results are not kept but made again there;
+# NODE.K>kept for a result that is kept as its producer has it and brought into the form that the backward reads there
+RecomputeChoice = Literal["none", "all"] | tuple[str, ...]
 
-    recompute: dict[str, Literal["none", "all"] | tuple[str, ...]] = Field(default_factory=dict)
+
+def choice_text(choice: RecomputeChoice) -> str:
+    """'none', 'all', or of how many ops."""
+    return choice if isinstance(choice, str) else f"{len(choice)} ops"
+
+
+class MemoryPolicy(_Document):
+    """recompute: of each distinct segment. instances: of those segment instances that do otherwise than their segment,
+    by index. optimizer_state: where it is, with the parameters' copies that the optimizer steps over, and where they
+    are stepped."""
+
+    recompute: dict[str, RecomputeChoice] = Field(default_factory=dict)
+    instances: dict[int, RecomputeChoice] = Field(default_factory=dict)
     optimizer_state: Literal["device", "host"] = "device"
 
-    @property
-    def recomputed(self) -> dict[str, str]:
-        """Of each distinct segment of which something runs again: "all", or of how many ops."""
-        texts = {name: c if isinstance(c, str) else f"{len(c)} ops" for name, c in self.recompute.items()}
-        return {name: text for name, text in texts.items() if text != "none"}
+    def choice(self, segment: str, instance: int | None = None) -> RecomputeChoice:
+        """Of an instance of the segment; of those that do as their segment where none is named."""
+        if instance in self.instances:
+            return self.instances[instance]
+        return self.recompute.get(segment, "none")
 
-    def among(self, placements: Mapping[str, Collection[str]]) -> MemoryPolicy:
+    def choices(self, segments: Sequence[str]) -> dict[str, Counter[RecomputeChoice]]:
+        """Of each distinct segment, how many of its instances make each choice. segments: of each instance."""
+        found: dict[str, Counter[RecomputeChoice]] = {}
+        for index, name in enumerate(segments):
+            found.setdefault(name, Counter())[self.choice(name, index)] += 1
+        return found
+
+    def recomputed(self, segments: Sequence[str]) -> dict[str, str]:
+        """Of each distinct segment of which something runs again: "all", or how many ops, in how many of its instances
+        where that is not in all."""
+        texts = {}
+        for name, counted in self.choices(segments).items():
+            parts = [
+                choice_text(choice) + (f" in {count} of {sum(counted.values())}" if len(counted) > 1 else "")
+                for choice, count in sorted(counted.items(), key=lambda one: len(one[0]))
+                if choice != "none"
+            ]
+            if parts:
+                texts[name] = ", ".join(parts)
+        return texts
+
+    def among(self, placements: Mapping[str, Collection[str]], segments: Sequence[str]) -> MemoryPolicy:
         """Of the ops and forms to make again, those that these placements have."""
-        chosen = {
-            name: choice if isinstance(choice, str) else tuple(op for op in choice if op in placements.get(name, ()))
-            for name, choice in self.recompute.items()
-        }
-        return self.model_copy(update={"recompute": chosen})
+
+        def kept(choice: RecomputeChoice, name: str) -> RecomputeChoice:
+            rows = placements.get(name, ())
+            return choice if isinstance(choice, str) else tuple(op for op in choice if op in rows)
+
+        chosen = {name: kept(choice, name) for name, choice in self.recompute.items()}
+        apart = {index: kept(choice, segments[index]) for index, choice in self.instances.items()}
+        return self.model_copy(update={"recompute": chosen, "instances": apart})
 
 
 class StageSeconds(_Document):

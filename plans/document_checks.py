@@ -162,10 +162,15 @@ def _check_state(document: Document) -> str:
     known = set(document["segments"]) | set(document["placements"])
     if unknown := [name for name in document["memory_policy"]["recompute"] if name not in known]:
         return f"memory_policy.recompute.{unknown[0]}: there is no such segment"
-    for name, choice in document["memory_policy"]["recompute"].items():
+    segments, apart = document["segments"], document["memory_policy"]["instances"]
+    if beyond := [index for index in apart if not 0 <= int(index) < len(segments)]:
+        return f"memory_policy.instances.{beyond[0]}: there is no such segment instance"
+    chosen = [("recompute", name, name, choice) for name, choice in document["memory_policy"]["recompute"].items()]
+    chosen += [("instances", index, segments[int(index)], choice) for index, choice in apart.items()]
+    for kind, key, name, choice in chosen:
         rows = document["placements"].get(name, {})
         if not isinstance(choice, str) and (strangers := [op for op in choice if op not in rows]):
-            return f"memory_policy.recompute.{name}: {strangers[0]!r} is not placed"
+            return f"memory_policy.{kind}.{key}: {strangers[0]!r} is not placed"
     return ""
 
 

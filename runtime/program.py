@@ -56,9 +56,9 @@ from .wiring import Wiring, wire
 class Compiled:
     """The model as the passes left it for this rank, and how to make it again.
 
-    programs: of each distinct segment. rebuild: makes them for another microbatch shape (a short last batch, a new
-    sequence length). evaluation: makes what evaluate() and outputs() run, when they are first called; None: the graph
-    that trains.
+    programs: of each distinct segment, and of instances that recompute otherwise. rebuild: makes them for another
+    microbatch shape (a short last batch, a new sequence length). evaluation: makes what evaluate() and outputs() run,
+    when they are first called; None: the graph that trains.
     """
 
     graph: ModelGraph

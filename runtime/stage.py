@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..passes.program import SegmentProgram
+from ..passes.program import SegmentProgram, program_of
 from ..profiler.graph import ModelGraph, SegmentInstance
 from .buffers import Buffers
 from .offload import HostCopy, HostMemory
@@ -94,7 +94,7 @@ class StageRunner:
         steps = []
         for index, frees in zip(self.stage.instances, self.stage.frees, strict=True):
             instance = by_index[index]
-            program = programs[instance.segment]
+            program = program_of(programs, instance)
             steps.append(
                 Step(
                     instance,

@@ -262,7 +262,9 @@ def _placed_as_it_runs(
     wishes = parameter_places(graph, planned.solution.placements)
     mesh = mesh_for(found.mesh.shape, size)
     solution = placing.sharder(running, asked.left_s, wishes).solve(mesh, size // mesh.batch_ranks)
-    policy = moved_policy(graph, planned.memory_policy, running).among(solution.placements)
+    policy = moved_policy(graph, planned.memory_policy, running).among(
+        solution.placements, [instance.segment for instance in running.instances]
+    )
     return _Placed(running, moved_stages(graph, planned.stages, running), policy, solution)
 
 

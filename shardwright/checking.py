@@ -220,7 +220,8 @@ def scale_down(plan: Plan, num_processes: int = DEFAULT_PROCESSES) -> dict[str, 
         force["schedule"] = "1f1b"
     elif plan.schedule.virtual_stages > 1:
         force["virtual_stages"] = "2"
-    choices = set(plan.memory_policy.recompute.values())
+    policy = plan.memory_policy
+    choices = {*policy.recompute.values(), *policy.instances.values()}
     partly = any(not isinstance(choice, str) for choice in choices)
     force["recompute"] = "selective" if partly else "all" if "all" in choices else "none"
     return force

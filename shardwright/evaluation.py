@@ -85,7 +85,8 @@ def fitting(plan: Plan, made_for: ModelGraph, graph: ModelGraph, wishes: Mapping
 def placed_anew(plan: Plan, graph: ModelGraph, wishes: Mapping[str, Places], size: int) -> Plan:
     """Rank 0 solves, the others receive. size: of the microbatch that runs."""
     placements = on_rank_0(lambda: _placements(plan, graph, wishes, size))
-    return plan.model_copy(update={"placements": placements, "memory_policy": plan.memory_policy.among(placements)})
+    policy = plan.memory_policy.among(placements, plan.segments)
+    return plan.model_copy(update={"placements": placements, "memory_policy": policy})
 
 
 def _placements(

@@ -178,7 +178,7 @@ class Prober:
 
     def _described(self, found: SearchResult) -> Verdict:
         candidate, predicted = found.candidate, found.predicted
-        recomputed = found.memory_policy.recomputed
+        recomputed = found.memory_policy.recomputed(found.segments)
         return Verdict(
             True,
             peak_bytes=sum(predicted.memory.values()),

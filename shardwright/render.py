@@ -165,9 +165,10 @@ def schedule_text(plan: Plan) -> str:
 def _recomputed(plan: Plan) -> list[str]:
     """Segments, in every backward."""
     policy = plan.memory_policy
-    if policy.recompute and set(policy.recompute.values()) == {"all"}:
+    if policy.recompute and {*policy.recompute.values(), *policy.instances.values()} == {"all"}:
         return ["every segment"]
-    return [name if text == "all" else f"{text} of {name}" for name, text in policy.recomputed.items()]
+    texts = policy.recomputed(plan.segments)
+    return [name if text == "all" else f"{text} of {name}" for name, text in texts.items()]
 
 
 def mesh_text(mesh: Mesh) -> str:

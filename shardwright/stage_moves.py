@@ -37,7 +37,7 @@ def moved_policy(graph: ModelGraph, policy: MemoryPolicy, other: ModelGraph) -> 
     if _same_cut(graph, other):
         pairs = zip(graph.instances, other.instances, strict=True)
         chosen = {new.segment: policy.recompute.get(old.segment, "none") for old, new in pairs}
-    else:
-        every: Literal["none", "all"] = "none" if set(policy.recompute.values()) <= {"none"} else "all"
-        chosen = dict.fromkeys(other.segments, every)
-    return policy.model_copy(update={"recompute": chosen})
+        return policy.model_copy(update={"recompute": chosen})  # instances have the same indices
+    made = {*policy.recompute.values(), *policy.instances.values()}
+    every: Literal["none", "all"] = "none" if made <= {"none"} else "all"
+    return MemoryPolicy(recompute=dict.fromkeys(other.segments, every))

@@ -41,6 +41,16 @@ def test_a_plan_that_recomputes_what_it_does_not_place_is_refused(hand_made_plan
 
 def test_a_policy_names_what_the_placements_have():
     """An op that a model lacks at another size of the batch is kept there."""
-    policy = MemoryPolicy(recompute={"block": ("mm", "mm_1", "mul.0>kept"), "head": "all", "gone": ("mm",)})
-    found = policy.among({"block": {"mm": [], "mul.0>kept": []}, "head": {}})
+    policy = MemoryPolicy(
+        recompute={"block": ("mm", "mm_1", "mul.0>kept"), "head": "all", "gone": ("mm",)},
+        instances={1: ("mm_1", "mm"), 2: "all"},
+    )
+    found = policy.among({"block": {"mm": [], "mul.0>kept": []}, "head": {}}, ["block", "block", "block", "head"])
     assert found.recompute == {"block": ("mm", "mul.0>kept"), "head": "all", "gone": ()}
+    assert found.instances == {1: ("mm",), 2: "all"}
+
+
+def test_a_policy_of_an_instance_that_is_not_there_is_refused(hand_made_plan):
+    document = json.loads(hand_made_plan.to_json())
+    document["memory_policy"]["instances"] = {"99": "all"}
+    assert "instances.99" in problem_of(document)

@@ -152,7 +152,10 @@ def test_a_tied_weight_is_held_once_by_a_stage_that_reads_it_twice():
 def test_recomputation_trades_saved_bytes_for_workspace_and_time():
     case = Case(Sizes(layers=6), "4xCPU", 4)
     setting, solution = setting_of(case), case.sharder.solve(MeshShape.of(), 2)
-    kept, again = setting.chain(solution, NOTHING), setting.chain(solution, whole_segments(solution, ["block"]))
+    kept, again = (
+        setting.chain(solution, NOTHING),
+        setting.chain(solution, whole_segments(setting.shape, solution, ["block"])),
+    )
     assert again.activation_bytes.sum() < 0.5 * kept.activation_bytes.sum()
     assert again.backward_s.sum() == pytest.approx(kept.backward_s.sum() + kept.forward_s[1:-1].sum())
     assert (again.backward_workspace_bytes[1:-1] > kept.backward_workspace_bytes[1:-1]).all()

@@ -34,7 +34,7 @@ def brute_force(case: Case):
     for candidate in enumerate_candidates(Forced(), case.cluster.num_devices, case.workload.global_batch, n, 8):
         solution = case.sharder.solve(candidate.mesh, candidate.local_batch)
         for recompute in ((), ("block",), ("block", "head"), ("block", "head", "embed")):
-            chain = setting.chain(solution, whole_segments(solution, recompute))
+            chain = setting.chain(solution, whole_segments(setting.shape, solution, recompute))
             for inner in itertools.combinations(range(1, n), candidate.num_stages - 1):
                 bounds = (0, *inner, n)
                 peaks = [
@@ -319,9 +319,10 @@ def test_all_force_keys_parse():
         "offload": "auto",
         "optimizer_state": "host",
         "prefer": "memory",
+        "attention": "gather",
     }
     forced = parse_forced(values)
-    assert forced.cuts == (3, 5) and forced.schedule == "gpipe" and forced.axes == {"pp": 1, "dp": 1, "tp": 1}
+    assert forced.cuts == (3, 5) and forced.schedule == "gpipe" and forced.axes == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
 
 
 def test_orders_that_split_the_backward_compete():

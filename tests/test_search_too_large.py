@@ -36,7 +36,7 @@ def test_no_cuts_fit_where_that_is_said_and_it_is_said_of_little_memory(schedule
     for zero, share in itertools.product(range(4), (0.5, 0.8, 0.95, 1.0)):
         candidate = Candidate(MeshShape.of({"pp": pp, "dp": 2}), 2, count, schedule, chunks, zero)
         setting = Setting(case.graph, case.cluster, case.cost_model, case.workload)
-        chain = setting.chain(solution, whole_segments(solution, recompute))
+        chain = setting.chain(solution, whole_segments(setting.shape, solution, recompute))
         least = least_peak(setting, candidate, chain)
         setting.memory_limit_bytes = int(np.ceil(share * least))
         found = is_too_large(setting, candidate, chain)

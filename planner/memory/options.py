@@ -1,9 +1,8 @@
 """What trades time for memory inside a candidate: placements off the sharding frontier, and recomputation.
 
-An option is a point of the sharding frontier together with a point of the recompute frontier of each distinct segment:
-which of its results the backward makes again. Steps along these are taken in the order of bytes freed per second spent,
-which is the hull of all choices together; of all options those stay that no other beats in
-seconds, bytes kept for the backward and bytes of training state, fastest first.
+Each point of the sharding frontier has a ladder of what the backward makes again. Its rungs are points of the recompute
+frontier of each distinct segment: steps along these are taken in the order of bytes freed per second spent, which is
+the hull of all choices together. Each stage then stands on the lowest rung on which it fits (stage_recompute.py).
 
 Besides, an order of its own may be offered to let go of single activations: of one stage and one microbatch.
 """
@@ -14,14 +13,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
 
 from ...costmodel.segment import SegmentCost
 from ...costmodel.stage_times import StageTimes
 from ..interfaces import ShardingSolution
-from ..stages.chain import NOTHING, Chain, Recompute, Shape, chosen_points, whole_segments
+from ..stages.chain import KEPT, NOTHING, Chain, Recompute, Shape, everywhere, points_of, whole_segments
 
-LEAST_STEP = 0.04  # of all bytes that recomputation can free: options nearer to each other are one
+MAX_RUNGS = 12  # of a ladder whose every step is a rung
+LEAST_STEP = 0.04  # of all bytes that recomputation can free: rungs of longer ladders are no nearer to each other
 
 
 @dataclass(frozen=True)
@@ -56,34 +59,66 @@ def offering(
     return found
 
 
-@dataclass(frozen=True)
-class MemoryOption:
-    """recompute_all: every segment's whole forward that may be of use runs again."""
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity
+class Ladder:
+    """Of the same placements ever more recomputation: each rung takes longer and keeps less than the one before.
 
+    A stage stands on a rung, or between two: where the upper one recomputes more of one segment alone, some of the
+    stage's positions may do so and the others not. ends_in_all: no more than the last rung recomputes would be of use.
+    """
+
+    shape: Shape
     solution: ShardingSolution
-    recompute: Recompute
-    recompute_all: bool = False
+    rungs: tuple[Recompute, ...]
+    ends_in_all: bool
+
+    @cached_property
+    def risers(self) -> tuple[np.ndarray, ...]:
+        """[position] -> does it recompute more on the rung than on the one before? Of the first rung: nowhere."""
+        levels = [np.array(rung or (KEPT,) * len(self.shape.segments)) for rung in self.rungs]
+        return tuple(levels[k] != levels[max(k - 1, 0)] for k in range(len(levels)))
+
+    def is_divided(self, rung: int) -> bool:
+        """May only some positions of a stage rise to it?"""
+        names = {name for name, rises in zip(self.shape.segments, self.risers[rung], strict=True) if rises}
+        return len(names) == 1
+
+    def is_all(self, recompute: Recompute) -> bool:
+        return self.ends_in_all and recompute == self.rungs[-1]
 
 
-def memory_options(shape: Shape, solutions: Sequence[ShardingSolution], forced: str) -> list[MemoryOption]:
-    """forced: 'all', 'none', 'selective' or 'auto' recomputation. Never empty."""
-    counts = Counter(shape.segments)
-    listed = [option for solution in solutions for option in _of_solution(counts, solution, forced)]
-    if len(solutions) == 1:
-        return listed
-    weighed = sorted((*_weigh(counts, option), option.solution.state_bytes, at) for at, option in enumerate(listed))
-    found: list[tuple[float, float, int]] = []
-    for _, kept, state, at in weighed:
-        if not any(less <= kept and least <= state for less, least, _ in found):
-            found.append((kept, state, at))
-    return [listed[at] for _, _, at in found]
+def ladders(shape: Shape, solutions: Sequence[ShardingSolution], forced: str) -> list[Ladder]:
+    """forced: 'all', 'none', 'selective' or 'auto' recomputation. Of all rungs those that no other beats in seconds,
+    bytes kept for the backward and bytes of training state; those with the fastest first. Never empty."""
+    found = [_of_solution(shape, solution, forced) for solution in solutions]
+    if len(found) == 1:
+        return found
+    weighed = sorted(
+        (*_weigh(shape, ladder.solution, rung), ladder.solution.state_bytes, at, height)
+        for at, ladder in enumerate(found)
+        for height, rung in enumerate(ladder.rungs)
+    )
+    left: list[tuple[float, float, int, int]] = []
+    for _, kept, state, at, height in weighed:
+        if not any(less <= kept and least <= state for less, least, _, _ in left):
+            left.append((kept, state, at, height))
+    heights: dict[int, list[int]] = {}
+    for _, _, at, height in left:
+        heights.setdefault(at, []).append(height)
+    return [_of_rungs(found[at], sorted(rungs)) for at, rungs in heights.items()]
 
 
-def _of_solution(counts: Counter[str], solution: ShardingSolution, forced: str) -> list[MemoryOption]:
+def _of_rungs(ladder: Ladder, heights: Sequence[int]) -> Ladder:
+    whole = ladder.ends_in_all and heights[-1] == len(ladder.rungs) - 1
+    return Ladder(ladder.shape, ladder.solution, tuple(ladder.rungs[k] for k in heights), whole)
+
+
+def _of_solution(shape: Shape, solution: ShardingSolution, forced: str) -> Ladder:
     if forced == "all":
-        return [MemoryOption(solution, whole_segments(solution, counts), True)]
+        return Ladder(shape, solution, (whole_segments(shape, solution),), True)
     if forced == "none":
-        return [MemoryOption(solution, NOTHING)]
+        return Ladder(shape, solution, (NOTHING,), False)
+    counts = Counter(shape.segments)
     steps = sorted(
         (step for name in counts for step in _steps(name, solution.costs[name])),
         key=lambda step: step.freed_per_s,
@@ -92,22 +127,22 @@ def _of_solution(counts: Counter[str], solution: ShardingSolution, forced: str) 
     all_bytes = sum(counts[step.segment] * step.freed_bytes for step in steps)
     if forced == "selective":
         *_, half = _prefixes(counts, steps, 0.0, 0.5 * all_bytes)
-        return [MemoryOption(solution, half)]
-    last = {step.segment: step.level for step in steps}  # the most that frees anything
-    found = [MemoryOption(solution, NOTHING)]
-    for taken in _prefixes(counts, steps, LEAST_STEP * all_bytes, all_bytes):
-        found.append(MemoryOption(solution, taken, taken >= last.items()))
-    return found
+        return Ladder(shape, solution, (everywhere(shape, half),), False)
+    least = LEAST_STEP * all_bytes if len(steps) > MAX_RUNGS else 0.0
+    rungs = [everywhere(shape, taken) for taken in _prefixes(counts, steps, least, all_bytes)]
+    rungs = [rung for rung in rungs if rung != NOTHING]
+    return Ladder(shape, solution, (NOTHING, *rungs), bool(rungs))
 
 
-def _prefixes(counts: Counter[str], steps: Sequence[_Step], least: float, most: float) -> Iterator[Recompute]:
-    """What is recomputed after so many of the steps, where at least so many bytes were freed since the last time,
-    until most are freed; and at the end."""
-    taken, freed, freed_before = NOTHING, 0, 0
+def _prefixes(counts: Counter[str], steps: Sequence[_Step], least: float, most: float) -> Iterator[dict[str, int]]:
+    """Levels of each distinct segment after so many of the steps, where at least so many bytes were freed since the
+    last time, until most are freed; and at the end."""
+    taken: dict[str, int] = {}
+    freed = freed_before = 0
     for step in steps:
         if freed >= most:
             break
-        taken |= {(step.segment, step.level)}
+        taken = taken | {step.segment: step.level}
         freed += counts[step.segment] * step.freed_bytes
         if freed - freed_before >= least and step is not steps[-1] and freed < most:
             yield taken
@@ -135,13 +170,15 @@ def _steps(name: str, cost: SegmentCost) -> Iterator[_Step]:
             seconds, num_bytes, most = point.seconds, point.saved_bytes, freed_per_s
 
 
-def _weigh(counts: Counter[str], option: MemoryOption) -> tuple[float, float]:
+def again_seconds(shape: Shape, solution: ShardingSolution, recompute: Recompute) -> float:
+    """Of one microbatch through all instances, what is made again."""
+    return sum(point.seconds for point in points_of(shape, solution, recompute) if point is not None)
+
+
+def _weigh(shape: Shape, solution: ShardingSolution, recompute: Recompute) -> tuple[float, float]:
     """(seconds, bytes kept) of one microbatch through all instances."""
-    points = chosen_points(option.solution, option.recompute)
-    seconds = kept = 0.0
-    for name, count in counts.items():
-        cost, point = option.solution.costs[name], points.get(name)
-        once = cost.forward_s + cost.forward_comm_s + cost.backward_s + cost.backward_comm_s
-        seconds += count * (once + (point.seconds if point else 0.0))
-        kept += count * (point.saved_bytes if point else cost.saved_bytes)
-    return seconds, kept
+    costs = [solution.costs[name] for name in shape.segments]
+    once = sum(c.forward_s + c.forward_comm_s + c.backward_s + c.backward_comm_s for c in costs)
+    points = points_of(shape, solution, recompute)
+    kept = sum(c.saved_bytes if p is None else p.saved_bytes for c, p in zip(costs, points, strict=True))
+    return once + again_seconds(shape, solution, recompute), kept

@@ -18,6 +18,7 @@ from ..stages.chain import Chain
 from ..stages.cuts import windows
 from ..stages.setting import Setting
 
+ALL = slice(None)
 PROFILES = 8192  # orders whose small tables are kept: a search asks for each of its candidates' several times
 
 
@@ -108,22 +109,27 @@ class IntervalBytes:
     """[i, j] -> bytes of a stage over positions i..j-1, on a rank that holds no other.
 
     lasting: held all through, boundary buffers included. activation: of one microbatch; prologue values, of which a
-    stage may need any, in full. pipeline: held beside activations; pipeline_each: by one stage of the rank at a time.
-    step: held in the optimizer step in their place. slack, reserve: what is added to a rank's sum.
+    stage may need any, in full. pipeline: held beside activations; pipeline_each, workspace: by one stage of the rank
+    at a time. step: held in the optimizer step in their place. slack, reserve: what is added to a rank's sum.
     """
 
     lasting: np.ndarray
     activation: np.ndarray
     pipeline: np.ndarray
     pipeline_each: np.ndarray
+    workspace: np.ndarray
     step: np.ndarray
     slack: float
     reserve: int
 
-    def with_in_flight(self, in_flight: int) -> np.ndarray:
-        """[i, j] -> bytes of a rank with this stage alone."""
-        pipeline = in_flight * self.activation + self.pipeline + self.pipeline_each
-        return (self.lasting + np.maximum(pipeline, self.step)) * self.slack + self.reserve
+    def with_in_flight(
+        self, in_flight: int, window: tuple[slice, slice] = (ALL, ALL), *, pipeline_only: bool = False
+    ) -> np.ndarray:
+        """[i, j] of the window -> bytes of a rank with this stage alone. pipeline_only: not in the optimizer step."""
+        pipeline = in_flight * self.activation[window] + self.pipeline[window]
+        pipeline = pipeline + self.pipeline_each[window] + self.workspace[window]
+        held = pipeline if pipeline_only else np.maximum(pipeline, self.step[window])
+        return (self.lasting[window] + held) * self.slack + self.reserve
 
     def windows(self, in_flight: np.ndarray) -> np.ndarray:
         """[stage, i, j] -> the same for the windows of stages (stages/cuts.py), each with its own in_flight."""
@@ -131,19 +137,33 @@ class IntervalBytes:
         def of(table: np.ndarray) -> np.ndarray:
             return windows(table, len(in_flight))
 
-        pipeline = in_flight[:, None, None] * of(self.activation) + of(self.pipeline) + of(self.pipeline_each)
+        pipeline = in_flight[:, None, None] * of(self.activation) + of(self.pipeline)
+        pipeline = pipeline + of(self.pipeline_each) + of(self.workspace)
         return (of(self.lasting) + np.maximum(pipeline, of(self.step))) * self.slack + self.reserve
 
     def peaks(self, bounds: Sequence[int], profiles: np.ndarray, stages: np.ndarray) -> np.ndarray:
         """Bytes of each pipeline rank. profiles: [rank, row, chunk] of in_flight_profiles. stages: [chunk, rank]."""
         edges = np.asarray(bounds)
-        at = (edges[stages], edges[stages + 1])
+        at = edges[stages], edges[stages + 1]
+        return self.peaks_of(bounds, profiles, stages, self.activation[at], self.workspace[at])
+
+    def peaks_of(
+        self,
+        bounds: Sequence[int],
+        profiles: np.ndarray,
+        stages: np.ndarray,
+        activation: np.ndarray,
+        workspace: np.ndarray,
+    ) -> np.ndarray:
+        """The same of stages with other bytes of a microbatch and workspace: [chunk, rank]."""
+        edges = np.asarray(bounds)
+        at = edges[stages], edges[stages + 1]
 
         def of(table: np.ndarray) -> np.ndarray:
             return table[at]
 
-        activations = np.einsum("rkc,cr->rk", profiles, of(self.activation)).max(axis=1)
-        pipeline = activations + of(self.pipeline).sum(axis=0) + of(self.pipeline_each).max(axis=0)
+        activations = np.einsum("rkc,cr->rk", profiles, activation).max(axis=1)
+        pipeline = activations + of(self.pipeline).sum(axis=0) + (of(self.pipeline_each) + workspace).max(axis=0)
         held = of(self.lasting).sum(axis=0) + np.maximum(pipeline, of(self.step).sum(axis=0))
         return held * self.slack + self.reserve
 
@@ -182,7 +202,8 @@ def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Int
         lasting=lasting,
         activation=chain.activation_of,
         pipeline=held.gradients,
-        pipeline_each=held.gathered_each + held.fresh_each + chain.workspace_of,
+        pipeline_each=held.gathered_each + held.fresh_each,
+        workspace=chain.workspace_of,
         step=held.step_gradients + held.step_temporaries,
         slack=memory.slack_factor(kind),
         reserve=memory.reserve_bytes(kind, num_groups(candidate)),
@@ -218,13 +239,22 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: 
     """What the mean rank needs at least, whatever the cuts: lasting state, and activations that all chunks hold at
     once. in_flight: microbatches of those, in place of what the candidate's schedule holds.
     """
-    c = candidate
-    key = (chain, c.mesh, c.zero, c.split, c.on_host, c.count > 1)
-    whole = setting.once(_whole_bytes, key, setting, candidate, chain)
+    c, whole = candidate, _whole(setting, candidate, chain)
     if in_flight is None:
         in_flight = least_in_flight(c.schedule, c.pp, c.count, c.virtual_stages)
     shared = whole.lasting + max(in_flight * whole.activations + whole.gradients, whole.step)
     return float(shared * whole.slack / c.pp + whole.reserve)
+
+
+def mean_share(setting: Setting, candidate: Candidate, chains: tuple[Chain, Chain], in_flight: int | None) -> float:
+    """How much of what the second chain recomputes more the mean rank must recompute, where it fits under that alone:
+    as mean_bytes counts."""
+    if in_flight is None:
+        in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
+    lower, upper = (_whole(setting, candidate, chain) for chain in chains)
+    room = (setting.most(candidate) - lower.reserve) * candidate.pp / lower.slack - lower.lasting - lower.gradients
+    over = in_flight * lower.activations - room
+    return float(np.clip(over / max(in_flight * (lower.activations - upper.activations), 1e-30), 0.0, 1.0))
 
 
 class _WholeBytes(NamedTuple):
@@ -237,6 +267,12 @@ class _WholeBytes(NamedTuple):
     step: float
     slack: float
     reserve: int
+
+
+def _whole(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
+    c = candidate
+    key = (chain, c.mesh, c.zero, c.split, c.on_host, c.count > 1)
+    return setting.once(_whole_bytes, key, setting, candidate, chain)
 
 
 def _whole_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:

@@ -85,7 +85,7 @@ def binding(plan: Plan) -> str:
     if limit and peak > TIGHT * limit:
         kind = max(plan.predicted.memory, key=lambda k: plan.predicted.memory[k], default="memory")
         found.append(f"memory: {format_bytes(peak)} of {format_bytes(limit)}, most of it {kind}")
-    recomputed = plan.memory_policy.recomputed
+    recomputed = plan.memory_policy.recomputed(plan.segments)
     if whole := [name for name, text in recomputed.items() if text == "all"]:
         found.append(f"memory: {len(whole)} kinds of segment are computed twice to save it")
     if parts_of := [f"{text} of {name}" for name, text in recomputed.items() if text != "all"]:
@@ -112,6 +112,7 @@ def _choices(before: Plan, after: Plan) -> Iterator[Change]:
 
 def _described(plan: Plan) -> dict[str, str]:
     sizes = plan.mesh.shape
+    recomputed = plan.memory_policy.recomputed(plan.segments)
     let_go = zip(num_let_go(plan), ("recomputed", "offloaded"), strict=True)
     return {
         "model": str(plan.workload.get("model", "")),
@@ -125,7 +126,7 @@ def _described(plan: Plan) -> dict[str, str]:
         "stage cuts": " ".join(str(len(stage.segments)) for stage in plan.stages),
         "ZeRO": str(plan.zero),
         "ZeRO extents": " ".join(f"{kind}={size}" for kind, size in plan.zero_extents.items()),
-        "recompute": " ".join(f"{name}={text}" for name, text in plan.memory_policy.recomputed.items()),
+        "recompute": "; ".join(f"{name}={text}" for name, text in recomputed.items()),
         "optimizer state": plan.memory_policy.optimizer_state,
         "let go one by one": ", ".join(f"{count} {what}" for count, what in let_go if count),
         "fused kernels": " ".join(plan.fusions),

@@ -18,10 +18,10 @@ from dataclasses import replace
 import numpy as np
 
 from ...plans.axes import searched_axes, stage_axes, tensor_axes
-from ..memory.options import MemoryOption
+from ..memory.options import Ladder
 from ..space.candidates import MAX_PP, Candidate
-from ..stages.chain import Chain
-from .scoring import mean_fits
+from ..stages.chain import Between, Chain
+from .scoring import least_of_each, mean_fits
 from .state import MemoryPool, SearchState
 from .step_time import lower_bound, path_seconds
 
@@ -34,31 +34,33 @@ def base_of(candidate: Candidate) -> Candidate:
     return replace(candidate, schedule="1f1b", virtual_stages=1)
 
 
-def any_order_bound(state: SearchState, candidate: Candidate, options: Sequence[MemoryOption]) -> float:
+def any_order_bound(state: SearchState, candidate: Candidate, ladders: Sequence[Ladder]) -> float:
     """Seconds that no plan on the candidate's mesh and microbatch beats, under any order; infinite where none fits."""
-    base, seen, bound_s = base_of(candidate), set[int](), math.inf
-    for option in options:
-        if id(option.solution) not in seen and mean_fits(state, base, option, in_flight=1):
-            seen.add(id(option.solution))
-            chain = _split_all(state, base, state.setting.chain(option.solution, option.recompute))
-            seconds = lower_bound(state.setting, base, chain, any_order=True)
-            bound_s = min(bound_s, seconds * option.solution.proven_share)
+    base, bound_s = base_of(candidate), math.inf
+    for ladder, least in least_of_each(state, base, ladders, in_flight=1):
+        seconds = lower_bound(state.setting, base, _split_all(state, base, least), any_order=True)
+        bound_s = min(bound_s, seconds * ladder.solution.proven_share)
     return bound_s
 
 
-def own_order_bound(state: SearchState, candidate: Candidate, firsts: Sequence[MemoryOption]) -> float:
-    """The same under the candidate's own schedule, before its cuts are known. firsts: scoring.first_options of it."""
+def own_order_bound(state: SearchState, candidate: Candidate, least: Sequence[tuple[Ladder, Chain | Between]]) -> float:
+    """The same under the candidate's own schedule, before its cuts are known. least: scoring.least_of_each of it."""
     found = [math.inf]
-    for option in firsts:
-        chain = _split_all(state, candidate, state.setting.chain(option.solution, option.recompute))
-        found.append(lower_bound(state.setting, candidate, chain) * option.solution.proven_share)
+    for ladder, chain in least:
+        seconds = lower_bound(state.setting, candidate, _split_all(state, candidate, chain))
+        found.append(seconds * ladder.solution.proven_share)
     return min(found)
 
 
-def _split_all(state: SearchState, candidate: Candidate, chain: Chain) -> Chain:
+def _split_all(state: SearchState, candidate: Candidate, chain: Chain | Between) -> Chain | Between:
     """The chain, with the parameters that a tensor axis which splits all of them leaves."""
     ranks = candidate.tensor_ranks
-    return chain if ranks == 1 else state.setting.once(_split_over, chain, state, ranks, chain)
+    if isinstance(chain, Between) and ranks > 1:
+        lower, upper = (state.setting.once(_split_over, one, state, ranks, one) for one in (chain.lower, chain.upper))
+        return Between(lower, upper, chain.share)
+    if ranks == 1 or isinstance(chain, Between):
+        return chain
+    return state.setting.once(_split_over, chain, state, ranks, chain)
 
 
 def _split_over(state: SearchState, ranks: int, chain: Chain) -> Chain:
@@ -89,7 +91,7 @@ def ideal_seconds(state: SearchState, candidate: Candidate, schedule: str) -> fl
 
 
 def learn_any_order(state: SearchState, base: Candidate, pool: MemoryPool) -> None:
-    bound_s = any_order_bound(state, base, pool.options)
+    bound_s = any_order_bound(state, base, pool.ladders)
     state.any_order_s[base] = max(ideal_seconds(state, base, ""), bound_s)
 
 
@@ -108,7 +110,7 @@ def certified_bound(state: SearchState, step_s: float, *, tighten: bool) -> floa
             state.any_order_s[lowest] = math.inf
         else:
             pool = state.pool(lowest, solution)
-            if not mean_fits(state, lowest, pool.options[0], in_flight=1):
+            if not mean_fits(state, lowest, pool.ladders[0], in_flight=1):
                 state.widen(pool)
             learn_any_order(state, lowest, pool)
         bounds[lowest] = state.any_order_s[lowest]

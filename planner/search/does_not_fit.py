@@ -150,7 +150,7 @@ def _first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | No
     )
     for candidate in lean[:MAX_TRIES]:
         solution = known[candidate.mesh.inner_part, candidate.local_batch]
-        recompute = NOTHING if forced.recompute == "none" else leanest_segments(solution, setting.shape.segments)
+        recompute = NOTHING if forced.recompute == "none" else leanest_segments(setting.shape, solution)
         chain = setting.chain(solution, recompute)
         cuts = find_cuts(setting, candidate, chain)
         if cuts is not None and fits(setting, candidate, chain, cuts.bounds):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 from ...profiler.buffer_updates import update_scales
 from ...schedules.published.library import SCHEDULES, SEARCHED
-from ..memory.limits import fits
 from ..memory.rank_bytes import quick_peaks
 from ..space.candidates import Candidate
 from ..stages.chain import NOTHING
@@ -22,6 +21,7 @@ from ..stages.cuts import improve_cuts
 from .certificate import base_of
 from .outcome import Outcome, is_preferable
 from .scoring import score_alone
+from .stage_recompute import recomputation
 from .state import SearchState
 from .step_time import lower_bound, step_seconds
 
@@ -84,25 +84,33 @@ def _meshes(state: SearchState, best: Candidate) -> Iterator[tuple[Candidate, fl
 
 
 def polished(state: SearchState, outcome: Outcome) -> Outcome:
-    """Single cuts moved while the simulated step falls, for a short while."""
-    setting, candidate = state.setting, outcome.candidate
-    if state.forced.cuts is not None or candidate.num_stages == 1 or outcome.solution is None:
+    """Single cuts moved while the simulated step falls, for a short while; each stage recomputes what it then must."""
+    setting, candidate, solution = state.setting, outcome.candidate, outcome.solution
+    if state.forced.cuts is not None or candidate.num_stages == 1 or solution is None:
         return outcome
-    chain = setting.chain(outcome.solution, outcome.recompute)
+    (ladder,) = state.ladders([solution])
     stop_at = min(time.monotonic() + POLISH_SECONDS, state.deadline)
+    known = {outcome.bounds: outcome}
 
     def seconds(bounds: tuple[int, ...]) -> float:
-        if bounds != outcome.bounds and (time.monotonic() > stop_at or not fits(setting, candidate, chain, bounds)):
-            return float("inf")
-        return step_seconds(setting, candidate, chain, bounds)
+        if bounds not in known:
+            recompute = None
+            if time.monotonic() < stop_at:
+                recompute = recomputation(setting, candidate, ladder, bounds)
+            if recompute is None:
+                return float("inf")
+            chain = setting.chain(solution, recompute)
+            known[bounds] = replace(
+                outcome,
+                bounds=bounds,
+                recompute=recompute,
+                recompute_all=ladder.is_all(recompute),
+                step_s=step_seconds(setting, candidate, chain, bounds),
+                peak_bytes=int(quick_peaks(setting, candidate, chain, bounds).max()),
+            )
+        return known[bounds].step_s or 0.0
 
-    bounds = improve_cuts(outcome.bounds, seconds)
-    if bounds == outcome.bounds:
-        return outcome
-    peak_bytes = int(quick_peaks(setting, candidate, chain, bounds).max())
-    return replace(
-        outcome, bounds=bounds, step_s=step_seconds(setting, candidate, chain, bounds), peak_bytes=peak_bytes
-    )
+    return known[improve_cuts(outcome.bounds, seconds)]
 
 
 def free_bound(state: SearchState, candidate: Candidate) -> float:

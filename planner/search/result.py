@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,7 @@ from ..interfaces import ShardingSolution
 from ..memory.limits import worst_host_need
 from ..memory.rank_bytes import placements_of
 from ..space.candidates import Candidate
-from ..stages.chain import Chain, chosen_points
+from ..stages.chain import Chain, points_of
 from ..stages.setting import Setting
 from .certificate import certified_bound, not_searched
 from .chosen import Chosen
@@ -38,6 +39,7 @@ class SearchResult:
     stages: list[plan_document.Stage]
     zero: int
     zero_extents: dict[str, int]
+    segments: list[str]  # of each instance
     memory_policy: plan_document.MemoryPolicy
     predicted: plan_document.Predicted
     certificate: plan_document.Certificate
@@ -51,11 +53,24 @@ class SearchResult:
 
 
 def _memory_policy(setting: Setting, chosen: Chosen) -> plan_document.MemoryPolicy:
-    points = chosen_points(chosen.solution, chosen.outcome.recompute)
-    policy: dict[str, Literal["none", "all"] | tuple[str, ...]] = dict.fromkeys(setting.graph.segments, "none")
-    policy |= {name: "all" if point.is_whole else point.recomputed for name, point in points.items()}
+    """What most instances of a segment do is said once, of their segment."""
+    shape = setting.shape
+    points = points_of(shape, chosen.solution, chosen.outcome.recompute)
+    choices: list[plan_document.RecomputeChoice] = [
+        "none" if point is None else "all" if point.is_whole else point.recomputed for point in points
+    ]
+    counted: dict[str, Counter[plan_document.RecomputeChoice]] = {}
+    for name, choice in zip(shape.segments, choices, strict=True):
+        counted.setdefault(name, Counter())[choice] += 1
+    policy: dict[str, plan_document.RecomputeChoice] = dict.fromkeys(setting.graph.segments, "none")
+    policy |= {name: most.most_common(1)[0][0] for name, most in counted.items()}
+    apart = {
+        index: choice
+        for index, name, choice in zip(shape.instances, shape.segments, choices, strict=True)
+        if choice != policy[name]
+    }
     place: Literal["device", "host"] = "host" if chosen.candidate.on_host else "device"
-    return plan_document.MemoryPolicy(recompute=policy, optimizer_state=place)
+    return plan_document.MemoryPolicy(recompute=policy, instances=apart, optimizer_state=place)
 
 
 def build_result(state: SearchState, chosen: Chosen, started: float, interrupted: str) -> SearchResult:
@@ -78,6 +93,7 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
         stages=_stages(setting, candidate, chain, bounds),
         zero=candidate.zero,
         zero_extents=candidate.extents._asdict() if candidate.split is not None else {},
+        segments=[instance.segment for instance in setting.graph.instances],
         memory_policy=_memory_policy(setting, chosen),
         predicted=plan_document.Predicted(
             step_s=step_s,

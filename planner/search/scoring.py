@@ -1,9 +1,8 @@
-"""One candidate under each of its memory options: the least simulated step that fits, and what is proven of all.
+"""One candidate under each of its placements: the least simulated step that fits, and what is proven of all.
 
-Options (memory/options.py) are looked at fastest first. One that fits only with uneven cuts may take longer than a
-slower one with even cuts, so each is priced by its own simulated step until the bound of those left is above the best.
-An option whose best cuts fit as they would without any limit ends those of the same placements: more recomputation
-only takes longer.
+Placements (memory/options.py) are looked at fastest first, each with as little recomputation as lets it fit
+(stage_recompute.py), until the bound of those left is above the best. Cuts that fit without recomputation though they
+are uneven may be faster than even ones with some, so of a rank with several stages both are priced.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from dataclasses import dataclass, replace
 
 from ...errors import ExitCode, ShardwrightError
 from ..memory.limits import fits, worst_host_need
-from ..memory.options import MemoryOption
-from ..memory.rank_bytes import mean_bytes, quick_peaks, state_share
-from ..memory.too_large import is_too_large
+from ..memory.options import Ladder
+from ..memory.rank_bytes import mean_bytes, placements_of, quick_peaks, state_share
 from ..space.candidates import Candidate
-from ..stages.chain import Chain
+from ..stages.chain import Between, Chain, Recompute
 from .outcome import Outcome
+from .stage_recompute import LadderCuts, least_recomputation, nothing_fits, recomputation, rung_chains
 from .state import MemoryPool, SearchState
 from .step_time import estimate, find_cuts, level_ranks, lower_bound, order_bound, step_seconds
 
@@ -31,16 +30,17 @@ class _Fit:
     """Cuts that fit. bottleneck_s: no cuts that fit go below, 0 where that is not known. free: memory binds nothing."""
 
     bounds: tuple[int, ...]
-    bottleneck_s: float
-    free: bool
+    recompute: Recompute
+    bottleneck_s: float = 0.0
+    free: bool = False
 
 
-def score(state: SearchState, candidate: Candidate, options: Sequence[MemoryOption]) -> Outcome:
-    """Fastest option, its cuts, its simulated step. Looks no further where that cannot win.
+def score(state: SearchState, candidate: Candidate, ladders: Sequence[Ladder]) -> Outcome:
+    """Fastest placements, recomputation and cuts, with their simulated step. Looks no further where that cannot win.
 
     bound_s of the outcome: infinite where it is proven that nothing fits.
     """
-    return _Scoring(state, candidate, options).run()
+    return _Scoring(state, candidate, ladders).run()
 
 
 def score_alone(state: SearchState, candidate: Candidate) -> Outcome:
@@ -58,13 +58,13 @@ def score_in_pool(state: SearchState, candidate: Candidate, pool: MemoryPool) ->
 
 
 def _score_pool(state: SearchState, candidate: Candidate, pool: MemoryPool) -> Outcome:
-    outcome = score(state, candidate, pool.options)
+    outcome = score(state, candidate, pool.ladders)
     if not outcome.tight or pool.widened:
         return outcome
-    fastest = state.setting.chain(pool.options[0].solution, pool.options[0].recompute)
+    fastest = next(rung_chains(state.setting, pool.ladders[0]))
     worth_s = LEAST_GAIN * lower_bound(state.setting, candidate, fastest)
     if (outcome.step_s is None or outcome.step_s > worth_s) and state.may_win(worth_s) and state.widen(pool):
-        return score(state, candidate, pool.options)
+        return score(state, candidate, pool.ladders)
     return outcome
 
 
@@ -73,43 +73,41 @@ def _score_leanest(state: SearchState, candidate: Candidate, pool: MemoryPool) -
     if candidate.mesh.inner_part.num_devices > 1 and pool.widened:
         own, share = pool.solved_for, state_share(state.setting, candidate)
         found = state.sharder.leanest(own.mesh.of_stage, own.local_batch, state_share=share)
-        solutions = {id(option.solution): option.solution for option in pool.options}
-        if found is not None and id(found) not in solutions:
-            options = state.options([*solutions.values(), found])
-            if any(option.solution is found for option in options):
-                pool.options = options
-                return score(state, candidate, options)
+        solutions = [ladder.solution for ladder in pool.ladders]
+        if found is not None and not any(solution is found for solution in solutions):
+            ladders = state.ladders([*solutions, found])
+            if any(ladder.solution is found for ladder in ladders):
+                pool.ladders = ladders
+                return score(state, candidate, ladders)
     return state.outcomes[candidate]
 
 
-def mean_fits(state: SearchState, candidate: Candidate, option: MemoryOption, in_flight: int | None = None) -> bool:
-    """May the mean rank fit? If not, no cuts do. in_flight: in place of what the candidate's schedule holds at once."""
-    chain = state.setting.chain(option.solution, option.recompute)
+def mean_fits(state: SearchState, candidate: Candidate, ladder: Ladder, in_flight: int | None = None) -> bool:
+    """May the mean rank fit without recomputation? in_flight: in place of what the candidate's schedule holds at
+    once."""
+    chain = next(rung_chains(state.setting, ladder))
     return mean_bytes(state.setting, candidate, chain, in_flight) <= state.setting.most(candidate)
 
 
-def first_options(state: SearchState, candidate: Candidate, options: Sequence[MemoryOption]) -> list[MemoryOption]:
-    """Of each placements the fastest option under which the mean rank may fit."""
-    found: dict[int, MemoryOption] = {}
-    for option in options:
-        if id(option.solution) not in found and mean_fits(state, candidate, option):
-            found[id(option.solution)] = option
-    return list(found.values())
+def least_of_each(
+    state: SearchState, candidate: Candidate, ladders: Sequence[Ladder], in_flight: int | None = None
+) -> list[tuple[Ladder, Chain | Between]]:
+    """Of each placements under which the mean rank may fit, with the least recomputation that this asks for."""
+    found = [(ladder, least_recomputation(state.setting, candidate, ladder, in_flight)) for ladder in ladders]
+    return [(ladder, least) for ladder, least in found if least is not None]
 
 
 class _Scoring:
-    def __init__(self, state: SearchState, candidate: Candidate, options: Sequence[MemoryOption]) -> None:
-        self.state, self.setting, self.candidate, self.options = state, state.setting, candidate, options
+    def __init__(self, state: SearchState, candidate: Candidate, ladders: Sequence[Ladder]) -> None:
+        self.state, self.setting, self.candidate, self.ladders = state, state.setting, candidate, ladders
         self.outcome = state.outcomes[candidate]
         self.best: Outcome | None = None
         self.search_bound_s = self.bound_s = math.inf
         self.fits = self.too_slow = self.tight = False
 
     def run(self) -> Outcome:
-        done: set[int] = set()  # placements whose other options only take longer
-        for option in self.options:
-            if id(option.solution) not in done and self._price(option):
-                done.add(id(option.solution))
+        for ladder in self.ladders:
+            self._price(ladder)
         outcome = self._with_bounds(self.best or self.outcome)
         if self.best is None:
             if not self.fits and not self.too_slow:
@@ -130,39 +128,44 @@ class _Scoring:
             search_bound_s=search_bound_s,
         )
 
-    def _price(self, option: MemoryOption) -> bool:
-        """Are the other options of these placements slower, whatever fits?"""
+    def _price(self, ladder: Ladder) -> None:
         state, setting, candidate = self.state, self.setting, self.candidate
-        if not mean_fits(state, candidate, option):
+        least = least_recomputation(setting, candidate, ladder)
+        if least is None or isinstance(least, Between):
             self.tight = True
-            return False
-        chain = setting.chain(option.solution, option.recompute)
-        least_s = lower_bound(setting, candidate, chain)
+        if least is None:
+            return
+        least_s = lower_bound(setting, candidate, least)
         if self.best is not None and least_s >= (self.best.step_s or 0.0):
-            self._bound(option, least_s)
-            return True
-        if not state.may_win(estimate(setting, candidate, chain)):
+            self._bound(ladder, least_s)
+            return
+        if not state.may_win(estimate(setting, candidate, least)):
             self.too_slow = True
-            self._bound(option, least_s)
-            return True
-        fit = self._cuts(chain)
-        self.tight = self.tight or fit is None or not fit.free
-        if fit is None:
-            if candidate.virtual_stages > 1 and state.forced.cuts is None:
-                self._bound(option, least_s)  # other cuts might fit
-            return False
-        self.fits = True
-        self._bound(option, max(least_s, fit.bottleneck_s))
-        self._simulate(option, chain, fit)
-        return fit.free
+            self._bound(ladder, least_s)
+            return
+        found, is_proven = self._cuts(ladder)
+        self.tight = self.tight or not any(fit.free for fit in found)
+        if found or not is_proven:
+            self._bound(ladder, max(least_s, min((fit.bottleneck_s for fit in found), default=0.0)))
+        self.fits = self.fits or bool(found)
+        for fit in found:
+            self._simulate(ladder, fit)
 
-    def _bound(self, option: MemoryOption, seconds: float) -> None:
+    def _worth_s(self) -> float:
+        """Only a step below may be of use."""
+        best, state = self.best, self.state
+        least = [math.inf if best is None else best.step_s or 0.0]
+        if state.incumbent is not None:
+            least.append((state.incumbent.step_s or 0.0) * state.tolerance)
+        return min(least)
+
+    def _bound(self, ladder: Ladder, seconds: float) -> None:
         self.search_bound_s = min(self.search_bound_s, seconds)
-        self.bound_s = min(self.bound_s, seconds * option.solution.proven_share)
+        self.bound_s = min(self.bound_s, seconds * ladder.solution.proven_share)
 
-    def _simulate(self, option: MemoryOption, chain: Chain, fit: _Fit) -> None:
+    def _simulate(self, ladder: Ladder, fit: _Fit) -> None:
         setting, candidate = self.setting, self.candidate
-        bounds = fit.bounds
+        bounds, chain = fit.bounds, setting.chain(ladder.solution, fit.recompute)
         if self.state.forced.cuts is None:
             bounds = level_ranks(setting, candidate, chain, bounds)
         peak_bytes = int(quick_peaks(setting, candidate, chain, bounds).max())
@@ -181,30 +184,51 @@ class _Scoring:
                 search_bound_s=self.outcome.search_bound_s,
                 step_s=step_s,
                 bounds=bounds,
-                recompute=option.recompute,
-                solution=option.solution,
+                recompute=fit.recompute,
+                solution=ladder.solution,
                 peak_bytes=peak_bytes,
                 fits=True,
-                recompute_all=option.recompute_all,
+                recompute_all=ladder.is_all(fit.recompute),
             )
 
-    def _cuts(self, chain: Chain) -> _Fit | None:
+    def _cuts(self, ladder: Ladder) -> tuple[list[_Fit], bool]:
+        """Cuts that fit, the most promising first; of one stage on a rank the best alone. And, where there are none, is
+        it proven that none fit?"""
         setting, candidate = self.setting, self.candidate
+        first = next(rung_chains(setting, ladder))
         if self.state.forced.cuts is not None or candidate.num_stages == 1:
-            bounds = (0, *self._forced_positions(), chain.num_instances)
-            return _Fit(bounds, 0.0, True) if fits(setting, candidate, chain, bounds) else None
-        if is_too_large(setting, candidate, chain):
-            return None
-        free = find_cuts(setting, candidate, chain, ignore_memory=True)
+            bounds = (0, *self._forced_positions(), first.num_instances)
+            return self._under([bounds], ladder), True
+        if nothing_fits(setting, candidate, ladder):
+            return [], True
+        free = find_cuts(setting, candidate, first, ignore_memory=True)
         if free is None:
-            return None
+            return [], True
         bounded = candidate.schedule in ("gpipe", "1f1b")
-        if fits(setting, candidate, chain, free.bounds):
-            return _Fit(free.bounds, free.bottleneck if bounded else 0.0, True)
-        cuts = find_cuts(setting, candidate, chain)
-        if cuts is None or not fits(setting, candidate, chain, cuts.bounds):
-            return None
-        return _Fit(cuts.bounds, cuts.bottleneck if bounded else 0.0, False)
+        if fits(setting, candidate, first, free.bounds):
+            return [_Fit(free.bounds, ladder.rungs[0], free.bottleneck if bounded else 0.0, free=True)], True
+        if candidate.num_stages == candidate.pp and len(placements_of(candidate)) == 1:
+            search = LadderCuts(setting, candidate, ladder, self._worth_s())
+            cuts = search.find()
+            self.too_slow = self.too_slow or (cuts is None and search.is_narrowed)
+            found = self._under([cuts.bounds] if cuts is not None else [], ladder)
+            found = [replace(fit, bottleneck_s=cuts.bottleneck if bounded else 0.0) for fit in found]
+            return found, cuts is None and not search.is_narrowed
+        cuts = find_cuts(setting, candidate, first)
+        found = self._under([free.bounds, *([cuts.bounds] if cuts is not None else [])], ladder)
+        if not found:
+            cuts = find_cuts(setting, candidate, setting.chain(ladder.solution, ladder.rungs[-1]))
+            found = self._under([cuts.bounds] if cuts is not None else [], ladder)
+        return found, False
+
+    def _under(self, cuts: Sequence[tuple[int, ...]], ladder: Ladder) -> list[_Fit]:
+        """Those that fit, with as little recomputation as they need."""
+        found = []
+        for bounds in dict.fromkeys(cuts):
+            recompute = recomputation(self.setting, self.candidate, ladder, bounds)
+            if recompute is not None:
+                found.append(_Fit(bounds, recompute, free=recompute == ladder.rungs[0]))
+        return found
 
     def _forced_positions(self) -> list[int]:
         body = self.setting.shape.instances
@@ -221,22 +245,23 @@ class _Scoring:
             )
         return [place[cut] for cut in cuts]
 
-    def _mean_bytes(self, option: MemoryOption) -> float:
-        return mean_bytes(self.setting, self.candidate, self.setting.chain(option.solution, option.recompute))
-
     def _described_misfit(self, outcome: Outcome) -> Outcome:
-        """With the missing bytes, the peak of the worst rank, and which that is, under the leanest option and even
+        """With the missing bytes, the peak of the worst rank, and which that is, with most recomputation and even
         cuts."""
-        leanest = min(self.options, key=self._mean_bytes)
-        found = replace(outcome, fits=False, recompute=leanest.recompute, recompute_all=leanest.recompute_all)
-        chain = self.setting.chain(leanest.solution, leanest.recompute)
-        cuts = find_cuts(self.setting, self.candidate, chain, ignore_memory=True)
+        setting, candidate = self.setting, self.candidate
+        leanest, recompute = min(
+            ((ladder, rung) for ladder in self.ladders for rung in ladder.rungs),
+            key=lambda one: mean_bytes(setting, candidate, setting.chain(one[0].solution, one[1])),
+        )
+        found = replace(outcome, fits=False, recompute=recompute, recompute_all=leanest.is_all(recompute))
+        chain = setting.chain(leanest.solution, recompute)
+        cuts = find_cuts(setting, candidate, chain, ignore_memory=True)
         if cuts is not None:
-            peaks = quick_peaks(self.setting, self.candidate, chain, cuts.bounds)
-            lacking = peaks - self.setting.limits(self.candidate)
+            peaks = quick_peaks(setting, candidate, chain, cuts.bounds)
+            lacking = peaks - setting.limits(candidate)
             worst = int(lacking.argmax())
             missing = max(int(lacking[worst]), 0)
-            host = worst_host_need(self.setting, self.candidate, chain, cuts.bounds)
+            host = worst_host_need(setting, candidate, chain, cuts.bounds)
             if host.missing_bytes > missing:
                 rank, needed, limit = host
                 return replace(
@@ -255,4 +280,4 @@ class _Scoring:
                 solution=leanest.solution,
                 bounds=cuts.bounds,
             )
-        return replace(found, limit_bytes=self.setting.limit(self.candidate, found.worst_rank))
+        return replace(found, limit_bytes=setting.limit(candidate, found.worst_rank))

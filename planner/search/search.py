@@ -44,7 +44,8 @@ from .does_not_fit import does_not_fit
 from .host_candidates import host_candidates
 from .outcome import Outcome
 from .result import SearchResult, build_result, tokens_per_sample
-from .scoring import first_options, mean_fits, score_in_pool
+from .scoring import least_of_each, mean_fits, score_in_pool
+from .stage_recompute import rung_chains
 from .state import MemoryPool, Progress, SearchState
 from .step_time import estimate, lower_bound, unevenness
 
@@ -126,9 +127,9 @@ class _Search:
                 self.state.any_order_s[base_of(candidate)] = math.inf
             return
         pool = self.state.pool(first, solution)
-        if not all(mean_fits(self.state, candidate, pool.options[0]) for candidate in open_members):
+        if not all(mean_fits(self.state, candidate, pool.ladders[0]) for candidate in open_members):
             self.state.widen(pool)
-        chain = self.setting.chain(pool.options[0].solution, pool.options[0].recompute)
+        chain = next(rung_chains(self.setting, pool.ladders[0]))
         order = {candidate: self._learn_bounds(candidate, pool) for candidate in open_members}
         for base in {base_of(candidate) for candidate in open_members}:
             learn_any_order(self.state, base, pool)
@@ -144,10 +145,9 @@ class _Search:
 
     def _learn_bounds(self, candidate: Candidate, pool: MemoryPool) -> float:
         """Bounds of a candidate of a solved group; returns what it is estimated at."""
-        firsts = first_options(self.state, candidate, pool.options)
-        starts = firsts or pool.options[-1:]
-        chains = [self.setting.chain(option.solution, option.recompute) for option in starts]
-        proven_s = max(self.state.outcomes[candidate].bound_s, own_order_bound(self.state, candidate, firsts))
+        found = least_of_each(self.state, candidate, pool.ladders)
+        chains = [least for _, least in found] or [*rung_chains(self.setting, pool.ladders[-1])][-1:]
+        proven_s = max(self.state.outcomes[candidate].bound_s, own_order_bound(self.state, candidate, found))
         search_bound_s = min(lower_bound(self.setting, candidate, chain) for chain in chains)
         self.state.learn(candidate, search_bound_s=search_bound_s, bound_s=proven_s)
         return min(estimate(self.setting, candidate, chain) for chain in chains)
@@ -219,7 +219,7 @@ class _Search:
     def _exact_pool(self, candidate: Candidate, pool: MemoryPool) -> MemoryPool:
         """The same for the candidate's own data-parallel degree, where the group was solved for another."""
         exact = self.state.solve(candidate)
-        if exact is None or exact is pool.options[0].solution:
+        if exact is None or exact is pool.ladders[0].solution:
             return pool
         own = self.state.pool(candidate, exact)
         if pool.widened:

@@ -11,7 +11,7 @@ from ...errors import ExitCode, ShardwrightError
 from ...plans.axes import MeshShape, placement_axes
 from ...profiler.watch import TimeUp
 from ..interfaces import Sharder, ShardingSolution
-from ..memory.options import MemoryOption, memory_options
+from ..memory.options import Ladder, ladders
 from ..space.candidates import Candidate
 from ..space.forcing import Forced
 from ..stages.setting import Setting
@@ -24,11 +24,11 @@ BETTER = 1 - 1e-6  # a new incumbent is better by more than this
 
 @dataclass
 class MemoryPool:
-    """The memory options of a group. solved_for: the candidate whose sharding they have. widened: the frontier was
-    asked for."""
+    """The placements of a group with their recomputation. solved_for: the candidate whose sharding they have. widened:
+    the frontier was asked for."""
 
     solved_for: Candidate
-    options: list[MemoryOption]
+    ladders: list[Ladder]
     widened: bool = False
 
 
@@ -91,10 +91,10 @@ class SearchState:
         return own is solution or any(found is solution for found in self.frontier(candidate))
 
     def pool(self, candidate: Candidate, solution: ShardingSolution) -> MemoryPool:
-        return MemoryPool(candidate, self.options([solution]))
+        return MemoryPool(candidate, self.ladders([solution]))
 
-    def options(self, solutions: Sequence[ShardingSolution]) -> list[MemoryOption]:
-        return memory_options(self.setting.shape, solutions, self.forced.recompute)
+    def ladders(self, solutions: Sequence[ShardingSolution]) -> list[Ladder]:
+        return ladders(self.setting.shape, solutions, self.forced.recompute)
 
     def widen(self, pool: MemoryPool) -> bool:
         """Ask for placements that keep less; was that of any use?"""
@@ -102,7 +102,7 @@ class SearchState:
             return False
         pool.widened = True
         solutions = self.frontier(pool.solved_for)
-        pool.options = self.options(solutions)
+        pool.ladders = self.ladders(solutions)
         return len(solutions) > 1
 
     def learn(self, candidate: Candidate, **found: Any) -> Outcome:

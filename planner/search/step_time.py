@@ -37,8 +37,8 @@ from ..memory.rank_bytes import (
 )
 from ..space.candidates import Candidate
 from ..space.mesh_costs import MeshCosts
-from ..stages.chain import Chain
-from ..stages.cuts import Cuts, WindowCuts, best_cuts, improve_cuts, pipeline_cost, windows
+from ..stages.chain import Between, Chain
+from ..stages.cuts import Cuts, WindowCuts, around_of, best_cuts, improve_cuts, pipeline_cost, windows
 from ..stages.host_state import optimizer_seconds
 from ..stages.setting import Setting
 from ..stages.zero_seconds import StageTables, stage_tables
@@ -68,10 +68,25 @@ class _Once(NamedTuple):
     reduce_s: float
 
 
-def _once_through(setting: Setting, candidate: Candidate, chain: Chain) -> _Once:
+def _once_through(setting: Setting, candidate: Candidate, chain: Chain | Between) -> _Once:
     """The same for all candidates that share their tables."""
+    if isinstance(chain, Between):
+        lower, upper = (_once_through(setting, candidate, one) for one in (chain.lower, chain.upper))
+        plain_s = [_plain_backward(setting, candidate, one) for one in (chain.lower, chain.upper)]
+        # what hides behind ZeRO's collectives need not grow with the share
+        return lower._replace(
+            backward_s=max(lower.backward_s, plain_s[0] + chain.share * (plain_s[1] - plain_s[0])),
+            step_s=min(lower.step_s, upper.step_s),
+            reduce_s=min(lower.reduce_s, upper.reduce_s),
+        )
     tables = stage_tables(setting, candidate, chain)
     return setting.once(_once_of, tables, setting, candidate, chain, tables)
+
+
+def _plain_backward(setting: Setting, candidate: Candidate, chain: Chain) -> float:
+    """Seconds of a backward through all positions without ZeRO's collectives, were all ranks the fastest."""
+    tables = stage_tables(setting, candidate, chain)
+    return float((chain.backward_s + tables.accumulate_s).sum()) * min(setting.mesh(candidate).scales)
 
 
 def _once_of(setting: Setting, candidate: Candidate, chain: Chain, tables: StageTables) -> _Once:
@@ -87,7 +102,7 @@ def _once_of(setting: Setting, candidate: Candidate, chain: Chain, tables: Stage
     )
 
 
-def lower_bound(setting: Setting, candidate: Candidate, chain: Chain, *, any_order: bool = False) -> float:
+def lower_bound(setting: Setting, candidate: Candidate, chain: Chain | Between, *, any_order: bool = False) -> float:
     """Seconds that no cut of this candidate beats; any_order: under no other schedule either. See the module's
     docstring."""
     p, m = candidate.pp, candidate.count
@@ -98,7 +113,7 @@ def lower_bound(setting: Setting, candidate: Candidate, chain: Chain, *, any_ord
     return max(work, path + (step_s if waits else 0.0))
 
 
-def estimate(setting: Setting, candidate: Candidate, chain: Chain) -> float:
+def estimate(setting: Setting, candidate: Candidate, chain: Chain | Between) -> float:
     """lower_bound, for interleaving with the least share of the bubble that equal stages have: (p-1) T / (p v)."""
     bound = lower_bound(setting, candidate, chain)
     if candidate.virtual_stages == 1 or candidate.schedule == "gpipe":
@@ -124,6 +139,8 @@ def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_me
     if not ignore_memory and mean_bytes(setting, candidate, chain) > limits.max():
         return None
 
+    around = around_of(tables.load_of, min(mesh.scales))
+
     def cost(stage: int) -> np.ndarray:
         seconds = pipeline_cost(
             tables.forward_of,
@@ -133,16 +150,16 @@ def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_me
             num_stages,
             schedule=candidate.schedule,
             scale=mesh.scales[stage],
-            least_scale=min(mesh.scales),
+            around=around,
         )
         if ignore_memory:
             return seconds
         return np.where(held.with_in_flight(int(in_flight[stage])) <= limits[stage], seconds, np.inf)
 
-    return best_cuts(cost, num_stages, n, _secondary(mesh, chain))
+    return best_cuts(cost, num_stages, n, secondary(mesh, chain))
 
 
-def _secondary(mesh: MeshCosts, chain: Chain) -> Callable[[int], np.ndarray]:
+def secondary(mesh: MeshCosts, chain: Chain) -> Callable[[int], np.ndarray]:
     """Transfers over the cut at the end of a stage, then evenness of the loads."""
     load = chain.forward_of + chain.backward_of
     whole = max(float(load[0, -1]), 1e-30)
@@ -162,11 +179,11 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
     mesh, limits = setting.mesh(candidate), setting.limits(candidate)
     load = stage_tables(setting, candidate, chain).load_of
     loads = {scale: load * scale for scale in set(mesh.scales)}
-    secondary = _secondary(mesh, chain)
+    second = secondary(mesh, chain)
     place, order = placement_of(candidate), stages_by_rank(candidate.schedule, p, v)
     chunk_of = {int(stage): chunk for chunk, row in enumerate(order[:v]) for stage in row}
     key = (chain, place, candidate.mesh, v, candidate.zero, candidate.extents)
-    cuts = setting.once(best_cuts, key, lambda stage: loads[mesh.scales[place[stage]]], p * v, n, secondary)
+    cuts = setting.once(best_cuts, key, lambda stage: loads[mesh.scales[place[stage]]], p * v, n, second)
     if cuts is None or ignore_memory or fits(setting, candidate, chain, cuts.bounds):
         return cuts
     held = interval_bytes(setting, candidate, chain)
@@ -176,7 +193,7 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
     held_at_once = np.array([in_flight[place[stage], chunk_of[stage]] for stage in range(p * v)])
     rooms = np.array([(limits[rank] - held.reserve) / len(order) + held.reserve for rank in place])
     shares = held.windows(held_at_once) / rooms[:, None, None]
-    by_share = WindowCuts(shares, windows(secondary(0), p * v))
+    by_share = WindowCuts(shares, windows(second(0), p * v))
 
     def by_load(stage: int) -> np.ndarray:
         """Of chunks that each keep to their share."""
@@ -184,7 +201,7 @@ def _find_interleaved_cuts(setting: Setting, candidate: Candidate, chain: Chain,
         return np.where(share <= 1.0, loads[mesh.scales[place[stage]]], np.inf)
 
     if by_share.bottleneck <= 1.0:
-        cuts = best_cuts(by_load, p * v, n, secondary)
+        cuts = best_cuts(by_load, p * v, n, second)
         if cuts is not None and fits(setting, candidate, chain, cuts.bounds):
             return cuts
     cuts = by_share.cuts()

@@ -20,8 +20,9 @@ from ...schedules.problem import PipelineProblem
 from ...schedules.published.library import SCHEDULES
 from ...schedules.schedule import SYNTHESIZED
 from ...schedules.synthesis.synthesize import synthesize
+from ..interfaces import ShardingSolution
 from ..memory.limits import host_need
-from ..memory.options import Offers, memory_options, offering
+from ..memory.options import Offers, again_seconds, ladders, offering
 from ..memory.rank_bytes import activation_room, placement_of, placements_of
 from ..space.candidates import Candidate
 from ..stages.chain import Chain, Recompute, whole_segments
@@ -117,13 +118,27 @@ def _ways(state: SearchState, best: Outcome) -> Iterator[Way]:
     yield Way(chain, chain, best.recompute, Offers())
     again = forced.recompute == "auto"
     for offers in dict.fromkeys((Offers(again, forced.offload), Offers(again))):
-        for option in memory_options(setting.shape, [solution], forced.recompute) if offers != Offers() else ():
-            less = option.recompute < best.recompute
-            if less or (option.recompute == best.recompute and (offers.offload or not best.recompute)):
-                keeping = setting.chain(solution, option.recompute)
-                whole = whole_segments(solution, setting.shape.segments)
-                counted = setting.chain(solution, whole) if offers.recompute else keeping
-                yield Way(keeping, counted, option.recompute, offers)
+        if offers == Offers():
+            continue
+        own = best.recompute if offers.offload or not best.recompute else None
+        for recompute in _lesser(setting, solution, best.recompute, forced.recompute, own):
+            keeping = setting.chain(solution, recompute)
+            whole = whole_segments(setting.shape, solution)
+            counted = setting.chain(solution, whole) if offers.recompute else keeping
+            yield Way(keeping, counted, recompute, offers)
+
+
+def _lesser(
+    setting: Setting, solution: ShardingSolution, best: Recompute, forced: str, own: Recompute | None
+) -> Iterator[Recompute]:
+    """What recomputes less than the best plan does, and, where it is given, what that does itself."""
+    (ladder,) = ladders(setting.shape, [solution], forced)
+    most_s = again_seconds(setting.shape, solution, best)
+    for rung in ladder.rungs:
+        if again_seconds(setting.shape, solution, rung) < most_s * (1 - 1e-9):
+            yield rung
+    if own is not None:
+        yield own
 
 
 class _Search:

@@ -6,7 +6,7 @@ Prologue instances (input-only work) stand outside: every stage that reads their
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -117,28 +117,39 @@ def interval_maxima(values: np.ndarray) -> np.ndarray:
     return table
 
 
-# What the backward makes again: (distinct segment, place in its recompute_points), the last of a segment counts.
-Recompute = frozenset[tuple[str, int]]
-NOTHING: Recompute = frozenset()
+# What the backward makes again: of each position the place in its segment's recompute_points, or KEPT.
+Recompute = tuple[int, ...]
+KEPT = -1
+NOTHING: Recompute = ()  # at no position
 
 
-def whole_segments(solution: ShardingSolution, names: Iterable[str]) -> Recompute:
-    """Their whole forward runs again."""
-    points = {name: solution.costs[name].recompute_points for name in names}
-    return frozenset((n, next(k for k, point in enumerate(found) if point.is_whole)) for n, found in points.items())
+def everywhere(shape: Shape, levels: Mapping[str, int]) -> Recompute:
+    """The same at all positions of a segment. levels: by distinct segment."""
+    found = tuple(levels.get(name, KEPT) for name in shape.segments)
+    return found if any(level != KEPT for level in found) else NOTHING
 
 
-def leanest_segments(solution: ShardingSolution, names: Iterable[str]) -> Recompute:
+def whole_segments(shape: Shape, solution: ShardingSolution, names: Iterable[str] | None = None) -> Recompute:
+    """Their whole forward runs again. names: all segments where not given."""
+    points = {name: solution.costs[name].recompute_points for name in (shape.segments if names is None else names)}
+    return everywhere(shape, {n: next(k for k, p in enumerate(found) if p.is_whole) for n, found in points.items()})
+
+
+def leanest_segments(shape: Shape, solution: ShardingSolution) -> Recompute:
     """As much runs again as leaves the fewest bytes."""
-    points = {name: solution.costs[name].recompute_points for name in names}
-    return frozenset(
-        (name, min(range(len(found)), key=lambda k: found[k].saved_bytes)) for name, found in points.items()
+    points = {name: solution.costs[name].recompute_points for name in shape.segments}
+    return everywhere(
+        shape, {name: min(range(len(found)), key=lambda k: found[k].saved_bytes) for name, found in points.items()}
     )
 
 
-def chosen_points(solution: ShardingSolution, recompute: Recompute) -> dict[str, RecomputePoint]:
-    """Of each distinct segment of which something is recomputed."""
-    return {name: solution.costs[name].recompute_points[level] for name, level in sorted(recompute)}
+def points_of(shape: Shape, solution: ShardingSolution, recompute: Recompute) -> list[RecomputePoint | None]:
+    """Of each position; None where everything is kept."""
+    levels = recompute or (KEPT,) * len(shape.segments)
+    return [
+        None if level == KEPT else solution.costs[name].recompute_points[level]
+        for name, level in zip(shape.segments, levels, strict=True)
+    ]
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity
@@ -237,15 +248,24 @@ class Chain:
         return [index for index in self.shape.prologue if index in needed]
 
 
+@dataclass(frozen=True)
+class Between:
+    """Two chains of the same placements: a share of what the upper one recomputes more is recomputed."""
+
+    lower: Chain
+    upper: Chain
+    share: float
+
+
 def build_chain(
     graph: ModelGraph, shape: Shape, solution: ShardingSolution, recompute: Recompute, compute_scale: float = 1.0
 ) -> Chain:
     """compute_scale: slower (or faster) device."""
     costs = [solution.costs[name] for name in shape.segments]
-    points = chosen_points(solution, recompute)
-    again = np.array([name in points for name in shape.segments])
-    repeated = {name: (p.forward_s * compute_scale, p.forward_comm_s) for name, p in points.items()}
-    again_s, again_comm = np.array([repeated.get(name, (0.0, 0.0)) for name in shape.segments]).reshape(-1, 2).T
+    points = points_of(shape, solution, recompute)
+    again = np.array([point is not None for point in points])
+    again_s = np.array([point.forward_s * compute_scale if point else 0.0 for point in points])
+    again_comm = np.array([point.forward_comm_s if point else 0.0 for point in points])
 
     def column(name: str) -> np.ndarray:
         return np.array([getattr(cost, name) for cost in costs], dtype=float)
@@ -258,10 +278,8 @@ def build_chain(
     backward_input = column("backward_input_s") * compute_scale + backward_comm + np.where(again, weight, 0.0)
     backward_input = backward_input + again_s + again_comm
     saved = column("saved_bytes")
-    kept = np.array(
-        [points[name].saved_bytes if name in points else solution.costs[name].saved_bytes for name in shape.segments],
-        dtype=float,
-    )
+    kept = np.array([cost.saved_bytes if p is None else p.saved_bytes for cost, p in zip(costs, points, strict=True)])
+    kept = kept.astype(float)
     n = len(costs)
     cuts = {True: np.zeros(n + 2), False: np.zeros(n + 2)}
     for value, start, stop, has_gradient in shape.spans:

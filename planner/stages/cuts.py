@@ -144,7 +144,7 @@ def pipeline_cost(
     *,
     schedule: str,
     scale: float = 1.0,
-    least_scale: float = 1.0,
+    around: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """[i, j] -> seconds that the pipeline takes at least, if stage `stage` runs positions i..j-1; one stage on a rank.
 
@@ -157,17 +157,23 @@ def pipeline_cost(
            it, when at most p - s forwards are done: T - L + m B + (1 + max(0, m - (p - s))) F. T counts the other
            stages as they are at least: positions before and after the stage.
 
-    scale: this rank's time over that of the rank that the tables were made for; least_scale: the least of any rank.
+    scale: this rank's time over that of the rank that the tables were made for. around: L of the positions before each
+    i and of those from each j on, as around_of gives them, in place of the tables' own.
     """
     m = num_microbatches
     forward, backward = forward_of * scale, backward_of * scale
-    each = (forward_of + backward_of) * least_scale
-    before, after = each[0, :][:, None], each[:, -1][None, :]  # of positions 0..i-1 and j..n-1
+    before, after = around_of(forward_of + backward_of) if around is None else around
     if schedule == "gpipe":
         return before + after + m * (forward + backward)
     in_flight = min(m, num_stages - stage)
     second = before + after + m * backward + (1 + m - in_flight) * forward
     return np.maximum(before + m * (forward + backward), second)
+
+
+def around_of(load_of: np.ndarray, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """[i, 0] -> load of positions 0..i-1, and [0, j] -> load of positions j..n-1. scale: the least of any rank."""
+    each = load_of * scale
+    return each[0, :][:, None], each[:, -1][None, :]
 
 
 def improve_cuts(

@@ -1,0 +1,252 @@
+"""On which rung of a ladder of recomputation each stage stands (memory/options.py), and the cuts that this allows.
+
+A stage recomputes as little as lets it fit. Under 1F1B the first stages hold most microbatches, so they recompute most
+and run fewer positions (the two decisions that AdaPipe, ASPLOS 2024, takes together). Of a rank
+with one stage the cost of a run of positions is then known before the cuts are, and stages/cuts.py finds the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ...schedules.published.library import SCHEDULES
+from ..memory.limits import worst_host_need
+from ..memory.options import Ladder
+from ..memory.rank_bytes import (
+    IntervalBytes,
+    interval_bytes,
+    mean_bytes,
+    mean_share,
+    profile_table,
+    quick_peaks,
+    stages_by_rank,
+)
+from ..memory.too_large import is_too_large
+from ..space.candidates import Candidate
+from ..stages.chain import KEPT, NOTHING, Between, Chain, Recompute, interval_sums
+from ..stages.cuts import Cuts, WindowCuts, around_of, pipeline_cost, windows
+from ..stages.setting import Setting
+from ..stages.zero_seconds import stage_tables
+from .step_time import secondary
+
+ROUNDING = 1e-9  # of a number of positions
+
+
+def rung_chains(setting: Setting, ladder: Ladder) -> Iterator[Chain]:
+    for rung in ladder.rungs:
+        yield setting.chain(ladder.solution, rung)
+
+
+def least_recomputation(
+    setting: Setting, candidate: Candidate, ladder: Ladder, in_flight: int | None = None
+) -> Chain | Between | None:
+    """The least under which the mean rank may fit: what bounds are computed from. None where no cuts fit.
+
+    in_flight: in place of what the candidate's schedule holds at once."""
+    before: Chain | None = None
+    for rung, chain in enumerate(rung_chains(setting, ladder)):
+        if mean_bytes(setting, candidate, chain, in_flight) <= setting.most(candidate):
+            if before is None:
+                return chain
+            divided = ladder.is_divided(rung)
+            share = mean_share(setting, candidate, (before, chain), in_flight) if divided else 0.0
+            return Between(before, chain, share)
+        before = chain
+    return None
+
+
+def nothing_fits(setting: Setting, candidate: Candidate, ladder: Ladder) -> bool:
+    """Is it proven that no cuts fit, wherever the stages stand?"""
+    return is_too_large(setting, candidate, setting.once(_leanest, ladder, setting, ladder))
+
+
+def _leanest(setting: Setting, ladder: Ladder) -> Chain:
+    """Keeps as little as the last rung, with no more workspace than the first."""
+    first, last = (setting.chain(ladder.solution, ladder.rungs[k]) for k in (0, -1))
+    return replace(first, activation_bytes=np.minimum(first.activation_bytes, last.activation_bytes))
+
+
+# ---------------------------------------------------------------------- cuts
+
+
+@dataclass
+class _Rung:
+    """One rung, of a candidate of one stage a rank. rises: [i, j] -> positions that recompute more than before."""
+
+    chain: Chain
+    held: IntervalBytes
+    backward_of: np.ndarray
+    plain_of: np.ndarray  # the same without ZeRO's collectives
+    rises: np.ndarray
+    is_divided: bool
+
+
+class LadderCuts:
+    """Best cuts of a candidate with one stage on a rank, each stage on the lowest rung on which it fits.
+
+    worth_s: steps that take as long are of no use. is_narrowed: were stages left out for that?"""
+
+    def __init__(self, setting: Setting, candidate: Candidate, ladder: Ladder, worth_s: float = np.inf) -> None:
+        self.setting, self.candidate, self.ladder, self.worth_s = setting, candidate, ladder, worth_s
+        self.is_narrowed = False
+        self.size = len(ladder.shape.segments) - candidate.num_stages + 1
+        self.after = np.triu(np.ones((self.size, self.size), dtype=bool))
+        self._rungs: list[_Rung] = []
+        self._chains = rung_chains(setting, ladder)
+
+    def find(self) -> Cuts | None:
+        setting, candidate, count = self.setting, self.candidate, self.candidate.num_stages
+        if self.size < 1:
+            return None
+        mesh, chain = setting.mesh(candidate), self._rung(0).chain
+        tables = stage_tables(setting, candidate, chain)
+        around = around_of(tables.load_of, min(mesh.scales))
+        in_flight = profile_table(candidate.schedule, candidate.pp, candidate.count, 1).max(axis=1)[:, 0]
+        limits = setting.limits(candidate)
+        costs = np.empty((count, self.size, self.size))
+        for stage in range(count):
+            rows, columns = self._window(stage)
+
+            def seconds(backward: np.ndarray, stage: int = stage, rows: slice = rows, columns: slice = columns) -> Any:
+                return pipeline_cost(
+                    tables.forward_of[rows, columns],
+                    backward,
+                    candidate.count,
+                    stage,
+                    count,
+                    schedule=candidate.schedule,
+                    scale=mesh.scales[stage],
+                    around=(around[0][rows], around[1][:, columns]),
+                )
+
+            useful = self.after
+            if self.worth_s < np.inf:
+                useful = useful & (seconds(tables.backward_of[rows, columns]) < self.worth_s)
+                self.is_narrowed = self.is_narrowed or not np.array_equal(useful, self.after)
+            costs[stage] = seconds(self._backward(stage, int(in_flight[stage]), float(limits[stage]), useful))
+        return WindowCuts(costs, windows(secondary(mesh, chain)(0), count)).cuts()
+
+    def _window(self, stage: int) -> tuple[slice, slice]:
+        return slice(stage, stage + self.size), slice(stage + 1, stage + 1 + self.size)
+
+    def _rung(self, at: int) -> _Rung:
+        while at >= len(self._rungs):
+            k, chain = len(self._rungs), next(self._chains)
+            tables = stage_tables(self.setting, self.candidate, chain)
+            self._rungs.append(
+                _Rung(
+                    chain=chain,
+                    held=interval_bytes(self.setting, self.candidate, chain),
+                    backward_of=tables.backward_of,
+                    plain_of=interval_sums(chain.backward_s + tables.accumulate_s),
+                    rises=interval_sums(self.ladder.risers[k].astype(float)),
+                    is_divided=k > 0 and self.ladder.is_divided(k),
+                )
+            )
+        return self._rungs[at]
+
+    def _backward(self, stage: int, in_flight: int, limit: float, left: np.ndarray) -> np.ndarray:
+        """[i, j] of the stage's window -> seconds of its backward; infinite where it fits on no rung. left: which to
+        look at."""
+        window = self._window(stage)
+        seconds = np.full((self.size, self.size), np.inf)
+        for k in range(len(self.ladder.rungs)):
+            rung = self._rung(k)
+            fits = left & (rung.held.with_in_flight(in_flight, window) <= limit)
+            if fits.any():
+                here = self._climbing(k, in_flight, limit, window) if rung.is_divided else rung.backward_of[window]
+                seconds[fits] = here[fits]
+                left = left & ~fits
+                if not left.any():
+                    break
+        return seconds
+
+    def _climbing(self, at: int, in_flight: int, limit: float, window: tuple[slice, slice]) -> np.ndarray:
+        """Of a stage between two rungs: so many of its positions rise as must."""
+        below, rung = self._rungs[at - 1], self._rungs[at]
+        freed = in_flight * (below.held.activation - rung.held.activation)[window]
+        # whoever rises needs its workspace
+        over = (rung.held.with_in_flight(in_flight, window, pipeline_only=True) - limit) / rung.held.slack + freed
+        count = np.maximum(rung.rises[window], 1.0)
+        rising = np.clip(np.ceil(over / np.maximum(freed, 1e-30) * count - ROUNDING), 1.0, count)
+        plain = below.plain_of[window] + rising / count * (rung.plain_of - below.plain_of)[window]
+        return np.maximum(below.backward_of[window], plain)
+
+
+# ---------------------------------------------------------------------- recomputation under given cuts
+
+
+def recomputation(setting: Setting, candidate: Candidate, ladder: Ladder, bounds: tuple[int, ...]) -> Recompute | None:
+    """As little as lets every rank fit under these cuts; None where it does not.
+
+    Where two directions share the stages, all stand on one rung."""
+    limits, heights = setting.limits(candidate), np.full(candidate.pp, -1)
+    for rung, chain in enumerate(rung_chains(setting, ladder)):
+        if rung == 0 and candidate.on_host and worst_host_need(setting, candidate, chain, bounds).missing_bytes:
+            return None  # of state, whatever is recomputed
+        fits = quick_peaks(setting, candidate, chain, bounds) <= limits
+        heights[fits & (heights < 0)] = rung
+        if SCHEDULES[candidate.schedule].directions == 2:
+            heights[:] = rung if fits.all() else -1
+        if (heights >= 0).all():
+            return _Standing(setting, candidate, ladder, bounds).on(heights.tolist())
+    return None
+
+
+class _Standing:
+    """Which positions recompute what, once it is known on which rung each rank fits."""
+
+    def __init__(self, setting: Setting, candidate: Candidate, ladder: Ladder, bounds: tuple[int, ...]) -> None:
+        self.setting, self.candidate, self.ladder, self.bounds = setting, candidate, ladder, bounds
+        self.stages = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)
+        self.profiles = profile_table(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
+
+    def on(self, heights: list[int]) -> Recompute:
+        whole = [np.array(rung or (KEPT,) * len(self.ladder.shape.segments)) for rung in self.ladder.rungs]
+        alike = len(set(heights)) == 1 and (heights[0] == 0 or not self.ladder.is_divided(heights[0]))
+        if alike or SCHEDULES[self.candidate.schedule].directions == 2:
+            return self.ladder.rungs[heights[0]]
+        levels = whole[0].copy()
+        for rank, height in enumerate(heights):
+            own = np.concatenate([np.arange(self.bounds[s], self.bounds[s + 1]) for s in self.stages[:, rank]])
+            rising = own
+            if height > 0 and self.ladder.is_divided(height):
+                rising = own[self.ladder.risers[height][own]]
+                levels[own] = whole[height - 1][own]
+                rising = rising[: self._fewest(rank, height, rising)]
+            levels[rising] = whole[height][rising]
+        return tuple(levels.tolist()) if (levels != KEPT).any() else NOTHING
+
+    def _fewest(self, rank: int, height: int, rising: np.ndarray) -> int:
+        """Of the rank's positions that may rise to this rung, how many must; all of them do."""
+        lower, upper = (self.setting.chain(self.ladder.solution, self.ladder.rungs[k]) for k in (height - 1, height))
+        held = interval_bytes(self.setting, self.candidate, lower)
+        limit = self.setting.limits(self.candidate)[rank]
+        few, enough = 0, len(rising)
+        while enough - few > 1:
+            middle = (few + enough) // 2
+            if self._peak(held, rank, (lower, upper), rising[:middle]) <= limit:
+                enough = middle
+            else:
+                few = middle
+        return enough
+
+    def _peak(self, held: IntervalBytes, rank: int, chains: tuple[Chain, Chain], rising: np.ndarray) -> float:
+        """Bytes of the rank where these positions are as in the second chain."""
+        lower, upper = chains
+        kept, workspace = lower.activation_bytes.copy(), _workspace(lower).copy()
+        kept[rising], workspace[rising] = upper.activation_bytes[rising], _workspace(upper)[rising]
+        runs = [(self.bounds[s], self.bounds[s + 1]) for s in self.stages[:, rank]]
+        prologue = sum(lower.prologue_bytes.values())
+        activation = np.array([[kept[i:j].sum() + prologue] for i, j in runs])
+        most = np.array([[workspace[i:j].max()] for i, j in runs])
+        one = slice(rank, rank + 1)
+        return float(held.peaks_of(self.bounds, self.profiles[one], self.stages[:, one], activation, most)[0])
+
+
+def _workspace(chain: Chain) -> np.ndarray:
+    return np.maximum(chain.forward_workspace_bytes, chain.backward_workspace_bytes)

@@ -1,0 +1,110 @@
+"""Each stage recomputes what its own memory asks for: beside all cuts and all choices of each position."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from planner_fakes import Case, Sizes
+
+from shardwright import api, tasks
+from shardwright.checking import run_check
+from shardwright.planner.memory.limits import fits
+from shardwright.planner.memory.options import Ladder, ladders
+from shardwright.planner.memory.rank_bytes import quick_peaks
+from shardwright.planner.search.stage_recompute import LadderCuts, least_recomputation, recomputation
+from shardwright.planner.search.step_time import lower_bound, step_seconds
+from shardwright.planner.space.candidates import Candidate
+from shardwright.planner.stages.chain import KEPT, NOTHING
+from shardwright.planner.stages.setting import Setting
+from shardwright.plans.axes import MeshShape
+from shardwright.plans.document import MemoryPolicy
+from shardwright.profiler.hardware import parse_hardware
+
+
+def limited(schedule: str, pp: int, chunks: int, share: float) -> tuple[Setting, Candidate, Ladder]:
+    """A setting whose limit lies so far between all recomputed and nothing recomputed, under even cuts."""
+    case = Case(Sizes(layers=4, hidden=256, ffn=1024, vocab=400), f"{pp}xCPU", 6)
+    setting = Setting(case.graph, case.cluster, case.cost_model, case.workload)
+    candidate = Candidate(MeshShape.of({"pp": pp}), 1, 6, schedule, chunks, 0)
+    (ladder,) = ladders(setting.shape, [case.sharder.solve(MeshShape.of(), 1)], "auto")
+    n, count = len(setting.shape.instances), candidate.num_stages
+    even = tuple(round(k * n / count) for k in range(count + 1))
+    least, most = (
+        quick_peaks(setting, candidate, setting.chain(ladder.solution, ladder.rungs[k]), even).max() for k in (-1, 0)
+    )
+    setting.memory_limit_bytes = int(least + share * (most - least))
+    return setting, candidate, ladder
+
+
+def all_that_fit(setting: Setting, candidate: Candidate, ladder: Ladder) -> list[float]:
+    """Simulated steps, over all cuts and all choices of each position."""
+    n, found = len(setting.shape.instances), []
+    cuts = [(0, *inner, n) for inner in itertools.combinations(range(1, n), candidate.num_stages - 1)]
+    for levels in itertools.product((KEPT, 0), repeat=n):
+        chain = setting.chain(ladder.solution, levels if any(level != KEPT for level in levels) else NOTHING)
+        found += [step_seconds(setting, candidate, chain, c) for c in cuts if fits(setting, candidate, chain, c)]
+    return found
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("schedule", "pp"), [("1f1b", 3), ("1f1b", 2), ("gpipe", 2)])
+def test_no_cuts_and_choices_beat_those_found_and_none_goes_below_the_bounds(schedule, pp, share):
+    setting, candidate, ladder = limited(schedule, pp, 1, share)
+    cuts = LadderCuts(setting, candidate, ladder).find()
+    found = recomputation(setting, candidate, ladder, cuts.bounds)
+    chain = setting.chain(ladder.solution, found)
+    assert fits(setting, candidate, chain, cuts.bounds)
+    best_s = min(all_that_fit(setting, candidate, ladder))
+    assert cuts.bottleneck <= best_s * (1 + 1e-9)
+    assert step_seconds(setting, candidate, chain, cuts.bounds) <= 1.01 * best_s
+    least = least_recomputation(setting, candidate, ladder)
+    assert lower_bound(setting, candidate, least) <= best_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("schedule", "pp", "chunks"), [("1f1b", 2, 1), ("zb_v", 2, 2), ("interleaved_1f1b", 2, 2)])
+def test_one_position_less_and_a_rank_does_not_fit(schedule, pp, chunks):
+    setting, candidate, ladder = limited(schedule, pp, chunks, 0.4)
+    n, count = len(setting.shape.instances), candidate.num_stages
+    bounds = tuple(round(k * n / count) for k in range(count + 1))
+    found = recomputation(setting, candidate, ladder, bounds)
+    limits = setting.limits(candidate)
+    assert (quick_peaks(setting, candidate, setting.chain(ladder.solution, found), bounds) <= limits).all()
+    assert 0 < sum(level != KEPT for level in found) < n
+    last = max(k for k, rises in enumerate(ladder.risers) if any(rises[i] and found[i] != KEPT for i in range(n)))
+    for position in np.flatnonzero(ladder.risers[last]):
+        if found[position] != KEPT:
+            less = tuple(KEPT if k == position else level for k, level in enumerate(found))
+            chain = setting.chain(ladder.solution, less if any(level != KEPT for level in less) else NOTHING)
+            assert not (quick_peaks(setting, candidate, chain, bounds) <= limits).all()
+
+
+def test_the_first_stage_recomputes_more_than_the_last_and_the_numbers_stay() -> None:
+    """Under 1F1B the first of two stages holds two microbatches, the last one."""
+    workload = tasks.check_workload({"model": "preset:tiny-llama", "global_batch": 8, "seq_len": 128, "layers": 4})
+    force = {"pp": "2", "schedule": "1f1b", "microbatch": "2"}
+
+    def plan(recompute: str, limit_bytes: int | None = None):
+        choice = {**force, "recompute": recompute}
+        return api.plan(workload, parse_hardware("2xCPU"), force=choice, memory_limit_bytes=limit_bytes)
+
+    most, least = (plan(recompute).predicted.peak_bytes[0] for recompute in ("none", "all"))
+    made = plan("auto", (most + least) // 2)
+    policy, where = made.memory_policy, [stage.segments for stage in made.stages]
+    made_again = [sum(policy.choice(made.segments[i], i) != "none" for i in indices) for indices in where]
+    assert made_again[0] > made_again[1]
+    assert made.predicted.peak_bytes[0] <= (most + least) // 2
+    assert run_check(made).ok
+
+
+def test_instances_of_one_segment_may_recompute_otherwise_and_the_numbers_stay() -> None:
+    """Whole, in part, and not at all, in one stage, with a backward that is split where nothing is made again."""
+    workload = tasks.check_workload({"model": "preset:tiny-llama", "global_batch": 8, "seq_len": 32, "layers": 4})
+    made = api.plan(workload, parse_hardware("2xCPU"), force={"pp": "2", "schedule": "zb_h1", "recompute": "none"})
+    blocks = [i for i, name in enumerate(made.segments) if made.segments.count(name) > 1]
+    part = tuple(op for op in made.placements[made.segments[blocks[0]]] if op.startswith("mm"))[:2]
+    policy = MemoryPolicy(recompute=made.memory_policy.recompute, instances={blocks[0]: "all", blocks[1]: part})
+    changed = made.model_copy(update={"memory_policy": policy})
+    assert policy.recomputed(made.segments)[made.segments[blocks[0]]] == "2 ops in 1 of 4, all in 1 of 4"
+    assert run_check(changed).ok
