@@ -32,7 +32,7 @@ updates), and what a roll-back of the step would need.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -237,19 +237,39 @@ def pinned_bytes(offloaded_bytes: int) -> int:
     return round(assumed("pinned_memory_factor")) * offloaded_bytes
 
 
-def rank_items(
+@dataclass(frozen=True)
+class RankMoments:
+    """Bytes of a rank by kind. lasting: all through the step; pipeline: beside the activations, where a backward runs;
+    step: in the optimizer step in place of both. slack_fraction, reserve_bytes: what is added to the sum."""
+
+    lasting: Mapping[str, int]
+    pipeline: Mapping[str, int]
+    step: Mapping[str, int]
+    slack_fraction: float
+    reserve_bytes: int
+
+    def with_reserve(self, held: Mapping[str, int]) -> dict[str, int]:
+        """What is held at a moment, with what the allocator and the process take besides."""
+        reserve = self.reserve_bytes + round(self.slack_fraction * sum(held.values()))
+        return {name: reserve if name == "reserve" else held.get(name, 0) for name in ITEMS}
+
+    def worst(self, activation_bytes: int) -> dict[str, int]:
+        """All items of the worst moment; their sum is the rank's peak. activation_bytes: at the worst moment of its
+        order."""
+        in_pipeline = {**self.pipeline, "activations": int(activation_bytes)}
+        moment = in_pipeline if sum(in_pipeline.values()) >= sum(self.step.values()) else self.step
+        return self.with_reserve({**self.lasting, **moment})
+
+
+def rank_moments(
     stages: Sequence[StateMemory],
     *,
-    activation_bytes: int,
     workspace_bytes: int,
     communication_bytes: int,
     device_kind: str,
     num_groups: int,
-) -> dict[str, int]:
-    """All items of the worst moment of a rank; their sum is its peak.
-
-    stages: of the virtual stages that it holds. activation_bytes, workspace_bytes: at the worst moment of its order.
-    """
+) -> RankMoments:
+    """stages: of the virtual stages that it holds. workspace_bytes: the most of any of them."""
 
     def total(name: str) -> int:
         return sum(int(getattr(stage, name)) for stage in stages)
@@ -257,23 +277,21 @@ def rank_items(
     def most(name: str) -> int:
         return max(int(getattr(stage, name)) for stage in stages)
 
-    in_pipeline = {
-        "gathered_parameters": most("gathered_each"),
-        "gradients": total("gradients"),
-        "gradient_buffers": most("fresh_each"),
-        "activations": int(activation_bytes),
-        "workspace": int(workspace_bytes),
-    }
-    in_step = {
-        "gathered_parameters": 0,
-        "gradients": total("step_gradients"),
-        "gradient_buffers": 0,
-        "activations": 0,
-        "workspace": total("step_temporaries"),
-    }
-    items = in_pipeline if sum(in_pipeline.values()) >= sum(in_step.values()) else in_step
-    items |= {name: total(name) for name in ("parameters", "optimizer", "buffers")}
-    items["communication"] = int(communication_bytes)
-    held = sum(items.values())
-    items["reserve"] = reserve_bytes(device_kind, num_groups) + round((slack_factor(device_kind) - 1.0) * held)
-    return {name: items[name] for name in ITEMS}
+    return RankMoments(
+        lasting={name: total(name) for name in ("parameters", "optimizer", "buffers")}
+        | {"communication": int(communication_bytes)},
+        pipeline={
+            "gathered_parameters": most("gathered_each"),
+            "gradients": total("gradients"),
+            "gradient_buffers": most("fresh_each"),
+            "workspace": int(workspace_bytes),
+        },
+        step={"gradients": total("step_gradients"), "workspace": total("step_temporaries")},
+        slack_fraction=slack_factor(device_kind) - 1.0,
+        reserve_bytes=reserve_bytes(device_kind, num_groups),
+    )
+
+
+def rank_items(stages: Sequence[StateMemory], *, activation_bytes: int, **others: Any) -> dict[str, int]:
+    """All items of the worst moment of a rank; others: of rank_moments."""
+    return rank_moments(stages, **others).worst(activation_bytes)

@@ -41,12 +41,26 @@ class Event:
 
 
 @dataclass(frozen=True)
+class MemorySample:
+    """Bytes of a rank by kind, from this time on until the rank's next sample."""
+
+    rank: int
+    at_s: float
+    items: Mapping[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True)
 class Trace:
-    """source: 'predicted' or 'measured'. Times count from the start of the step."""
+    """source: 'predicted' or 'measured'. Times count from the start of the step. memory: by time on each rank."""
 
     source: str
     events: tuple[Event, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    memory: tuple[MemorySample, ...] = ()
 
     @property
     def makespan_s(self) -> float:
@@ -56,11 +70,21 @@ class Trace:
         return [event for event in self.events if event.rank == rank]
 
     def to_json(self) -> dict[str, Any]:
-        return {"source": self.source, "meta": dict(self.meta), "events": [asdict(event) for event in self.events]}
+        return {
+            "source": self.source,
+            "meta": dict(self.meta),
+            "events": [asdict(event) for event in self.events],
+            "memory": [asdict(sample) for sample in self.memory],
+        }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Trace:
-        return cls(document["source"], tuple(Event(**event) for event in document["events"]), document.get("meta", {}))
+        return cls(
+            document["source"],
+            tuple(Event(**event) for event in document["events"]),
+            document.get("meta", {}),
+            tuple(MemorySample(**sample) for sample in document.get("memory", ())),
+        )
 
 
 def merge(traces: Iterable[Trace]) -> Trace:
@@ -70,7 +94,8 @@ def merge(traces: Iterable[Trace]) -> Trace:
     meta: dict[str, Any] = {}
     for part in parts:
         meta.update(part.meta)
-    return Trace(parts[0].source if parts else "measured", tuple(events), meta)
+    memory = tuple(sample for part in parts for sample in part.memory)
+    return Trace(parts[0].source if parts else "measured", tuple(events), meta, memory)
 
 
 def busy_seconds(trace: Trace, rank: int, resource: str = COMPUTE) -> float:
@@ -117,7 +142,14 @@ def to_chrome(traces: Sequence[Trace]) -> dict[str, Any]:
             if event.kind in _COLOURS:
                 row["cname"] = _COLOURS[event.kind]
             rows.append(row)
+        rows += [_counter(sample, sample.rank * len(traces) + trace_index) for sample in trace.memory]
     return {"traceEvents": rows, "displayTimeUnit": "ms"}
+
+
+def _counter(sample: MemorySample, pid: int) -> dict[str, Any]:
+    """One track for each process, its kinds stacked. In MiB, as viewers print long numbers badly."""
+    mib = {name: size / (1 << 20) for name, size in sample.items.items()}
+    return {"ph": "C", "name": "memory (MiB)", "pid": pid, "ts": sample.at_s * 1e6, "args": mib}
 
 
 def save_chrome(path: str | Path, traces: Sequence[Trace]) -> None:

@@ -162,7 +162,8 @@ class StageSeconds(_Document):
     """One virtual stage, for one microbatch; reduce_s: of its gradients, once a step. send_s, send_back_s: what its
     value takes to the next stage, and the value's gradient back, in which the link is busy; *_latency_s: until it has
     arrived after that. offload_s: of its activations to host memory, and
-    back; 0 where that was not offered."""
+    back; 0 where that was not offered. activation_bytes: kept from its forward to its backward; of them recompute_bytes
+    where an action of the order makes them again, and offload_bytes where one moves them."""
 
     forward_s: float
     backward_input_s: float
@@ -173,6 +174,20 @@ class StageSeconds(_Document):
     send_latency_s: float = 0.0
     send_back_latency_s: float = 0.0
     offload_s: float = 0.0
+    activation_bytes: int = 0
+    recompute_bytes: int = 0
+    offload_bytes: int = 0
+
+
+class RankMemory(_Document):
+    """Bytes of the worst rank of a pipeline rank by kind (costmodel/memory.py). lasting: all through the step;
+    pipeline: beside the activations, where a backward runs; step: in the optimizer step in place of both."""
+
+    lasting: dict[str, int]
+    pipeline: dict[str, int]
+    step: dict[str, int]
+    slack_fraction: float
+    reserve_bytes: int
 
 
 class Predicted(_Document):
@@ -189,6 +204,7 @@ class Predicted(_Document):
     host_bytes: int = 0  # of host memory, on the rank that needs most: optimizer state and what it is stepped by
     host_limit_bytes: int = 0  # of that rank's share; 0: not known
     stage_s: list[StageSeconds] = Field(default_factory=list)
+    rank_memory: list[RankMemory] = Field(default_factory=list)  # of each pipeline rank
     tail_s: list[float] = Field(default_factory=list)  # of each pipeline rank: optimizer step and gathers after it
     tails_wait: bool = False  # an optimizer step begins once all ranks have their gradients, as it needs their norm
     # mesh axis -> the shares of "parameters", and of the bytes of "activations" kept for the backward, that it splits

@@ -78,6 +78,21 @@ class MemoryMeter:
         on_host = self._store is not None and self._store.link is not None
         return 0 if on_host else optimizer_bytes(optimizer) + kept_bytes
 
+    def held(self, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
+        """Bytes now, by kind. On CUDA workspace is what the allocator has given out beside the rest."""
+        assert self._store is not None and self._buffers is not None
+        items = {
+            "parameters": self._store.param_bytes(),
+            "optimizer": self._state_bytes(optimizer),
+            "buffers": sum(tensor.numel() * tensor.element_size() for tensor in self._buffers.tensors.values()),
+            "gradients": self._store.grad_bytes(),
+            "activations": sum(runner.kept_bytes() for runner in self._runners),
+        }
+        if self.device.type == "cuda":
+            rest = torch.cuda.memory_allocated(self.device) - sum(items.values())
+            items["workspace"] = max(rest, 0)
+        return items
+
     def static_bytes(self) -> int:
         """Parameters, master copies, optimizer state and buffers."""
         assert self._store is not None and self._buffers is not None

@@ -524,6 +524,10 @@ class Program:
     def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self.buffers.tensors.items()
 
+    def record_memory(self) -> None:
+        """From the next step on the trace says what this rank holds, by kind, as each action begins and ends."""
+        self.recorder.held = lambda: self.memory.held(self._optimizer)
+
     @property
     def trace(self) -> Trace:
         """Of the last step on this rank, in the simulator's format."""

@@ -44,6 +44,8 @@ def run(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
     batches = batch_source(workload, task.get("text"))
     report(event="built", seconds=time.perf_counter() - started)
     for step in range(task["steps"]):
+        if task.get("memory") and step == task["steps"] - 1:
+            program.record_memory()
         part = program.shard_batch(workload.call.batch_of(batches(step)))
         _synchronize(device)
         started = time.perf_counter()

@@ -309,21 +309,29 @@ def rank_breakdown(
 ) -> dict[str, int]:
     """Every item of the worst rank among those of a pipeline rank; their sum is its peak. activation_bytes: in place of
     what the candidate's schedule holds at once."""
+    moments = rank_moments(setting, candidate, chain, bounds, rank)
+    if activation_bytes is None:
+        chunks = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)[:, rank]
+        each = np.array([stage_activation(chain, bounds[s], bounds[s + 1]) for s in chunks.tolist()])
+        profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]
+        activation_bytes = int((profiles @ each).max())
+    return moments.worst(activation_bytes)
+
+
+def rank_moments(
+    setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[int, ...], rank: int
+) -> memory.RankMoments:
+    """Of the worst rank among those of a pipeline rank."""
     chunks = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)[:, rank].tolist()
     stages = [(bounds[s], bounds[s + 1]) for s in sorted(set(chunks))]  # two directions may share one
     kind = setting.mesh(candidate).devices[rank].kind
     held = [state_memory_of(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
-    if activation_bytes is None:
-        each = np.array([stage_activation(chain, bounds[s], bounds[s + 1]) for s in chunks])
-        profiles = in_flight_profiles(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)[rank]
-        activation_bytes = int((profiles @ each).max())
     boundary = 0.0
     if candidate.num_stages > 1:
         cut = chain.cut_forward_bytes + chain.cut_backward_bytes
         boundary = boundary_bytes(sum(cut[i] + cut[j] for i, j in stages))
-    return memory.rank_items(
+    return memory.rank_moments(
         held,
-        activation_bytes=activation_bytes,
         workspace_bytes=int(max(chain.workspace_of[i, j] for i, j in stages)),
         communication_bytes=int(boundary),
         device_kind=kind,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ...costmodel.memory import RankMoments
 from ...costmodel.stage_times import StageTimes
 from ...costmodel.timeline import Timeline
 from ...schedules import PipelineSchedule
 from ..interfaces import ShardingSolution
-from ..memory.rank_bytes import rank_breakdown
+from ..memory.rank_bytes import rank_breakdown, rank_moments
 from ..space.candidates import Candidate
 from ..stages.chain import Chain
 from ..stages.setting import Setting
@@ -51,6 +52,13 @@ class Chosen:
     @property
     def step_s(self) -> float:
         return self.timeline.makespan_s
+
+    def moments(self, setting: Setting) -> list[RankMoments]:
+        """Of each pipeline rank."""
+        return [
+            rank_moments(setting, self.candidate, self.memory_chain, self.bounds, rank)
+            for rank in range(self.candidate.pp)
+        ]
 
     def breakdowns(self, setting: Setting) -> list[dict[str, int]]:
         """Bytes of each pipeline rank at its worst moment, by kind."""

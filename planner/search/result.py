@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -107,6 +108,9 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
             host_bytes=host.needed_bytes,
             host_limit_bytes=host.limit_bytes if candidate.on_host else 0,
             stage_s=_stage_seconds(chosen.stages, hops(setting, candidate, chain, bounds)),
+            rank_memory=[
+                plan_document.RankMemory(**dataclasses.asdict(moments)) for moments in chosen.moments(setting)
+            ],
             tail_s=[tail.optimizer_s + tail.gather_s for tail in tails(setting, candidate, chain, bounds)],
             tails_wait=setting.workload.optimizer.waits_for_norm,
         ),
@@ -149,6 +153,9 @@ def _stage_seconds(stages: Sequence[StageTimes], hops: Sequence[Hop]) -> list[pl
             send_latency_s=hop.forward_latency_s,
             send_back_latency_s=hop.backward_latency_s,
             offload_s=times.offload_s,
+            activation_bytes=times.activation_bytes,
+            recompute_bytes=times.recompute_bytes,
+            offload_bytes=times.offload_bytes,
         )
         for times, hop in zip(stages, (*hops, Hop()), strict=True)
     ]

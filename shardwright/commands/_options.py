@@ -183,6 +183,14 @@ def refuse_unwritable(path: Path, option: str, works: str, means: str) -> None:
         raise ShardwrightError(f"cannot write {path}: {reason}", means=means, change=option, works=works)
 
 
+def check_memory_timeline(path: str, means: str) -> None:
+    """Before the work rather than after it."""
+    from ..memory_timeline import check_suffix
+
+    check_suffix(path)
+    refuse_unwritable(Path(path), "--memory-timeline PATH", "--memory-timeline memory.html", means)
+
+
 def print_json(document: Any, indent: int | None = 1) -> None:
     """indent: None for one line."""
     write_json(document if isinstance(document, str) else json.dumps(document, indent=indent))

@@ -30,12 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--output", metavar="PATH", help="write the plan here")
     output.add_argument("--json", action="store_true", help="print the plan as JSON, and nothing else, on stdout")
+    output.add_argument(
+        "--memory-timeline", metavar="PATH", help="write each rank's bytes over the step here, as .html or .json"
+    )
     output.add_argument("--top", type=int, default=8, metavar="N", help="runner-up plans to show (default: 8)")
 
 
 def execute(args: argparse.Namespace) -> int:
     from ..plans.document import Plan
 
+    if args.memory_timeline is not None:
+        _options.check_memory_timeline(args.memory_timeline, "nothing was planned")
     if args.model.endswith(".json") and ":" not in args.model:
         return _show(Plan.load(args.model), args)
     if args.hardware is None:
@@ -82,10 +87,16 @@ def _check_names(args: argparse.Namespace, force: dict[str, str]) -> Cluster:
 
 
 def _show(plan, args: argparse.Namespace) -> int:  # type: ignore[no-untyped-def]
+    if args.memory_timeline is not None:
+        from ..memory_timeline import write_memory_timeline
+
+        write_memory_timeline(args.memory_timeline, plan)
     if args.json:
         _options.print_json(plan.to_json())
     else:
         from ..render import print_plan
 
         print_plan(plan, top=args.top)
+        if args.memory_timeline is not None:
+            print(f"memory timeline written to {args.memory_timeline}")
     return ExitCode.DONE

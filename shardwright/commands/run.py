@@ -26,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", metavar="PATH", help="write the last step here, predicted beside measured, for Perfetto or Chrome"
     )
+    parser.add_argument(
+        "--memory-timeline",
+        metavar="PATH",
+        help="write the bytes of each rank over the last step here, predicted and measured, as .html or .json",
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each step, and nothing else")
     _options.add_trust_option(parser)
 
@@ -47,9 +52,16 @@ def execute(args: argparse.Namespace) -> int:
                 works="shardwright plan MODEL --hardware NAME -o plan.json",
             )
         _options.refuse_unwritable(Path(args.trace), "--trace PATH", "--trace trace.json", "nothing was run")
+    if args.memory_timeline is not None:
+        from ..memory_timeline import predicted_ledgers
+
+        _options.check_memory_timeline(args.memory_timeline, "nothing was run")
+        predicted_ledgers(plan)
     _refuse_other_hardware(plan)
+    wants_trace = args.trace is not None or args.memory_timeline is not None
     printer = StepPrinter(plan, as_json=args.json)
-    task = {"task": "run", "plan": str(Path(args.plan).resolve()), "steps": args.steps, "trace": bool(args.trace)}
+    task = {"task": "run", "plan": str(Path(args.plan).resolve()), "steps": args.steps, "trace": wants_trace}
+    task["memory"] = args.memory_timeline is not None
     task["trust_model"] = args.trust_model
     if args.text is not None:
         task["text"] = str(Path(args.text).resolve())
@@ -62,6 +74,13 @@ def execute(args: argparse.Namespace) -> int:
         save_chrome(args.trace, [predicted_trace(plan), Trace.from_json(printer.trace)])
         if not args.json:
             print(f"trace written to {args.trace}; open it in ui.perfetto.dev or chrome://tracing")
+    if args.memory_timeline is not None:
+        from ..costmodel.trace import Trace
+        from ..memory_timeline import write_memory_timeline
+
+        write_memory_timeline(args.memory_timeline, plan, Trace.from_json(printer.trace))
+        if not args.json:
+            print(f"memory timeline written to {args.memory_timeline}")
     return ExitCode.DONE
 
 
