@@ -114,19 +114,26 @@ def attention_rows(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis
         both = emit.call(node.target, *rows.of_piece(piece))
         found.append((piece, emit.call(operator.getitem, both, 0), emit.call(operator.getitem, both, 1)))
     _, out, lse = found[0]
-    dtypes = tuple(value.dtype for value in node.meta["val"])
     for piece, other, other_lse in found[1:]:
-        out, lse = _joined(rows, piece, (out, lse), (other, other_lse), dtypes[0])
+        out, lse = joined(emit, piece.rows, rows.count, (out, lse), (other, other_lse), node.meta["val"][0].dtype)
     return out, lse
 
 
-def _joined(
-    rows: _Rows, piece: Piece, whole: tuple[fx.Node, fx.Node], part: tuple[fx.Node, fx.Node], dtype: torch.dtype
+def joined(
+    emit: Emitter,
+    rows: range,
+    count: int,
+    whole: tuple[fx.Node, fx.Node],
+    part: tuple[fx.Node, fx.Node],
+    dtype: torch.dtype,
 ) -> tuple[fx.Node, fx.Node]:
-    """Rows of `whole` that the piece has, weighed by what each part's scores sum to."""
-    call = rows.emit.call
-    rest = range(piece.rows.stop, rows.count)
-    out, lse = (rows.cut(x, 2, piece.rows, rows.count) for x in whole)
+    """(out, lse) of `count` rows, of which `rows` saw the keys of `part` too, weighed by the sums of their scores."""
+    call = emit.call
+
+    def of(x: fx.Node, some: range) -> fx.Node:
+        return x if some == range(count) else call(aten.slice.Tensor, x, 2, some.start, some.stop)
+
+    out, lse = (of(x, rows) for x in whole)
     total = call(aten.logaddexp.default, lse, part[1])
 
     def weighed(x: fx.Node, own: fx.Node) -> fx.Node:
@@ -135,10 +142,16 @@ def _joined(
 
     both = call(aten.add.Tensor, weighed(out, lse), weighed(part[0], part[1]))
     both = call(aten._to_copy.default, both, dtype=dtype)
-    if not len(rest):
+    others = range(rows.start), range(rows.stop, count)
+    if not any(map(len, others)):
         return both, total
-    tails = [rows.cut(x, 2, rest, rows.count) for x in whole]
-    return call(aten.cat.default, [both, tails[0]], 2), call(aten.cat.default, [total, tails[1]], 2)
+    rest = [[of(x, some) if len(some) else None for some in others] for x in whole]
+    made = (
+        [x for x in (before, new, after) if x is not None]
+        for new, (before, after) in zip((both, total), rest, strict=True)
+    )
+    out, lse = (call(aten.cat.default, parts, 2) for parts in made)
+    return out, lse
 
 
 def attention_rows_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ Arguments: emitter, the captured node, its arguments with tensors replaced by lo
     own_experts, own_experts_backward   experts split: choices of others' experts left out
     attention_rows, attention_rows_backward   queries split, each with the keys that it sees (passes/attention_rows.py)
     attention_near_rows, ..._backward         the same, where each sees as many: within a window
+    attention_ring, attention_zigzag, ..._backward   keys and values go round (passes/attention_ring.py)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import fx
 
 from ..ops.placement import shard_size, shard_start
+from .attention_ring import attention_ring, attention_ring_backward
 from .attention_rows import attention_rows, attention_rows_backward
 from .redistribute import Emitter, MeshAxis
 
@@ -153,12 +155,16 @@ def own_experts_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: Me
     return emit.call(node.target, *args[:2], index, *args[3:6], None, args[7])
 
 
-_ROWS: dict[str, Lowering] = {
-    f"attention_{rows}{phase}": function
-    for rows in ("rows", "near_rows")
-    for phase, function in (("", attention_rows), ("_backward", attention_rows_backward))
+_ATTENTION: dict[str, Lowering] = {
+    f"attention_{form}{phase}": function
+    for forms, functions in (
+        (("rows", "near_rows"), (attention_rows, attention_rows_backward)),
+        (("ring", "zigzag"), (attention_ring, attention_ring_backward)),
+    )
+    for form in forms
+    for phase, function in zip(("", "_backward"), functions, strict=True)
 }
-LOWERINGS: dict[str, Lowering] = _ROWS | {
+LOWERINGS: dict[str, Lowering] = _ATTENTION | {
     function.__name__: function
     for function in (
         embedding_rows, embedding_rows_backward, nll_rows, nll_cols, nll_cols_backward, log_softmax_cols, softmax_cols,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from ..kernels.attention import attention_backward
 from ..ops.placement import R, transition, way
 from ..ops.strategy import Strategy
 from ..profiler.graph import Segment
@@ -23,6 +24,8 @@ from ..profiler.nodes import needed_for
 from ..profiler.op_view import is_op, origin, view_of
 from ..profiler.signature import results
 from ..profiler.slots import UPDATE, kind_of
+from .attention_ring import is_zigzag, to_zigzag
+from .redistribute import MeshAxis
 from .shard import Places, ShardContext, local_shape, whole_on_short
 from .values import c10d
 
@@ -34,6 +37,7 @@ _KINDS: dict[Any, tuple[str, Any]] = {
     c10d.all_gather_into_tensor.default: ("all_gather", lambda num_bytes, ranks: num_bytes * ranks),
     c10d.all_to_all_single.default: ("all_to_all", lambda num_bytes, ranks: num_bytes * ranks),
 }
+SENT = "send"  # an exchange of unequal parts: what this rank has of the tensor
 
 
 class Collective(NamedTuple):
@@ -53,7 +57,11 @@ def built_collectives(graph: fx.Graph, context: ShardContext, phase: str) -> Ite
             kind, payload = _KINDS[node.target]
             axis = axes[node.args[-1]]
             value = node.args[0].meta["val"]
-            yield Collective(phase, axis.name, kind, payload(value.numel() * value.element_size(), axis.size))
+            num_bytes = value.numel() * value.element_size()
+            is_even = kind != "all_to_all" or _is_even(*node.args[1:3])
+            yield Collective(
+                phase, axis.name, *((kind, payload(num_bytes, axis.size)) if is_even else (SENT, num_bytes))
+            )
 
 
 def implied_collectives(segment: Segment, context: ShardContext) -> Iterator[Collective]:
@@ -171,6 +179,10 @@ class _Implied:
         for axis, strategy in zip(self.axes, strategies, strict=True):
             if axis.size == 1 or not strategy.lowering:
                 continue
+            if strategy.lowering.startswith(("attention_ring", "attention_zigzag")):
+                for kind, num_bytes in self._ring(node, strategies, axis):
+                    yield Collective(phase, axis.name, kind, num_bytes)
+                continue
             if strategy.lowering in ("nll_rows", "nll_cols"):
                 sizes = self._loss_sums(node)
             elif strategy.lowering in ("softmax_cols", "log_softmax_cols"):  # maximum and sum
@@ -181,6 +193,29 @@ class _Implied:
                 sizes = []
             for num_bytes in sizes:
                 yield Collective(phase, axis.name, "all_reduce", num_bytes)
+
+    def _ring(self, node: fx.Node, strategies: Sequence[Strategy], axis: MeshAxis) -> Iterator[tuple[str, int]]:
+        """(kind, bytes) of what ring attention sends: keys and values n - 1 times, in the backward their gradients n
+        times; in zigzag order also what is exchanged for that and back."""
+        view, back = view_of(node), int(node.target is attention_backward)
+        read = {origin(user)[1] for user in node.users if user in self.live}
+
+        def local(tensor: torch.Tensor, places: Places) -> int:
+            return math.prod(local_shape(tensor.shape, places, self.axes)) * tensor.element_size()
+
+        operands = [local(t, tuple(s.inputs[k] for s in strategies)) for k, t in enumerate(view.inputs)]
+        results = [
+            local(_tensor(node, k), tuple(s.outputs[k] for s in strategies))
+            for k in sorted(read)
+            if isinstance(_tensor(node, k), torch.Tensor)
+        ]
+        hops = axis.size - 1 + back * axis.size
+        yield from [(SENT, operands[1 + back] + operands[2 + back])] * hops
+        num_tokens = view.inputs[back].shape[2]
+        if is_zigzag(num_tokens, bool(node.args[9 if back else 6]), axis.size):
+            is_even = _is_even(*to_zigzag(axis, num_tokens))
+            for num_bytes in (*(operands if back else operands[:3]), *results):
+                yield ("all_to_all", num_bytes * axis.size) if is_even else (SENT, num_bytes)
 
     def _loss_sums(self, node: fx.Node) -> list[int]:
         """Bytes of the sum of losses, where it is read, and of the sum of weights, where it is or is divided by."""
@@ -200,6 +235,10 @@ class _Implied:
 def _tensor(node: fx.Node, output: int) -> torch.Tensor:
     value = node.meta["val"]
     return value[output] if isinstance(value, (tuple, list)) else value
+
+
+def _is_even(come: Sequence[int], go: Sequence[int]) -> bool:
+    return len({*come, *go}) == 1
 
 
 def _padded(sizes: list[int], dims: Iterable[int], ranks: int) -> list[int]:

@@ -16,6 +16,7 @@ import shardwright
 from shardwright import api
 from shardwright.errors import ShardwrightError
 from shardwright.kernels.ops import attention, attention_backward, make_key
+from shardwright.passes.attention_ring import steps
 from shardwright.passes.attention_rows import attention_rows, attention_rows_backward, pieces
 from shardwright.passes.build import build_segment_programs
 from shardwright.passes.redistribute import Emitter, MeshAxis
@@ -105,17 +106,35 @@ def test_a_cut_sequence_gives_the_numbers_of_one_device(kind: str) -> None:
     assert set(_rows_of(plan, "param_grad")) == {"P"} and set(_rows_of(plan, "param_")) <= {"R", "P"}
 
 
-@pytest.mark.parametrize("form", ["gather", "ulysses"])
-def test_each_form_of_attention_is_exact(form: str) -> None:
-    plan = _planned("causal", 2, {"cp": 2, "attention": form})
-    _assert_as_on_one_device("causal", plan)
+@pytest.mark.parametrize(("form", "ranks"), [("gather", 2), ("ulysses", 2), ("ring", 2), ("ring", 3)])
+def test_each_form_of_attention_is_exact(form: str, ranks: int) -> None:
+    _assert_as_on_one_device("causal", _planned("causal", ranks, {"cp": ranks, "attention": form}))
 
 
-@pytest.mark.parametrize("form", ["gather", "ulysses"])
-def test_each_form_of_attention_moves_the_bytes_of_its_paper(form: str) -> None:
+def test_causal_work_of_a_ring_is_balanced() -> None:
+    def pairs(rank: int, ranks: int, part: int = 8) -> int:
+        """Queries with keys that they see, over all steps."""
+        seen = 0
+        for piece in steps(MeshAxis("cp", ranks, rank, ""), 2 * ranks * part, causal=True):
+            rows, keys = len(piece.rows), len(piece.keys)  # type: ignore[union-attr]
+            seen += rows * (rows + 1) // 2 if piece.causal else rows * keys  # type: ignore[union-attr]
+        return seen
+
+    for ranks in (2, 3, 8, 64):
+        tokens = 16 * ranks
+        work = [pairs(rank, ranks) for rank in range(ranks)]
+        assert sum(work) == tokens * (tokens + 1) // 2 and max(work) <= 1.03 * sum(work) / ranks
+
+
+def test_a_ring_of_all_keys_is_exact() -> None:
+    _assert_as_on_one_device("full", _planned("full", 2, {"cp": 2, "attention": "ring"}))
+
+
+@pytest.mark.parametrize(("form", "kind"), [("gather", "causal"), ("ulysses", "causal"), ("ring", "full")])
+def test_each_form_of_attention_moves_the_bytes_of_its_paper(form: str, kind: str) -> None:
     length, width = 8192, 2048
     with torch.device("meta"):
-        model = Model("causal", length, width)
+        model = Model(kind, length, width)
     batch = {name: torch.zeros(4, length, dtype=torch.int64) for name in ("ids", "labels")}
     workload = workload_of(model, batch)
     plan = shardwright.plan(workload, "4xH100", force={"cp": 4, "attention": form}, self_test=False)
@@ -123,6 +142,8 @@ def test_each_form_of_attention_moves_the_bytes_of_its_paper(form: str) -> None:
     moved = _attention_bytes(plan, workload)
     if form == "gather":  # keys and values, and their gradients
         assert moved == {("forward", "all_gather"): queries, ("backward", "reduce_scatter"): queries}
+    elif form == "ring":  # blocks of keys and values n - 1 times, with their gradients, which go n times
+        assert moved == {("forward", "send"): 3 * queries // 4, ("backward", "send"): 7 * queries // 4}
     else:  # queries, keys, values and results, and the gradient of each; and results again, of which one form is kept
         each = 3 * queries
         assert moved == {("forward", "all_to_all"): each, ("backward", "all_to_all"): each + queries}
@@ -152,7 +173,13 @@ def test_a_form_that_heads_do_not_divide_for_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "force",
-    [{"cp": 2, "dp": 2, "zero": 1}, {"cp": 2, "dp": 2, "zero": 3}, {"cp": 4}, {"cp": 2, "tp": 2}, {"cp": 2, "pp": 2}],
+    [
+        {"cp": 2, "dp": 2, "zero": 1},
+        {"cp": 2, "dp": 2, "zero": 3},
+        {"cp": 4},
+        {"cp": 2, "tp": 2, "attention": "ring"},
+        {"cp": 2, "pp": 2},
+    ],
     ids=str,
 )
 def test_it_goes_with_the_other_axes(force: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from ...costmodel.segment import RecomputePoint, SegmentCost
 from ...ops.placement import P, R
 from ...profiler.op_view import origin
 from ...profiler.slots import BUFFER, INPUT, PARAM, PARAM_GRAD, kind_of, slot_name, slot_names
+from .mesh import RINGS
 from .recompute import Recomputation, hull
 from .routes import Placed, Route, routes
 from .segment_facts import SegmentFacts
@@ -32,12 +33,13 @@ def evaluate(placed: Placed) -> SegmentCost:
         scratch[node], left = mesh.scratch_of(node, share, lambda operand: placed.local_bytes(*origin(operand)))
         lasting = max(lasting, left)
     by_axis = {axis.name: axis for axis in mesh.axes}
+    rings_s = {phase: _rings_s(placed, phase, op_s) for phase in ("forward", "backward")}
 
     def collective_s(route: Route) -> float:
         return sum(by_axis[move.axis].collective_s(move.kind, move.full_bytes) for move in route.moves)
 
     asked = routes(placed)
-    comm: dict[str, float] = defaultdict(float)
+    comm: dict[str, float] = defaultdict(float, rings_s)
     for route in asked:
         comm[route.phase] += collective_s(route)
 
@@ -67,6 +69,18 @@ def evaluate(placed: Placed) -> SegmentCost:
         recompute_points=_points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes),
         summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
     )
+
+
+def _rings_s(placed: Placed, phase: str, op_s: Mapping[fx.Node, float]) -> float:
+    """Of what ring attention sends inside its own programs and does not hide."""
+    mesh, seconds = placed.mesh, 0.0
+    for node, view in placed.facts.views.items():
+        strategies = placed.strategies(node) if node.meta.get("phase", "forward") == phase else ()
+        if any(s.lowering.startswith(RINGS) for s in strategies):
+            operands = [mesh.sizes(*origin(n)) for n in view.operands]
+            results = [mesh.sizes(node, k) for k in range(len(view.outputs))]
+            seconds += mesh.ring_s(strategies, operands, results, op_s.get(node, 0.0))
+    return seconds
 
 
 def _points(placed: Placed, again: Recomputation, saved_bytes: int) -> tuple[RecomputePoint, ...]:

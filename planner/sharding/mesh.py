@@ -279,6 +279,28 @@ class Mesh:
                 seconds += times * axis.collective_s("all_reduce", values * item)
         return seconds
 
+    def ring_s(
+        self, strategies: Sequence[Strategy], operands: Sequence[Sizes], results: Sequence[Sizes], compute_s: float
+    ) -> float:
+        """What ring attention sends and does not hide: keys and values, in the backward with their gradients, go round
+        beside all steps but the first; zigzag order is exchanged for before and after."""
+        seconds = 0.0
+        for k, (axis, strategy) in enumerate(zip(self.axes, strategies, strict=True)):
+            if not strategy.lowering.startswith(RINGS):
+                continue
+            back = int(strategy.lowering.endswith("backward"))
+            places = [
+                tuple(R if j == k else s.inputs[i] for j, s in enumerate(strategies)) for i in range(len(operands))
+            ]
+            whole = [sizes.num_bytes / self.shares(place) for sizes, place in zip(operands, places, strict=True)]
+            round_s = (1 + back) * axis.collective_s("all_gather", whole[1 + back] + whole[2 + back])
+            seconds += max(0.0, round_s - compute_s * (1.0 - 1.0 / axis.size))
+            if strategy.lowering.startswith(RINGS[1]):
+                back_bytes = whole[back : back + 3] if back else whole[:1]  # results lie as what they are of
+                moved = [*(whole if back else whole[:3]), *back_bytes]
+                seconds += sum(axis.collective_s("all_to_all", b) + self.memory_s(2 * b / axis.size) for b in moved)
+        return seconds
+
     def _rows_before(self, shape: Sequence[int], places: list[int], dim: int) -> int:
         rows = math.prod(shape[:dim])
         for axis, place in zip(self.axes, places, strict=True):
@@ -302,6 +324,7 @@ def compatible(first: Strategy, second: Strategy, shared: bool = False) -> bool:
     return shared or not any(a == b and a >= 0 for a, b in places)
 
 
+RINGS = ("attention_ring", "attention_zigzag")
 _UNEVEN = ("attention_rows", "attention_rows_backward")
 # lowering -> number of all-reduces (passes/lowerings.py), and whether of one value per row of the first operand
 _LOWERING_REDUCES = {"nll_rows": (2, False), "nll_cols": (2, False),

@@ -335,7 +335,7 @@ class _SegmentBuilder:
                 known[key] = mesh.op_s(node, *key)
             costs[i] = known[key] + mesh.tie_break * kept
             if any(s.lowering for s in option):
-                costs[i] += mesh.lowering_s(option, operands[0])
+                costs[i] += mesh.lowering_s(option, operands[0]) + mesh.ring_s(option, operands, results, known[key])
         return costs
 
     # ----- edges
