@@ -167,6 +167,17 @@ def test_contradictions_exit_4_with_numbers_and_a_value_that_works(force, match,
     assert caught.value.works.startswith(works)
 
 
+def test_where_no_recomputation_is_forced_and_some_is_needed_the_search_may_choose_it():
+    """What fits may be some recomputation in part, which forcing all of it would not be."""
+    force = {"pp": 1, "microbatch": 8}
+    need = max(Case(Sizes(layers=4), "1xCPU", 8).search(recompute="none", **force).predicted.peak_bytes)
+    case = Case(Sizes(layers=4), "1xCPU", 8, memory_limit_bytes=need - MIB)
+    with pytest.raises(ShardwrightError) as caught:
+        case.search(recompute="none", **force)
+    assert caught.value.works == "--force recompute=auto" and caught.value.exit_code == ExitCode.DOES_NOT_FIT
+    assert max(case.search(recompute="auto", **force).predicted.peak_bytes) <= need - MIB
+
+
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
     case = Case(Sizes(), "4xCPU", 6)
     with pytest.raises(ShardwrightError, match="6 does not divide over dp=4") as caught:

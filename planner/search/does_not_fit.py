@@ -106,7 +106,7 @@ def _nearest_change(
         free = forced.without(name) if default is None else replace(forced, **{name: default})
         found = first_fit(setting, free, known)
         if found is not None:
-            value = "all" if name == "recompute" else value_of(name, found)
+            value = default or value_of(name, found)  # the leanest recomputation may be one in part
             return f"--force {name}", f"--force {name}={value}" if value is not None else f"no --force {name}"
     if setting.memory_limit_bytes is not None or setting.cluster.memory_limit_bytes is not None:
         need = nearest.peak_bytes or 0
