@@ -309,17 +309,37 @@ def pin_dtypes(graph: fx.Graph) -> None:
 
 
 def _pin_promotion(graph: fx.Graph, node: fx.Node, made: Any) -> None:
-    """An integer tensor times 0.5 has the default dtype of when it runs: make it a number of that dtype first."""
+    """An integer tensor times 0.5, and a real one times 0.5j, may have the default dtype of when it runs: make it a
+    number of that dtype first."""
     read = [n for n in node.all_input_nodes if isinstance(value(n), torch.Tensor)]
-    if not isinstance(made, torch.Tensor) or made.dtype is not torch.float64 or not read:
+    if not isinstance(made, torch.Tensor) or made.dtype not in (torch.float64, torch.complex128) or not read:
         return
     real = [n for n in read if value(n).dtype.is_floating_point or value(n).dtype.is_complex]
     op: Any = node.target  # an OpOverload
-    if torch.Tag.pointwise in op.tags and not real:
-        with graph.inserting_before(node):
-            wide = graph.call_function(aten._to_copy.default, (read[0],), {"dtype": made.dtype})
-        wide.meta = {**read[0].meta, "val": value(read[0]).to(made.dtype)}
-        node.replace_input_with(read[0], wide)
+    if op.overloadpacket is aten.where and op is not aten.where.self and not real:
+        _pin_where(graph, node, made.dtype)
+    elif not real and (torch.Tag.pointwise in op.tags or len(read) == 1):
+        dtype = made.dtype if torch.Tag.pointwise in op.tags else torch.float64
+        node.replace_input_with(read[0], _as_dtype(graph, node, read[0], dtype))
+
+
+def _pin_where(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
+    """where(mask, 0.1, 0.3): the numbers as numbers of that dtype."""
+    condition, *others = node.args
+    with graph.inserting_before(node):
+        for k, other in enumerate(others):
+            if not isinstance(other, fx.Node):
+                others[k] = graph.call_function(aten.full.default, ([], other), {"dtype": dtype})
+                others[k].meta = {**node.meta, "val": value(node).new_empty(())}
+    others = [o if value(o).dtype == dtype else _as_dtype(graph, node, o, dtype) for o in others]
+    node.target, node.args = aten.where.self, (condition, *others)
+
+
+def _as_dtype(graph: fx.Graph, before: fx.Node, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    with graph.inserting_before(before):
+        wide = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+    wide.meta = {**node.meta, "val": value(node).to(dtype)}
+    return wide
 
 
 def _same(node: fx.Node) -> bool:

@@ -223,6 +223,16 @@ def of_another_shape(net: Net, h: torch.Tensor) -> torch.Tensor:
     return h
 
 
+def numbers_of_the_default_type(net: Net, h: torch.Tensor) -> torch.Tensor:
+    index = torch.arange(8)
+    turned = torch.exp(1j * torch.pi * index / 7).real + torch.fft.fft(index).abs() + torch.logsumexp(index, 0)
+    return h * turned + torch.where(h > 0, 0.1, 0.7) + torch.where(index > 3, index, 0.3)
+
+
+def test_numbers_made_of_integers_are_of_the_models_precision() -> None:
+    assert largest_difference(workload_of(Net(numbers_of_the_default_type), batch())) < TOLERANCE
+
+
 def each_row(net: Net, h: torch.Tensor) -> torch.Tensor:
     return torch.vmap(lambda row: row / row.norm())(h)
 
