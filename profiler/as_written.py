@@ -9,6 +9,7 @@ from torch import nn
 
 from .attributes import Attributes
 from .autograd_functions import Calls, guarded_engine, recorded_functions
+from .copies import refuse_scripted
 from .data_attribute import data_as_detached
 from .gradient_hooks import GradientHooks, recorded_hooks, refuse_hooks
 from .own_checkpoints import Parts, captured_through
@@ -18,6 +19,7 @@ class AsWritten:
     """One capture's record. hooks: to be placed in the graph once it is there."""
 
     def __init__(self, model: nn.Module) -> None:
+        refuse_scripted(model)
         refuse_hooks(model)
         originals = {
             id(tensor): (module, name)

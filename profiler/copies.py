@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..errors import ExitCode, ShardwrightError
+
 if TYPE_CHECKING:
     from .workload import Workload
 
 
 def copy_model(model: nn.Module) -> nn.Module:
     """Its hooks and its own functions read the copy where they close over the model."""
+    refuse_scripted(model)
     with _values_left_behind():
         copied = copy.deepcopy(model)
     carry_hooks(model, copied)
@@ -35,6 +38,19 @@ def copy_model(model: nn.Module) -> nn.Module:
                 for number, hook in list(held.items()):
                     held[number] = followed(hook)
     return copied
+
+
+def refuse_scripted(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            kind = getattr(module, "original_name", type(module).__name__)
+            raise ShardwrightError(
+                f"{path or 'the model'} is a TorchScript module ({kind})",
+                means="its forward is no Python that could be traced, and its parameters are not seen one by one",
+                change=f"torch.jit.script or torch.jit.trace around {path or 'it'}",
+                works="the module itself, as it was before it was scripted",
+                exit_code=ExitCode.UNSUPPORTED_MODEL,
+            )
 
 
 def copy_workload(workload: Workload) -> Workload:

@@ -26,7 +26,7 @@ from torch.autograd.function import Function
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
 from .autograd_functions import OP, Calls
-from .where import name_of, place_of, users_line
+from .where import is_users_file, name_of, place_of, users_line
 
 Hook = Callable[..., Any]
 
@@ -38,6 +38,10 @@ def _refusal(what: str, means: str, works: str) -> ShardwrightError:
 
 
 def described(hook: Hook) -> str:
+    for held in getattr(hook, "__closure__", None) or () if "/torch/" in place_of(hook) else ():
+        with contextlib.suppress(ValueError):  # a cell that is empty
+            if callable(held.cell_contents) and "/torch/" not in place_of(held.cell_contents):
+                return described(held.cell_contents)  # what torch's own hook calls, as that of several tensors does
     place = place_of(hook)
     # a hook of torch's own is put where the user's code is running just now
     return f"hook {name_of(hook)} ({users_line() if '/torch/' in place else place})"
@@ -145,6 +149,21 @@ class GradientHooks:
             return hook(module, *args) if id(module) in self.modules else None
 
         return run
+
+    def switch_gradients(self, original: Any, tensor: torch.Tensor, requires_grad: bool = True) -> Any:
+        frame = sys._getframe(2)
+        while frame.f_back is not None and frame.f_code.co_filename.endswith("/torch/nn/modules/module.py"):
+            frame = frame.f_back
+        changes = isinstance(tensor, nn.Parameter) and tensor.requires_grad != requires_grad
+        if changes and not self.calls.depth and is_users_file(frame.f_code.co_filename):
+            raise ShardwrightError(
+                f"{users_line()} sets requires_grad of a parameter {tuple(tensor.shape)} in the forward",
+                means="whether a parameter has a gradient is one fact of a graph, not one of each use",
+                change="that line",
+                works="torch.func.functional_call(module, {n: p.detach() for n, p in module.named_parameters()}, x)",
+                exit_code=ExitCode.UNSUPPORTED_MODEL,
+            )
+        return original(tensor, requires_grad)
 
     # afterwards
 
@@ -360,6 +379,8 @@ def recorded_hooks(hooks: GradientHooks) -> Iterator[None]:
     torch.Tensor.register_hook = lambda tensor, hook: hooks.register_hook(original, tensor, hook)  # type: ignore[method-assign, assignment]
     after = torch.Tensor.register_post_accumulate_grad_hook
     torch.Tensor.register_post_accumulate_grad_hook = lambda tensor, hook: hooks.refuse_after(after, tensor, hook)  # type: ignore[method-assign, assignment]
+    switch = torch.Tensor.requires_grad_
+    torch.Tensor.requires_grad_ = lambda tensor, flag=True: hooks.switch_gradients(switch, tensor, flag)  # type: ignore[method-assign, assignment]
     tables = _torch.global_module_hooks()
     before = [dict(table) for table in tables]
     try:
@@ -375,6 +396,7 @@ def recorded_hooks(hooks: GradientHooks) -> Iterator[None]:
     finally:
         torch.Tensor.register_hook = original  # type: ignore[method-assign]
         torch.Tensor.register_post_accumulate_grad_hook = after  # type: ignore[method-assign]
+        torch.Tensor.requires_grad_ = switch  # type: ignore[method-assign]
         for table, held in zip(tables, before, strict=True):
             table.update(held)
 

@@ -99,7 +99,7 @@ def _uniform(draw: Draw, a: Arguments) -> torch.Tensor:
 
 
 def _normal(draw: Draw, a: Arguments) -> torch.Tensor:
-    """A mean or a deviation given as a tensor gets no gradient through the draw, as in torch."""
+    """A mean or a deviation given as a tensor gets a gradient of zeros, as in torch."""
     mean, std = a.get("mean", 0.0), a.get("std", 1.0)
     tensors = [t.detach() for t in (mean, std) if isinstance(t, torch.Tensor)]
     if tensors:
@@ -111,9 +111,19 @@ def _normal(draw: Draw, a: Arguments) -> torch.Tensor:
     if dtype.is_complex:
         z = z * math.sqrt(0.5)
     if tensors:
+        given = [t for t in (mean, std) if isinstance(t, torch.Tensor)]
         mean, std = (t.detach() if isinstance(t, torch.Tensor) else t for t in (mean, std))
-        return z * std + mean
+        return _with_zeros(z * std + mean, given)
     return z if (mean, std) == (0.0, 1.0) else z * std + mean
+
+
+def _with_zeros(drawn: torch.Tensor, given: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A draw does not follow what it is given. torch gives that zeros, not no gradient: a parameter is decayed."""
+    for tensor in given:
+        if tensor.is_floating_point() and drawn.is_floating_point():
+            never = torch.zeros((), dtype=torch.bool, device=drawn.device)
+            drawn = torch.where(never, tensor.to(drawn.dtype), drawn)
+    return drawn
 
 
 def _log_normal(draw: Draw, a: Arguments) -> torch.Tensor:
@@ -151,7 +161,7 @@ def _bernoulli(draw: Draw, a: Arguments) -> torch.Tensor:
         return draw.keep(_shape(a), dtype, device, 1 - p)
     p = p.detach()
     u = draw.uniform(_shape(a), p.dtype if p.is_floating_point() else torch.float32, device)
-    return (u < p).to(dtype)
+    return _with_zeros((u < p).to(dtype), [a.get("p", a["self"])])
 
 
 def _integers(draw: Draw, a: Arguments) -> torch.Tensor:

@@ -23,6 +23,8 @@ _ANY_STRIDES = {
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
 }
+# (node, its args, its kwargs, what calls a function of nodes) -> (args, kwargs)
+Arranged = Callable[[fx.Node, list[Any], dict[str, Any], Callable[..., Any]], Any]
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,9 +46,11 @@ def run_graph(
     key_of: Callable[[int], torch.Tensor],
     widen: bool,
     device: torch.device,
+    arranged: Arranged | None = None,
 ) -> Ran:
     """state: parameters and buffers by name. key_of: the random key after so many random ops. widen: every narrower
-    floating dtype that the graph names is float64."""
+    floating dtype that the graph names is float64. arranged: brings operands to the formats that kernels read, as
+    tensors have other strides than the trace saw."""
     wide = (lambda t: t.double() if t.dtype in _NARROW else t) if widen else (lambda t: t)
     constants = {name: wide(tensor).to(device) for name, tensor in graph.constants.items()}
     known = {**constants, **{name: wide(tensor.detach()) for name, tensor in state.items()}}
@@ -60,7 +64,7 @@ def run_graph(
         segment = graph.segments[instance.segment]
         key = key_of(instance.random_base).to(device)
         arguments = [known[n] for n in (*instance.params, *instance.buffers)] + [values[n] for n in instance.inputs]
-        ran = _Running(segment, instance, [*arguments, key], settle)
+        ran = _Running(segment, instance, [*arguments, key], settle, arranged)
         results = ran.forward()
         values |= dict(zip(instance.outputs, results, strict=False))
         values |= {f"input:{entry}": values[part] for entry, (part, _) in graph.totals.items() if part in values}
@@ -80,9 +84,14 @@ class _Running:
     """One instance between its forward and its backward."""
 
     def __init__(
-        self, segment: Segment, instance: SegmentInstance, arguments: list[Any], settle: Callable[[Any], Any]
+        self,
+        segment: Segment,
+        instance: SegmentInstance,
+        arguments: list[Any],
+        settle: Callable[[Any], Any],
+        arranged: Arranged | None,
     ) -> None:
-        self.segment, self.instance, self.settle = segment, instance, settle
+        self.segment, self.instance, self.settle, self.arranged = segment, instance, settle, arranged
         given = iter(arguments)
         self.env: dict[fx.Node, Any] = {}
         self.tangents: list[fx.Node] = []
@@ -120,13 +129,19 @@ class _Running:
             if node.op == "get_attr":
                 self.env[node] = self.settle(getattr(self.segment.joint, str(node.target)))
             elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.__getitem__)
+                given: Any = (node.args, node.kwargs)
+                if self.arranged is not None:
+                    given = self.arranged(node, list(node.args), dict(node.kwargs), self._call)
+                args, kwargs = fx.node.map_arg(given, self.env.__getitem__)
                 if node.target is operator.getitem:
                     self.env[node] = args[0][args[1]]
                 else:
                     args, kwargs = fx.node.map_aggregate((args, kwargs), self.settle)
                     target = _ANY_STRIDES.get(node.target, node.target)  # kernels may choose others than the trace saw
                     self.env[node] = target(*args, **kwargs)  # type: ignore[operator]
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*(self.env[a] if isinstance(a, fx.Node) else a for a in args))
 
 
 def _settled(widen: bool, device: torch.device) -> Callable[[Any], Any]:

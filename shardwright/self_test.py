@@ -29,6 +29,7 @@ from . import reference
 from .costmodel.constants import assumed
 from .errors import ExitCode, ShardwrightError
 from .kernels.ops import make_key
+from .passes.formats import arranged
 from .plans.document import SelfTest
 from .profiler.attributes import Attributes
 from .profiler.batches import make_batch
@@ -315,6 +316,7 @@ class _Comparison:
                 key_of=lambda base: make_key(self.workload.seed, step, 0, base),
                 widen=self.widen,
                 device=self.device,
+                arranged=arranged,
             )
         except ShardwrightError:
             raise

@@ -9,6 +9,7 @@ from torch import nn
 
 from shardwright import reference
 from shardwright.kernels.ops import make_key
+from shardwright.passes.formats import arranged
 from shardwright.profiler.capture import capture
 from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.run_graph import run_graph
@@ -36,6 +37,7 @@ def largest_difference(workload: Workload, graph: ModelGraph | None = None) -> f
         key_of=lambda base: make_key(workload.seed, 0, 0, base),
         widen=False,
         device=torch.device("cpu"),
+        arranged=arranged,
     )
     loss = reference.forward_backward(workload, batch, microbatch_size=workload.batch_size)
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

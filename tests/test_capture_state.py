@@ -255,7 +255,15 @@ def overwritten_before_its_gradient(net: Net, h: torch.Tensor) -> torch.Tensor:
     return h + torch.vander(h[0], 8)[1]
 
 
+def freezes_for_a_while(net: Net, h: torch.Tensor) -> torch.Tensor:
+    net.head.requires_grad_(False)
+    scored = net.head(h)
+    net.head.requires_grad_(True)
+    return h + scored.sum()
+
+
 REFUSED = {
+    freezes_for_a_while: "sets requires_grad of a parameter",
     sets_data: "sets .data of a tensor",
     writes_data_of_a_parameter: "writes to a parameter",
     without_a_derivative: r"has no gradient \(aten.igamma.default\)",
@@ -292,6 +300,49 @@ def test_what_a_forward_caches_does_not_stay_behind_the_self_test() -> None:
     graph = capture(workload)
     assert self_test(workload, graph).status == "passed"
     assert model.cache == {} and capture(workload).structure_hash == graph.structure_hash
+
+
+class Noisy(nn.Module):
+    """Its deviation has a gradient of zeros, so it decays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.deviation, self.weight = nn.Parameter(torch.ones(5)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        noise = torch.normal(x, self.deviation.expand_as(x)) + torch.bernoulli(self.deviation.sigmoid().expand_as(x))
+        return (noise * self.weight).square().sum()
+
+
+def test_what_is_drawn_by_a_parameter_gives_it_zeros() -> None:
+    workload = workload_of(Noisy(), {"x": batch()["x"]})
+    found = self_test(workload, capture(workload))
+    assert found.status == "passed" and found.largest_difference < 1e-7
+
+
+class Turned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(5, 6), nn.GroupNorm(2, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x[:, None] * x[:, :, None])
+        return (self.norm(h.transpose(1, 2)).transpose(1, 2) * x[:, :, None]).square().sum()
+
+
+def test_the_self_test_brings_operands_to_the_formats_of_their_kernels() -> None:
+    workload = workload_of(Turned(), {"x": batch()["x"]})
+    assert self_test(workload, capture(workload)).largest_difference < TOLERANCE
+
+
+def test_a_scripted_module_is_refused_by_name() -> None:
+    model = Net()
+    model.a = torch.jit.script(model.a)
+    with pytest.raises(ShardwrightError, match="a is a TorchScript module"):
+        make_reference_dtype(Workload(model, batch(), 6))
+    with pytest.raises(ShardwrightError, match="a is a TorchScript module"):
+        capture(Workload(model, batch(), 6, batch_size=6))
 
 
 class Table(nn.Module):
