@@ -1,6 +1,7 @@
 """What a rank must hold through a training step: parameters, gradients, optimizer state, activations and the rest.
 
-P parameter elements of a stage (T of them trainable) after tensor sharding, u those of its largest segment instance, D
+P parameter elements of a stage (T of them trainable) after tensor sharding, u those of its largest segment instance (of
+gradients: the trainable ones), D
 data-parallel ranks; c, g, o bytes of the compute, gradient-reduction and master types, n state tensors of the
 optimizer. ZeRO as in Rajbhandari et al., arXiv:1910.02054:
 
@@ -117,13 +118,16 @@ class Extents(NamedTuple):
 
 @dataclass(frozen=True)
 class StageState:
-    """Elements and bytes that one virtual stage keeps, after tensor sharding, before ZeRO. Numbers, or arrays."""
+    """Elements and bytes that one virtual stage keeps, after tensor sharding, before ZeRO. Numbers, or arrays.
+
+    param_elements: as many as take the bytes of all parameters in the compute type; frozen ones may be of another."""
 
     param_elements: Any
     trainable_elements: Any
     buffer_bytes: Any
     largest_segment_elements: Any  # parameter elements of its largest segment instance
     summed_elements: Any = 0  # of the trainable ones: gradients are partial sums over a tensor axis
+    largest_trainable_elements: Any = None  # of the instance with most of them; None: of the largest, all are
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ def state_memory(
     nothing. extents: over all of them where None. on_host: the optimizer's state is in host memory."""
     zero = zero if state_ranks > 1 else 0
     extents = extents if extents is not None and zero else Extents.of(zero, state_ranks)
-    params, trainable, largest = state.param_elements, state.trainable_elements, state.largest_segment_elements
+    params, trainable, largest = state.param_elements, state.trainable_elements, state.largest_trainable_elements
+    largest = state.largest_segment_elements if largest is None else largest
     shard = _share(trainable, extents.optimizer)
     accumulates = state_ranks > 1 or num_microbatches > 1
     each = kinds.reduce if accumulates else kinds.compute
@@ -172,7 +177,8 @@ def state_memory(
     # on CPU torch steps one parameter at a time
     stepped = _smaller(shard, largest) if device_kind == "cpu" or on_host else shard
     step_temporaries = (stepped * kinds.step_tensors + shard * kinds.kept_tensors) * kinds.master
-    parameters, gathered_each = _share(params, extents.parameters) * kinds.compute, largest * gathered
+    parameters = _share(params, extents.parameters) * kinds.compute
+    gathered_each = state.largest_segment_elements * gathered
     if on_host:
         early = leave_early(state_ranks, zero, extents)
         held = state.summed_elements if early else trainable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class SegmentCost:
     # segment stands last where it is none of those
     recompute_points: tuple[RecomputePoint, ...]
     summed_elements: int = 0  # of the trainable: gradients that are partial sums over the tensor axis, once a step
+    param_bytes: int = 0  # each parameter in its own dtype
+
+    def counted_in(self, element_bytes: int) -> SegmentCost:
+        """With as many parameter elements of so many bytes as take the bytes of all: frozen ones may be of a dtype of
+        their own."""
+        return replace(self, param_elements=-(-self.param_bytes // element_bytes))
 
     @property
     def backward_s(self) -> float:

@@ -77,7 +77,8 @@ def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> tup
     # a stage's share is rounded up once, not for each of its positions
     whole, stepped = (np.maximum(elements - candidate.state_ranks, 0.0) for elements in (params, trainable))
     kind = setting.mesh(candidate).devices[0].kind
-    held = StageState(whole, stepped, chain.buffer_bytes, chain.param_elements, chain.summed_elements)
+    largest = chain.param_elements, chain.summed_elements, chain.trainable_elements
+    held = StageState(whole, stepped, chain.buffer_bytes, *largest)
     state = state_memory_of(setting, candidate, held, kind)
     lasting = state.parameters + state.optimizer + state.buffers + state.gradients
     workspace = np.maximum(chain.forward_workspace_bytes, chain.backward_workspace_bytes)

@@ -59,6 +59,7 @@ def evaluate(placed: Placed) -> SegmentCost:
         forward_comm_s=comm["forward"],
         backward_comm_s=comm["backward"],
         param_elements=int(sum(elements)),
+        param_bytes=int(sum(map(local, params))),
         trainable_elements=int(sum(trained)),
         buffer_bytes=int(sum(local(n) for name, n in placeholders.items() if kind_of(name) == BUFFER)),
         saved_bytes=saved_bytes,

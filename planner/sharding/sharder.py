@@ -346,7 +346,8 @@ class Sharder:
         return replace(found, lower_bound_s=min(least_s, found.objective_s))
 
     def _figures(self, key: Key, solved: _Solved, started: float) -> ShardingSolution:
-        costs = {name: evaluate(self._placed(segment, solved)) for name, segment in self.graph.segments.items()}
+        found = {name: evaluate(self._placed(segment, solved)) for name, segment in self.graph.segments.items()}
+        costs = {name: cost.counted_in(self.job.kinds.compute) for name, cost in found.items()}
 
         def total(name: str) -> float:
             return sum(self.counts[n] * getattr(c, name) for n, c in costs.items())

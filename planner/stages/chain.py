@@ -223,6 +223,10 @@ class Chain:
         return interval_maxima(self.param_elements)
 
     @cached_property
+    def largest_trainable_of(self) -> np.ndarray:
+        return interval_maxima(self.trainable_elements)
+
+    @cached_property
     def buffer_of(self) -> np.ndarray:
         return interval_sums(self.buffer_bytes)
 
@@ -240,6 +244,7 @@ class Chain:
             int(self.buffer_of[start, stop]),
             math.ceil(self.largest_of[start, stop]),
             math.ceil(self.summed_of[start, stop]),
+            math.ceil(self.largest_trainable_of[start, stop]),
         )
 
     def prologue_of(self, start: int, stop: int) -> list[int]:
