@@ -192,8 +192,8 @@ def state_memory_of(setting: Setting, candidate: Candidate, state: StageState, k
 
 def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
     kind = setting.mesh(candidate).devices[0].kind
-    held = chain.param_of, chain.trainable_of, chain.buffer_of
-    state = StageState(*held, chain.largest_of, chain.summed_of, chain.largest_trainable_of)
+    whole = chain.param_of, chain.trainable_of, chain.buffer_of
+    state = StageState(*whole, chain.largest_of, chain.summed_of, chain.largest_trainable_of)
     held = state_memory_of(setting, candidate, state, kind)
     lasting = held.parameters + held.optimizer + held.buffers
     if candidate.num_stages > 1:
