@@ -174,8 +174,7 @@ def attention_rows_backward(emit: Emitter, node: fx.Node, args: list[Any], axis:
     of_keys.sort(key=lambda item: item[0].start)
     before, behind = of_keys[0][0].start, rows.num_keys - of_keys[-1][0].stop
     whole = []
-    for k in (1, 2):
-        parts = [item[k] for item in of_keys]
+    for parts in ([grads[0] for _, *grads in of_keys], [grads[1] for _, *grads in of_keys]):
         grad = parts[0] if len(parts) == 1 else emit.call(aten.cat.default, parts, 2)
         padding = [0, 0, before, behind]
         whole.append(emit.call(aten.constant_pad_nd.default, grad, padding) if before or behind else grad)

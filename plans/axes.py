@@ -184,6 +184,11 @@ def tensor_axes() -> tuple[str, ...]:
     return names(lambda role: role.cuts_params)
 
 
+def inner_axes() -> tuple[str, ...]:
+    """The axes inside those that carry the batch: they decide where a sample's tensors lie."""
+    return (*sequence_axes(), *tensor_axes())
+
+
 def searched_axes() -> tuple[str, ...]:
     return names(lambda role: role.is_searched)
 
@@ -278,8 +283,8 @@ class MeshShape:
 
     @cached_property
     def inner_part(self) -> MeshShape:
-        """The axes alone that decide where tensors lie: those that cut parameters, or sequences."""
-        return self.with_sizes({axis: 1 for axis in self.axes if axis not in (*sequence_axes(), *tensor_axes())})
+        """The axes alone that decide where a sample's tensors lie."""
+        return self.with_sizes({axis: 1 for axis in self.axes if axis not in inner_axes()})
 
     @cached_property
     def without_batch(self) -> MeshShape:

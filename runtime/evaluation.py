@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ExitCode, ShardwrightError
 from ..passes.program import SegmentProgram
-from ..plans.axes import batch_axes, tensor_axes
+from ..plans.axes import batch_axes, inner_axes
 from ..profiler.graph import Leaf, ModelGraph
 from ..profiler.initial_values import initial_tensors
 from ._torch import tree_unflatten
@@ -129,9 +129,9 @@ class Evaluator:
         }
 
     def _own_samples(self, name: str, local: torch.Tensor, size: int, shards: Mapping[str, int]) -> torch.Tensor:
-        """Whole on the axes that cut parameters, this rank's samples over those that carry the batch."""
+        """Whole on the axes that cut parameters or sequences, this rank's samples over those that carry the batch."""
         batch = self.program.grid.batch
-        for axis in reversed(tensor_axes()):  # each cut what those before it left
+        for axis in reversed(inner_axes()):  # each cut what those before it left
             if axis in shards:
                 local = self._gathered(local, shards[axis], axis)
         dim = self.evaluation.output_dims.get(name, -1)

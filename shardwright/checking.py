@@ -16,7 +16,7 @@ import torch
 
 from . import api, trust
 from .launch import Event, launch
-from .plans.axes import MeshShape, easiest_first, free_axis, sequence_axes, stage_axes, tensor_axes
+from .plans.axes import MeshShape, easiest_first, free_axis, inner_axes, sequence_axes, stage_axes
 from .plans.document import Plan
 from .profiler import diffusion
 from .profiler.batch_dims import with_batch_dims
@@ -131,7 +131,7 @@ def _fill_pipeline(force: Mapping[str, Any], global_batch: int) -> dict[str, Any
 def _split_state(force: Mapping[str, Any]) -> dict[str, Any]:
     """A tensor axis that is asked for splits parameters wherever it can, and a context axis sequences: times of toy
     sizes would split the batch, or nothing."""
-    is_asked = any(_asked(force, axis) > 1 for axis in (*sequence_axes(), *tensor_axes()))
+    is_asked = any(_asked(force, axis) > 1 for axis in inner_axes())
     return {**({"prefer": "memory"} if is_asked else {}), **force}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ...plans import document as plan_document
-from ...plans.axes import MeshShape, sequence_axes, tensor_axes
+from ...plans.axes import MeshShape, inner_axes
 from ...units import format_bytes, format_seconds
 from ..interfaces import ShardingSolution
 from ..space.candidates import Candidate
@@ -61,7 +61,7 @@ def is_preferable(outcome: Outcome, other: Outcome) -> bool:
 def _reason(outcome: Outcome, best: Outcome, interrupted: str) -> str:
     assert best.step_s is not None
     if outcome.unsharded:
-        return f"{outcome.candidate.mesh.inner_part.text((*sequence_axes(), *tensor_axes()))} cannot shard this model"
+        return f"{outcome.candidate.mesh.inner_part.text(inner_axes())} cannot shard this model"
     if outcome.fits is False:
         of = " of host memory" if outcome.lacks_host else ""
         return f"needs {format_bytes(outcome.peak_bytes or 0)} of {format_bytes(outcome.limit_bytes)}{of}"
