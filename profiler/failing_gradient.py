@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,24 +10,36 @@ import torch
 from torch import fx
 
 from ..errors import ExitCode, ShardwrightError
-from .nodes import source_of
+from .nodes import source_of, users_line_in
+from .where import is_users_line
 
 
 def without_gradient(
     forward: fx.GraphModule, arguments: Sequence[Any], error: RuntimeError | NotImplementedError
 ) -> ShardwrightError | None:
-    """The refusal that names the op and its line; None where each op's own gradient can be taken."""
+    """The refusal that names the op, or the line at which the trace stopped; None where neither is known."""
+    reason = str(error).strip().splitlines()[0].partition("Hint:")[0][:200]
     finder = _Finder(forward, str(error))
-    with torch.enable_grad():
+    with torch.enable_grad(), contextlib.suppress(RuntimeError, NotImplementedError):  # in a forward, as the trace did
         finder.run(*arguments)
     if finder.found is None:
-        return None
-    reason = str(error).strip().splitlines()[0].partition("Hint:")[0][:200]
+        line = users_line_in(str(error))
+        return _stopped(line, reason) if is_users_line(line) else None
     return ShardwrightError(
         f"{source_of(finder.found) or 'the model'} has no gradient ({finder.found.target}): {reason}",
         means="loss.backward() fails there in plain PyTorch too, as soon as a tensor that it reads takes a gradient",
         change="that line",
         works="its operands detached, or other ops",
+        exit_code=ExitCode.UNSUPPORTED_MODEL,
+    )
+
+
+def _stopped(line: str, reason: str) -> ShardwrightError:
+    return ShardwrightError(
+        f"{line} cannot be traced with its gradient: {reason}",
+        means="torch does not run that op on tensors without values, as a plan needs it",
+        change="that line",
+        works="a copy in place of a view (clone), or other ops",
         exit_code=ExitCode.UNSUPPORTED_MODEL,
     )
 

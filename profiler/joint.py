@@ -105,10 +105,10 @@ def trace_joint(
             forward = _functional(forward, arguments)
         try:
             traced = make_fx(joint, decomposition_table=DECOMPOSITIONS, tracing_mode="real")(*flat_args)
+            if writes_or_restrides(traced.graph):
+                traced, boundary = without_writes(traced, flat_args, boundary[0])
         except (RuntimeError, NotImplementedError) as error:
             raise without_gradient(forward, arguments, error) or error from None
-        if writes_or_restrides(traced.graph):
-            traced, boundary = without_writes(traced, flat_args, boundary[0])
     _refuse_lost_writes(traced)
     refuse_random(traced.graph)
     _name_placeholders(traced, signature, boundary[0])

@@ -262,7 +262,12 @@ def freezes_for_a_while(net: Net, h: torch.Tensor) -> torch.Tensor:
     return h + scored.sum()
 
 
+def strided_as_it_is(net: Net, h: torch.Tensor) -> torch.Tensor:
+    return h + h.as_strided(h.shape, h.stride())
+
+
 REFUSED = {
+    strided_as_it_is: "cannot be traced with its gradient: View operation",
     freezes_for_a_while: "sets requires_grad of a parameter",
     sets_data: "sets .data of a tensor",
     writes_data_of_a_parameter: "writes to a parameter",
