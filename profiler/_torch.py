@@ -102,7 +102,7 @@ def helpers_lines_kept(is_users: Callable[[str], bool]) -> Iterator[None]:
         inner = enumerate(stack)
         return traceback.StackSummary(f for k, f in inner if id(f) in known or (k > first and is_users(f.filename)))
 
-    fx_proxy.TracerBase._filter_traceback_frames = filtered  # type: ignore[method-assign]
+    fx_proxy.TracerBase._filter_traceback_frames = filtered  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

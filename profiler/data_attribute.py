@@ -21,7 +21,7 @@ from .where import users_line
 @contextlib.contextmanager
 def data_as_detached(calls: Calls) -> Iterator[None]:
     """For the user's code; torch's own gets what it asks for."""
-    original = torch.Tensor.data  # inherited from torch._C
+    original: Any = torch.Tensor.data  # inherited from torch._C
 
     def is_users() -> bool:
         return not calls.depth and "/torch/" not in sys._getframe(2).f_code.co_filename

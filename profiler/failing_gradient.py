@@ -49,7 +49,8 @@ class _Finder(fx.Interpreter):
 
     def __init__(self, forward: fx.GraphModule, message: str) -> None:
         super().__init__(forward)
-        self.message, self.found = message, None
+        self.message = message
+        self.found: fx.Node | None = None
 
     def run_node(self, node: fx.Node) -> Any:
         if node.op != "call_function" or self.found is not None:

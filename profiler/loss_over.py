@@ -115,7 +115,7 @@ class _Judge:
 
     def _call(self, node: fx.Node, replayed: Replayed) -> Kind:
         """The kinds of its results; is_of_each is set where its backward gives a microbatch's own gradients."""
-        given = [_Judged(self.kinds[tensor], value(tensor)) for tensor in node.args[0]]  # type: ignore[union-attr]
+        given = [_Judged(self.kinds[tensor], value(tensor)) for tensor in node.args[0]]  # type: ignore[union-attr, index]
         results = self._run(replayed.graphs.forward, given)[: replayed.num_results + len(replayed.written)]
         self.results[node] = [result.kind for result in results]
         for pattern, graphs in ((None, replayed.graphs), *replayed.partial.items()):
@@ -245,7 +245,8 @@ class _Judge:
 
     def _placed(self, node: fx.Node) -> Kind:
         """Values beside zeros, by fixed places."""
-        values, places = [], []
+        values: list[fx.Node] = []
+        places: list[fx.Node] = []
         for operand in node.all_input_nodes:
             dtype = value(operand).dtype
             (values if dtype.is_floating_point or dtype.is_complex else places).append(operand)
@@ -298,7 +299,7 @@ def _is_zero(node: fx.Node) -> bool:
     if op_name(node) not in ("full", "full_like", "new_full", "fill", "scalar_tensor"):
         return op_name(node) in _ZEROS
     filled = node.args[0 if op_name(node) == "scalar_tensor" else 1]
-    return _is_zero(filled) if isinstance(filled, fx.Node) else filled == 0
+    return _is_zero(filled) if isinstance(filled, fx.Node) else bool(filled == 0)
 
 
 def _is_whole(given: dict[str, Any], shape: torch.Size) -> bool:

@@ -37,7 +37,7 @@ from .profiler.batches import batch_dims_of, resize_batch
 from .profiler.capture import capture, no_collection
 from .profiler.cluster import Cluster
 from .profiler.fixed_batch import refuse_fixed_batch
-from .profiler.graph import ModelGraph
+from .profiler.graph import LossOver, ModelGraph
 from .profiler.inputs import example_batch_size, reshaped
 from .profiler.models import load_workload
 from .profiler.slots import PARAM, slot_name
@@ -170,7 +170,7 @@ class Captured:
     workload: Workload
     graph: ModelGraph
     fusions: list[str]
-    loss_over: str
+    loss_over: LossOver
 
 
 def captured_for(workload: Workload, cost_model: CostModel) -> Captured:

@@ -212,7 +212,8 @@ class _Scoring:
             cuts = search.find()
             self.too_slow = self.too_slow or (cuts is None and search.is_narrowed)
             found = self._under([cuts.bounds] if cuts is not None else [], ladder)
-            found = [replace(fit, bottleneck_s=cuts.bottleneck if bounded else 0.0) for fit in found]
+            if cuts is not None and bounded:
+                found = [replace(fit, bottleneck_s=cuts.bottleneck) for fit in found]
             return found, cuts is None and not search.is_narrowed
         cuts = find_cuts(setting, candidate, first)
         found = self._under([free.bounds, *([cuts.bounds] if cuts is not None else [])], ladder)
