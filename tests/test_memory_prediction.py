@@ -1,0 +1,42 @@
+"""The ledger's peak beside the live tensor bytes of the running program, and what counts those."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from live_bytes import all_tensors, peak_of
+
+import shardwright
+from shardwright.data import make_batch
+from shardwright.planner.report.timeline import memory_ledgers
+from shardwright.profiler.models import load_workload
+
+
+def test_live_bytes_are_counted_once_for_each_storage_until_it_is_freed() -> None:
+    kept = torch.zeros(1000)
+    others = all_tensors()
+
+    def work() -> None:
+        first = torch.ones(1000)  # 4000 bytes
+        view = first.view(10, 100).t()
+        second = view + 1  # 8000
+        del first, view, second
+        torch.ones(500)  # 2000
+
+    live = peak_of(work, [tensor for tensor in others if tensor is not kept])
+    assert live.begun_bytes == 4000 and live.peak_bytes == 12000
+    assert sorted(size for size, _ in live.at_peak) == [4000, 4000, 4000]
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_the_prediction_is_not_below_what_a_program_holds(recompute: str) -> None:
+    before = all_tensors()
+    workload = load_workload("preset:tiny-llama", global_batch=16, seq_len=32, precision="fp32")
+    plan = shardwright.plan(workload, "1xCPU", force={"recompute": recompute, "microbatch": 8}, self_test=False)
+    program = shardwright.build(plan, workload, self_test=False)
+    batch = program.shard_batch(make_batch(workload, 16, seed=1))
+    program.step(batch)
+    live = peak_of(lambda: program.step(batch), [*before, *batch.values()])
+    (ledger,) = memory_ledgers(plan)
+    predicted = sum(size for kind, size in ledger.worst.items.items() if kind != "reserve")
+    assert live.peak_bytes <= predicted <= 1.5 * live.peak_bytes
