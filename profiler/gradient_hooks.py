@@ -380,7 +380,7 @@ def recorded_hooks(hooks: GradientHooks) -> Iterator[None]:
     after = torch.Tensor.register_post_accumulate_grad_hook
     torch.Tensor.register_post_accumulate_grad_hook = lambda tensor, hook: hooks.refuse_after(after, tensor, hook)  # type: ignore[method-assign, assignment]
     switch = torch.Tensor.requires_grad_
-    torch.Tensor.requires_grad_ = lambda tensor, flag=True: hooks.switch_gradients(switch, tensor, flag)  # type: ignore[method-assign, assignment]
+    torch.Tensor.requires_grad_ = lambda tensor, flag=True: hooks.switch_gradients(switch, tensor, flag)  # type: ignore[method-assign, assignment, arg-type]
     tables = _torch.global_module_hooks()
     before = [dict(table) for table in tables]
     try:

@@ -96,7 +96,7 @@ class _Judge:
         if node.target is OP:
             return self._call(node, replayed_of(node))
         if node.target is operator.getitem and node.args[0] in self.results:
-            return self.results[node.args[0]][node.args[1]]  # type: ignore[index]
+            return self.results[node.args[0]][node.args[1]]  # type: ignore[index, union-attr]
         if op_name(node) == "embedding" and len(node.args) > 3 and node.args[3]:
             self.is_of_each = True  # its gradient is divided by how often the batch has a word
         operands = [self.kinds[n] for n in node.all_input_nodes]
@@ -115,7 +115,8 @@ class _Judge:
 
     def _call(self, node: fx.Node, replayed: Replayed) -> Kind:
         """The kinds of its results; is_of_each is set where its backward gives a microbatch's own gradients."""
-        given = [_Judged(self.kinds[tensor], value(tensor)) for tensor in node.args[0]]  # type: ignore[union-attr, index]
+        tensors: Any = node.args[0]
+        given = [_Judged(self.kinds[tensor], value(tensor)) for tensor in tensors]
         results = self._run(replayed.graphs.forward, given)[: replayed.num_results + len(replayed.written)]
         self.results[node] = [result.kind for result in results]
         for pattern, graphs in ((None, replayed.graphs), *replayed.partial.items()):

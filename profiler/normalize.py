@@ -325,7 +325,8 @@ def _pin_promotion(graph: fx.Graph, node: fx.Node, made: Any) -> None:
 
 def _pin_where(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> None:
     """where(mask, 0.1, 0.3): the numbers as numbers of that dtype."""
-    condition, *others = node.args
+    given: Any = node.args
+    condition, *others = given
     with graph.inserting_before(node):
         for k, other in enumerate(others):
             if not isinstance(other, fx.Node):
