@@ -69,7 +69,9 @@ class OneOp:
         return view_of(self.node)
 
     def strategies(self, parts: int) -> list[Strategy]:
-        return [s for s in strategies(self.node)[0] if fits(s, self.view, parts, lambda tensor, dim: True)]
+        """Of an axis that cuts no sequences."""
+        found = [s for s in strategies(self.node)[0] if not s.of_sequence]
+        return [s for s in found if fits(s, self.view, parts, lambda tensor, dim: True)]
 
     def sharded(
         self, chosen: Sequence[Strategy], sizes: dict[str, int], check_copies: bool = True

@@ -82,7 +82,7 @@ class _Draw:
                 return False
             return all(compatible(s.strategies[(name, node.name)], strategy) for s in self.done)
 
-        options = [s for s in strategies(node)[0] if fits(s)]
+        options = [s for s in strategies(node)[0] if not s.of_sequence and fits(s)]
         return options[0] if self.random.random() < self.replicate else self.random.choice(options)
 
     def _form(self, source: fx.Node, output: int, phase: str, solution: AxisSolution, size: int) -> int:

@@ -39,7 +39,7 @@ def tensors_of(value):
 def test_a_preset_built_for_one_gpu_puts_no_tensor_elsewhere(preset):
     graph = graph_of(preset)
     solution = Sharder(graph, CostModel(parse_hardware("1xH100"))).solve(MeshShape.of(), 6)
-    axes = tuple(MeshAxis("", 1, 0, "") for _ in placement_axes())
+    axes = tuple(MeshAxis("", 1, 0, "") for _ in placement_axes(MeshShape.of()))
     context = ShardContext(axes, tuple(read_placements(solution.placements, len(axes))), DEVICE)
     for segment in graph.segments.values():
         program = build_segment_program(segment, context, recompute=False)

@@ -188,7 +188,8 @@ def _joint(node: fx.Node, mesh: Mesh):
         [
             s
             for s in strategies(node)[0]
-            if all(
+            if not s.of_sequence
+            and all(
                 p < 0 or can_shard(t.shape[p], n, s.even) for p, t in zip((*s.inputs, *s.outputs), tensors, strict=True)
             )
         ]
