@@ -39,6 +39,7 @@ LINES = {
     "explain": [["explain", "plan.json"], ["explain", "plan.json", "--why-not", "zero=0"]],
     "diff": [["diff", "plan.json", "plan.json"]],
     "run": [["run", "plan.json", "--steps", "1"]],  # one line a step
+    "fits": [["fits", *MODEL], ["fits", *MODEL, "--only-answer"]],
     "check": [["check", *MODEL]],
     "schedule": [["schedule", "--ranks", "2", "--microbatches", "2", "--time-limit", "0.2"]],
     "models": [["models"]],
