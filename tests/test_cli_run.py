@@ -160,6 +160,6 @@ def test_big_models_are_shrunk_and_keep_their_kind(name):
 def test_a_plan_is_scaled_down_with_its_axes_kept(hand_made_plan):
     mesh = hand_made_plan.mesh.model_copy(update={"pp": 8, "dp": 4, "tp": 8})
     force = checking.scale_down(hand_made_plan.model_copy(update={"mesh": mesh, "zero": 3}))
-    assert force == {"pp": "2", "dp": "1", "tp": "2", "zero": "0", "schedule": "1f1b", "recompute": "all"}
+    assert force == {"pp": "2", "dp": "1", "cp": "1", "tp": "2", "zero": "0", "schedule": "1f1b", "recompute": "all"}
     eight = checking.scale_down(hand_made_plan.model_copy(update={"mesh": mesh, "zero": 3}), num_processes=8)
     assert (eight["pp"], eight["dp"], eight["tp"], eight["zero"]) == ("2", "2", "2", "3")
