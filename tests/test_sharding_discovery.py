@@ -97,7 +97,11 @@ def test_state_is_split_inside_a_node_and_repeated_across_where_the_network_is_s
     path = tmp_path / "hosts.toml"
     path.write_text(HOST.format(count=4, gb_per_s=gb_per_s))
     found = plan(
-        "preset:llama-3.2-3b", str(path), global_batch=256, seq_len=2048, force={"pp": "1", "tp": "1", "zero": "3"}
+        "preset:llama-3.2-3b",
+        str(path),
+        global_batch=256,
+        seq_len=2048,
+        force={"pp": "1", "tp": "1", "zero": "3", "optimizer_state": "device"},
     )
     extents = found.zero_extents or {"parameters": 32}
     assert (extents["parameters"] == 8) is inside

@@ -14,7 +14,7 @@ from ...profiler.graph import Segment
 from ...profiler.joint import flatten_outputs, is_getitem
 from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
 from ...profiler.signature import results, split_backward
-from ...profiler.slots import INPUT, PARAM_GRAD, kind_of
+from ...profiler.slots import INPUT, kind_of
 from ...profiler.work import attention_flops, is_view, op_work
 
 Result = tuple[fx.Node, int]  # an op or placeholder, and which of its results
@@ -63,8 +63,7 @@ class SegmentFacts:
 
     @cached_property
     def lifetimes(self) -> list[tuple[fx.Node, list[Result], list[Result]]]:
-        """Of each op in turn: the results beyond what is saved that it makes, and those that nothing reads after it.
-        Without gradients of parameters, which are counted with the training state (costmodel/memory.py: fresh_each)."""
+        """Of each op in turn: the results beyond what is saved that it makes, and those that nothing reads after it."""
         nodes = [n for n in self.segment.joint.graph.nodes if n.op == "call_function"]
         last: dict[Result, int] = {}
         for position, node in enumerate(nodes):
@@ -73,19 +72,14 @@ class SegmentFacts:
         for node in flatten_outputs(self.segment.joint.graph):
             if isinstance(node, fx.Node):
                 last[storage_root(node)] = len(nodes)
-        others = {*self.saved, *self._param_grads()}
-        made = {node: [key for key in self._made_by(node) if key not in others and key in last] for node in nodes}
+        saved = set(self.saved)
+        made = {node: [key for key in self._made_by(node) if key not in saved and key in last] for node in nodes}
         held = {key for keys in made.values() for key in keys}
         dying: dict[int, list[Result]] = defaultdict(list)
         for key, position in last.items():
             if key in held:
                 dying[position].append(key)
         return [(node, made[node], dying[position]) for position, node in enumerate(nodes)]
-
-    def _param_grads(self) -> Iterator[Result]:
-        for name, (node, output), _ in self.results:
-            if kind_of(name) == PARAM_GRAD:
-                yield storage_root(node) if node in self.views and is_view(node) else (node, output)
 
     def _made_by(self, node: fx.Node) -> Iterator[Result]:
         if node in self.views and not is_view(node):
