@@ -22,7 +22,7 @@ from shardwright.plans.document import Plan
 from shardwright.plans.order import num_let_go, pipeline_schedule
 from shardwright.schedules.schedule import SYNTHESIZED
 
-LIMIT = 1000 << 10
+LIMIT = 1040 << 10
 SHAPE = {"num_layers": 8, "hidden_size": 32}
 
 
