@@ -21,7 +21,7 @@ import numpy as np
 from ...costmodel.segment import SegmentCost
 from ...costmodel.stage_times import StageTimes
 from ..interfaces import ShardingSolution
-from ..stages.chain import KEPT, NOTHING, Chain, Recompute, Shape, everywhere, points_of, whole_segments
+from ..stages.chain import NOTHING, Chain, Recompute, Shape, everywhere, levels_of, points_of, whole_segments
 
 MAX_RUNGS = 12  # of a ladder whose every step is a rung
 LEAST_STEP = 0.04  # of all bytes that recomputation can free: rungs of longer ladders are no nearer to each other
@@ -75,13 +75,14 @@ class Ladder:
     @cached_property
     def risers(self) -> tuple[np.ndarray, ...]:
         """[position] -> does it recompute more on the rung than on the one before? Of the first rung: nowhere."""
-        levels = [np.array(rung or (KEPT,) * len(self.shape.segments)) for rung in self.rungs]
+        levels = [np.array(levels_of(self.shape, rung)) for rung in self.rungs]
         return tuple(levels[k] != levels[max(k - 1, 0)] for k in range(len(levels)))
 
-    def is_divided(self, rung: int) -> bool:
-        """May only some positions of a stage rise to it?"""
-        names = {name for name, rises in zip(self.shape.segments, self.risers[rung], strict=True) if rises}
-        return len(names) == 1
+    @cached_property
+    def is_divided(self) -> tuple[bool, ...]:
+        """Of each rung: may only some positions of a stage rise to it?"""
+        rising = (zip(self.shape.segments, rises, strict=True) for rises in self.risers)
+        return tuple(len({name for name, rises in pairs if rises}) == 1 for pairs in rising)
 
     def is_all(self, recompute: Recompute) -> bool:
         return self.ends_in_all and recompute == self.rungs[-1]

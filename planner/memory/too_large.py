@@ -81,7 +81,6 @@ def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> tup
     held = StageState(whole, stepped, chain.buffer_bytes, *largest)
     state = state_memory_of(setting, candidate, held, kind)
     lasting = state.parameters + state.optimizer + state.buffers + state.gradients
-    workspace = np.maximum(chain.forward_workspace_bytes, chain.backward_workspace_bytes)
     order = np.argsort(-chain.activation_bytes / np.maximum(lasting, 1.0))
-    beside = np.sort(state.gathered_each + state.fresh_each + workspace)
+    beside = np.sort(state.gathered_each + state.fresh_each + chain.workspace_bytes)
     return lasting[order], chain.activation_bytes[order], beside

@@ -27,7 +27,7 @@ from ..memory.rank_bytes import (
 )
 from ..memory.too_large import is_too_large
 from ..space.candidates import Candidate
-from ..stages.chain import KEPT, NOTHING, Between, Chain, Recompute, interval_sums
+from ..stages.chain import Between, Chain, Recompute, interval_sums, levels_of, recompute_of
 from ..stages.cuts import Cuts, WindowCuts, around_of, pipeline_cost, windows
 from ..stages.setting import Setting
 from ..stages.zero_seconds import stage_tables
@@ -52,7 +52,7 @@ def least_recomputation(
         if mean_bytes(setting, candidate, chain, in_flight) <= setting.most(candidate):
             if before is None:
                 return chain
-            divided = ladder.is_divided(rung)
+            divided = ladder.is_divided[rung]
             share = mean_share(setting, candidate, (before, chain), in_flight) if divided else 0.0
             return Between(before, chain, share)
         before = chain
@@ -144,7 +144,7 @@ class LadderCuts:
                     backward_of=tables.backward_of,
                     plain_of=interval_sums(chain.backward_s + tables.accumulate_s),
                     rises=interval_sums(self.ladder.risers[k].astype(float)),
-                    is_divided=k > 0 and self.ladder.is_divided(k),
+                    is_divided=self.ladder.is_divided[k],
                 )
             )
         return self._rungs[at]
@@ -206,20 +206,20 @@ class _Standing:
         self.profiles = profile_table(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
 
     def on(self, heights: list[int]) -> Recompute:
-        whole = [np.array(rung or (KEPT,) * len(self.ladder.shape.segments)) for rung in self.ladder.rungs]
-        alike = len(set(heights)) == 1 and (heights[0] == 0 or not self.ladder.is_divided(heights[0]))
+        whole = [np.array(levels_of(self.ladder.shape, rung)) for rung in self.ladder.rungs]
+        alike = len(set(heights)) == 1 and not self.ladder.is_divided[heights[0]]
         if alike or SCHEDULES[self.candidate.schedule].directions == 2:
             return self.ladder.rungs[heights[0]]
         levels = whole[0].copy()
         for rank, height in enumerate(heights):
             own = np.concatenate([np.arange(self.bounds[s], self.bounds[s + 1]) for s in self.stages[:, rank]])
             rising = own
-            if height > 0 and self.ladder.is_divided(height):
+            if self.ladder.is_divided[height]:
                 rising = own[self.ladder.risers[height][own]]
                 levels[own] = whole[height - 1][own]
                 rising = rising[: self._fewest(rank, height, rising)]
             levels[rising] = whole[height][rising]
-        return tuple(levels.tolist()) if (levels != KEPT).any() else NOTHING
+        return recompute_of(levels.tolist())
 
     def _fewest(self, rank: int, height: int, rising: np.ndarray) -> int:
         """Of the rank's positions that may rise to this rung, how many must; all of them do."""
@@ -238,15 +238,11 @@ class _Standing:
     def _peak(self, held: IntervalBytes, rank: int, chains: tuple[Chain, Chain], rising: np.ndarray) -> float:
         """Bytes of the rank where these positions are as in the second chain."""
         lower, upper = chains
-        kept, workspace = lower.activation_bytes.copy(), _workspace(lower).copy()
-        kept[rising], workspace[rising] = upper.activation_bytes[rising], _workspace(upper)[rising]
+        kept, workspace = lower.activation_bytes.copy(), lower.workspace_bytes.copy()
+        kept[rising], workspace[rising] = upper.activation_bytes[rising], upper.workspace_bytes[rising]
         runs = [(self.bounds[s], self.bounds[s + 1]) for s in self.stages[:, rank]]
         prologue = sum(lower.prologue_bytes.values())
         activation = np.array([[kept[i:j].sum() + prologue] for i, j in runs])
         most = np.array([[workspace[i:j].max()] for i, j in runs])
         one = slice(rank, rank + 1)
         return float(held.peaks_of(self.bounds, self.profiles[one], self.stages[:, one], activation, most)[0])
-
-
-def _workspace(chain: Chain) -> np.ndarray:
-    return np.maximum(chain.forward_workspace_bytes, chain.backward_workspace_bytes)

@@ -123,10 +123,20 @@ KEPT = -1
 NOTHING: Recompute = ()  # at no position
 
 
+def recompute_of(levels: Iterable[int]) -> Recompute:
+    """levels: of each position."""
+    found = tuple(levels)
+    return found if any(level != KEPT for level in found) else NOTHING
+
+
+def levels_of(shape: Shape, recompute: Recompute) -> Recompute:
+    """Of each position, also where nothing is made again."""
+    return recompute or (KEPT,) * len(shape.segments)
+
+
 def everywhere(shape: Shape, levels: Mapping[str, int]) -> Recompute:
     """The same at all positions of a segment. levels: by distinct segment."""
-    found = tuple(levels.get(name, KEPT) for name in shape.segments)
-    return found if any(level != KEPT for level in found) else NOTHING
+    return recompute_of(levels.get(name, KEPT) for name in shape.segments)
 
 
 def whole_segments(shape: Shape, solution: ShardingSolution, names: Iterable[str] | None = None) -> Recompute:
@@ -145,10 +155,9 @@ def leanest_segments(shape: Shape, solution: ShardingSolution) -> Recompute:
 
 def points_of(shape: Shape, solution: ShardingSolution, recompute: Recompute) -> list[RecomputePoint | None]:
     """Of each position; None where everything is kept."""
-    levels = recompute or (KEPT,) * len(shape.segments)
     return [
         None if level == KEPT else solution.costs[name].recompute_points[level]
-        for name, level in zip(shape.segments, levels, strict=True)
+        for name, level in zip(shape.segments, levels_of(shape, recompute), strict=True)
     ]
 
 
@@ -203,8 +212,12 @@ class Chain:
         return interval_sums(self.activation_bytes) + sum(self.prologue_bytes.values())
 
     @cached_property
+    def workspace_bytes(self) -> np.ndarray:
+        return np.maximum(self.forward_workspace_bytes, self.backward_workspace_bytes)
+
+    @cached_property
     def workspace_of(self) -> np.ndarray:
-        return interval_maxima(np.maximum(self.forward_workspace_bytes, self.backward_workspace_bytes))
+        return interval_maxima(self.workspace_bytes)
 
     @cached_property
     def param_of(self) -> np.ndarray:
