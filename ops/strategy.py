@@ -15,6 +15,7 @@ class Strategy(NamedTuple):
     tensors (passes/lowerings.py); it may use collectives on the axis. of_sequence: what an axis that cuts sequences may
     run and no other: TOKENS, a part of each sequence's tokens, or HEADS, whole sequences of some heads. inside: the
     dimension of the operand, and of the result, which axes outside this one must have cut down to one element.
+    of_experts: what an axis that cuts experts' parameters may run and no other.
     """
 
     inputs: tuple[int, ...]
@@ -23,6 +24,7 @@ class Strategy(NamedTuple):
     lowering: str = ""
     of_sequence: str = ""
     inside: tuple[int, ...] = ()
+    of_experts: bool = False
 
 
 TOKENS, HEADS = "tokens", "heads"

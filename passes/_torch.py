@@ -167,6 +167,11 @@ def trace_to_aten(dynamo_graph: fx.GraphModule) -> fx.GraphModule | None:
         return make_fx(dynamo_graph, pre_dispatch=True)(*fakes)
 
 
+def group_by_name(name: str) -> Any:
+    """The process group that functional collectives know under this name."""
+    return torch._C._distributed_c10d._resolve_process_group(name)
+
+
 def world_group_name() -> str:
     """The name under which functional collectives know the default process group."""
     group = torch.distributed.group.WORLD

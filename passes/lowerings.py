@@ -12,6 +12,7 @@ Arguments: emitter, the captured node, its arguments with tensors replaced by lo
     softmax_cols
     softmax_cols_backward, log_softmax_cols_backward
     own_experts, own_experts_backward   experts split: choices of others' experts left out
+    dispatch_experts, ..._backward      experts and tokens split: tokens sent to experts (passes/expert_dispatch.py)
     attention_rows, attention_rows_backward   queries split, each with the keys that it sees (passes/attention_rows.py)
     attention_near_rows, ..._backward         the same, where each sees as many: within a window
     attention_ring, attention_zigzag, ..._backward   keys and values go round (passes/attention_ring.py)
@@ -29,6 +30,7 @@ from torch import fx
 from ..ops.placement import shard_size, shard_start
 from .attention_ring import attention_ring, attention_ring_backward
 from .attention_rows import attention_rows, attention_rows_backward
+from .expert_dispatch import dispatch_experts, dispatch_experts_backward
 from .redistribute import Emitter, MeshAxis
 
 aten = torch.ops.aten
@@ -169,5 +171,6 @@ LOWERINGS: dict[str, Lowering] = _ATTENTION | {
     for function in (
         embedding_rows, embedding_rows_backward, nll_rows, nll_cols, nll_cols_backward, log_softmax_cols, softmax_cols,
         log_softmax_cols_backward, softmax_cols_backward, own_experts, own_experts_backward,
+        dispatch_experts, dispatch_experts_backward,
     )
 }  # fmt: skip

@@ -219,6 +219,9 @@ class _Sharding:
         if lowered[0][0] in ("nll_rows", "nll_cols"):
             rows = [axis for name, axis in lowered if name == "nll_rows"]
             return nll(self.emit, node, args, rows, [axis for name, axis in lowered if name == "nll_cols"])
+        if len(lowered) == 2:  # tokens are sent along one axis, to experts that another one cuts besides
+            (name, axis), (_, inner) = lowered
+            return LOWERINGS[name](self.emit, node, args, axis, inner)  # type: ignore[call-arg]
         ((name, axis),) = lowered
         return LOWERINGS[name](self.emit, node, args, axis)
 

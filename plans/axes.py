@@ -7,6 +7,9 @@ registered; its strategies and its cost follow from the role, unless the role na
 Ranks are row-major indices into the axes of a mesh, outermost first. Roles stand in that order: stages, then axes on
 which parameters are whole, then axes that cut them, so that the ranks which share a copy of the state are neighbours.
 Several axes may cut one dimension of a tensor; each then cuts what the axes before it left.
+
+One set of ranks may be factored twice. The experts' axis is a digit of the ranks that carry the batch: users name those
+ranks as a whole (dp=4) and its part of them (ep=2); inside a mesh both are axes, dp the copies of the experts.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ class Carries(Enum):
     STAGES = "pipeline stages"
     BATCH = "batch"
     SEQUENCE = "sequence"
-    EXPERTS = "experts"
     FEATURES = "heads and features"
 
 
@@ -37,11 +39,11 @@ class AxisRole:
 
     params_whole: every parameter is whole on it inside the graph. grads_partial: every gradient of a parameter leaves
     the graph as a partial sum over it. State of parameters that are whole on axes of partial gradients is what ZeRO
-    splits. shares: it may cut dimensions that other axes cut which carry the
-    same. is_searched: the search tries its widths; others are one wide unless they are forced. divides: it is no
-    factor of the number of devices, and divides the ranks of the axes that carry this. missing: why no plan can have it
-    wider than one yet. allows: which of an op's strategies it runs, all where None. cost: (kind of collective, bytes of
-    the tensor whole on the axis, seconds by the cluster's links) -> seconds.
+    splits. cuts_experts: parameters that expert ops alone read may be cut on it all the same. shares: it may cut
+    dimensions that other axes cut which carry the same. is_searched: the search tries its widths; others are one wide
+    unless they are forced, or the model asks for them. divides: users count its ranks among those of the axes that
+    carry this, which it divides. allows: which of an op's strategies it runs, all where None. cost: (kind of
+    collective, bytes of the tensor whole on the axis, seconds by the cluster's links) -> seconds.
     """
 
     name: str
@@ -49,10 +51,10 @@ class AxisRole:
     meaning: str
     params_whole: bool = False
     grads_partial: bool = False
+    cuts_experts: bool = False
     shares: bool = False
     is_searched: bool = False
     divides: Carries | None = None
-    missing: str = ""
     allows: Callable[[Strategy], bool] | None = None
     cost: Callable[[str, float, float], float] | None = None
 
@@ -71,18 +73,18 @@ class AxisRole:
 
     @property
     def cuts_params(self) -> bool:
-        """May it cut parameters inside the graph?"""
+        """May it cut any parameter inside the graph?"""
         return self.is_placed and not self.params_whole
 
     @property
     def is_factor(self) -> bool:
-        """Do the devices of a mesh number its width times those of the other axes?"""
+        """Do the devices of a mesh number its width times those of the other axes, as users name them?"""
         return self.divides is None
 
     @property
     def is_placed(self) -> bool:
         """Do tensors have placements on it?"""
-        return self.is_factor and not self.missing and self.carries is not Carries.STAGES
+        return self.carries is not Carries.STAGES
 
     def shares_dimensions_with(self, other: AxisRole) -> bool:
         """May both cut the same dimension of a tensor? Tokens of all samples in one dimension are cut by samples, and
@@ -103,19 +105,21 @@ _ROLES = [
         is_searched=True,
     ),
     AxisRole(
+        "ep",
+        Carries.BATCH,
+        "expert: experts split over a part of the data ranks",
+        params_whole=True,
+        grads_partial=True,
+        cuts_experts=True,
+        shares=True,
+        divides=Carries.BATCH,
+    ),
+    AxisRole(
         "cp",
         Carries.SEQUENCE,
         "context: each sequence split",
         params_whole=True,
         grads_partial=True,
-    ),
-    AxisRole(
-        "ep",
-        Carries.EXPERTS,
-        "expert: experts split",
-        grads_partial=True,
-        divides=Carries.BATCH,
-        missing="the search space has no expert-parallel axis",
     ),
     AxisRole("tp", Carries.FEATURES, "tensor: layers split", is_searched=True),
 ]
@@ -140,7 +144,7 @@ def registered(role: AxisRole, before: str | None = None) -> Iterator[AxisRole]:
     """Within it there is one more axis, outside the axis `before`; innermost where None."""
     place = len(_ROLES) if before is None else names().index(before)
     added = [*_ROLES[:place], role, *_ROLES[place:]]
-    ranks = [0 if r.carries is Carries.STAGES else 1 if r.params_whole else 2 for r in added if r.is_factor]
+    ranks = [0 if r.carries is Carries.STAGES else 1 if r.params_whole else 2 for r in added]
     if role.name in names() or ranks != sorted(ranks):
         raise ValueError(
             f"axis {role.name!r} before {before!r}: names differ, and stages come first, then axes on which parameters "
@@ -184,6 +188,17 @@ def tensor_axes() -> tuple[str, ...]:
     return names(lambda role: role.cuts_params)
 
 
+def expert_axes() -> tuple[str, ...]:
+    """The axes that carry the batch and may cut parameters of experts."""
+    return names(lambda role: role.cuts_experts)
+
+
+def state_axes_beside(cut: Iterable[str]) -> tuple[str, ...]:
+    """The axes over which ZeRO splits the state of a parameter that these cut inside the graph."""
+    taken = set(cut)
+    return tuple(axis for axis in state_axes() if axis not in taken)
+
+
 def inner_axes() -> tuple[str, ...]:
     """The axes inside those that carry the batch: they decide where a sample's tensors lie."""
     return (*sequence_axes(), *tensor_axes())
@@ -199,54 +214,59 @@ def free_axis() -> str:
 
 
 def easiest_first() -> tuple[str, ...]:
-    """The axes that a plan may have, that which is changed with least harm first."""
-    known = names(lambda role: role.is_factor and not role.missing)
+    """The axes whose widths number the devices, that which is changed with least harm first."""
+    known = names(lambda role: role.is_factor)
     return tuple(sorted(known, key=lambda name: not role_of(name).carries_batch))
 
 
 @dataclass(frozen=True, order=True)
 class MeshShape:
-    """Ordered axes and their sizes, outermost first.
-
-    parts: axes that divide the ranks of others, as the experts' divides those that carry the batch: no factors.
-    """
+    """Ordered axes and their sizes, outermost first. Ranks are indices into them."""
 
     axes: tuple[str, ...]
     sizes: tuple[int, ...]
-    parts: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def of(cls, sizes: Mapping[str, int] | None = None) -> MeshShape:
-        """Of the axes that there are; those not named are one wide. Raises ValueError for an axis that there is not,
-        and for a part that does not divide what it has to."""
-        given = dict(sizes or {})
-        factors = names(lambda role: role.is_factor)
+    def of(cls, named: Mapping[str, int] | None = None) -> MeshShape:
+        """Of sizes as users name them; axes not named are one wide. Raises ValueError for an axis that there is not,
+        and for one that does not divide what it has to."""
+        given = dict(named or {})
         if unknown := set(given) - set(names()):
             raise ValueError(f"{', '.join(sorted(unknown))}: no axis of a mesh; there are {', '.join(names())}")
-        parts = tuple((name, given[name]) for name in names() if name not in factors and given.get(name, 1) > 1)
-        made = cls(factors, tuple(given.get(name, 1) for name in factors), parts)
-        for name, size in parts:
-            role = role_of(name)
-            whole = made.size_of(names(lambda other, role=role: other.is_factor and other.carries is role.divides))  # type: ignore[misc]
-            if whole % size:
-                raise ValueError(f"{name}={size} does not divide the {whole} ranks that carry the {role.divides.value}")  # type: ignore[union-attr]
-        return made
+        for part in names(lambda role: not role.is_factor):
+            whole, size = _divided_by(part), given.get(part, 1)
+            if given.get(whole, 1) % size:
+                carried = role_of(part).divides.value  # type: ignore[union-attr]
+                raise ValueError(
+                    f"{part}={size} does not divide the {given.get(whole, 1)} ranks that carry the {carried}"
+                )
+            given[whole] = given.get(whole, 1) // size
+        return cls(names(), tuple(given.get(name, 1) for name in names()))
+
+    @cached_property
+    def named(self) -> dict[str, int]:
+        """Axis -> size, as users name them: that of an axis which another divides is with the other's ranks."""
+        sizes = self.factors
+        for part in names(lambda role: not role.is_factor):
+            if part in sizes:
+                sizes[_divided_by(part)] *= sizes[part]
+        return sizes
 
     def size(self, axis: str) -> int:
         """1 where the mesh has no such axis."""
-        return self.as_dict.get(axis, 1)
+        return self._sizes.get(axis, 1)
 
     def size_of(self, axes: Iterable[str]) -> int:
         return math.prod(self.size(axis) for axis in axes)
 
     @cached_property
-    def as_dict(self) -> dict[str, int]:
-        return {**dict(zip(self.axes, self.sizes, strict=True)), **dict(self.parts)}
+    def _sizes(self) -> dict[str, int]:
+        return dict(zip(self.axes, self.sizes, strict=True))
 
     @property
     def factors(self) -> dict[str, int]:
-        """Axis -> size, without the parts of other axes: what ranks are indices into."""
-        return dict(zip(self.axes, self.sizes, strict=True))
+        """Axis -> size: what ranks are indices into."""
+        return dict(self._sizes)
 
     @property
     def num_devices(self) -> int:
@@ -269,6 +289,10 @@ class MeshShape:
         return self.size_of(state_axes())
 
     @cached_property
+    def expert_ranks(self) -> int:
+        return self.size_of(expert_axes())
+
+    @cached_property
     def tensor_ranks(self) -> int:
         return self.size_of(tensor_axes())
 
@@ -283,8 +307,9 @@ class MeshShape:
 
     @cached_property
     def inner_part(self) -> MeshShape:
-        """The axes alone that decide where a sample's tensors lie."""
-        return self.with_sizes({axis: 1 for axis in self.axes if axis not in inner_axes()})
+        """The axes alone that decide where a sample's tensors lie, and experts."""
+        kept = {*inner_axes(), *expert_axes()}
+        return self.with_sizes({axis: 1 for axis in self.axes if axis not in kept})
 
     @cached_property
     def without_batch(self) -> MeshShape:
@@ -300,7 +325,7 @@ class MeshShape:
         if self.ranks_per_stage <= num_devices:
             return self.with_sizes({stage_axes()[0]: num_devices // self.ranks_per_stage})
         axis = axis or next(name for name in placement_axes() if self.size(name) > 1)
-        return MeshShape.of({axis: num_devices})
+        return MeshShape.of().with_sizes({axis: num_devices})
 
     def in_copies(self, extent: int) -> tuple[MeshShape, str, str]:
         """The mesh with the axes that ZeRO splits state over as one, and that in two digits: `extent` neighbours that
@@ -316,6 +341,12 @@ class MeshShape:
         return MeshShape(tuple(name for name, _ in rows), tuple(size for _, size in rows)), outer, inner
 
     def text(self, axes: Sequence[str] | None = None) -> str:
-        """'pp=1 dp=2 tp=2': axes that are searched or wide."""
-        shown = [name for name in axes or self.as_dict if role_of(name).is_searched or self.size(name) > 1]
-        return " ".join(f"{name}={self.size(name)}" for name in shown)
+        """'pp=1 dp=2 tp=2': axes that are searched or wide, as users name them."""
+        named = self.named
+        shown = [name for name in axes or self.axes if role_of(name).is_searched or named.get(name, 1) > 1]
+        return " ".join(f"{name}={named.get(name, 1)}" for name in shown)
+
+
+def _divided_by(part: str) -> str:
+    """The axis whose ranks this one divides, of those that users name: the innermost that carries the same."""
+    return names(lambda role: role.is_factor and role.carries is role_of(part).divides)[-1]

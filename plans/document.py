@@ -61,7 +61,7 @@ class Mesh(_Document):
     @classmethod
     def of(cls, shape: MeshShape) -> Mesh:
         fields = cls.model_fields
-        sizes = {axis: size for axis, size in shape.as_dict.items() if axis in fields or size > 1}
+        sizes = {axis: size for axis, size in shape.named.items() if axis in fields or size > 1}
         return cls.model_validate(sizes)
 
     @property

@@ -235,3 +235,19 @@ def _fake_histc(mode: Any, _op: Any, x: torch.Tensor, bins: int = 100, *_: Any, 
 
 if torch.ops.aten.histc.default not in fake_impls.op_implementations_dict:
     fake_impls.register_op_impl(torch.ops.aten.histc.default)(_fake_histc)
+
+
+def takes_groups(*operands: torch.Tensor) -> bool:
+    """Has the device a product of groups of rows for these? It takes bfloat16 in rows of multiples of 16 bytes."""
+    return hasattr(torch, "_grouped_mm") and all(
+        t.is_cuda
+        and t.dtype == torch.bfloat16
+        and t.numel() > 0
+        and all(size % 8 == 0 for size in (t.shape[-1], *t.shape[1:-1]))
+        for t in operands
+    )
+
+
+def grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """[M, A], [E, A, B] -> [M, B], or [A, M], [M, B] -> [E, A, B]. ends: [E], the row behind the last of each group."""
+    return torch._grouped_mm(left, right, offs=ends)

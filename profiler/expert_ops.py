@@ -10,17 +10,21 @@ A choice outside 0..E-1 adds nothing. So a rank that holds some of the experts s
 sum over ranks is the whole; and tokens are independent of each other, so they split freely.
 
 Written out in torch ops this would be a sort, gathers and matmuls whose shapes depend on the data, or, with static
-shapes, every expert applied to every token. As one operator its cost is what the chosen experts cost.
+shapes, every expert applied to every token. As one operator its cost is what the chosen experts cost. Choices are
+sorted by expert; the products of all experts are then one grouped product where the device has it, which asks nothing
+of the host, and a loop over experts elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
+
+from ._torch import grouped_product, takes_groups
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 _INPUTS = "Tensor hidden, Tensor index, Tensor weight, Tensor gate_up, Tensor down"
@@ -44,15 +48,49 @@ def _activate_backward(grad: torch.Tensor, gate: torch.Tensor, activation: str) 
     return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _groups(index: torch.Tensor, num_experts: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """(expert, positions in the flattened [N * K] choices that chose it), for the experts that any chose."""
-    flat = index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
-    flat = flat[order]
-    edges = torch.searchsorted(flat, torch.arange(num_experts + 1, device=flat.device)).tolist()
-    for expert in range(num_experts):
-        if edges[expert] < edges[expert + 1]:
-            yield expert, order[edges[expert] : edges[expert + 1]]
+class _Groups:
+    """Choices in the order of experts. order: positions in the flattened [N * K] choices, those of nobody's last.
+    edges: [E + 1], where the rows of each expert begin among them."""
+
+    def __init__(self, index: torch.Tensor, num_experts: int) -> None:
+        flat = index.reshape(-1)
+        expert = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+        expert, self.order = torch.sort(expert, stable=True)
+        self.edges = torch.searchsorted(expert, torch.arange(num_experts + 1, device=flat.device))
+        self._spans: list[tuple[int, int, int]] | None = None
+
+    def _spans_of_experts(self) -> list[tuple[int, int, int]]:
+        """(expert, its first row, the row behind its last) of those that were chosen. Waits for the device."""
+        if self._spans is None:
+            edges = self.edges.tolist()
+            self._spans = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(edges)) if a < b]
+        return self._spans
+
+    def products(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """[M, A], [E, B, A] -> [M, B]: each row with the weights of its expert; zeros for rows of nobody."""
+        if takes_groups(rows, weights):
+            out = grouped_product(rows, weights.transpose(-2, -1), self.edges[1:].to(torch.int32))
+            beyond = torch.arange(len(rows), device=rows.device) >= self.edges[-1]
+            return out.masked_fill_(beyond.unsqueeze(1), 0)
+        out = rows.new_zeros(rows.shape[0], weights.shape[1])
+        for expert, start, stop in self._spans_of_experts():
+            torch.mm(rows[start:stop], weights[expert].T, out=out[start:stop])
+        return out
+
+    def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """[M, A], [M, B] -> [E, A, B]: of the rows of each expert."""
+        if takes_groups(left, right):
+            return grouped_product(left.t(), right, self.edges[1:].to(torch.int32))
+        out = left.new_zeros(len(self.edges) - 1, left.shape[1], right.shape[1])
+        for expert, start, stop in self._spans_of_experts():
+            torch.mm(left[start:stop].T, right[start:stop], out=out[expert])
+        return out
+
+    def back(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """[M, ...] -> [N, K, ...]: rows where the choices are that they belong to."""
+        out = torch.empty_like(rows)
+        out[self.order] = rows
+        return out.view(*index.shape, *rows.shape[1:])
 
 
 def _forward(
@@ -63,16 +101,12 @@ def _forward(
     down: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_choices = index.shape[1]
-    pre = hidden.new_zeros(index.numel(), gate_up.shape[1])
-    out = hidden.new_zeros(index.numel(), hidden.shape[1])
-    for expert, at in _groups(index, gate_up.shape[0]):
-        both = hidden[at // num_choices] @ gate_up[expert].T
-        gate, up = both.chunk(2, dim=-1)
-        pre[at] = both
-        out[at] = (_activate(gate, activation) * up) @ down[expert].T
-    weighted = out.view(*index.shape, -1) * weight.unsqueeze(-1)
-    return weighted.sum(1).to(hidden.dtype), pre.view(*index.shape, -1)
+    groups = _Groups(index, gate_up.shape[0])
+    both = groups.products(hidden[groups.order // index.shape[1]], gate_up)
+    gate, up = both.chunk(2, dim=-1)
+    out = groups.products(_activate(gate, activation) * up, down)
+    weighted = groups.back(out, index) * weight.unsqueeze(-1)
+    return weighted.sum(1).to(hidden.dtype), groups.back(both, index)
 
 
 def _backward(
@@ -85,29 +119,22 @@ def _backward(
     pre: torch.Tensor | None,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    num_choices = index.shape[1]
-    flat_weight = weight.reshape(-1, 1)
-    flat_pre = None if pre is None else pre.reshape(-1, pre.shape[-1])
-    grad_choice = hidden.new_zeros(index.numel(), hidden.shape[1])
-    grad_weight = weight.new_zeros(index.numel())
-    grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-    for expert, at in _groups(index, gate_up.shape[0]):
-        tokens = at // num_choices
-        both = hidden[tokens] @ gate_up[expert].T if flat_pre is None else flat_pre[at]
-        gate, up = both.chunk(2, dim=-1)
-        grad, scale = grad_out[tokens], flat_weight[at].to(grad_out.dtype)
-        activated = _activate(gate, activation)
-        product = activated * up
-        grad_product = grad @ down[expert]
-        grad_weight[at] = (grad_product * product).sum(-1).to(weight.dtype)
-        grad_product = grad_product * scale
-        grad_down[expert] = (grad * scale).T @ product
-        grad_gate = _activate_backward(grad_product * up, gate, activation)
-        grad_both = torch.cat([grad_gate, grad_product * activated], dim=-1)
-        grad_gate_up[expert] = grad_both.T @ hidden[tokens]
-        grad_choice[at] = grad_both @ gate_up[expert]
-    grad_hidden = grad_choice.view(*index.shape, -1).sum(1)
-    return grad_hidden, grad_weight.view_as(weight), grad_gate_up, grad_down
+    groups = _Groups(index, gate_up.shape[0])
+    tokens = groups.order // index.shape[1]
+    rows, grad = hidden[tokens], grad_out[tokens]
+    both = groups.products(rows, gate_up) if pre is None else pre.flatten(0, 1)[groups.order]
+    scale = weight.reshape(-1, 1)[groups.order].to(grad.dtype)
+    gate, up = both.chunk(2, dim=-1)
+    activated = _activate(gate, activation)
+    product = activated * up
+    grad_product = groups.products(grad, down.transpose(-2, -1))
+    grad_weight = (grad_product * product).sum(-1).to(weight.dtype)
+    grad_product = grad_product * scale
+    grad_gate = _activate_backward(grad_product * up, gate, activation)
+    grad_both = torch.cat([grad_gate, grad_product * activated], dim=-1)
+    grad_hidden = groups.back(groups.products(grad_both, gate_up.transpose(-2, -1)), index).sum(1)
+    grad_gate_up, grad_down = groups.outer(grad_both, rows), groups.outer(grad * scale, product)
+    return grad_hidden, groups.back(grad_weight, index), grad_gate_up, grad_down
 
 
 def _forward_fake(

@@ -9,12 +9,15 @@ next: what is gathered most often is cut least. With 8 ranks, parameters over 2 
     half of parameter  0  1  0  1  0  1  0  1       level 0: gathered before each use, inside pairs
     quarter of state   0a 1a 0b 1b 0a 1a 0b 1b      level 1: gathered after each optimizer step, over ranks 0,2 and 1,3
     copies             ----------- -----------      gradients are added up over ranks 0,4, over 1,5, ...
+
+Parameters that the graph cuts over one of these axes, as experts are, have their state cut over the others alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +29,15 @@ LEVEL_OF = {"parameters": 3, "gradients": 2, "optimizer": 1}  # the ZeRO level f
 
 @dataclass(frozen=True)
 class DataCut:
-    """How the num_ranks ranks over which ZeRO may split state are cut by the extents of each kind of state."""
+    """How the num_ranks ranks over which ZeRO may split state are cut by the extents of each kind of state. axes: that
+    the ranks are indices into, with their sizes."""
 
     extents: Extents
     num_ranks: int
+    axes: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def of(cls, zero: int, given: Mapping[str, int], num_ranks: int) -> DataCut:
+    def of(cls, zero: int, given: Mapping[str, int], num_ranks: int, axes: Sequence[tuple[str, int]] = ()) -> DataCut:
         """given: of a plan; what it leaves out is cut over all ranks where the ZeRO level cuts it, else not.
 
         Raises ShardwrightError where an extent does not divide the next or the axis, or the level cuts no such thing.
@@ -44,7 +49,21 @@ class DataCut:
         chain = (*found.values(), num_ranks)
         if min(chain) < 1 or any(wide % narrow for narrow, wide in itertools.pairwise(chain)):
             raise _bad(given, num_ranks, "each extent must divide the next one", "the same extent for all three")
-        return cls(Extents(**found), num_ranks)
+        return cls(Extents(**found), num_ranks, tuple(axes))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.axes)
+
+    def beside(self, cut: Iterable[str]) -> DataCut:
+        """Of parameters that the graph cuts over these axes: their state is split over the rest, each kind over as many
+        ranks as leave it with the same part of the whole, or nearly."""
+        taken = set(cut)
+        width = math.prod(size for name, size in self.axes if name in taken)
+        if width == 1:
+            return self
+        extents = Extents(*(extent // math.gcd(extent, width) for extent in self.extents))
+        return DataCut(extents, self.num_ranks // width, tuple((n, s) for n, s in self.axes if n not in taken))
 
     @property
     def levels(self) -> tuple[tuple[int, int], ...]:

@@ -56,13 +56,13 @@ class RankGrid:
     coords: dict[str, int]
     ranks: torch.Tensor  # global ranks, one dimension for each axis of sizes
     _subset_groups: dict[tuple[tuple[int, ...], tuple[str, ...]], Any] = field(default_factory=dict)
-    _data_groups: dict[tuple[int, int], Any] = field(default_factory=dict)
+    _data_groups: dict[tuple[tuple[str, ...], int, int], Any] = field(default_factory=dict)
     _axes_groups: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, mesh: DeviceMesh | None) -> RankGrid:
         """Axes that the DeviceMesh lacks count as size one."""
-        axes = names(lambda role: role.is_factor)
+        axes = names()
         if mesh is None:
             one = torch.zeros([1] * len(axes), dtype=torch.int64)
             return cls(None, dict.fromkeys(axes, 1), dict.fromkeys(axes, 0), one)
@@ -115,6 +115,11 @@ class RankGrid:
         """The ranks over which ZeRO splits training state."""
         return self.span(state_axes())
 
+    @property
+    def state_sizes(self) -> tuple[tuple[str, int], ...]:
+        """The axes that they are indices into, with their sizes."""
+        return tuple((axis, self.sizes[axis]) for axis in state_axes())
+
     def group(self, axis: str) -> Any:
         assert self.mesh is not None and self.mesh.mesh_dim_names is not None and axis in self.mesh.mesh_dim_names
         return self.mesh.get_group(axis)
@@ -124,8 +129,8 @@ class RankGrid:
         return all(self.coords[axis] == 0 for axis in axes)
 
     def storage_mesh(self, cut: DataCut) -> DeviceMesh | None:
-        """Mesh of this pipeline coordinate where parameters live as DTensors: the axes that cut parameters, then those
-        over which ZeRO splits state, as one.
+        """Mesh of this pipeline coordinate where parameters live as DTensors: the axes that cut them, then those over
+        which ZeRO splits their state, as one.
 
         In that order Shard(0) on all of them means: cut by the first ones, then each piece by the last. Where ZeRO does
         not cut over all its ranks, the digits of their index stand for it, those that cut first: (tp, dp_0, ...,
@@ -134,27 +139,31 @@ class RankGrid:
         if self.mesh is None or not self.has_sharding:
             return None
         present = self.mesh.mesh_dim_names or ()
-        tensor = [axis for axis in tensor_axes() if axis in present]
-        state = "_".join(axis for axis in state_axes() if axis in present)
+        over = [axis for axis in cut.names if axis in present]
+        tensor = [axis for axis in (*state_axes(), *tensor_axes()) if axis in present and axis not in over]
+        state = "_".join(over) or "state"
         fixed = tuple(self.coords[axis] if axis in stage_axes() else slice(None) for axis in self.sizes)
         digits = [*cut.levels, cut.copies]
         digits = [digit for digit in digits if digit[0] > 1] or [(1, 1)]
         digit_names: tuple[str, ...] = (state,)
         if len(digits) > 1:
             digit_names = tuple(f"{state}_copies" if d == cut.copies else f"{state}_{k}" for k, d in enumerate(digits))
-        # ranks[fixed]: axes of state, then those that cut parameters; digits of the first, slowest first, to the end
-        plane = self.ranks[fixed].reshape(*(size for size, _ in reversed(digits)), *(self.sizes[a] for a in tensor))
+        # axes of state to the front, then those that cut parameters; digits of the first, slowest first, to the end
+        inside = [axis for axis in self.sizes if axis not in stage_axes()]
+        first = [inside.index(axis) for axis in over]
+        plane = self.ranks[fixed].movedim(first, tuple(range(len(first))))
+        plane = plane.reshape(*(size for size, _ in reversed(digits)), *(self.sizes[a] for a in tensor))
         count = len(digits)
         plane = plane.permute(*range(count, count + len(tensor)), *reversed(range(count))).contiguous()
-        groups = [*(self.group(axis) for axis in tensor), *(self.data_group(*digit) for digit in digits)]
+        groups = [*(self.group(axis) for axis in tensor), *(self.data_group(*digit, cut.names) for digit in digits)]
         mesh_names = (*tensor, *digit_names)
         return DeviceMesh.from_group(groups, self.mesh.device_type, mesh=plane, mesh_dim_names=mesh_names)
 
     def make_data_groups(self, cut: DataCut) -> None:
         """The groups of the ranks that hold a microbatch, of those over which ZeRO splits state, and of each digit of
         the index among the latter. Collective: equal cuts on all ranks."""
-        self.make_axes_groups([self.wide(batch_axes()), self.wide(state_axes())])
-        dims = [list(self.sizes).index(axis) for axis in state_axes()]
+        self.make_axes_groups([self.wide(batch_axes()), self.wide(cut.names)])
+        dims = [list(self.sizes).index(axis) for axis in cut.names]
         columns = self.ranks.movedim(dims, tuple(range(len(dims)))).reshape(cut.num_ranks, -1)
         for size, stride in (*cut.levels, cut.copies):
             if size in (1, cut.num_ranks):
@@ -163,20 +172,20 @@ class RankGrid:
                 for ranks in column.view(-1, size, stride).transpose(1, 2).reshape(-1, size).tolist():
                     group = dist.new_group(ranks)
                     if self.rank in ranks:
-                        self._data_groups[size, stride] = group
+                        self._data_groups[cut.names, size, stride] = group
 
-    def data_group(self, size: int, stride: int) -> Any:
-        wide = self.wide(state_axes())
+    def data_group(self, size: int, stride: int, axes: tuple[str, ...]) -> Any:
+        wide = self.wide(axes)
         if size in (1, math.prod(self.sizes[axis] for axis in wide)):
             present = self.mesh.mesh_dim_names or () if self.mesh is not None else ()
-            return self.axes_group(wide or tuple(axis for axis in state_axes() if axis in present)[-1:])
-        return self._data_groups[size, stride]
+            return self.axes_group(wide or tuple(axis for axis in axes if axis in present)[-1:])
+        return self._data_groups[axes, size, stride]
 
-    def data_level(self, size: int, stride: int) -> Level:
-        """A digit of the index among the ranks over which ZeRO splits state; its group is None where the digit has one
-        value."""
-        group = self.data_group(size, stride) if size > 1 else None
-        return Level(size, self.state.index // stride % size, group)
+    def data_level(self, size: int, stride: int, axes: tuple[str, ...]) -> Level:
+        """A digit of the index among the ranks over which ZeRO splits state, on these axes; its group is None where the
+        digit has one value."""
+        group = self.data_group(size, stride, axes) if size > 1 else None
+        return Level(size, self.span(axes).index // stride % size, group)
 
     def make_axes_groups(self, wanted: Iterable[tuple[str, ...]]) -> None:
         """Groups of the ranks that differ on several axes. Collective: equal wishes on all ranks."""

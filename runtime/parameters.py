@@ -17,14 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..passes.gradients import Into
-from ..plans.axes import stage_axes, state_axes, tensor_axes
+from ..plans.axes import stage_axes, state_axes
 from ..profiler.workload import Precision
 from ._torch import layout_of, local_part, with_layout
 from .collectives import Pending
-from .extents import DataCut
+from .extents import DataCut, Level
 from .host_link import HostLink
 from .mesh import RankGrid
 from .relayout import changed_axes, dim_cuts, grad_to_storage, relaid
@@ -47,6 +48,21 @@ class Storage:
     link: HostLink | None = None
 
 
+@dataclass(frozen=True)
+class StateRanks:
+    """The ranks over which ZeRO splits the state of some parameters, as this rank sees them. mesh: where the parameters
+    live as DTensors."""
+
+    levels: tuple[Level, ...]
+    copies: Level
+    mesh: DeviceMesh | None
+
+    @classmethod
+    def of(cls, cut: DataCut, grid: RankGrid) -> StateRanks:
+        levels = tuple(grid.data_level(*digit, cut.names) for digit in cut.levels)
+        return cls(levels, grid.data_level(*cut.copies, cut.names), grid.storage_mesh(cut))
+
+
 class ParameterStore:
     """names: parameters of each instance that runs here, by index. stage_of: its stage."""
 
@@ -64,9 +80,9 @@ class ParameterStore:
         self.specs = {name: specs[name] for name in held_names(specs, grid.coord("pp"))}
         self.grid, self.device, self.link = grid, storage.device, storage.link
         self.cut = cut
-        self.levels = [grid.data_level(*digit) for digit in cut.levels]
-        self.copies = grid.data_level(*cut.copies)
-        self.storage_mesh = grid.storage_mesh(cut)
+        cuts = dict.fromkeys((cut, *(self.specs[name].state for name in sorted(self.specs))))
+        self._state_of = {each: StateRanks.of(each, grid) for each in cuts}
+        self.storage_mesh = self._state_of[cut].mesh
         users: dict[str, set[int]] = {}
         for index, row in names.items():
             for name in row:
@@ -94,29 +110,40 @@ class ParameterStore:
         precision: Precision,
         existing: Mapping[str, torch.Tensor],
     ) -> list[Unit]:
-        grid, cut = self.grid, self.cut
+        grid = self.grid
 
         def levels(spec: ParamSpec) -> int:
-            return cut.num_levels("optimizer" if spec.requires_grad else "parameters")
+            return spec.state.num_levels("optimizer" if spec.requires_grad else "parameters")
 
         def link(spec: ParamSpec) -> HostLink | None:
             return self.link if spec.requires_grad else None
 
-        sums = {n: summed_axes(s, cut, grid.sizes) for n, s in self.specs.items()}
-        copies = {n: mirrors(s, cut) for n, s in self.specs.items()}
+        sums = {n: summed_axes(s, grid.sizes) for n, s in self.specs.items()}
+        copies = {n: mirrors(s) for n, s in self.specs.items()}
         stages = {n: {stage_of[index] for index in users[n]} if copies[n] else set() for n in self.specs}
         kinds = {
-            n: (s.dtype, s.master_dtype, s.has_grad, levels(s), sums[n], copies[n], tuple(sorted(stages[n])), link(s))
+            n: (
+                s.dtype,
+                s.master_dtype,
+                s.has_grad,
+                levels(s),
+                sums[n],
+                copies[n],
+                tuple(sorted(stages[n])),
+                link(s),
+                s.state,
+            )
             for n, s in self.specs.items()
         }
         units: list[Unit] = []
         groups = unit_names(list(self.specs), users, kinds)
-        if not cut.num_levels("parameters"):  # what is gathered for an instance is no more than that instance uses
+        if not self.cut.num_levels("parameters"):  # what is gathered for an instance is no more than that instance uses
             sizes = {n: math.prod(self._used_shape(spec)) * spec.dtype.itemsize for n, spec in self.specs.items()}
             groups = merge_units(groups, users, kinds, sizes)
         for names in groups:
             first = self.specs[names[0]]
             subset, axes = copies[names[0]], sums[names[0]]
+            ranks = self._state_of[first.state]
             common = {
                 "dtype": first.dtype,
                 "master_dtype": first.master_dtype,
@@ -130,10 +157,10 @@ class ParameterStore:
             if levels(first):
                 unit = ShardedUnit(
                     shapes,
-                    levels=self.levels[: levels(first)],
-                    cut_params=cut.num_levels("parameters"),
-                    cut_grads=min(cut.num_levels("gradients"), levels(first)),
-                    copies=self.copies,
+                    levels=ranks.levels[: levels(first)],
+                    cut_params=first.state.num_levels("parameters"),
+                    cut_grads=min(first.state.num_levels("gradients"), levels(first)),
+                    copies=ranks.copies,
                     pending=self._pending,
                     **common,
                 )
@@ -162,9 +189,10 @@ class ParameterStore:
         return narrow_shape(spec.shape, dim_cuts(spec.cuts, self.grid))
 
     def placements(self, spec: ParamSpec) -> list[Shard | Replicate]:
-        assert self.storage_mesh is not None and self.storage_mesh.mesh_dim_names is not None
-        tensor = [axis for axis in self.storage_mesh.mesh_dim_names if axis in tensor_axes()]
-        cuts, levels = dict(spec.cuts), range(self.storage_mesh.ndim - len(tensor))
+        mesh = self._state_of[spec.state].mesh
+        assert mesh is not None and mesh.mesh_dim_names is not None
+        tensor = [axis for axis in mesh.mesh_dim_names if axis in self.grid.sizes and axis not in spec.state.names]
+        cuts, levels = dict(spec.cuts), range(mesh.ndim - len(tensor))
         placed = [Shard(cuts[axis]) if axis in cuts else Replicate() for axis in tensor]
         return [*placed, *(Shard(0) if k < spec.state_levels else Replicate() for k in levels)]
 
@@ -179,7 +207,7 @@ class ParameterStore:
         stride = torch.empty(spec.shape, device="meta").stride()
         made = DTensor.from_local(  # of a tensor in host memory it would make one of the device
             torch.empty_like(local, device=self.device),
-            self.storage_mesh,
+            self._state_of[spec.state].mesh,
             self.placements(spec),
             run_check=False,
             shape=torch.Size(spec.shape),
@@ -214,7 +242,8 @@ class ParameterStore:
     def local_index(self, name: str) -> tuple[slice, ...]:
         """Which part of the whole tensor this rank's storage holds."""
         spec, grid = self.specs[name], self.grid
-        cuts = [(0, (level.size, level.index)) for level in self.levels[: spec.state_levels]]
+        levels = self._state_of[spec.state].levels[: spec.state_levels]
+        cuts = [(0, (level.size, level.index)) for level in levels]
         return shard_index(spec.shape, [*dim_cuts(spec.cuts, grid), *cuts])
 
     @torch.no_grad()
@@ -314,7 +343,7 @@ class ParameterStore:
             skip = use.skip_axes
             if grad is not None and use.cuts != spec.cuts:
                 grad = grad_to_storage(grad, spec.shape, use, spec.cuts, self.grid)
-                complete = {*skip, *changed_axes(use.cuts, spec.cuts)} & {*spec.partial_axes, *state_axes()}
+                complete = {*skip, *changed_axes(use.cuts, spec.cuts)} & {*spec.partial_axes, *spec.state.names}
                 skip = tuple(axis for axis in self.grid.sizes if axis in complete)
             counts = self.grid.is_zero(skip)
             self._unit_of[use.name].add_grad(use.name, grad if counts else None)
@@ -344,7 +373,7 @@ class ParameterStore:
                 grads.update(unit.finish_reduce())
         if self.link is not None:
             self.link.settle()
-        rest = {n: s for n, s in self.specs.items() if s.has_grad and not mirrors(s, self.cut)}
+        rest = {n: s for n, s in self.specs.items() if s.has_grad and not mirrors(s)}
         for subset in tied_subsets(rest.values()):
             tied = {}
             for name in (n for n, s in rest.items() if s.pipeline_ranks == subset):
@@ -382,7 +411,8 @@ class ParameterStore:
         spec, grid = self.specs[name], self.grid
         distinct = {*stage_axes(), *state_axes(), *dict(spec.cuts)}
         copies = [axis for axis in grid.sizes if axis not in distinct]
-        first = not any(level.index for level in [*self.levels[spec.state_levels :], self.copies])
+        ranks = self._state_of[spec.state]
+        first = not any(level.index for level in [*ranks.levels[spec.state_levels :], ranks.copies])
         return first and grid.is_zero(copies) and grid.coord("pp") == spec.pipeline_ranks[0]
 
     def param_bytes(self) -> int:

@@ -130,18 +130,20 @@ class Program:
 
     def _specs(self, programs: Mapping[str, SegmentProgram]) -> dict[str, ParamSpec]:
         """How every parameter of the model lies on the ranks."""
-        self._cut = DataCut.of(self.plan.zero, self.plan.zero_extents, self.plan.mesh.shape.state_ranks)
-        self.grid.make_data_groups(self._cut)
-        precision, sizes = self.workload.precision, self.grid.sizes
+        grid, plan = self.grid, self.plan
+        self._cut = DataCut.of(plan.zero, plan.zero_extents, grid.state.size, grid.state_sizes)
+        precision, sizes = self.workload.precision, grid.sizes
         return param_specs(self.graph, programs, self._eval_wiring, precision, cut=self._cut, sizes=sizes)
 
     def _join_groups(self, specs: Mapping[str, ParamSpec]) -> None:
         """Process groups for what stages share. Making one is collective: every rank makes all of them, in one order,
         before any holds values."""
-        cut, sizes = self._cut, self.grid.sizes
-        self.grid.make_axes_groups({summed_axes(spec, cut, sizes) for spec in specs.values()})
-        mirrored = {(mirrors(spec, cut), summed_axes(spec, cut, sizes)) for spec in specs.values()}
-        tied = [(subset, ()) for subset in tied_subsets(s for s in specs.values() if not mirrors(s, cut))]
+        sizes = self.grid.sizes
+        for cut in dict.fromkeys((self._cut, *(specs[name].state for name in sorted(specs)))):
+            self.grid.make_data_groups(cut)
+        self.grid.make_axes_groups({summed_axes(spec, sizes) for spec in specs.values()})
+        mirrored = {(mirrors(spec), summed_axes(spec, sizes)) for spec in specs.values()}
+        tied = [(subset, ()) for subset in tied_subsets(s for s in specs.values() if not mirrors(s))]
         self.written = written_buffers(self.graph, self._eval_wiring)
         joined: list[tuple[tuple[int, ...], tuple[str, ...]]] = [(entry.ranks, ()) for entry in self.written.values()]
         groups = [*tied, *joined, *mirrored]

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ExitCode, ShardwrightError
 from ..passes.program import SegmentProgram
-from ..plans.axes import state_axes, tensor_axes
+from ..plans.axes import expert_axes, tensor_axes
 from ..profiler.graph import ModelGraph, SegmentInstance
 from ..profiler.workload import Precision
 from .extents import DataCut
@@ -23,8 +23,9 @@ class ParamSpec:
     """shape is global. cuts: over the axes that cut parameters, in storage (as its first use has it).
 
     partial_axes: mesh axes over which some use leaves a partial gradient. pipeline_ranks: pipeline coordinates that
-    hold it, more than one where it is tied over stages or its stages have copies. state_levels: how many digits of the
-    index among the ranks that ZeRO splits over cut its dimension 0 in storage (runtime/extents.py), finest first.
+    hold it, more than one where it is tied over stages or its stages have copies. state: the ranks that ZeRO splits its
+    state over. state_levels: how many digits of the index among them cut its dimension 0 in storage
+    (runtime/extents.py), finest first.
     is_mirrored: each of the pipeline_ranks runs all instances that use it, because their stages belong to two
     directions.
     """
@@ -39,6 +40,7 @@ class ParamSpec:
     state_levels: int
     partial_axes: tuple[str, ...]
     pipeline_ranks: tuple[int, ...]
+    state: DataCut
     is_mirrored: bool = False
 
 
@@ -92,7 +94,8 @@ def param_specs(
         partial = {axis for axis in partial if sizes[axis] > 1}
         cuts = _cuts(used[0][1].param_shards[used[0][2]], sizes) if used else ()
         partial -= {axis for axis, _ in cuts}  # each rank has its own piece; a use that differs is converted at once
-        levels = cut.num_levels("optimizer" if requires_grad else "parameters")
+        state = cut.beside(axis for axis, _ in cuts)
+        levels = state.num_levels("optimizer" if requires_grad else "parameters")
         specs[name] = ParamSpec(
             name,
             tuple(shape),
@@ -104,6 +107,7 @@ def param_specs(
             levels if shape else 0,
             tuple(axis for axis in sizes if axis in partial),
             tuple(sorted(holders.get(name, {0}))),  # an unused parameter stays with the first pipeline rank
+            state,
             len(users) > 1 and all(instances == users[0] for instances in users),
         )
     return specs
@@ -118,7 +122,7 @@ def param_uses(
 
 def _use(spec: ParamSpec, program: SegmentProgram, slot: int, runs: bool, sizes: Mapping[str, int]) -> ParamUse:
     partial = tuple(axis for axis in program.grad_partial_axes[slot] if sizes[axis] > 1)
-    summed = {*spec.partial_axes, *(axis for axis in state_axes() if sizes[axis] > 1)}  # over these all units sum
+    summed = {*spec.partial_axes, *(axis for axis in spec.state.names if sizes[axis] > 1)}  # over these all units sum
     assert set(partial) <= summed, f"{spec.name}: a partial gradient over {partial} where the plan sums over {summed}"
     return ParamUse(
         spec.name,
@@ -129,24 +133,24 @@ def _use(spec: ParamSpec, program: SegmentProgram, slot: int, runs: bool, sizes:
     )
 
 
-def mirrors(spec: ParamSpec, cut: DataCut) -> tuple[int, ...]:
+def mirrors(spec: ParamSpec) -> tuple[int, ...]:
     """Pipeline ranks whose gradients one collective sums together with summed_axes; empty: none. Where ZeRO cuts the
     parameter they are summed at the end of the step, as those of tied parameters are."""
-    return spec.pipeline_ranks if spec.is_mirrored and spec.has_grad and not cut.num_levels("optimizer") else ()
+    return spec.pipeline_ranks if spec.is_mirrored and spec.has_grad and not spec.state.num_levels("optimizer") else ()
 
 
-def summed_axes(spec: ParamSpec, cut: DataCut, sizes: Mapping[str, int]) -> tuple[str, ...]:
+def summed_axes(spec: ParamSpec, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Mesh axes over which the gradients of one stage are summed whole: those that ZeRO splits over among them where it
     cuts nothing."""
-    state = set(state_axes())
-    wanted = set(spec.partial_axes) - state | (set() if cut.num_levels("optimizer") else state)
+    state = set(spec.state.names)
+    wanted = set(spec.partial_axes) - state | (set() if spec.state.num_levels("optimizer") else state)
     return tuple(axis for axis in sizes if sizes[axis] > 1 and spec.has_grad and axis in wanted)
 
 
 def _cuts(shards: Mapping[str, int], sizes: Mapping[str, int]) -> Cuts:
     """In the order of the mesh. Raises ShardwrightError for a cut over an axis on which parameters are whole."""
     cuts = tuple((axis, shards[axis]) for axis in sizes if axis in shards and sizes[axis] > 1)
-    if wrong := [axis for axis, _ in cuts if axis not in tensor_axes()]:
+    if wrong := [axis for axis, _ in cuts if axis not in (*tensor_axes(), *expert_axes())]:
         raise ShardwrightError(
             f"the plan cuts a parameter over {wrong[0]}",
             means=f"inside a segment parameters are whole on {wrong[0]}; ZeRO splits their state over it",

@@ -204,7 +204,9 @@ def _make_plan(asked: _Asked) -> Plan:
     capture_s = time.perf_counter() - capture_started
     asked.say("searching")
     zero = 3 if forced.zero is None else forced.zero
-    job = Job(state_kinds(workload), workload.global_batch, zero, forced.prefer == "memory", forced.attention)
+    job = Job(
+        state_kinds(workload), workload.global_batch, zero, forced.prefer == "memory", forced.attention, forced.experts
+    )
     placing = _Placing(cost_model, pins, job)
     left_s = asked.left_s
     found = search(

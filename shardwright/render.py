@@ -189,7 +189,8 @@ def _mesh(plan: Plan) -> RenderableType:
 
 def _wide(mesh: Mesh) -> dict[str, int]:
     """Axes wider than one, outermost first."""
-    return {axis: size for axis in names() if (size := mesh.shape.size(axis)) > 1}
+    named = mesh.shape.named
+    return {axis: size for axis in names() if (size := named[axis]) > 1}
 
 
 def _axis_meaning(plan: Plan, axis: str) -> str:

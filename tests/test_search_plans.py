@@ -124,7 +124,6 @@ def test_forced_cuts_are_instances_at_which_stages_begin():
         ({"zero": 4}, "zero takes 0, 1, 2, 3", "--force zero=1"),
         ({"schedule": "1g1b"}, "unknown schedule", "--force schedule=1f1b"),
         ({"recompute": "some"}, "recompute takes", "--force recompute=all"),
-        ({"ep": 2}, "ep=1", "--force ep=1"),
     ],
 )
 def test_unknown_keys_and_values_name_what_is_near(force, match, works):
@@ -138,6 +137,8 @@ def test_unknown_keys_and_values_name_what_is_near(force, match, works):
     [
         ({"pp": 2, "dp": 2, "tp": 2}, "pp=2 dp=2 tp=2 makes 8 ranks, and there are 4", "--force "),
         ({"tp": 3}, "tp=3 makes 3 ranks", "--force tp="),
+        ({"ep": 2}, "ep=2, and the model has no experts", "--force ep=1"),
+        ({"experts": "dispatch"}, "no experts are split", "--force ep=2"),
         ({"pp": 1, "schedule": "interleaved_1f1b"}, "with pp=1", "--force pp=2"),
         ({"schedule": "1f1b", "virtual_stages": 2}, "virtual_stages=2", "--force virtual_stages=1"),
         ({"microbatch": 3}, "does not divide into microbatches of 3", "--force microbatch=2"),

@@ -34,6 +34,7 @@ from ...profiler.watch import TimeUp, stop_at
 from ...profiler.workload import Workload
 from ...units import format_seconds
 from ..interfaces import Sharder
+from ..sharding.expert_costs import most_experts
 from ..space.candidates import Candidate, enumerate_candidates, nothing_divides, widest_sequence_axis
 from ..space.forcing import check_forced, divisors, parse_forced
 from ..stages.chain import NOTHING, Chain, build_chain
@@ -279,7 +280,8 @@ def _begin(
     started, cluster, workload = time.monotonic(), setting.cluster, setting.workload
     forced = parse_forced(force)
     num_instances = len(setting.shape.instances)
-    check_forced(forced, cluster, workload.global_batch, num_instances)
+    num_experts = most_experts(setting.graph)
+    check_forced(forced, cluster, workload.global_batch, num_instances, num_experts)
     space = (
         forced,
         cluster.num_devices,
@@ -288,6 +290,7 @@ def _begin(
         _widest_tensor_axis(cluster),
         _domain(cluster),
         widest_sequence_axis(tokens_per_sample(workload), cluster.num_devices),
+        num_experts,
     )
     candidates = list(enumerate_candidates(*space))
     if not candidates:

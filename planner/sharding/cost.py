@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import fx
 
 from ...costmodel.segment import RecomputePoint, SegmentCost
+from ...ops.expert_rules import is_expert_op
 from ...ops.placement import P, R
 from ...profiler.op_view import origin
 from ...profiler.slots import BUFFER, INPUT, PARAM, PARAM_GRAD, kind_of, slot_name, slot_names
+from .expert_costs import dispatch_s
 from .mesh import RINGS
 from .recompute import Recomputation, hull
 from .routes import Placed, Route, routes
@@ -40,6 +42,8 @@ def evaluate(placed: Placed) -> SegmentCost:
 
     asked = routes(placed)
     comm: dict[str, float] = defaultdict(float, rings_s)
+    for phase, dispatched_s in _dispatches(placed):
+        comm[phase] += dispatched_s
     for route in asked:
         comm[route.phase] += collective_s(route)
 
@@ -84,6 +88,15 @@ def _rings_s(placed: Placed, phase: str, op_s: Mapping[fx.Node, float]) -> float
     return seconds
 
 
+def _dispatches(placed: Placed) -> Iterator[tuple[str, float]]:
+    """(phase, seconds) of what sends tokens to experts inside its own program."""
+    for node, view in placed.facts.views.items():
+        if is_expert_op(node):
+            operands = [placed.mesh.sizes(*origin(n)) for n in view.operands]
+            seconds = dispatch_s(placed.mesh, placed.strategies(node), operands)
+            yield node.meta.get("phase", "forward"), seconds
+
+
 def _points(placed: Placed, again: Recomputation, saved_bytes: int) -> tuple[RecomputePoint, ...]:
     """The choices are those of the first placements seen on a mesh of these sizes and with these units, each priced
     under these."""
@@ -117,10 +130,9 @@ def op_load(placed: Placed, node: fx.Node) -> tuple[float, float]:
         sizes = mesh.sizes(*origin(operand))
         batched = batched or any(sizes.batched)
         moved += sizes.num_bytes / mesh.shares(tuple(s.inputs[k] for s in strategies))
-    for k in range(len(view.outputs)):
-        sizes = mesh.sizes(node, k)
-        batched = batched or any(sizes.batched)
-        moved += sizes.num_bytes / mesh.shares(tuple(s.outputs[k] for s in strategies))
+    results = [mesh.sizes(node, k) for k in range(len(view.outputs))]
+    batched = batched or any(any(sizes.batched) for sizes in results)
+    moved += mesh.moved_bytes(node, strategies, results)
     return mesh.share(strategies, batched), moved
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
+from ...ops.expert_rules import is_dispatch, makes_again
 from ...ops.placement import INFINITE, P, Places, R, can_shard, route, shares, transition
 from ...ops.strategy import HEADS, Strategy
 from ...plans.axes import AxisRole, Carries
@@ -37,13 +38,14 @@ class Axis:
 
 class Sizes(NamedTuple):
     """Of a whole tensor in the run. batched: which dimensions carry the batch. tokens: which may be a sequence's, alone
-    or together with the samples."""
+    or together with the samples. of_experts: is it made of parameters that experts alone read?"""
 
     shape: tuple[int, ...]
     batched: tuple[bool, ...]
     num_bytes: float
     partial: bool  # may be a partial sum
     tokens: tuple[bool, ...] = ()
+    of_experts: bool = False
 
 
 def _no_scratch(node: fx.Node, share: float, bytes_of: Callable[[fx.Node], float]) -> tuple[float, float]:
@@ -57,7 +59,8 @@ class Mesh:
     a rank -> bytes that the op holds while it runs, and bytes that it leaves for the next. state_of: elements, their
     bytes, whether they are trained -> bytes of training state. sum_all_s: axes (one bool each), elements -> seconds of
     the step's sum of their gradients; None: not counted. lengths: of the model's sequences. tie_break: seconds that a
-    byte of an op's results is worth. attention: its form on axes that cut sequences.
+    byte of an op's results is worth. attention: its form on axes that cut sequences. experts: their form on axes that
+    may cut them; imbalance: work of the rank with most tokens over the mean; expert_results: tensors that hold experts.
     """
 
     axes: tuple[Axis, ...]
@@ -71,6 +74,9 @@ class Mesh:
     lengths: frozenset[int] = frozenset()
     tie_break: float = TIE_BREAK_S_PER_BYTE
     attention: str = "auto"
+    experts: str = "auto"
+    imbalance: float = 1.0
+    expert_results: frozenset[tuple[fx.Node, int]] = frozenset()
     _sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict)
     _shares: dict[Places, int] = field(default_factory=dict)
     _transfers: dict[tuple[tuple[int, ...], float, Places, Places], float] = field(default_factory=dict)
@@ -86,7 +92,8 @@ class Mesh:
             val = node.meta["val"]
             tensor = val[output] if isinstance(val, (tuple, list)) else val
             known = isinstance(tensor, torch.Tensor)
-            self._sizes[key] = self.measure(tensor.shape, tensor.dtype) if known else Sizes((), (), 0.0, False)
+            sizes = self.measure(tensor.shape, tensor.dtype) if known else Sizes((), (), 0.0, False)
+            self._sizes[key] = sizes._replace(of_experts=(node, output) in self.expert_results)
         return self._sizes[key]
 
     def measure(self, captured: torch.Size, dtype: torch.dtype) -> Sizes:
@@ -109,11 +116,24 @@ class Mesh:
         return self._shares[places]
 
     def local_bytes(self, node: fx.Node, output: int, places: Places) -> float:
+        if makes_again(node, output, places):
+            return 0.0
         return self.sizes(node, output).num_bytes / self.shares(places)
+
+    def moved_bytes(self, node: fx.Node, option: Sequence[Strategy], results: Sequence[Sizes]) -> float:
+        """That the op writes on a rank: of what is a partial sum because the backward makes it again, its part."""
+        moved = 0.0
+        for k, sizes in enumerate(results):
+            if sizes.num_bytes:
+                places = tuple(s.outputs[k] for s in option)
+                if makes_again(node, k, places):
+                    places = tuple(0 if p == P else p for p in places)
+                moved += sizes.num_bytes / self.shares(places)
+        return moved
 
     def may_split(self, sizes: Sizes, dim: int, axis: Axis, even: bool = False) -> bool:
         if axis.role.carries_batch and not sizes.batched[dim]:
-            return False
+            return axis.role.cuts_experts and sizes.of_experts and can_shard(sizes.shape[dim], axis.size, even)
         if axis.role.carries_sequence and not (sizes.tokens and sizes.tokens[dim]):
             return False
         return can_shard(sizes.shape[dim], axis.size, even)
@@ -124,7 +144,8 @@ class Mesh:
         for axis in self.axes:
             here = [R] + ([P] if partial and sizes.partial else [])
             here += [d for d, s in enumerate(sizes.shape) if s > 1 and self.may_split(sizes, d, axis)]
-            choices.append([R] if axis.size == 1 or (is_param and axis.role.params_whole) else here)
+            is_whole = is_param and axis.role.params_whole and not (axis.role.cuts_experts and sizes.of_experts)
+            choices.append([R] if axis.size == 1 or is_whole else here)
         return self._joint(sizes, choices)
 
     def among(self, sizes: Sizes, used: Sequence[Collection[int]]) -> list[Places]:
@@ -167,6 +188,8 @@ class Mesh:
         tensors = [*operands, *results]
         if not axis.role.carries_sequence:
             listed = [s for s in listed if not s.of_sequence]
+        if not axis.role.cuts_experts or not _may_dispatch(operands):
+            listed = [s for s in listed if not s.of_experts]
         anywhere = axis.role.carries_sequence and is_view and any(operands[0].tokens)
 
         def fits(strategy: Strategy) -> bool:
@@ -177,7 +200,7 @@ class Mesh:
 
         def on_its_batch(strategy: Strategy) -> bool:
             places = zip((*strategy.inputs, *strategy.outputs), tensors, strict=True)
-            return all(p >= 0 for p, t in places if any(t.batched))
+            return strategy.of_experts or all(p >= 0 for p, t in places if any(t.batched))
 
         found = [s for s in listed if fits(s)]
         return ([s for s in found if on_its_batch(s)] if axis.role.carries_batch else []) or found
@@ -214,9 +237,18 @@ class Mesh:
         for axis, strategy in zip(self.axes, strategies, strict=True):
             if is_split(strategy):
                 share /= axis.size
+            if axis.size > 1:
+                share *= self.work_factor(strategy)
             if strategy.lowering in _UNEVEN:  # of n ranks the last has 2 n - 1 of the n^2 parts of a triangle
                 share *= 2.0 - 1.0 / axis.size
         return share
+
+    def work_factor(self, strategy: Strategy) -> float:
+        """Of an expert op's work, over an equal share of it: experts that are cut compute gate and up again in the
+        backward, two of its six products; the rank that most tokens go to has the others wait."""
+        factor = self.imbalance if is_dispatch(strategy) else 1.0
+        again = strategy.lowering in ("own_experts_backward", "dispatch_experts_backward")
+        return factor * 4 / 3 if again else factor
 
     def state_bytes(self, sizes: Sizes, is_trained: bool) -> float:
         """Of training state that a whole parameter of these sizes stands for."""
@@ -229,7 +261,8 @@ class Mesh:
         if self.sum_all_s is None:
             return 0.0
         summed = tuple(
-            axis.size > 1 and (axis.role.grads_partial or p == P) for axis, p in zip(self.axes, places, strict=True)
+            axis.size > 1 and (p == P or (p == R and axis.role.grads_partial))
+            for axis, p in zip(self.axes, places, strict=True)
         )
         elements = math.prod(sizes.shape) / self.shares(places)
         return self.sum_all_s(summed, elements) if any(summed) else 0.0
@@ -316,12 +349,23 @@ def is_split(strategy: Strategy) -> bool:
 def compatible(first: Strategy, second: Strategy, shared: bool = False) -> bool:
     """On two axes at once: no tensor split twice on one dimension, unless it may be shared, and at most one of the two
     replaces the op's program, but for losses, whose programs sum over several axes."""
-    if first.lowering and second.lowering:
+    if first.lowering and second.lowering and not _splits_twice(first, second):
         both = {first.lowering, second.lowering}
         if both != {"nll_rows", "nll_cols"} and not (shared and both == {"nll_rows"}):
             return False
+    shared = shared or _splits_twice(first, second)
     places = zip((*first.inputs, *first.outputs), (*second.inputs, *second.outputs), strict=True)
     return shared or not any(a == b and a >= 0 for a, b in places)
+
+
+def _splits_twice(first: Strategy, second: Strategy) -> bool:
+    """Tokens are sent along the first axis, to experts that the second one cuts besides."""
+    return is_dispatch(first) and second.lowering.startswith("own_experts")
+
+
+def _may_dispatch(operands: Sequence[Sizes]) -> bool:
+    """Are the experts whole parameters, which an axis that carries the batch may cut?"""
+    return sum(sizes.of_experts for sizes in operands) == 2
 
 
 RINGS = ("attention_ring", "attention_zigzag")

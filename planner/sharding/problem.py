@@ -46,6 +46,8 @@ from torch import fx
 from ...errors import ExitCode, ShardwrightError
 from ...ops.attention_rules import form_of, is_attention
 from ...ops.catalog import strategies
+from ...ops.expert_rules import form_of as form_of_experts
+from ...ops.expert_rules import is_expert_op
 from ...ops.placement import P, Places, R, to_text
 from ...ops.strategy import Strategy
 from ...profiler.graph import ModelGraph, Segment
@@ -53,6 +55,7 @@ from ...profiler.joint import flatten_outputs
 from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
 from ...profiler.slots import INPUT, INPUT_GRAD, OUTPUT, PARAM, TANGENT, UPDATE, index_of, kind_of, slot_name
 from ...profiler.work import is_view
+from .expert_costs import dispatch_s
 from .mesh import Mesh, Sizes
 from .pins import Demand, Resolved, cannot_meet
 from .solve.pbqp import Elimination, Problem, prepare
@@ -309,7 +312,11 @@ class _SegmentBuilder:
             here = self.mesh.fitting(axis, listed, operands, results, is_view(node))
             if self.mesh.attention != "auto" and axis.role.carries_sequence and axis.size > 1 and is_attention(node):
                 here = [s for s in here if form_of(s, node) == self.mesh.attention]
+            if self.mesh.experts != "auto" and axis.role.cuts_experts and axis.size > 1 and is_expert_op(node):
+                here = [s for s in here if form_of_experts(s) == self.mesh.experts]
             found = [(*before, s) for before in found for s in here if self.mesh.joins(before, s, tensors)]
+        if not found and is_expert_op(node):
+            raise _no_such_experts(self.mesh)
         if not found:
             raise _no_such_attention(self.mesh, operands[0])
         return found
@@ -325,17 +332,14 @@ class _SegmentBuilder:
             read = sum(
                 sizes.num_bytes / mesh.shares(tuple(s.inputs[k] for s in option)) for k, sizes in enumerate(operands)
             )
-            kept = sum(
-                sizes.num_bytes / mesh.shares(tuple(s.outputs[k] for s in option))
-                for k, sizes in enumerate(results)
-                if sizes.num_bytes
-            )
+            kept = mesh.moved_bytes(node, option, results)
             key = (mesh.share(option, batched), read + kept)
             if key not in known:
                 known[key] = mesh.op_s(node, *key)
             costs[i] = known[key] + mesh.tie_break * kept
             if any(s.lowering for s in option):
                 costs[i] += mesh.lowering_s(option, operands[0]) + mesh.ring_s(option, operands, results, known[key])
+                costs[i] += dispatch_s(mesh, option, operands)
         return costs
 
     # ----- edges
@@ -400,7 +404,7 @@ class _SegmentBuilder:
                 if saved and phase == "forward":
                     base = self._add_kept(source, output, producer, shared, sizes)
             if saved and "forward" not in groups:
-                self._weigh(producer, self._places(producer, output), sizes)
+                self._weigh(producer, self._places(producer, output), (source, output))
 
     def _add_copy(
         self, source: fx.Node, output: int, phase: str, producer: int, wanted: list[list[Places]], sizes: Sizes
@@ -418,7 +422,7 @@ class _SegmentBuilder:
         own, shared = self._places(producer, output), self.made.place_options[copy]
         options = [(OWN, p) for p in dict.fromkeys(own)] + [(COPY, p) for p in shared]
         index = self.problem.add_variable(np.zeros(len(options)), ("kept", self.segment.name, source.name, output))
-        self._weigh(index, [places for _, places in options], sizes)
+        self._weigh(index, [places for _, places in options], (source, output))
         self.made.kept_vars[(self.segment.name, source.name, output)] = index
         self.made.kept_options[index] = options
         for variable, places, kind in ((producer, own, OWN), (copy, shared, COPY)):
@@ -426,9 +430,9 @@ class _SegmentBuilder:
             self.problem.add_edge(variable, index, np.array(matrix))
         return index
 
-    def _weigh(self, variable: int, kept: list[Places], sizes: Sizes) -> None:
-        """Bytes from forward to backward under each option of a variable."""
-        num_bytes = [self.count * sizes.num_bytes / self.mesh.shares(places) for places in kept]
+    def _weigh(self, variable: int, kept: list[Places], of: tuple[fx.Node, int]) -> None:
+        """Bytes of a result from forward to backward under each option of a variable."""
+        num_bytes = [self.count * self.mesh.local_bytes(*of, places) for places in kept]
         _add_weight(self.made, variable, SAVED, num_bytes)
 
     def _add_results(self) -> None:
@@ -464,17 +468,14 @@ class _SegmentBuilder:
             return
         mesh, sizes = self.mesh, self.mesh.sizes(source, output)
         data = [axis.role.grads_partial for axis in mesh.axes]  # there a shard becomes a partial sum (placement.way)
-        before = [
-            tuple(P if d and place >= 0 else place for d, place in zip(data, places, strict=True))
-            for places in self._places(producer, output)
-        ]
+        before = self._places(producer, output)
         after = self.made.place_options[param]
-        reached = list(dict.fromkeys(_unsummed(b, a) for b in before for a in after))
+        reached = list(dict.fromkeys(_unsummed(_padded(b, a, data), a) for b in before for a in after))
         index = _place_variable(self.made, reached, ("sum", self.segment.name, source.name, output))
-        stays = [[_stays(b, r) for r in reached] for b in before]
+        padded = [[_padded(b, r, data) for r in reached] for b in before]
         matrix = [
-            [mesh.transfer_s(sizes, b, r) if ok else np.inf for r, ok in zip(reached, row, strict=True)]
-            for b, row in zip(before, stays, strict=True)
+            [mesh.transfer_s(sizes, b, r) if _stays(b, r) else np.inf for b, r in zip(row, reached, strict=True)]
+            for row in padded
         ]
         self.problem.add_edge(producer, index, np.array(matrix) * self.count)
         ends = [[0.0 if _unsummed(r, a) == r else np.inf for a in after] for r in reached]
@@ -489,6 +490,22 @@ def _no_such_attention(mesh: Mesh, query: Sizes) -> ShardwrightError:
         means="ulysses wants heads of queries and of keys that divide, on no other axis",
         change="--force attention",
         works="--force attention=gather",
+        exit_code=ExitCode.CONTRADICTION,
+    )
+
+
+def _padded(found: Places, end: Places, data: Sequence[bool]) -> Places:
+    """A shard on an axis where the parameter is whole and gradients are partial sums is one among zeros."""
+    return tuple(P if d and place >= 0 and e in (R, P) else place for place, e, d in zip(found, end, data, strict=True))
+
+
+def _no_such_experts(mesh: Mesh) -> ShardwrightError:
+    axis = next(axis for axis in mesh.axes if axis.role.cuts_experts)
+    return ShardwrightError(
+        f"experts={mesh.experts} does not go with {axis.name}={axis.size}",
+        means="the experts are no parameters of their own, or do not divide",
+        change="--force experts",
+        works="--force experts=gather",
         exit_code=ExitCode.CONTRADICTION,
     )
 

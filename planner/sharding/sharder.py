@@ -32,6 +32,7 @@ from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..solver import Solution
 from .cost import evaluate, op_load
+from .expert_costs import expert_results
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
 from .pins import Pins, cannot_meet
 from .problem import STATE, Build, Catalog, Demands, build
@@ -102,6 +103,7 @@ class Sharder:
         self.pins = pins or Pins()
         self._pinned = self.pins.resolve(graph, placement_axes())
         self._lengths = sequence_lengths(graph)
+        self._experts = expert_results(graph)
         self.batch = max(graph.batch_size, 1)
         self.counts: dict[str, int] = defaultdict(int)
         for instance in graph.instances:
@@ -136,7 +138,9 @@ class Sharder:
         if key not in self._frontiers:
             share = self.job.state_left(mesh.state_ranks)
             points = [self.solve(mesh, local_batch)]
-            if mesh.tensor_ranks * mesh.sequence_ranks == 1 or self.job.memory_first:  # there is nothing to choose
+            if (
+                mesh.tensor_ranks * mesh.sequence_ranks * mesh.expert_ranks == 1 or self.job.memory_first
+            ):  # there is nothing to choose
                 self._frontiers[key] = points
                 return points
             points.append(self._at_price(key, self._dear(share)))
@@ -261,8 +265,11 @@ class Sharder:
             memory_s=self._memory_s,
             scratch_of=self._scratch_bytes,
             state_of=self.job.state_of,
-            sum_all_s=self.sums(shape).seconds if shape.tensor_ranks > 1 else None,
+            sum_all_s=self.sums(shape).seconds if shape.tensor_ranks * shape.expert_ranks > 1 else None,
             attention=self.job.attention,
+            experts=self.job.experts,
+            imbalance=self.cost_model.table.get("expert_imbalance"),
+            expert_results=self._experts if shape.expert_ranks > 1 else frozenset(),
             lengths=self._lengths if shape.sequence_ranks > 1 else frozenset(),
         )
 
@@ -322,7 +329,7 @@ class Sharder:
         started = time.perf_counter()
         mesh, made = self._problem(key)
         cuts_params = key[0].tensor_ranks > 1
-        has_choice = cuts_params or key[0].sequence_ranks > 1
+        has_choice = cuts_params or key[0].sequence_ranks > 1 or key[0].expert_ranks > 1
         solved = self._solved(mesh, made, Prices())
         found = self._figures(key, solved, started)
         least_s = found.lower_bound_s

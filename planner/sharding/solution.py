@@ -52,5 +52,5 @@ def _param_gradients(segment: Segment, solution: AxisSolution, data: bool) -> No
         if isinstance(node, fx.Node):
             param = solution.places[(segment.name, slot_name(PARAM, slot))]
             found = solution.of_result(segment.name, *origin(node))
-            place = P if data or (found == P and param == R) else param
+            place = P if param == R and (data or found == P) else param
             solution.places[(segment.name, slot_name(PARAM_GRAD, slot))] = place

@@ -6,13 +6,22 @@ A candidate is a mesh of all devices, a microbatch, a schedule with its virtual 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from ...costmodel.memory import Extents
 from ...errors import ShardwrightError
-from ...plans.axes import MeshShape, easiest_first, free_axis, role_of, searched_axes, sequence_axes, stage_axes
+from ...plans.axes import (
+    MeshShape,
+    easiest_first,
+    expert_axes,
+    free_axis,
+    role_of,
+    searched_axes,
+    sequence_axes,
+    stage_axes,
+)
 from ...schedules.published.library import SCHEDULES, SEARCHED
 from .forcing import Forced, contradiction, divisors, nearest_multiple
 
@@ -118,12 +127,16 @@ def enumerate_candidates(
     max_tensor: int,
     domain: int = 1,
     max_sequence: int = 1,
+    num_experts: int = 0,
 ) -> Iterator[Candidate]:
     """All candidates that divide. max_tensor: the widest axis that cuts parameters tried, unless forced; max_sequence:
     that cuts sequences. domain: devices that fast links join, inside which hybrid sharding may keep a copy.
+    num_experts: of the model's layers that have the fewest; 0 where none have any.
     """
     place = forced.optimizer_state or "device"
-    for mesh in _meshes(forced, num_devices, num_instances, max_tensor, max_sequence):
+    limits = {axis: min(num_instances, MAX_PP) if axis in stage_axes() else max_tensor for axis in searched_axes()}
+    limits |= {axis: max_sequence for axis in sequence_axes() if axis not in forced.axes and max_sequence > 1}
+    for mesh in _meshes(forced, num_devices, num_instances, limits, num_experts):
         ranks = mesh.batch_ranks
         for local_batch in divisors(global_batch // ranks) if global_batch % ranks == 0 else ():
             microbatch = local_batch * ranks
@@ -144,20 +157,18 @@ def widest_sequence_axis(tokens: int, num_devices: int) -> int:
 
 
 def _meshes(
-    forced: Forced, num_devices: int, num_instances: int, max_tensor: int, max_sequence: int
+    forced: Forced, num_devices: int, num_instances: int, limits: Mapping[str, int], num_experts: int
 ) -> Iterator[MeshShape]:
-    """Widths of the searched axes, and of those that cut sequences where these are long; the free one takes the devices
-    that the others leave. What is not searched is as wide as it is forced to be."""
-    along = [axis for axis in sequence_axes() if axis not in forced.axes] if max_sequence > 1 else []
-    given = {axis: size for axis, size in forced.axes.items() if not role_of(axis).is_searched}
+    """Widths of the axes that have a limit, those that are searched and, where sequences are long, those that cut them;
+    the free one takes the devices that the others leave. What has none is as wide as it is forced to be."""
+    given = {axis: size for axis, size in forced.factors.items() if not role_of(axis).is_searched}
     left = num_devices // math.prod(given.values()) if num_devices % math.prod(given.values()) == 0 else 0
-    limits = {axis: min(num_instances, MAX_PP) if axis in stage_axes() else max_tensor for axis in searched_axes()}
-    limits |= dict.fromkeys(along, max_sequence)
 
     def widen(axes: Sequence[str], left: int, sizes: dict[str, int]) -> Iterator[MeshShape]:
         if not axes:
             if forced.size(free_axis()) in (None, left):
-                yield MeshShape.of({**sizes, free_axis(): left})
+                for parts in _expert_widths(forced, left, num_experts):
+                    yield MeshShape.of({**sizes, free_axis(): left, **parts})
             return
         for size in divisors(left):
             wanted, most = forced.size(axes[0]), limits[axes[0]]
@@ -167,7 +178,18 @@ def _meshes(
                     yield from widen(axes[1:], left // size, {**sizes, axes[0]: size})
 
     if left:
-        yield from widen([*(axis for axis in searched_axes() if axis != free_axis()), *along], left, given)
+        yield from widen([axis for axis in limits if axis != free_axis()], left, given)
+
+
+def _expert_widths(forced: Forced, data_ranks: int, num_experts: int) -> Iterator[dict[str, int]]:
+    """Of the data ranks, how many hold different experts."""
+    (axis,) = expert_axes()
+    wanted = forced.size(axis)
+    if wanted is not None:
+        if data_ranks % wanted == 0:
+            yield {axis: wanted}
+        return
+    yield {}
 
 
 def _zeros(forced: Forced, ranks: int) -> Sequence[int]:
@@ -226,14 +248,17 @@ def nothing_divides(
     max_tensor: int,
     domain: int = 1,
     max_sequence: int = 1,
+    num_experts: int = 0,
 ) -> ShardwrightError:
     """No candidate at all: names the forced value without which there is one, else the nearest batch that has one."""
 
     def first(of: Forced, batch: int) -> Candidate | None:
-        space = num_devices, batch, num_instances, max_tensor, domain, max_sequence
+        space = num_devices, batch, num_instances, max_tensor, domain, max_sequence, num_experts
         return next(enumerate_candidates(of, *space), None)
 
-    values = {name: value for name in (*LET_GO, *easiest_first()) if (value := forced.value(name)) is not None}
+    values = {
+        name: value for name in (*LET_GO, *expert_axes(), *easiest_first()) if (value := forced.value(name)) is not None
+    }
     named = " ".join(f"{name}={_text(value)}" for name, value in values.items())
     under = f"{num_devices} devices" + (f" with {named}" if named else "")
     near = (
@@ -278,6 +303,8 @@ def _tensor_axis() -> str:
 
 def _why_not(name: str, value: object) -> str:
     axis = free_axis()
+    if name in expert_axes():
+        return f"it divides {axis}"
     if name == "microbatch":
         return f"{axis} times {value} sequences must divide the global batch, for a {axis} that divides the devices"
     if name == "global_microbatch":
@@ -290,5 +317,5 @@ def value_of(name: str, candidate: Candidate) -> int | str | None:
     if name == "microbatch":
         return candidate.local_batch
     if name in candidate.mesh.axes:
-        return candidate.mesh.size(name)
+        return candidate.mesh.named[name]
     return getattr(candidate, "microbatch" if name == "global_microbatch" else name, None)

@@ -9,19 +9,21 @@ from typing import Any
 
 from ...errors import ExitCode, ShardwrightError
 from ...ops.attention_rules import FORMS
-from ...plans.axes import easiest_first, free_axis, names, role_of, sequence_axes, stage_axes
+from ...ops.expert_rules import FORMS as EXPERT_FORMS
+from ...plans.axes import easiest_first, expert_axes, free_axis, names, role_of, sequence_axes, stage_axes
 from ...profiler.cluster import Cluster
 from ...profiler.near import near_matches
 from ...schedules.published.library import SCHEDULES, canonical_name
 
 CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
-           "offload", "optimizer_state", "prefer", "attention")  # fmt: skip
+           "offload", "optimizer_state", "prefer", "attention", "experts")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
 RECOMPUTE_CHOICES = ("auto", "none", "selective", "all")
 OFFLOAD_CHOICES = ("none", "auto")
 STATE_CHOICES = ("device", "host")
 PREFER_CHOICES = ("time", "memory")
 ATTENTION_CHOICES = ("auto", *FORMS)
+EXPERT_CHOICES = ("auto", *EXPERT_FORMS)
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,16 @@ class Forced:
     optimizer_state: str | None = None  # with the copies that the optimizer steps over
     prefer: str = "time"  # of placements: "memory" splits all training state that can be split, whatever it takes
     attention: str = "auto"  # where sequences are cut
+    experts: str = "auto"  # how their work is shared on an expert axis
 
     @property
     def axes(self) -> dict[str, int]:
         return dict(self.sizes)
+
+    @property
+    def factors(self) -> dict[str, int]:
+        """Those whose product is the number of devices."""
+        return {axis: size for axis, size in self.sizes if role_of(axis).is_factor}
 
     @property
     def pp(self) -> int | None:
@@ -100,31 +108,21 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = _one_of(name, text.lower(), PREFER_CHOICES)
         elif name == "attention":
             values[name] = _one_of(name, text.lower(), ATTENTION_CHOICES)
+        elif name == "experts":
+            values[name] = _one_of(name, text.lower(), EXPERT_CHOICES)
         elif name == "cuts":
             values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
         elif name == "zero_extent":
             parts = [_integer(name, part, 1) for part in text.split("/")]
             values[name] = (parts[0], parts[-1])
         elif name in names():
-            sizes[name] = _size_of_axis(name, text)
+            sizes[name] = _integer(name, text, 1)
         elif name == "zero":
             values[name] = int(_one_of(name, text, ("0", "1", "2", "3")))
         else:
             values[name] = _integer(name, text, 1)
-    ordered = tuple((name, sizes[name]) for name in names() if name in sizes and not role_of(name).missing)
+    ordered = tuple((name, sizes[name]) for name in names() if name in sizes)
     return Forced(sizes=ordered, **values)  # type: ignore[arg-type]
-
-
-def _size_of_axis(name: str, text: str) -> int:
-    size, missing = _integer(name, text, 1), role_of(name).missing
-    if missing and size != 1:
-        raise ShardwrightError(
-            f"--force {name}={text}: plans have {name}=1",
-            means=missing,
-            change=f"--force {name}",
-            works=f"--force {name}=1",
-        )
-    return size
 
 
 def _example(key: str) -> str:
@@ -138,6 +136,7 @@ def _example(key: str) -> str:
         "optimizer_state": "host",
         "prefer": "memory",
         "attention": "gather",
+        "experts": "dispatch",
     }.get(key, "2")
 
 
@@ -174,12 +173,13 @@ def contradiction(what: str, means: str, change: str, works: str) -> Shardwright
     return ShardwrightError(what, means=means, change=change, works=works, exit_code=ExitCode.CONTRADICTION)
 
 
-def check_forced(forced: Forced, cluster: Cluster, global_batch: int, num_instances: int) -> None:
+def check_forced(forced: Forced, cluster: Cluster, global_batch: int, num_instances: int, num_experts: int = 0) -> None:
     """Raises ShardwrightError (exit 4) where forced values exclude each other, the devices, the batch or the model."""
     num_devices = cluster.num_devices
     _check_axes(forced, num_devices)
     _check_batch(forced, num_devices, global_batch)
     _check_stages(forced, num_devices, num_instances)
+    _check_experts(forced, num_experts)
     if forced.offload:
         _check_offload(forced, cluster)
     device = cluster.worst_device()
@@ -219,7 +219,7 @@ def _check_offload(forced: Forced, cluster: Cluster) -> None:
 
 
 def _check_axes(forced: Forced, num_devices: int) -> None:
-    axes = forced.axes
+    axes = forced.factors
     product = math.prod(axes.values())
     named = " ".join(f"{name}={size}" for name, size in axes.items())
     free = [name for name in easiest_first() if role_of(name).is_searched and name not in axes]
@@ -276,15 +276,50 @@ def _check_sequences(forced: Forced) -> None:
         )
 
 
+def _check_experts(forced: Forced, num_experts: int) -> None:
+    """An axis that cuts experts divides the data ranks, and has experts to cut."""
+    (axis,) = expert_axes()
+    size, whole = forced.size(axis) or 1, forced.size(free_axis())
+    if size > 1 and num_experts == 0:
+        raise contradiction(
+            f"{axis}={size}, and the model has no experts that can be split",
+            "it splits the experts of layers that send each token to some of them",
+            f"--force {axis}",
+            f"--force {axis}=1",
+        )
+    if size > max(1, num_experts):
+        raise contradiction(
+            f"{axis}={size}, and a layer of the model has {num_experts} experts",
+            "every rank of the axis has an expert at least",
+            f"--force {axis}",
+            f"--force {axis}={max(d for d in divisors(size) if d <= num_experts)}",
+        )
+    if whole is not None and whole % size:
+        near = max(d for d in divisors(whole) if d <= size)
+        raise contradiction(
+            f"{axis}={size} does not divide {free_axis()}={whole}",
+            f"experts are split over a part of the {free_axis()} ranks",
+            f"--force {axis}",
+            f"--force {axis}={near}",
+        )
+    if forced.experts != "auto" and size == 1:
+        raise contradiction(
+            f"experts={forced.experts} where no experts are split",
+            "it says how their work is shared on an expert axis",
+            f"--force {axis}",
+            f"--force {axis}=2",
+        )
+
+
 def _batch_ranks(forced: Forced) -> int | None:
     """Ranks that together hold a microbatch, where that is forced."""
     if forced.size(free_axis()) is None:
         return None
-    return math.prod(size for axis, size in forced.axes.items() if role_of(axis).carries_batch)
+    return math.prod(size for axis, size in forced.factors.items() if role_of(axis).carries_batch)
 
 
 def _batch_text(forced: Forced) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in forced.axes.items() if role_of(axis).carries_batch)
+    return " ".join(f"{axis}={size}" for axis, size in forced.factors.items() if role_of(axis).carries_batch)
 
 
 def _check_microbatch(forced: Forced, global_batch: int) -> None:

@@ -1,0 +1,180 @@
+"""Experts split over ranks, tokens sent to them: shardwright::expert_dispatch and its backward, and their lowerings.
+
+Each rank has some of the experts and some of the tokens. A token goes once to every rank that holds an expert which it
+chose, with its choices and their weights; the rank computes what its own experts add (profiler/expert_ops.py: choices
+of others' add nothing), and sends that back, where it is summed. Nothing is dropped and nothing padded: how many tokens
+go where follows from the choices, so the counts are exchanged first, and all of it is one op of a static graph. The
+backward sends tokens again, with the gradients of their results, and computes again what the forward did not keep.
+
+firsts, counts: of each rank of the group, its first expert and how many it has. A choice of an expert that no rank of
+the group has adds nothing, so that a tensor axis may cut experts beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from ..ops.placement import shard_size, shard_start
+from ..profiler import expert_ops  # noqa: F401  defines what the tokens run through
+from . import _torch
+from .redistribute import Emitter, MeshAxis
+
+_LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
+_INPUTS = "Tensor hidden, Tensor index, Tensor weight, Tensor gate_up, Tensor down, str activation"
+_PLACE = "int[] firsts, int[] counts, int rank, str group"
+
+
+class _Routes(NamedTuple):
+    """tokens: own tokens in the order in which they are sent, by the rank that they go to. sent, received: how many to
+    and from each rank."""
+
+    tokens: torch.Tensor
+    sent: list[int]
+    received: list[int]
+    group: Any
+
+
+def _routes(index: torch.Tensor, firsts: Sequence[int], counts: Sequence[int], group: str) -> _Routes:
+    """index: [N, K]."""
+    goes = torch.stack(
+        [((index >= first) & (index < first + count)).any(1) for first, count in zip(firsts, counts, strict=True)]
+    )
+    own, ranks = goes.sum(1), _torch.group_by_name(group)
+    other = torch.empty_like(own)
+    dist.all_to_all_single(other, own, group=ranks)
+    sent, received = torch.stack([own, other]).tolist()
+    return _Routes(goes.nonzero()[:, 1], sent, received, ranks)
+
+
+def _exchange(routes: _Routes, columns: Sequence[torch.Tensor], *, back: bool = False) -> list[torch.Tensor]:
+    """Rows of several tensors, in one message to each rank. back: of what came, to where it came from."""
+    rows = [t.contiguous().view(torch.uint8) for t in columns]
+    packed = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
+    go, come = (routes.received, routes.sent) if back else (routes.sent, routes.received)
+    out = packed.new_empty(sum(come), packed.shape[1])
+    dist.all_to_all_single(out, packed, come, go, group=routes.group)
+    parts = torch.split(out, [row.shape[1] for row in rows], 1)
+    return [part.contiguous().view(t.dtype) for part, t in zip(parts, columns, strict=True)]
+
+
+def _summed(routes: _Routes, part: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """What came back for each token, added up in the order of ranks, in float32 at least."""
+    wide = torch.promote_types(part.dtype, torch.float32)
+    total = torch.zeros(num_tokens, part.shape[1], dtype=wide, device=part.device)
+    of_ranks = torch.split(routes.tokens, routes.sent), torch.split(part, routes.sent)
+    for tokens, rows in zip(*of_ranks, strict=True):
+        total.index_add_(0, tokens, rows.to(wide))
+    return total.to(part.dtype)
+
+
+def _forward(
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    activation: str,
+    firsts: Sequence[int],
+    counts: Sequence[int],
+    rank: int,
+    group: str,
+) -> torch.Tensor:
+    routes = _routes(index, firsts, counts, group)
+    own = routes.tokens
+    rows, chosen, scale = _exchange(routes, [hidden[own], index[own].to(torch.int32), weight[own]])
+    out, _ = torch.ops.shardwright.expert_mlp(rows, chosen.long() - firsts[rank], scale, gate_up, down, activation)
+    return _summed(routes, *_exchange(routes, [out], back=True), hidden.shape[0])
+
+
+def _backward(
+    grad_out: torch.Tensor,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    activation: str,
+    firsts: Sequence[int],
+    counts: Sequence[int],
+    rank: int,
+    group: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    routes = _routes(index, firsts, counts, group)
+    own = routes.tokens
+    columns = [grad_out[own], hidden[own], index[own].to(torch.int32), weight[own]]
+    grad_rows, rows, chosen, scale = _exchange(routes, columns)
+    grad_hidden, grad_weight, *of_experts = torch.ops.shardwright.expert_mlp_backward(
+        grad_rows, rows, chosen.long() - firsts[rank], scale, gate_up, down, None, activation
+    )
+    back = _exchange(routes, [grad_hidden, grad_weight], back=True)
+    summed = [_summed(routes, part, hidden.shape[0]) for part in back]
+    return summed[0], summed[1], of_experts[0], of_experts[1]
+
+
+def _forward_fake(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+def _backward_fake(
+    grad_out: torch.Tensor,
+    hidden: torch.Tensor,
+    index: torch.Tensor,
+    weight: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(t.new_empty(t.shape) for t in (hidden, weight, gate_up, down))  # type: ignore[return-value]
+
+
+_LIBRARY.define(f"expert_dispatch({_INPUTS}, {_PLACE}) -> Tensor")
+_LIBRARY.define(
+    f"expert_dispatch_backward(Tensor grad_out, {_INPUTS}, {_PLACE}) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_gate_up, Tensor grad_down)"
+)
+_LIBRARY.impl("expert_dispatch", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("expert_dispatch_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("shardwright::expert_dispatch", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("shardwright::expert_dispatch_backward", _backward_fake, lib=_LIBRARY)
+
+expert_dispatch = torch.ops.shardwright.expert_dispatch.default
+expert_dispatch_backward = torch.ops.shardwright.expert_dispatch_backward.default
+
+
+# --------------------------------------------------------------------------- lowerings
+
+
+def experts_of(num_experts: int, axis: MeshAxis, inner: MeshAxis | None) -> tuple[list[int], list[int]]:
+    """First expert and number of experts of each rank of the axis, at this rank's place on an axis that cuts what the
+    first one leaves."""
+    firsts, counts = [], []
+    for rank in range(axis.size):
+        start, count = shard_start(num_experts, axis.size, rank), shard_size(num_experts, axis.size, rank)
+        if inner is not None:
+            start += shard_start(count, inner.size, inner.index)
+            count = shard_size(count, inner.size, inner.index)
+        firsts.append(start)
+        counts.append(count)
+    return firsts, counts
+
+
+def dispatch_experts(
+    emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis, inner: MeshAxis | None = None
+) -> tuple[fx.Node, None]:
+    """(hidden, index, weight, gate_up, down, activation) -> out; what the experts had before their activation stays
+    where it was computed, and is not kept."""
+    place = experts_of(node.args[3].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
+    return emit.call(expert_dispatch, *args[:6], *place, axis.index, axis.group), None
+
+
+def dispatch_experts_backward(
+    emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis, inner: MeshAxis | None = None
+) -> fx.Node:
+    """(grad_out, hidden, index, weight, gate_up, down, pre, activation)"""
+    place = experts_of(node.args[4].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
+    return emit.call(expert_dispatch_backward, *args[:6], args[7], *place, axis.index, axis.group)

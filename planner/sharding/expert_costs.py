@@ -1,0 +1,146 @@
+"""Experts on an axis that cuts them: which tensors are theirs, and what sending tokens to them takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import fx
+
+from ...ops.expert_rules import is_dispatch, is_expert_op
+from ...ops.placement import R
+from ...ops.strategy import Strategy
+from ...profiler.graph import ModelGraph, Segment
+from ...profiler.joint import is_getitem
+from ...profiler.op_view import is_op, origin, view_of
+from ...profiler.slots import PARAM, kind_of
+from .mesh import Axis, Mesh, Sizes
+
+Result = tuple[fx.Node, int]
+
+
+def expert_results(graph: ModelGraph) -> frozenset[Result]:
+    """Parameters that expert ops alone read, what is made of them on the way there, and their gradients."""
+    return frozenset(result for segment in graph.segments.values() for result in _of_segment(segment))
+
+
+def most_experts(graph: ModelGraph) -> int:
+    """The experts of an op that has the fewest; 0 where the model has no expert op."""
+    found = [view_of(node).inputs[-1 if len(view_of(node).inputs) == 5 else -2].shape[0] for node in _ops(graph)]
+    return min(found, default=0)
+
+
+def _ops(graph: ModelGraph) -> Iterator[fx.Node]:
+    for segment in graph.segments.values():
+        if segment.joint is None:  # of a graph that was not captured
+            continue
+        yield from (node for node in segment.joint.graph.nodes if is_op(node) and is_expert_op(node))
+
+
+def _weights(node: fx.Node) -> list[fx.Node]:
+    """Operands of an expert op that hold experts."""
+    operands = view_of(node).operands
+    return list(operands[3:5] if len(operands) == 5 else operands[4:6])
+
+
+def _of_segment(segment: Segment) -> set[Result]:
+    known: dict[fx.Node, bool] = {}
+
+    def is_of_experts(node: fx.Node) -> bool:
+        """A parameter, or made of nothing else, that only expert ops read."""
+        if node not in known:
+            known[node] = False
+            source, _ = origin(node)
+            made = kind_of(source.name) == PARAM if source.op == "placeholder" else _is_made_of(source, is_of_experts)
+            known[node] = made and all(_is_read_by_experts(user, node, is_of_experts) for user in node.users)
+        return known[node]
+
+    found: set[Result] = set()
+    for node in segment.joint.graph.nodes:
+        if not (is_op(node) and is_expert_op(node)):
+            continue
+        weights = [operand for operand in _weights(node) if is_of_experts(operand)]
+        for operand in weights:
+            found |= {origin(above) for above in (operand, *_above(operand))}
+        if len(view_of(node).inputs) > 5:
+            found |= {(node, 2), (node, 3)}
+            found |= {result for getitem in node.users if getitem.args[1] in (2, 3) for result in _below(getitem)}
+    return found
+
+
+def _is_made_of(node: fx.Node, holds: Callable[[fx.Node], bool]) -> bool:
+    return is_op(node) and bool(view_of(node).operands) and all(map(holds, view_of(node).operands))
+
+
+def _is_read_by_experts(user: fx.Node, node: fx.Node, holds: Callable[[fx.Node], bool]) -> bool:
+    if user.op == "output":
+        return False
+    if is_getitem(user):
+        return all(_is_read_by_experts(other, user, holds) for other in user.users)
+    if is_expert_op(user):
+        return node in _weights(user)
+    return all(_is_read_by_experts(other, user, holds) for other in user.users)
+
+
+def _above(node: fx.Node) -> Iterator[fx.Node]:
+    source, _ = origin(node)
+    for operand in view_of(source).operands if is_op(source) else ():
+        yield operand
+        yield from _above(operand)
+
+
+def _below(node: fx.Node) -> Iterator[Result]:
+    """What a gradient of experts goes through to where it leaves."""
+    for user in node.users:
+        if is_op(user) and len(view_of(user).operands) == 1:
+            yield user, 0
+            yield from _below(user)
+
+
+# --------------------------------------------------------------------------- costs
+
+
+def copies_of_token(num_choices: int, ranks: int, parts: int = 1) -> float:
+    """Of `ranks`, to how many a token goes on average, whose choices fall on any expert alike. parts: of each rank's
+    experts, of which this rank sends to one."""
+    return ranks * (1.0 - (1.0 - 1.0 / (ranks * parts)) ** num_choices)
+
+
+def row_bytes(operands: Sequence[Sizes]) -> tuple[float, float]:
+    """Bytes of a token that are sent to a rank, and back. operands: of an expert op."""
+    first = [sizes.num_bytes / max(sizes.shape[0], 1) for sizes in operands]
+    if len(operands) == 5:
+        hidden, index, weight, *_ = first
+        return hidden + index / 2 + weight, hidden  # choices travel as 32-bit numbers
+    grad, hidden, index, weight, *_ = first
+    return grad + hidden + index / 2 + weight, hidden + weight
+
+
+def dispatched(mesh: Mesh, strategies: Sequence[Strategy]) -> tuple[Axis, int] | None:
+    """The axis along which tokens are sent to experts, and into how many parts other axes cut each rank's."""
+    at = next(
+        (k for k, (a, s) in enumerate(zip(mesh.axes, strategies, strict=True)) if a.size > 1 and is_dispatch(s)), None
+    )
+    if at is None:
+        return None
+    parts = 1
+    for axis, strategy in zip(mesh.axes, strategies, strict=True):
+        parts *= axis.size if strategy.lowering.startswith("own_experts") else 1
+    return mesh.axes[at], parts
+
+
+def dispatch_s(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes]) -> float:
+    """Of the all-to-alls inside an op that sends tokens to experts: of counts, of rows, and of rows back. The rank that
+    most tokens go to has the others wait."""
+    found = dispatched(mesh, strategies)
+    if found is None:
+        return 0.0
+    axis, parts = found
+    at = 1 if len(operands) == 5 else 2
+    shares = [s.inputs[at - 1] for s in strategies]
+    others = mesh.shares(tuple(R if a is axis else p for a, p in zip(mesh.axes, shares, strict=True)))
+    tokens, num_choices = operands[at].shape[0] / others, operands[at].shape[1]
+    sent = tokens * copies_of_token(num_choices, axis.size, parts) * mesh.imbalance
+    there, back = row_bytes(operands)
+    counts = 8.0 * axis.size * axis.size
+    seconds = sum(axis.collective_s("all_to_all", num_bytes) for num_bytes in (counts, sent * there, sent * back))
+    return seconds + mesh.memory_s(2 * sent * (there + back) / axis.size)
