@@ -110,7 +110,9 @@ def _allow_disabled_autocast(stack: contextlib.ExitStack) -> None:
 
 
 def _is_float64(model: nn.Module) -> bool:
-    return any(p.dtype == torch.float64 for p in model.parameters())
+    """All of it: what is float64 in part names its types for itself."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return types == {torch.float64}
 
 
 def _enter_transformers(model: nn.Module, state: _Context, stack: contextlib.ExitStack) -> None:

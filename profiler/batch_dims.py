@@ -2,9 +2,10 @@
 
 An entry that merely is as long as the batch (class weights, an attention bias, a table) is no sample. So the training
 step is traced once with a symbol for each dimension of that length: those that the model ties to each other come out as
-one symbol, those that it ties to its own sizes as numbers. The samples are counted by the symbol that most entries have
-in front; everything else is shared, each microbatch gets it whole. A model that fixes its sizes in the trace is
-captured at a second size instead; what that leaves open is for the user to say.
+one symbol, or as two that size_ties.py finds to be the same; those that it ties to its own sizes as numbers. The
+samples are counted by the symbol that most entries have in front; everything else is shared, each microbatch gets it
+whole. A model that fixes its sizes in the trace is captured at a second size instead; what that leaves open is for the
+user to say.
 
 What the user declares (Workload.batch_dims) holds without a look. A model of ours, or of transformers with arguments
 whose meaning its documentation fixes, needs none.
@@ -25,6 +26,7 @@ from ..errors import ShardwrightError
 from .batches import batch_fields, resize_batch, resized_dims
 from .capture import export_step
 from .inputs import example_batch_size
+from .size_ties import one_of_each, takes_for_one, tied_sizes
 from .workload import Workload
 
 # what transformers calls tensors of one row a sample
@@ -73,31 +75,33 @@ def _traced(
     fixed = [n for n in entries if n in symbols and marked[n][0] == 0 and not symbols[n][0]]
     # sizes that the model itself has fixed tell nothing of the others
     if len(entries) > 1 and (dims is None or (fixed and len(dims) < 2)):
-        return _by_sizes(workload, entries, declared, size) or found
+        by_sizes = _by_sizes(workload, entries, declared, size)
+        return found if by_sizes is None else by_sizes
     return found
 
 
 def _by_sizes(
     workload: Workload, entries: list[str], declared: Mapping[str, int | None], size: int
-) -> dict[str, int | None]:
+) -> dict[str, int | None] | None:
     """By captures at a second size of the batch: an entry holds samples where the model takes no other length of it
-    than of the rest. Raises ShardwrightError where it takes both, or more than one entry could be the odd one."""
+    than of the rest. None where they do not say. Raises ShardwrightError where it takes both, or more than one entry
+    could be the odd one."""
     counted = [name for name in entries if workload.example_batch[name].shape[0] == size]
     shared: list[str] = []
     read = _read_at_another_size(workload, counted, declared, size)
     if read is not None:
         counted = [name for name in counted if name in read]  # what nothing reads says nothing
         if len(counted) < 2:
-            return {}
+            return None
     else:
         shared = _spared(workload, counted, declared, size)
         if not shared:  # no batch of another size: the capture that follows says where it stops
-            return {}
+            return None
     rest = [name for name in counted if name not in shared]
     unsure = shared if len(shared) > 1 else _spared(workload, rest, declared, size)
     if unsure:
         raise _ambiguous(workload, unsure, size)
-    return dict.fromkeys(shared)
+    return {**dict.fromkeys(rest, 0), **dict.fromkeys(shared)}
 
 
 def _spared(workload: Workload, names: list[str], declared: Mapping[str, int | None], size: int) -> list[str]:
@@ -113,7 +117,8 @@ def _spared(workload: Workload, names: list[str], declared: Mapping[str, int | N
 def _read_at_another_size(
     workload: Workload, names: list[str], declared: Mapping[str, int | None], size: int
 ) -> set[str] | None:
-    """What the step reads at another size, where of the open entries just these are as long; None where it fails."""
+    """What the step reads at another size, where of the open entries just these are as long; None where it fails, or
+    takes two for as long as each other that are not."""
     dims = {**dict.fromkeys(workload.example_batch), **dict.fromkeys(names, 0), **declared}
     if all(dim is None for dim in dims.values()):
         return None
@@ -122,6 +127,8 @@ def _read_at_another_size(
     try:
         exported = export_step(resize_batch(dataclasses.replace(workload, batch_dims=dims), other))
     except ShardwrightError:
+        return None
+    if takes_for_one(exported.graph, size, other):
         return None
     return {name for name, node in _placeholders(workload, exported).items() if node.users}
 
@@ -153,7 +160,8 @@ def _symbols(workload: Workload, marked: Mapping[str, list[int]]) -> dict[str, l
         if node.users:
             sizes: Any = node.meta["val"].shape
             found[name] = [str(s.node.expr) if isinstance(s, torch.SymInt) and _free(s) else "" for s in sizes]
-    return found
+    same = one_of_each(tied_sizes(exported.graph))
+    return {name: [same.get(symbol, symbol) for symbol in row] for name, row in found.items()}
 
 
 def _free(size: torch.SymInt) -> bool:

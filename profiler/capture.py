@@ -31,6 +31,7 @@ from .assumptions import Assumptions, separate_conditions
 from .attention_interface import shardwright_attention
 from .batches import batch_dims_of, make_batch
 from .calling import PLAIN_CALL, Call
+from .cumulative_norms import cumulative_norms
 from .global_loss import Totals, separate_totals
 from .graph import Leaf, ModelGraph, Segment, SegmentInstance, ValueInfo
 from .inputs import example_batch_size
@@ -214,6 +215,7 @@ def export_step(
             no_collection(),
             refused_outside_random(workload.model),
             recurrent_layers(),
+            cumulative_norms(),
             scans(workload.model),
             torch.enable_grad(),
             written.recorded(),

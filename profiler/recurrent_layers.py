@@ -39,7 +39,21 @@ def recurrent_layers() -> Iterator[None]:
         if isinstance(held, dict):
             stack.callback(held.update, dict(held))
             held.update({"RNN_TANH": replaced["rnn_tanh"], "RNN_RELU": replaced["rnn_relu"]})
+        for owner, name in ((rnn.RNNBase, "get_expected_hidden_size"), (rnn.LSTM, "get_expected_cell_size")):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, _with_symbols(getattr(owner, name)))
         yield
+
+
+def _with_symbols(expected_size: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.nn takes the samples of a packed sequence for a Python number, which a trace with symbols does not have."""
+
+    def expected(self: Any, input: Any, batch_sizes: Any) -> Any:
+        if isinstance(batch_sizes, _BatchSizes):
+            return expected_size(self, batch_sizes.of_samples(), None)
+        return expected_size(self, input, batch_sizes)
+
+    return expected
 
 
 def _layers_of(kind: str) -> Callable[..., Any]:
@@ -175,6 +189,10 @@ class _BatchSizes:
 
     def size(self, dim: int) -> int:
         return _Longest(self.steps)
+
+    def of_samples(self) -> torch.Tensor:
+        """As long in front as there are samples, whichever dimension counts them."""
+        return torch.empty(self.samples, self.samples, device="meta")
 
 
 class _Longest(int):

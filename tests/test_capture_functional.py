@@ -83,6 +83,18 @@ class NormCalledTwice(nn.Module):
         return self.one(x).square().mean() + self.one(x * 2 + 1).mean()
 
 
+class CumulativeNorm(nn.Module):
+    """momentum=None: the running statistics are the mean over all batches; called twice, and frozen once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(6, momentum=None)
+        self.frozen = nn.BatchNorm1d(6, momentum=None).eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.norm(self.into(x))).square().mean() + self.frozen(self.norm(x * 2 + 1)).cos().mean()
+
+
 class SharedBuffer(nn.Module):
     """A table that every block holds, outside the state; a block that is not there."""
 
@@ -106,7 +118,10 @@ class SharedBuffer(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("model", [WritesThroughViews, Queue, NormCalledTwice, SharedBuffer], ids=lambda m: m.__name__)
+MODELS = [WritesThroughViews, Queue, NormCalledTwice, CumulativeNorm, SharedBuffer]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 def test_buffers_and_written_views_are_those_of_eager(model: type[nn.Module]) -> None:
     torch.manual_seed(0)
     assert_equal_when_split(model(), TP, x=batch())
