@@ -16,7 +16,7 @@ import torch
 
 from . import api, trust
 from .launch import Event, launch
-from .plans.axes import MeshShape, easiest_first, free_axis, inner_axes, sequence_axes, stage_axes
+from .plans.axes import MeshShape, easiest_first, expert_axes, free_axis, inner_axes, sequence_axes, stage_axes
 from .plans.document import Plan
 from .profiler import diffusion
 from .profiler.batch_dims import with_batch_dims
@@ -129,9 +129,9 @@ def _fill_pipeline(force: Mapping[str, Any], global_batch: int) -> dict[str, Any
 
 
 def _split_state(force: Mapping[str, Any]) -> dict[str, Any]:
-    """A tensor axis that is asked for splits parameters wherever it can, and a context axis sequences: times of toy
-    sizes would split the batch, or nothing."""
-    is_asked = any(_asked(force, axis) > 1 for axis in inner_axes())
+    """A tensor axis that is asked for splits parameters wherever it can, a context axis sequences, and an expert axis
+    experts: times of toy sizes would split the batch, or nothing."""
+    is_asked = any(_asked(force, axis) > 1 for axis in (*inner_axes(), *expert_axes()))
     return {**({"prefer": "memory"} if is_asked else {}), **force}
 
 
@@ -212,6 +212,8 @@ def scale_down(plan: Plan, num_processes: int = DEFAULT_PROCESSES) -> dict[str, 
     for axis in reversed(easiest_first()):
         if mesh.size(axis) > 1 and math.prod(sizes.values()) * 2 <= num_processes:
             sizes[axis] = 2
+    parts = {axis: sizes[free_axis()] for axis in expert_axes() if mesh.size(axis) > 1 and sizes[free_axis()] > 1}
+    sizes |= parts
     force = {axis: str(size) for axis, size in sizes.items()}
     small = MeshShape.of(sizes)
     force["zero"] = str(plan.zero if small.state_ranks > 1 else 0)

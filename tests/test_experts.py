@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 
 import shardwright
 from shardwright.plans.document import Plan
+from shardwright.profiler.workload import OptimizerSpec
 
 WIDTH, INNER, EXPERTS, CHOICES = 8, 6, 4, 2
 expert_mlp = torch.ops.shardwright.expert_mlp
@@ -95,3 +98,64 @@ def test_dispatched_tokens_give_the_numbers_of_one_device(kind: str, zero: int) 
     plan = _planned(kind, 2, {"dp": 2, "ep": 2, "experts": "dispatch", "zero": zero})
     assert plan.mesh.dp == 2 and plan.mesh.ep == 2 and plan.mesh.num_devices == 2
     _assert_as_on_one_device(kind, plan)
+
+
+@pytest.mark.parametrize(
+    "force",
+    [
+        {"dp": 4, "ep": 2, "zero": 1},
+        {"dp": 4, "ep": 4, "zero": 3},
+        {"dp": 4, "ep": 2, "zero": 3, "zero_extent": "2/4"},
+        {"dp": 2, "ep": 2, "tp": 2, "prefer": "memory"},
+        {"dp": 2, "ep": 2, "cp": 2, "zero": 3},
+        {"pp": 2, "dp": 2, "ep": 2, "microbatch": 2},
+        {"pp": 2, "dp": 2, "ep": 2, "microbatch": 2, "schedule": "zb_v", "zero": 1},
+    ],
+    ids=str,
+)
+def test_it_goes_with_the_other_axes(force: dict[str, Any]) -> None:
+    plan = _planned("even", 4, {**force, "experts": "dispatch"}, layers=4 if "pp" in force else 1)
+    assert plan.mesh.num_devices == 4 and plan.mesh.ep == force["ep"]
+    _assert_as_on_one_device("even", plan, layers=4 if "pp" in force else 1)
+
+
+def _train(rank: int, plan: str, folder: str, load: bool, save: bool, steps: int, own_optimizer: bool = False) -> Any:
+    """Losses of some steps, and the norm of the last gradient."""
+    workload, batch = _workload("even", 1)
+    workload = replace(workload, optimizer=OptimizerSpec("AdamW", torch.optim.AdamW, {"lr": 1e-2}, 2, 0.3))
+    if load:
+        with torch.no_grad():
+            for parameter in workload.model.parameters():
+                parameter.zero_()  # nothing may come from the model
+    program = shardwright.build(Plan.model_validate_json(plan), workload, self_test=False)
+    if own_optimizer:
+        program.optimizer = torch.optim.AdamW(program.parameters(), lr=1e-2)
+    if load:
+        program.load(folder)
+    losses = [program.step(program.shard_batch(batch)).item() for _ in range(steps)]
+    if save:
+        program.save(folder)
+        losses = [program.step(program.shard_batch(batch)).item() for _ in range(2)]
+    return losses
+
+
+LAYOUTS = [
+    {"dp": 2, "ep": 2, "experts": "dispatch", "zero": 1},
+    {"dp": 2, "zero": 3},
+    {"dp": 2, "ep": 2, "experts": "dispatch", "zero": 0},
+    {"tp": 2, "prefer": "memory"},
+]
+
+
+@pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS])
+def test_a_checkpoint_goes_on_under_another_layout(index: int, tmp_path: Path) -> None:
+    plans = [_planned("even", 2, LAYOUTS[k % len(LAYOUTS)], layers=1).to_json() for k in (index, index + 1)]
+    expected = run_ranks(2, _train, plans[0], str(tmp_path / "c"), False, True, 2)[0]
+    for losses in run_ranks(2, _train, plans[1], str(tmp_path / "c"), True, False, 2):
+        assert losses == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_users_own_optimizer_steps_experts_and_the_rest() -> None:
+    plan = _planned("even", 2, LAYOUTS[0], layers=1).to_json()
+    own, given = (run_ranks(2, _train, plan, "", False, False, 3, flag)[0] for flag in (True, False))
+    assert own == pytest.approx(given, rel=1e-9)

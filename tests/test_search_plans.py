@@ -138,7 +138,7 @@ def test_unknown_keys_and_values_name_what_is_near(force, match, works):
         ({"pp": 2, "dp": 2, "tp": 2}, "pp=2 dp=2 tp=2 makes 8 ranks, and there are 4", "--force "),
         ({"tp": 3}, "tp=3 makes 3 ranks", "--force tp="),
         ({"ep": 2}, "ep=2, and the model has no experts", "--force ep=1"),
-        ({"experts": "dispatch"}, "no experts are split", "--force ep=2"),
+        ({"experts": "dispatch"}, "no experts are split", "--force experts=auto"),
         ({"pp": 1, "schedule": "interleaved_1f1b"}, "with pp=1", "--force pp=2"),
         ({"schedule": "1f1b", "virtual_stages": 2}, "virtual_stages=2", "--force virtual_stages=1"),
         ({"microbatch": 3}, "does not divide into microbatches of 3", "--force microbatch=2"),
@@ -332,9 +332,11 @@ def test_all_force_keys_parse():
         "optimizer_state": "host",
         "prefer": "memory",
         "attention": "gather",
+        "experts": "dispatch",
     }
     forced = parse_forced(values)
-    assert forced.cuts == (3, 5) and forced.schedule == "gpipe" and forced.axes == {"pp": 1, "dp": 1, "cp": 1, "tp": 1}
+    assert forced.cuts == (3, 5) and forced.schedule == "gpipe"
+    assert forced.axes == {"pp": 1, "dp": 1, "ep": 1, "cp": 1, "tp": 1}
 
 
 def test_orders_that_split_the_backward_compete():

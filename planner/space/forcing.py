@@ -306,8 +306,8 @@ def _check_experts(forced: Forced, num_experts: int) -> None:
         raise contradiction(
             f"experts={forced.experts} where no experts are split",
             "it says how their work is shared on an expert axis",
-            f"--force {axis}",
-            f"--force {axis}=2",
+            f"--force {axis}" if num_experts else "--force experts",
+            f"--force {axis}=2" if num_experts else "--force experts=auto",
         )
 
 
