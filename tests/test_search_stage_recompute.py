@@ -10,11 +10,12 @@ from planner_fakes import Case, Sizes
 
 from shardwright import api, tasks
 from shardwright.checking import run_check
+from shardwright.planner.memory.least_work import least_work_s
 from shardwright.planner.memory.limits import fits
 from shardwright.planner.memory.options import Ladder, ladders
-from shardwright.planner.memory.rank_bytes import quick_peaks
-from shardwright.planner.search.stage_recompute import LadderCuts, least_recomputation, recomputation
-from shardwright.planner.search.step_time import lower_bound, step_seconds
+from shardwright.planner.memory.rank_bytes import quick_peaks, stages_by_rank
+from shardwright.planner.search.stage_recompute import LadderCuts, least_recomputation, recomputation, rungs_of
+from shardwright.planner.search.step_time import lower_bound, stage_loads, step_seconds
 from shardwright.planner.space.candidates import Candidate
 from shardwright.planner.stages.chain import KEPT, NOTHING
 from shardwright.planner.stages.setting import Setting
@@ -22,10 +23,14 @@ from shardwright.plans.axes import MeshShape
 from shardwright.plans.document import MemoryPolicy
 from shardwright.profiler.hardware import parse_hardware
 
+SMALL, DEEP = (Sizes(layers=layers, hidden=256, ffn=1024, vocab=400) for layers in (4, 24))
 
-def limited(schedule: str, pp: int, chunks: int, share: float) -> tuple[Setting, Candidate, Ladder]:
+
+def limited(
+    schedule: str, pp: int, chunks: int, share: float, sizes: Sizes = SMALL
+) -> tuple[Setting, Candidate, Ladder]:
     """A setting whose limit lies so far between all recomputed and nothing recomputed, under even cuts."""
-    case = Case(Sizes(layers=4, hidden=256, ffn=1024, vocab=400), f"{pp}xCPU", 6)
+    case = Case(sizes, f"{pp}xCPU", 6)
     setting = Setting(case.graph, case.cluster, case.cost_model, case.workload)
     candidate = Candidate(MeshShape.of({"pp": pp}), 1, 6, schedule, chunks, 0)
     (ladder,) = ladders(setting.shape, [case.sharder.solve(MeshShape.of(), 1)], "auto")
@@ -61,6 +66,40 @@ def test_no_cuts_and_choices_beat_those_found_and_none_goes_below_the_bounds(sch
     assert step_seconds(setting, candidate, chain, cuts.bounds) <= 1.01 * best_s
     least = least_recomputation(setting, candidate, ladder)
     assert lower_bound(setting, candidate, least) <= best_s * (1 + 1e-9)
+
+
+def busiest_rank_s(setting: Setting, candidate: Candidate, ladder: Ladder) -> float:
+    """Least seconds of a microbatch on the rank that works most, over all cuts and choices that fit."""
+    n, found = len(setting.shape.instances), []
+    of_rank = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages).T
+    for levels in itertools.product((KEPT, 0), repeat=n):
+        chain = setting.chain(ladder.solution, levels if any(level != KEPT for level in levels) else NOTHING)
+        for inner in itertools.combinations(range(1, n), candidate.num_stages - 1):
+            cuts = (0, *inner, n)
+            if fits(setting, candidate, chain, cuts):
+                load = stage_loads(setting, candidate, chain, cuts)
+                found.append(max(load[list(stages)].sum() for stages in of_rank))
+    return min(found)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize(("schedule", "pp", "chunks"), [("1f1b", 3, 1), ("gpipe", 2, 1), ("interleaved_1f1b", 2, 2)])
+def test_the_busiest_rank_works_no_less_than_is_said(schedule, pp, chunks, share):
+    setting, candidate, ladder = limited(schedule, pp, chunks, share)
+    rungs = rungs_of(setting, ladder)
+    said, least = least_work_s(setting, candidate, rungs), busiest_rank_s(setting, candidate, ladder)
+    mean = (rungs[0].forward_s + rungs[0].backward_s).sum() / pp
+    assert mean * (1 - 1e-9) <= said <= least * (1 + 1e-9)
+
+
+def test_little_memory_makes_the_busiest_rank_work_longer_than_the_mean():
+    """Ranks of 1F1B that hold many microbatches recompute, or leave work to those that hold few."""
+    said = []
+    for share in (0.0, 0.2, 0.4, 1.0):
+        setting, candidate, ladder = limited("1f1b", 3, 1, share, DEEP)
+        said.append(least_work_s(setting, candidate, rungs_of(setting, ladder)))
+    assert said == sorted(said, reverse=True)
+    assert said[0] > 1.1 * said[-1]
 
 
 @pytest.mark.parametrize(("schedule", "pp", "chunks"), [("1f1b", 2, 1), ("zb_v", 2, 2), ("interleaved_1f1b", 2, 2)])

@@ -247,6 +247,26 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: 
     return float(shared * whole.slack / c.pp + whole.reserve)
 
 
+def first_in_mean(
+    setting: Setting, candidate: Candidate, chains: tuple[Chain, ...], in_flight: int | None = None
+) -> int | None:
+    """Of chains that keep ever less, which is the first whose mean_bytes the rank that may use most has; None where
+    none is."""
+    c = candidate
+    if in_flight is None:
+        in_flight = least_in_flight(c.schedule, c.pp, c.count, c.virtual_stages)
+    key = (chains, c.mesh, c.zero, c.split, c.on_host, c.count > 1)
+    whole = setting.once(_stacked, key, setting, candidate, chains)
+    shared = whole.lasting + np.maximum(in_flight * whole.activations + whole.gradients, whole.step)
+    enough = shared * whole.slack / c.pp + whole.reserve <= setting.most(candidate)
+    return int(enough.argmax()) if enough.any() else None
+
+
+def _stacked(setting: Setting, candidate: Candidate, chains: tuple[Chain, ...]) -> _WholeBytes:
+    """Of each chain; arrays."""
+    return _WholeBytes(*map(np.array, zip(*(_whole(setting, candidate, chain) for chain in chains), strict=True)))
+
+
 def mean_share(setting: Setting, candidate: Candidate, chains: tuple[Chain, Chain], in_flight: int | None) -> float:
     """How much of what the second chain recomputes more the mean rank must recompute, where it fits under that alone:
     as mean_bytes counts."""

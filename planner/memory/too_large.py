@@ -15,6 +15,7 @@ when parts of them change places. So filling the ranks in that order decides.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,25 +52,45 @@ def is_too_large(setting: Setting, candidate: Candidate, chain: Chain) -> bool:
     c = candidate
     if SCHEDULES[c.schedule].directions == 2:
         return False
-    key = (chain, c.state_ranks, c.zero, c.extents, c.on_host, c.count > 1)
-    lasting, kept, beside = setting.once(_position_bytes, key, setting, candidate, chain)
-    kind = setting.mesh(candidate).devices[0].kind
-    reserve = memory.reserve_bytes(kind, num_groups(candidate))
-    least_beside = beside[: c.virtual_stages][-1]
-    rooms = (setting.limits(candidate) - reserve) / memory.slack_factor(kind) * ROUNDING - least_beside
+    size = position_bytes(setting, candidate, chain)
+    lasting, kept = size.lasting[size.order], size.kept[size.order]
+    room = rooms(setting, candidate, chain)
     held = least_held(c.schedule, c.pp, c.count, c.virtual_stages)
     places, placed = np.arange(len(kept) + 1), 0.0  # positions that the ranks so far hold, the last one in part
     for rank in np.argsort(held):
         needs = np.concatenate([[0.0], np.cumsum(lasting + held[rank] * kept)])
-        filled = np.interp(placed, places, needs) + max(rooms[rank], 0.0)
+        filled = np.interp(placed, places, needs) + max(room[rank], 0.0)
         if filled >= needs[-1]:
             return False
         placed = float(np.interp(filled, needs, places))
     return True
 
 
-def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(lasting, kept, beside) of each position: those that keep most for what lasts first; beside: least first."""
+class PositionBytes(NamedTuple):
+    """Of each position, whatever stage it is in. beside: what it needs besides at a time, least first. order: those
+    that keep most for what lasts first."""
+
+    lasting: np.ndarray
+    kept: np.ndarray  # of one microbatch
+    beside: np.ndarray
+    order: np.ndarray
+
+
+def position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> PositionBytes:
+    c = candidate
+    key = (chain, c.state_ranks, c.zero, c.extents, c.on_host, c.count > 1)
+    return setting.once(_position_bytes, key, setting, candidate, chain)
+
+
+def rooms(setting: Setting, candidate: Candidate, chain: Chain) -> np.ndarray:
+    """[rank] -> bytes for what lasts and what is kept."""
+    kind = setting.mesh(candidate).devices[0].kind
+    reserve = memory.reserve_bytes(kind, num_groups(candidate))
+    least_beside = position_bytes(setting, candidate, chain).beside[: candidate.virtual_stages][-1]
+    return (setting.limits(candidate) - reserve) / memory.slack_factor(kind) * ROUNDING - least_beside
+
+
+def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> PositionBytes:
     params, trainable = chain.param_elements.copy(), chain.trainable_elements.copy()
     for repeat in chain.repeats:  # may be held once
         params[repeat.later] -= repeat.elements
@@ -83,4 +104,4 @@ def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> tup
     lasting = state.parameters + state.optimizer + state.buffers + state.gradients
     order = np.argsort(-chain.activation_bytes / np.maximum(lasting, 1.0))
     beside = np.sort(state.gathered_each + state.fresh_each + chain.workspace_bytes)
-    return lasting[order], chain.activation_bytes[order], beside
+    return PositionBytes(lasting, chain.activation_bytes, beside, order)

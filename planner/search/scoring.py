@@ -12,15 +12,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...errors import ExitCode, ShardwrightError
+from ..memory.least_work import least_work_s
 from ..memory.limits import fits, worst_host_need
 from ..memory.options import Ladder
 from ..memory.rank_bytes import mean_bytes, placements_of, quick_peaks, state_share
+from ..memory.too_large import is_too_large
 from ..space.candidates import Candidate
 from ..stages.chain import Between, Chain, Recompute
 from .outcome import Outcome
-from .stage_recompute import LadderCuts, least_recomputation, nothing_fits, recomputation, rung_chains
+from .stage_recompute import (
+    LadderCuts,
+    least_recomputation,
+    lowest_rungs,
+    nothing_fits,
+    rung_chains,
+    rungs_of,
+    standing_loads,
+    standing_on,
+)
 from .state import MemoryPool, SearchState
-from .step_time import estimate, find_cuts, level_ranks, lower_bound, order_bound, step_seconds
+from .step_time import (
+    estimate,
+    find_cuts,
+    level_ranks,
+    levelled_estimate,
+    lower_bound,
+    order_bound,
+    stage_loads,
+    step_seconds,
+)
 
 LEAST_GAIN = 1.01  # of a step over its bound for which other placements are asked for
 
@@ -103,7 +123,7 @@ class _Scoring:
         self.outcome = state.outcomes[candidate]
         self.best: Outcome | None = None
         self.search_bound_s = self.bound_s = math.inf
-        self.fits = self.too_slow = self.tight = False
+        self.fits = self.too_slow = self.tight = self.is_narrowed = False
 
     def run(self) -> Outcome:
         for ladder in self.ladders:
@@ -139,7 +159,9 @@ class _Scoring:
         if self.best is not None and least_s >= (self.best.step_s or 0.0):
             self._bound(ladder, least_s)
             return
-        if not state.may_win(estimate(setting, candidate, least)):
+        work_s = candidate.count * least_work_s(setting, candidate, rungs_of(setting, ladder))
+        least_s = max(least_s, work_s if work_s < math.inf else 0.0)
+        if not state.may_win(max(estimate(setting, candidate, least, work_s), least_s)):
             self.too_slow = True
             self._bound(ladder, least_s)
             return
@@ -166,7 +188,7 @@ class _Scoring:
     def _simulate(self, ladder: Ladder, fit: _Fit) -> None:
         setting, candidate = self.setting, self.candidate
         bounds, chain = fit.bounds, setting.chain(ladder.solution, fit.recompute)
-        if self.state.forced.cuts is None:
+        if self.state.forced.cuts is None and self._may_be_levelled(chain, bounds):
             bounds = level_ranks(setting, candidate, chain, bounds)
         peak_bytes = int(quick_peaks(setting, candidate, chain, bounds).max())
         at_least_s = order_bound(setting, candidate, chain, bounds)
@@ -191,6 +213,11 @@ class _Scoring:
                 recompute_all=ladder.is_all(fit.recompute),
             )
 
+    def _may_be_levelled(self, chain: Chain, bounds: tuple[int, ...]) -> bool:
+        """May it be of use to move the cuts?"""
+        load = stage_loads(self.setting, self.candidate, chain, bounds)
+        return levelled_estimate(self.setting, self.candidate, load) < self._worth_s()
+
     def _cuts(self, ladder: Ladder) -> tuple[list[_Fit], bool]:
         """Cuts that fit, the most promising first; of one stage on a rank the best alone. And, where there are none, is
         it proven that none fit?"""
@@ -198,7 +225,8 @@ class _Scoring:
         first = next(rung_chains(setting, ladder))
         if self.state.forced.cuts is not None or candidate.num_stages == 1:
             bounds = (0, *self._forced_positions(), first.num_instances)
-            return self._under([bounds], ladder), True
+            found = self._under([bounds], ladder)
+            return found, not self.is_narrowed
         if nothing_fits(setting, candidate, ladder):
             return [], True
         free = find_cuts(setting, candidate, first, ignore_memory=True)
@@ -215,7 +243,7 @@ class _Scoring:
             if cuts is not None and bounded:
                 found = [replace(fit, bottleneck_s=cuts.bottleneck) for fit in found]
             return found, cuts is None and not search.is_narrowed
-        cuts = find_cuts(setting, candidate, first)
+        cuts = None if is_too_large(setting, candidate, first) else find_cuts(setting, candidate, first)
         found = self._under([free.bounds, *([cuts.bounds] if cuts is not None else [])], ladder)
         if not found:
             cuts = find_cuts(setting, candidate, setting.chain(ladder.solution, ladder.rungs[-1]))
@@ -223,12 +251,18 @@ class _Scoring:
         return found, False
 
     def _under(self, cuts: Sequence[tuple[int, ...]], ladder: Ladder) -> list[_Fit]:
-        """Those that fit, with as little recomputation as they need."""
-        found = []
+        """Those that fit and may be of use, with as little recomputation as they need."""
+        setting, candidate, found = self.setting, self.candidate, []
         for bounds in dict.fromkeys(cuts):
-            recompute = recomputation(self.setting, self.candidate, ladder, bounds)
-            if recompute is not None:
-                found.append(_Fit(bounds, recompute, free=recompute == ladder.rungs[0]))
+            heights = lowest_rungs(setting, candidate, ladder, bounds)
+            if heights is None:
+                continue
+            load = standing_loads(setting, candidate, ladder, bounds, heights)
+            if levelled_estimate(setting, candidate, load) >= self._worth_s():
+                self.too_slow = self.is_narrowed = True
+                continue
+            recompute = standing_on(setting, candidate, ladder, bounds, heights)
+            found.append(_Fit(bounds, recompute, free=recompute == ladder.rungs[0]))
         return found
 
     def _forced_positions(self) -> list[int]:

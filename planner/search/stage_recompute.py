@@ -7,7 +7,7 @@ with one stage the cost of a run of positions is then known before the cuts are,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from ..memory.limits import worst_host_need
 from ..memory.options import Ladder
 from ..memory.rank_bytes import (
     IntervalBytes,
+    first_in_mean,
     interval_bytes,
-    mean_bytes,
     mean_share,
     profile_table,
     quick_peaks,
@@ -31,7 +31,7 @@ from ..stages.chain import Between, Chain, Recompute, interval_sums, levels_of, 
 from ..stages.cuts import Cuts, WindowCuts, around_of, pipeline_cost, windows
 from ..stages.setting import Setting
 from ..stages.zero_seconds import stage_tables
-from .step_time import secondary
+from .step_time import secondary, stage_loads
 
 ROUNDING = 1e-9  # of a number of positions
 
@@ -47,16 +47,21 @@ def least_recomputation(
     """The least under which the mean rank may fit: what bounds are computed from. None where no cuts fit.
 
     in_flight: in place of what the candidate's schedule holds at once."""
-    before: Chain | None = None
-    for rung, chain in enumerate(rung_chains(setting, ladder)):
-        if mean_bytes(setting, candidate, chain, in_flight) <= setting.most(candidate):
-            if before is None:
-                return chain
-            divided = ladder.is_divided[rung]
-            share = mean_share(setting, candidate, (before, chain), in_flight) if divided else 0.0
-            return Between(before, chain, share)
-        before = chain
-    return None
+    chains = rungs_of(setting, ladder)
+    rung = first_in_mean(setting, candidate, chains, in_flight)
+    if rung is None or rung == 0:
+        return None if rung is None else chains[0]
+    before, chain = chains[rung - 1 : rung + 1]
+    share = mean_share(setting, candidate, (before, chain), in_flight) if ladder.is_divided[rung] else 0.0
+    return Between(before, chain, share)
+
+
+def rungs_of(setting: Setting, ladder: Ladder) -> tuple[Chain, ...]:
+    return setting.once(_rungs_of, ladder, setting, ladder)
+
+
+def _rungs_of(setting: Setting, ladder: Ladder) -> tuple[Chain, ...]:
+    return tuple(rung_chains(setting, ladder))
 
 
 def nothing_fits(setting: Setting, candidate: Candidate, ladder: Ladder) -> bool:
@@ -181,7 +186,13 @@ class LadderCuts:
 
 
 def recomputation(setting: Setting, candidate: Candidate, ladder: Ladder, bounds: tuple[int, ...]) -> Recompute | None:
-    """As little as lets every rank fit under these cuts; None where it does not.
+    """As little as lets every rank fit under these cuts; None where it does not."""
+    heights = lowest_rungs(setting, candidate, ladder, bounds)
+    return None if heights is None else standing_on(setting, candidate, ladder, bounds, heights)
+
+
+def lowest_rungs(setting: Setting, candidate: Candidate, ladder: Ladder, bounds: tuple[int, ...]) -> list[int] | None:
+    """Of each rank the lowest rung on which it fits under these cuts; None where one does not.
 
     Where two directions share the stages, all stand on one rung."""
     limits, heights = setting.limits(candidate), np.full(candidate.pp, -1)
@@ -193,8 +204,29 @@ def recomputation(setting: Setting, candidate: Candidate, ladder: Ladder, bounds
         if SCHEDULES[candidate.schedule].directions == 2:
             heights[:] = rung if fits.all() else -1
         if (heights >= 0).all():
-            return _Standing(setting, candidate, ladder, bounds).on(heights.tolist())
+            return list(map(int, heights))
     return None
+
+
+def standing_loads(
+    setting: Setting, candidate: Candidate, ladder: Ladder, bounds: tuple[int, ...], heights: Sequence[int]
+) -> np.ndarray:
+    """Of each stage, the seconds of a forward and a backward at least, where its rank stands so high."""
+    stages = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)
+    rungs = [height - 1 if ladder.is_divided[height] else height for height in heights]
+    loads = np.empty(candidate.num_stages)
+    for rung in set(rungs):
+        chain = setting.chain(ladder.solution, ladder.rungs[rung])
+        here = np.unique(stages[:, np.array(rungs) == rung])
+        loads[here] = stage_loads(setting, candidate, chain, bounds)[here]
+    return loads
+
+
+def standing_on(
+    setting: Setting, candidate: Candidate, ladder: Ladder, bounds: tuple[int, ...], heights: list[int]
+) -> Recompute:
+    """As little as lets every rank fit. heights: of lowest_rungs."""
+    return _Standing(setting, candidate, ladder, bounds).on(heights)
 
 
 class _Standing:

@@ -45,6 +45,7 @@ from ..stages.zero_seconds import StageTables, stage_tables
 
 # Orders longer than this are simulated at two smaller microbatch counts and extended along their steady state.
 MAX_SIMULATED_ACTIONS = 12_000
+LEVELLED = 1.1  # of a rank's work: more than level_ranks was seen to take off
 
 
 def path_seconds(schedule: str, forward_s: float, backward_s: float, num_ranks: int, num_microbatches: int) -> float:
@@ -113,15 +114,22 @@ def lower_bound(setting: Setting, candidate: Candidate, chain: Chain | Between, 
     return max(work, path + (step_s if waits else 0.0))
 
 
-def estimate(setting: Setting, candidate: Candidate, chain: Chain | Between) -> float:
-    """lower_bound, for interleaving with the least share of the bubble that equal stages have: (p-1) T / (p v)."""
+def estimate(setting: Setting, candidate: Candidate, chain: Chain | Between, work_s: float = 0.0) -> float:
+    """lower_bound, for interleaving with the least share of the bubble that equal stages have: (p-1) T / (p v).
+
+    work_s: of the busiest rank at least."""
     bound = lower_bound(setting, candidate, chain)
     if candidate.virtual_stages == 1 or candidate.schedule == "gpipe":
         return bound
     p, v = candidate.pp, candidate.virtual_stages
-    once = sum(_once_through(setting, candidate, chain)[:2])
+    once_s = sum(_once_through(setting, candidate, chain)[:2])
     bubble = assumed("interleaved_bubble_fraction") * (p - 1) / v
-    return max(bound, (candidate.count + bubble) * once / p)
+    return max(bound, max(candidate.count * once_s / p, work_s) + bubble * once_s / p)
+
+
+def levelled_estimate(setting: Setting, candidate: Candidate, load: np.ndarray) -> float:
+    """What cuts may come to once level_ranks has moved them. load: of each stage, as they lie."""
+    return loads_bound(setting, candidate, load) / (1.0 if candidate.virtual_stages == 1 else LEVELLED)
 
 
 def find_cuts(setting: Setting, candidate: Candidate, chain: Chain, *, ignore_memory: bool = False) -> Cuts | None:
@@ -236,11 +244,21 @@ def _unevenness(chain: Chain, num_stages: int) -> float:
     return np.inf if cuts is None else cuts.bottleneck * num_stages / max(float(load[0, -1]), 1e-30)
 
 
+def stage_loads(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> np.ndarray:
+    """Of each stage, seconds of a forward and a backward, were its rank the one that tables are made for."""
+    edges = np.asarray(bounds)
+    return stage_tables(setting, candidate, chain).load_of[edges[:-1], edges[1:]]
+
+
 def loop_bound(setting: Setting, candidate: Candidate, chain: Chain, bounds: Sequence[int]) -> float:
-    """Seconds that these cuts take at least, whatever the order: greatest over the ranks of the first microbatch's way
-    to it and the last one's way on from it, and its own work."""
-    edges, p, v = np.asarray(bounds), candidate.pp, candidate.virtual_stages
-    load = stage_tables(setting, candidate, chain).load_of[edges[:-1], edges[1:]]
+    """loads_bound of these cuts."""
+    return loads_bound(setting, candidate, stage_loads(setting, candidate, chain, bounds))
+
+
+def loads_bound(setting: Setting, candidate: Candidate, load: np.ndarray) -> float:
+    """Seconds that stages of these loads take at least, whatever the order: greatest over the ranks of the first
+    microbatch's way to it and the last one's way on from it, and its own work."""
+    p, v = candidate.pp, candidate.virtual_stages
     order, scales = stages_by_rank(candidate.schedule, p, v), np.array(setting.mesh(candidate).scales)
     directions = placements_of(candidate)
     bound_s, work_s = np.full(p, np.inf), np.zeros(p)
