@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,14 +11,16 @@ from ..profiler.device import Device, GroupLink, Link
 from . import communication, compute
 from .attention import AttentionCall
 from .constants import Constants, default_constants
+from .stacks import Stack, own_stack
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of ops, collectives and transfers on a cluster."""
+    """Seconds of ops, collectives and transfers on a cluster. stack: the software whose habits they have."""
 
     cluster: Cluster
     table: Constants = field(default_factory=default_constants)
+    stack: Stack = field(default_factory=own_stack)
 
     def op_seconds(
         self,
@@ -33,7 +36,7 @@ class CostModel:
         flops: multiply and add count as two. bytes_moved: read and written. dtype: that of the op's operands. launches:
         kernels that follow each other.
         """
-        return compute.op_seconds(
+        seconds = compute.op_seconds(
             self.table,
             op_name,
             flops,
@@ -42,11 +45,21 @@ class CostModel:
             device if device is not None else self.cluster.worst_device(),
             launches,
         )
+        return self._in_stack(op_name, seconds) if seconds else 0.0
+
+    def _in_stack(self, op_name: str, seconds: float) -> float:
+        figures, kind = self.stack.figures, compute.op_class(op_name)
+        if kind.startswith("attention"):
+            return seconds * figures.attention_factor + figures.op_s
+        factor = figures.product_factor if kind in ("matmul", "convolution") else figures.memory_factor
+        return seconds * factor + figures.op_s
 
     def attention_seconds(self, call: AttentionCall, share: float) -> float | None:
         """Where attention runs as a formula on the cluster's worst device; None where a fused kernel does it."""
-        device = self.cluster.worst_device()
-        return call.formula_seconds(self.table, device, share) if call.kernel(device) == "math" else None
+        device, figures = self.cluster.worst_device(), self.stack.figures
+        if call.kernel(device) != "math":
+            return None
+        return call.formula_seconds(self.table, device, share) * figures.attention_factor + figures.op_s
 
     def attention_work(self, call: AttentionCall) -> float:
         """FLOPs of the fused kernel on the cluster's worst device, over those that the model needs."""
@@ -62,6 +75,19 @@ class CostModel:
         bytes_full_tensor: the whole tensor (all-gather's output, reduce-scatter's input).
         """
         return communication.collective_seconds(self.table, kind, bytes_full_tensor, group)
+
+    def tensor_collective_seconds(self, kind: str, bytes_full_tensor: float, group: GroupLink) -> float:
+        """collective_seconds between ops of a microbatch, where all ranks wait for the last."""
+        return self.collective_seconds(kind, bytes_full_tensor, group) * self.stack.figures.tensor_factor
+
+    def state_collective_seconds(self, kind: str, bytes_full_tensor: float, group: GroupLink) -> float:
+        """collective_seconds of parameters or gradients, over data-parallel ranks."""
+        seconds = self.collective_seconds(kind, bytes_full_tensor, group)
+        contention = self.stack.figures.state_contention
+        if not contention or not seconds:
+            return seconds
+        hosts = max((level.num_subgroups for level in group.levels() if level.scope == "network"), default=1)
+        return seconds * (1 + contention * max(0.0, math.log2(hosts) - 1))
 
     def p2p_seconds(self, num_bytes: float, link: Link | GroupLink) -> float:
         """Until a message has arrived. link: of cluster.link_between, or of axis_links along 'pp'."""

@@ -281,6 +281,7 @@ class Plan(_Document):
         str, Any
     ]  # enough for the command line to rebuild the Workload: model spec, batch, seq_len, dtype, ...
     hardware: dict[str, Any]  # name, devices, sources of the figures
+    stack: str = "shardwright"  # software whose habits the predictions have; see costmodel/stacks.py
     mesh: Mesh
     microbatch: Microbatch
     # of the batch: "mean" or "sum" of its samples, which a step gives exactly over microbatches, or neither: "each"

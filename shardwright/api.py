@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from . import devices, hashes, trust
 from .costmodel.model import CostModel
+from .costmodel.stacks import OWN_STACK, Stack, stack_named
 from .errors import ExitCode, ShardwrightError
 from .evaluation import fitting, make_evaluation, mesh_for
 from .ops.placement import Places, from_text
@@ -71,6 +72,7 @@ def plan(
     time_limit_s: float | None = None,
     strict: bool = False,
     self_test: bool = True,
+    stack: str = OWN_STACK,
     progress: Progress | None = None,
     **workload_options: Any,
 ) -> Plan:
@@ -82,6 +84,7 @@ def plan(
     memory_limit_bytes: per device. time_limit_s: of capture and search; a plan that was found is completed. strict:
     refuse ops without a sharding rule.
     self_test: where the model is your own and has real values, compare the captured graph with it first.
+    stack: the software whose habits predictions have (costmodel/stacks.py); plans run here whatever it is.
     progress: called with what is being done now.
 
     Where torch.distributed is initialized, every rank must call it: rank 0 plans, the others receive the plan.
@@ -92,7 +95,8 @@ def plan(
     elif workload_options:
         raise TypeError(f"plan() got {', '.join(workload_options)}, which go with a model's name, not with a Workload")
     forced = {key: str(value) for key, value in (force or {}).items()}
-    asked = _Asked(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, self_test, progress)
+    software = stack_named(stack)
+    asked = _Asked(workload, hardware, forced, memory_limit_bytes, time_limit_s, strict, self_test, progress, software)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return _make_plan(asked)
     return _plan_on_rank_0(lambda: _make_plan(asked))
@@ -115,6 +119,7 @@ class _Asked:
     strict: bool
     self_test: bool
     progress: Progress | None
+    stack: Stack
     started: float = dataclasses.field(default_factory=time.monotonic)
 
     def say(self, message: str) -> None:
@@ -193,7 +198,7 @@ def _make_plan(asked: _Asked) -> Plan:
         cluster = cluster.with_memory_limit(asked.memory_limit_bytes)
     asked.say(f"capturing {asked.workload.name}")
     capture_started = time.perf_counter()
-    cost_model = CostModel(cluster)
+    cost_model = CostModel(cluster, stack=asked.stack)
     with asked.stopped_at(asked.deadline), telling(asked.progress):
         captured = captured_for(asked.workload, cost_model)
     workload, graph, fusions = captured.workload, captured.graph, captured.fusions
@@ -231,6 +236,7 @@ def _make_plan(asked: _Asked) -> Plan:
         hashes=hashes.make_hashes(placed.graph, workload, cluster),
         workload=_describe(workload),
         hardware=cluster.to_dict(),
+        stack=asked.stack.name,
         mesh=found.mesh,
         microbatch=found.microbatch,
         loss_over=captured.loss_over,

@@ -8,6 +8,7 @@ import torch
 
 from . import hashes
 from .costmodel.model import CostModel
+from .costmodel.stacks import stack_named
 from .errors import ExitCode, ShardwrightError
 from .ops.placement import Places
 from .passes.build import build_segment_programs
@@ -93,7 +94,7 @@ def _placements(
     plan: Plan, graph: ModelGraph, wishes: Mapping[str, Places], size: int
 ) -> dict[str, dict[str, list[str]]]:
     mesh = mesh_for(plan.mesh.shape, size)
-    sharder = Sharder(graph, CostModel(_cluster(plan)), wishes)
+    sharder = Sharder(graph, CostModel(_cluster(plan), stack=stack_named(plan.stack)), wishes)
     return sharder.solve(mesh, size // mesh.batch_ranks).placements
 
 

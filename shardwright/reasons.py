@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from . import api, hashes, trust
 from .costmodel.model import CostModel
+from .costmodel.stacks import stack_named
 from .errors import ExitCode, ShardwrightError
 from .planner.report.diff import Difference, compare
 from .planner.report.explain import Explanation
@@ -44,7 +45,7 @@ def explain(plan: Plan, *, hardware: Cluster | str | None = None, trust_model: b
     graph = api.capture_of(plan, workload)
     hashes.verify_model(plan, graph)
     job = Job(state_kinds(workload), workload.global_batch)
-    return explain_graph(plan, graph, Sharder(graph, CostModel(cluster), job=job))
+    return explain_graph(plan, graph, Sharder(graph, CostModel(cluster, stack=stack_named(plan.stack)), job=job))
 
 
 def why_not(
@@ -71,6 +72,7 @@ def why_not(
             cluster_of(plan, hardware),
             force=forced,
             time_limit_s=time_limit_s,
+            stack=plan.stack,
             progress=progress,
         )
     except ShardwrightError as error:

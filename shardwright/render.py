@@ -14,6 +14,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from .costmodel.stacks import OWN_STACK
 from .plans.axes import names, role_of
 from .plans.document import Considered, Mesh, Plan, SelfTest, ShardingProof, Stage
 from .plans.order import num_activations, num_let_go
@@ -361,6 +362,7 @@ def _trust(plan: Plan) -> RenderableType:
         *([("placements", _sharding_proof(certificate.sharding))] if certificate.sharding else []),
         *([("self-test", _self_test(plan.self_test))] if plan.self_test and plan.self_test.status in _SAID else []),
         ("hardware figures", _sources(plan)),
+        *([("software stack", plan.stack)] if plan.stack != OWN_STACK else []),
         (
             "planning took",
             f"{format_seconds(planning.total)}: capture {format_seconds(planning.capture)}, "

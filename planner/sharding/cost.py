@@ -27,13 +27,15 @@ def evaluate(placed: Placed) -> SegmentCost:
     scratch: dict[fx.Node, float] = {}
     lasting = 0.0  # what an op leaves for the next of its kind: one at a time
     op_s: dict[fx.Node, float] = {}
-    for node, part in facts.parts.items():
+    for node in facts.parts:
         share, moved = op_load(placed, node)
         op_s[node] = mesh.op_s(node, share, moved)
-        seconds[part] += op_s[node]
         flops += facts.model_flops.get(node, 0.0) * share
         scratch[node], left = mesh.scratch_of(node, share, lambda operand: placed.local_bytes(*origin(operand)))
         lasting = max(lasting, left)
+    op_s = _as_dispatched(op_s, facts.parts, mesh.dispatch_s) if mesh.dispatch_s else op_s
+    for node, part in facts.parts.items():
+        seconds[part] += op_s[node]
     by_axis = {axis.name: axis for axis in mesh.axes}
     rings_s = {phase: _rings_s(placed, phase, op_s) for phase in ("forward", "backward")}
 
@@ -74,6 +76,20 @@ def evaluate(placed: Placed) -> SegmentCost:
         recompute_points=_points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes),
         summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
     )
+
+
+def _as_dispatched(
+    op_s: Mapping[fx.Node, float], parts: Mapping[fx.Node, str], dispatch_s: float
+) -> dict[fx.Node, float]:
+    """A forward or backward of a segment takes no less than the host needs to start its ops: all of them then take
+    longer alike."""
+    found = dict(op_s)
+    for pieces in (("F",), ("I", "W")):
+        mine = [node for node, part in parts.items() if part in pieces and op_s[node] > 0]
+        on_device_s = sum(op_s[node] for node in mine)
+        if mine and len(mine) * dispatch_s > on_device_s:
+            found |= {node: op_s[node] * len(mine) * dispatch_s / on_device_s for node in mine}
+    return found
 
 
 def _rings_s(placed: Placed, phase: str, op_s: Mapping[fx.Node, float]) -> float:

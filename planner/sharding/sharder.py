@@ -270,6 +270,7 @@ class Sharder:
             experts=self.job.experts,
             imbalance=self.cost_model.table.get("expert_imbalance"),
             expert_results=self._experts if shape.expert_ranks > 1 else frozenset(),
+            dispatch_s=self.cost_model.stack.figures.dispatch_s,
             lengths=self._lengths if shape.sequence_ranks > 1 else frozenset(),
         )
 
@@ -281,7 +282,9 @@ class Sharder:
 
         def seconds(kind: str, num_bytes: float) -> float:
             held = num_bytes / size if kind == "all_to_all" else num_bytes  # what each rank has of the tensor
-            by_links = self.cost_model.collective_seconds(kind, held, links)
+            cost = self.cost_model
+            timed = cost.collective_seconds if role.carries_batch else cost.tensor_collective_seconds
+            by_links = timed(kind, held, links)
             return by_links if role.cost is None else role.cost(kind, num_bytes, by_links)
 
         return Axis(role.name, size, seconds, role)

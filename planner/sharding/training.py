@@ -66,7 +66,9 @@ class Sums:
         def per_element(axes: tuple[str, ...]) -> float:
             if mesh.size_of(axes) == 1:
                 return 0.0
-            seconds = cost_model.collective_seconds("all_reduce", together, cluster.axis_links(mesh.factors, axes))
+            seconds = cost_model.state_collective_seconds(
+                "all_reduce", together, cluster.axis_links(mesh.factors, axes)
+            )
             return seconds / together * kinds.reduce
 
         self._rate = lru_cache(None)(per_element)

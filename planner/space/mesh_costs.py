@@ -44,7 +44,7 @@ class MeshCosts:
         size = self.state_ranks // extent if across else extent
         if size == 1 or num_bytes <= 0:
             return 0.0
-        return self.cost_model.collective_seconds(kind, num_bytes, self._links(extent, across))
+        return self.cost_model.state_collective_seconds(kind, num_bytes, self._links(extent, across))
 
     def _sum_seconds(self, num_bytes: float, with_data: bool) -> float:
         """An all-reduce over the axes that cut parameters, or over them and the data-parallel axes as one."""
@@ -52,7 +52,7 @@ class MeshCosts:
         if self.shape.size_of(axes) == 1 or num_bytes <= 0:
             return 0.0
         links = self.cluster.axis_links(self.shape.factors, axes)
-        return self.cost_model.collective_seconds("all_reduce", num_bytes, links)
+        return self.cost_model.state_collective_seconds("all_reduce", num_bytes, links)
 
     def _line(self, source: int, target: int) -> tuple[float, float]:
         """(latency in s, s per byte) between two pipeline ranks: the worst of their first and last pairs."""

@@ -16,7 +16,8 @@ Under ZeRO-0 to 2 the gradients of small instances travel together (costmodel/co
 
 A stage split in two never takes less, so the table's entry of the whole chain bounds the sum over any cut. Each
 backward also adds gradients to those accumulated (or packs them): memory traffic, in the weight part. On a CPU nothing
-hides: collectives take the cores that compute needs.
+hides: collectives take the cores that compute needs. Elsewhere the stack's unhidden_fraction e of what passes beside
+something longer adds to it: max(a, b) above stands for max(a, b) + e min(a, b).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class StageTables:
     reduce_s: np.ndarray  # of each position, once a step (ZeRO-0 and 1, and sums across replicas)
     refresh_s: np.ndarray  # of each position, once after the optimizer (parameters split over fewer ranks than it)
     backward_s: np.ndarray  # of each position, as far as reductions pass beside it
+    unhidden: float = 0.0  # share that adds of what passes beside something longer
     _reductions: dict[tuple[int, int], float] = field(default_factory=dict)
 
     @property
@@ -59,7 +61,9 @@ class StageTables:
             for k in range(stop - 1, start - 1, -1):
                 now += self.backward_s[k]
                 free = max(free, now) + self.reduce_s[k]
-            self._reductions[key] = max(0.0, free - now) if self.reduce_s[start:stop].any() else 0.0
+            whole_s = float(self.reduce_s[start:stop].sum())
+            left_s = min(whole_s, max(0.0, free - now)) if whole_s else 0.0
+            self._reductions[key] = left_s + self.unhidden * (whole_s - left_s)
         return self._reductions[key]
 
 
@@ -142,6 +146,7 @@ def _build(
     forward, backward = chain.forward_s, chain.backward_s + accumulate
     forward_of, backward_of = interval_sums(forward), interval_sums(backward)
     hides = device.kind != "cpu"
+    unhidden = setting.cost_model.stack.figures.unhidden_fraction if hides else 0.0
     unpack = per_position(chain.param_elements, lambda e: moving(2 * e * kinds.compute)) if zero == 3 else nothing
     if zero >= 2 and not hides:
         forward, backward = forward + unpack, backward + unpack + scatters
@@ -149,11 +154,11 @@ def _build(
             forward, backward = forward + gathers, backward + gathers
         forward_of, backward_of = interval_sums(forward), interval_sums(backward)
     elif zero == 2:
-        backward_of = np.maximum(backward_of, interval_sums(scatters) - forward_of)
+        backward_of = _beside(backward_of + forward_of, interval_sums(scatters), unhidden) - forward_of
     elif zero == 3:
         forward, backward = forward + unpack, backward + unpack
-        forward_of = _gathered_forward(forward, gathers)
-        backward_of = _gathered_backward(backward, gathers, scatters)
+        forward_of = _gathered_forward(forward, gathers, unhidden)
+        backward_of = _gathered_backward(backward, gathers, scatters, unhidden)
     return StageTables(
         forward_of=forward_of,
         backward_of=backward_of,
@@ -161,6 +166,7 @@ def _build(
         reduce_s=sums + (scatters if zero < 2 else nothing),
         refresh_s=refreshed,
         backward_s=backward if hides else nothing,
+        unhidden=unhidden,
     )
 
 
@@ -173,17 +179,22 @@ def _refresh(mesh: MeshCosts, element_bytes: int, use: int, inside: int) -> Call
     return lambda e: mesh.state_seconds("all_gather", e * element_bytes, use, inside == mesh.state_ranks)
 
 
-def _gathered_forward(forward: np.ndarray, gathers: np.ndarray) -> np.ndarray:
-    steps = np.append(np.maximum(forward[:-1], gathers[1:]), 0.0)  # at k: until k+1 may begin
+def _beside(compute_s: np.ndarray, collective_s: np.ndarray, unhidden: float) -> np.ndarray:
+    longer = np.maximum(compute_s, collective_s)
+    return longer + unhidden * np.minimum(compute_s, collective_s) if unhidden else longer
+
+
+def _gathered_forward(forward: np.ndarray, gathers: np.ndarray, unhidden: float) -> np.ndarray:
+    steps = np.append(_beside(forward[:-1], gathers[1:], unhidden), 0.0)  # at k: until k+1 may begin
     between = interval_sums(steps)
     table = np.zeros_like(between)
     table[:-1, 1:] = gathers[:, None] + between[:-1, :-1] + forward[None, :]
     return table
 
 
-def _gathered_backward(backward: np.ndarray, gathers: np.ndarray, scatters: np.ndarray) -> np.ndarray:
+def _gathered_backward(backward: np.ndarray, gathers: np.ndarray, scatters: np.ndarray, unhidden: float) -> np.ndarray:
     before = np.append(0.0, gathers[:-1])  # g_k-1
-    steps = np.maximum(backward, before + scatters)
+    steps = _beside(backward, before + scatters, unhidden)
     between = interval_sums(steps)
     table = np.zeros_like(between)
     # gather of j-1, steps of i+1..j-1, then B_i and r_i

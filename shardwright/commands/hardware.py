@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     from ..costmodel.constants import default_constants
+    from ..costmodel.stacks import stack_rows
     from ..profiler import hardware
 
     if args.show_assumptions:
@@ -38,7 +39,7 @@ def execute(args: argparse.Namespace) -> int:
                 works="shardwright hardware --show-assumptions",
                 exit_code=ExitCode.USAGE,
             )
-        rows = default_constants().rows()
+        rows = [*default_constants().rows(), *stack_rows()]
         columns = {"name": "constant", "value": "value", "kind": "kind", "meaning": "meaning", "source": "source"}
     elif args.name is None:
         rows = hardware.known_hardware()

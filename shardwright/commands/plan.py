@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hardware", metavar="NAME", help="cluster to plan for (needed unless MODEL is a plan)")
     _options.add_workload_options(parser, batch_required=False)
     _options.add_plan_options(parser)
+    parser.add_argument(
+        "--stack",
+        default="shardwright",
+        metavar="NAME",
+        help="software to predict for, such as megatron; `shardwright hardware --show-assumptions` lists them",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--output", metavar="PATH", help="write the plan here")
     output.add_argument("--json", action="store_true", help="print the plan as JSON, and nothing else, on stdout")
@@ -61,6 +67,7 @@ def execute(args: argparse.Namespace) -> int:
             time_limit_s=args.time_limit,
             strict=args.strict,
             self_test=args.self_test,
+            stack=args.stack,
             progress=progress,
         )
     if args.output is not None:
@@ -73,11 +80,13 @@ def execute(args: argparse.Namespace) -> int:
 
 def _check_names(args: argparse.Namespace, force: dict[str, str]) -> Cluster:
     """The cluster. What is mistyped is said before what is missing, and before the model is traced."""
+    from ..costmodel.stacks import stack_named
     from ..planner.sharding.pins import choices_of
     from ..planner.space.forcing import parse_forced
     from ..profiler.hardware import parse_hardware
 
     parse_forced(choices_of(force))
+    stack_named(args.stack)
     cluster = parse_hardware(args.hardware)
     if args.global_batch is None:
         args.global_batch = 1
