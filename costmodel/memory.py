@@ -7,9 +7,9 @@ optimizer. ZeRO as in Rajbhandari et al., arXiv:1910.02054:
 
     zero                         0        1              2                   3
     parameters                   P c      P c            P c                 P/D c
-    gathered for use             -        -              -                   3 u c: one in use, its buffer, the next
+    gathered for use             -        -              -                   2 u c: one in use, and the next
     gradients                    T g      T g + T/D g    T/D g               T/D g
-    on their way there           u c      u c            u c + 3 u g         u c + 3 u g
+    on their way there           -        -              2 u g               2 u g
     master copy and state        T (k+n)o T/D (k+n) o    T/D (k+n) o         T/D (k+n) o
 
 With Extents the D of a row is that of its kind of state: hybrid sharding splits inside a node and repeats across
@@ -20,11 +20,12 @@ With the optimizer's state in host memory the last row is there, master copies t
 gradients that it steps by; of gradients the device then keeps what leaves it at the end of the step alone:
 
     gradients                    leave as they are made on one data-parallel rank and under ZeRO-2 and 3 over all ranks
-                                 (2 u c on their way), but for partial sums over the tensor axis, which stay as above
+                                 (u c on their way), but for partial sums over the tensor axis, which stay as above
 
 k is 0 where master and compute type are the same (the parameters are the optimizer's copy), else 1. One data-parallel
-rank and one microbatch keep gradients in c. Under ZeRO-2 and 3 two reductions are in flight while the next
-is packed.
+rank and one microbatch keep gradients in c. Under ZeRO-2 and 3 two reductions are in flight; over gloo each has another
+buffer. What a segment's backward makes of gradients before they are added up is part of its workspace, and so is the
+buffer in which they are packed then.
 
 The peak is the greater of two moments: inside the pipeline, with activations and workspace, and in the optimizer step,
 with gradients in the master type (of a shard under ZeRO-1 to 3), the optimizer's temporaries (none of torch's fused
@@ -146,6 +147,17 @@ class StateMemory:
     host: Any = 0
 
 
+def gradients_are_written(kinds: StateBytes, zero: int, on_host: bool) -> bool:
+    """May a backward write gradients of parameters where they are added up (passes/gradients.py)?"""
+    return not zero and not on_host and kinds.reduce == kinds.compute
+
+
+def with_packed(workspace: Any, at_end: Any, elements: Any, kinds: StateBytes, zero: int) -> Any:
+    """Most bytes inside a backward that makes gradients of so many elements first: while it runs, and at its end, when
+    ZeRO packs them for a reduction."""
+    return np.maximum(workspace, at_end + elements * kinds.reduce) if zero >= 2 else workspace
+
+
 def leave_early(state_ranks: int, zero: int, extents: Extents) -> bool:
     """Where state is in host memory: do gradients go there as they are made? Others are summed over ranks first."""
     return state_ranks == 1 or (zero >= 2 and extents.gradients == extents.optimizer == state_ranks)
@@ -173,7 +185,7 @@ def state_memory(
     each = kinds.reduce if accumulates else kinds.compute
     in_master = kinds.reduces_in_master if accumulates else kinds.single_copy
     gathered = round(assumed("gathered_units")) * kinds.compute if zero == 3 else 0
-    reduced = round(assumed("reduced_units")) * each if zero >= 2 else 0
+    reduced = round(assumed("reduced_units", device_kind)) * each if zero >= 2 else 0
     # on CPU torch steps one parameter at a time
     stepped = _smaller(shard, largest) if device_kind == "cpu" or on_host else shard
     step_temporaries = (stepped * kinds.step_tensors + shard * kinds.kept_tensors) * kinds.master
@@ -183,7 +195,7 @@ def state_memory(
         early = leave_early(state_ranks, zero, extents)
         held = state.summed_elements if early else trainable
         gradients = (_share(held, extents.gradients) + (shard if zero == 1 else 0)) * each
-        leaving = largest * (2 * kinds.compute if state_ranks == 1 else kinds.compute + reduced)
+        leaving = largest * (kinds.compute if state_ranks == 1 else reduced)
         stepped_by = kinds.reduce + (0 if kinds.reduces_in_master else kinds.master)
         return StateMemory(
             parameters=parameters,
@@ -191,7 +203,7 @@ def state_memory(
             buffers=state.buffer_bytes,
             gathered_each=gathered_each,
             gradients=gradients,
-            fresh_each=leaving if early else largest * ((kinds.compute if accumulates else 0) + reduced),
+            fresh_each=leaving if early else largest * reduced,
             step_gradients=gradients,
             step_temporaries=0 * shard,
             host=shard * ((1 + kinds.state_tensors) * kinds.master + stepped_by) + step_temporaries,
@@ -202,7 +214,7 @@ def state_memory(
         buffers=state.buffer_bytes,
         gathered_each=gathered_each,
         gradients=(_share(trainable, extents.gradients) + (shard if zero == 1 else 0)) * each,
-        fresh_each=largest * ((kinds.compute if accumulates else 0) + reduced),
+        fresh_each=largest * reduced,
         step_gradients=shard * (each + (0 if in_master else kinds.master)),
         step_temporaries=step_temporaries,
     )

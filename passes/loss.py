@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ops.in_place import LOSS_CHUNK_BYTES
 from .tidy import call, replace
 
 aten = torch.ops.aten
-CHUNK_BYTES = 2 << 20
 _SUM, _MEAN = 2, 1
 
 
@@ -84,7 +84,7 @@ def cross_entropy_backward(
     out = logs if overwrite else torch.empty_like(logs, dtype=dtype)
     step = max(1, logs.shape[0])
     if logs.device.type == "cpu":  # elsewhere a launch costs more than the cache spares
-        step = min(step, max(1, CHUNK_BYTES // max(1, logs.shape[1] * logs.element_size())))
+        step = min(step, max(1, LOSS_CHUNK_BYTES // max(1, logs.shape[1] * logs.element_size())))
     given = logs.new_zeros(step, logs.shape[1])  # the gradient of some rows: zero but for one entry in each
     for start in range(0, logs.shape[0], step):
         part = slice(start, start + step)

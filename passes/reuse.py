@@ -9,41 +9,14 @@ read later.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import fx
 
+from ..ops.in_place import IN_PLACE, OUT_OF_GRADIENT, may_write_over
 from .formats import same_strides
 from .loss import cross_entropy_backward
-from .values import c10d, memory_roots
-
-aten = torch.ops.aten
-
-# op -> (in-place op, positions of the operands that it may write over); the first operand is the one written
-_IN_PLACE: dict[Any, tuple[Any, tuple[int, ...]]] = {
-    aten.add.Tensor: (aten.add_.Tensor, (0, 1)),
-    aten.sub.Tensor: (aten.sub_.Tensor, (0,)),
-    aten.mul.Tensor: (aten.mul_.Tensor, (0, 1)),
-    aten.mul.Scalar: (aten.mul_.Scalar, (0,)),
-    aten.div.Tensor: (aten.div_.Tensor, (0,)),
-    aten.div.Scalar: (aten.div_.Scalar, (0,)),
-    aten.neg.default: (aten.neg_.default, (0,)),
-    aten.exp.default: (aten.exp_.default, (0,)),
-    aten.tanh.default: (aten.tanh_.default, (0,)),
-    aten.relu.default: (aten.relu_.default, (0,)),
-    aten.masked_fill.Scalar: (aten.masked_fill_.Scalar, (0,)),
-    aten.addmm.default: (aten.addmm_.default, (0,)),
-    c10d.all_reduce.default: (c10d.all_reduce_.default, (0,)),
-}
-# op -> variant that takes the result's memory under this name; that of its first operand, a gradient, is given
-_OUT_OF_GRADIENT = {
-    aten.gelu_backward.default: (aten.gelu_backward.grad_input, "grad_input"),
-    aten.silu_backward.default: (aten.silu_backward.grad_input, "grad_input"),
-    aten.tanh_backward.default: (aten.tanh_backward.grad_input, "grad_input"),
-    aten.sigmoid_backward.default: (aten.sigmoid_backward.grad_input, "grad_input"),
-    aten.threshold_backward.default: (aten.threshold_backward.grad_input, "grad_input"),
-}
+from .values import memory_roots
 
 
 def reuse(graph: fx.Graph, owned: Collection[str] = ()) -> None:
@@ -72,12 +45,9 @@ def reuse(graph: fx.Graph, owned: Collection[str] = ()) -> None:
 
 
 def _candidates(node: fx.Node) -> tuple[int, ...]:
-    if node.target in _IN_PLACE:
-        positions = _IN_PLACE[node.target][1]
-        return positions[:1] if node.kwargs else positions  # alpha belongs to the second operand
     if node.target is cross_entropy_backward:  # a row at a time, which only the kernels of CPUs promise
         return (1,) if node.meta["val"].device.type == "cpu" else ()
-    return (0,) if node.target in _OUT_OF_GRADIENT else ()
+    return may_write_over(node.target, bool(node.kwargs))
 
 
 def _may_write(
@@ -120,10 +90,10 @@ def _write_over(node: fx.Node, position: int) -> None:
     if node.target is cross_entropy_backward:
         node.args = (*node.args[:6], True)
         return
-    if node.target in _OUT_OF_GRADIENT:
-        node.target, name = _OUT_OF_GRADIENT[node.target]
+    if node.target in OUT_OF_GRADIENT:
+        node.target, name = OUT_OF_GRADIENT[node.target]
         node.kwargs = {**node.kwargs, name: node.args[0]}
         return
-    node.target = _IN_PLACE[node.target][0]
+    node.target = IN_PLACE[node.target][0]
     if position:
         node.args = (node.args[1], node.args[0], *node.args[2:])

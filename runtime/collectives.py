@@ -28,8 +28,8 @@ class Pending:
         self._entries: list[tuple[Sequence, Any, tuple[torch.Tensor, ...]]] = []
 
     def start(self, sequence: Sequence) -> None:
+        self.drain(self.limit - 1)  # first, so that its buffers are gone when those of this one are made
         self._advance(sequence)
-        self.drain(self.limit)
 
     def drain(self, leave: int = 0) -> None:
         while len(self._entries) > leave:

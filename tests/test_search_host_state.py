@@ -20,10 +20,10 @@ STAGE = StageState(1000, 900, 10, 100, 60)
 @pytest.mark.parametrize(
     ("ranks", "zero", "gradients", "on_their_way", "host"),
     [
-        (1, 0, 60 * 4, 100 * 2 * 2, 900 * 16),  # partial sums over the tensor axis wait for the end of the step
-        (4, 0, 900 * 4, 100 * 2, 900 * 16),  # all wait for the other ranks
-        (4, 1, (900 + 225) * 4, 100 * 2, 225 * 16),
-        (4, 3, 15 * 4, 100 * (2 + 3 * 4), 225 * 16),
+        (1, 0, 60 * 4, 100 * 2, 900 * 16),  # partial sums over the tensor axis wait for the end of the step
+        (4, 0, 900 * 4, 0, 900 * 16),  # all wait for the other ranks
+        (4, 1, (900 + 225) * 4, 0, 225 * 16),
+        (4, 3, 15 * 4, 100 * 2 * 4, 225 * 16),
     ],
 )
 def test_the_device_keeps_of_the_state_what_other_ranks_add_to(ranks, zero, gradients, on_their_way, host):

@@ -37,8 +37,8 @@ def held(kinds=MIXED, dp=4, zero=0, m=8, kind="gpu"):
 def test_zero_shards_one_more_kind_of_state_at_each_stage(zero, parameters, gradients, optimizer):
     found = held(zero=zero)
     assert (found.parameters, found.gradients, found.optimizer) == (parameters, gradients, optimizer)
-    assert found.gathered_each == (3 * 100 * 2 if zero == 3 else 0)
-    assert found.fresh_each == 100 * 2 + (3 * 100 * 4 if zero >= 2 else 0)
+    assert found.gathered_each == (2 * 100 * 2 if zero == 3 else 0)
+    assert found.fresh_each == (2 * 100 * 4 if zero >= 2 else 0)
     assert found.step_gradients == (3200 if zero == 0 else 800)
 
 
@@ -90,7 +90,7 @@ def test_what_one_stage_at_a_time_needs_is_not_added_up_over_the_chunks_of_a_ran
         )
         for count in (1, 2)
     )
-    assert one["gathered_parameters"] == two["gathered_parameters"] == 600
+    assert one["gathered_parameters"] == two["gathered_parameters"] == 400
     assert two["parameters"] == 2 * one["parameters"] and two["optimizer"] == 2 * one["optimizer"]
 
 
@@ -158,7 +158,7 @@ def test_recomputation_trades_saved_bytes_for_workspace_and_time():
     )
     assert again.activation_bytes.sum() < 0.5 * kept.activation_bytes.sum()
     assert again.backward_s.sum() == pytest.approx(kept.backward_s.sum() + kept.forward_s[1:-1].sum())
-    assert (again.backward_workspace_bytes[1:-1] > kept.backward_workspace_bytes[1:-1]).all()
+    assert (again.workspace_bytes[1:-1] > kept.workspace_bytes[1:-1]).all()
 
 
 def test_prologue_work_is_rerun_by_the_stages_that_need_it_and_never_sent():

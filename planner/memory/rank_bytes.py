@@ -108,9 +108,9 @@ def num_groups(candidate: Candidate) -> int:
 class IntervalBytes:
     """[i, j] -> bytes of a stage over positions i..j-1, on a rank that holds no other.
 
-    lasting: held all through, boundary buffers included. activation: of one microbatch; prologue values, of which a
-    stage may need any, in full. pipeline: held beside activations; pipeline_each, workspace: by one stage of the rank
-    at a time. step: held in the optimizer step in their place. slack, reserve: what is added to a rank's sum.
+    lasting: held all through, boundary buffers included. activation: of one microbatch. pipeline: held beside
+    activations; pipeline_each, workspace: by one stage of the rank at a time. step: held in the optimizer step in their
+    place. slack, reserve: what is added to a rank's sum.
     """
 
     lasting: np.ndarray
@@ -184,6 +184,22 @@ def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Inte
     return setting.once(_interval_bytes, key, setting, candidate, chain)
 
 
+def workspace_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> np.ndarray:
+    """Of each position, inside its forward or backward, beyond what positions up to it keep."""
+    kinds, zero = setting.kinds, candidate.zero if candidate.state_ranks > 1 else 0
+    if memory.gradients_are_written(kinds, zero, candidate.on_host):
+        return chain.workspace_bytes
+    return memory.with_packed(
+        chain.made_workspace_bytes, chain.end_workspace_bytes, chain.trainable_elements, kinds, zero
+    )
+
+
+def held_beside(workspace: np.ndarray, kept: np.ndarray) -> float:
+    """Of one stage what Chain.beside_kept has of all: workspace_bytes and bytes kept of its positions."""
+    so_far = np.cumsum(kept)
+    return max(float((workspace + so_far).max() - so_far[-1]), 0.0)
+
+
 def state_memory_of(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
     c = candidate
     ranks, zero, kinds = c.state_ranks, c.zero, setting.kinds
@@ -204,7 +220,7 @@ def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Int
         activation=chain.activation_of,
         pipeline=held.gradients,
         pipeline_each=held.gathered_each + held.fresh_each,
-        workspace=chain.workspace_of,
+        workspace=chain.beside_kept(workspace_bytes(setting, candidate, chain)),
         step=held.step_gradients + held.step_temporaries,
         slack=memory.slack_factor(kind),
         reserve=memory.reserve_bytes(kind, num_groups(candidate)),
@@ -347,13 +363,14 @@ def rank_moments(
     stages = [(bounds[s], bounds[s + 1]) for s in sorted(set(chunks))]  # two directions may share one
     kind = setting.mesh(candidate).devices[rank].kind
     held = [state_memory_of(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
+    beside = workspace_bytes(setting, candidate, chain)
     boundary = 0.0
     if candidate.num_stages > 1:
         cut = chain.cut_forward_bytes + chain.cut_backward_bytes
         boundary = boundary_bytes(sum(cut[i] + cut[j] for i, j in stages))
     return memory.rank_moments(
         held,
-        workspace_bytes=int(max(chain.workspace_of[i, j] for i, j in stages)),
+        workspace_bytes=int(max(held_beside(beside[i:j], chain.activation_bytes[i:j]) for i, j in stages)),
         communication_bytes=int(boundary),
         device_kind=kind,
         num_groups=num_groups(candidate),
@@ -370,4 +387,9 @@ def activation_room(setting: Setting, candidate: Candidate, chain: Chain, bounds
 
 def stage_activation(chain: Chain, start: int, stop: int) -> float:
     prologue = sum(chain.prologue_bytes[index] for index in chain.prologue_of(start, stop))
-    return float(chain.activation_bytes[start:stop].sum()) + prologue
+    return float(chain.activation_bytes[start:stop].sum()) + prologue + shared_bytes(chain, start, stop)
+
+
+def shared_bytes(chain: Chain, start: int, stop: int) -> float:
+    """Of values that a stage keeps and positions before it keep as well."""
+    return sum(value.num_bytes for value in chain.shared if value.earlier < start <= value.later < stop)

@@ -25,7 +25,7 @@ from ...schedules.published.library import SCHEDULES
 from ..space.candidates import Candidate
 from ..stages.chain import Chain
 from ..stages.setting import Setting
-from .rank_bytes import PROFILES, num_groups, profile_table, state_memory_of
+from .rank_bytes import PROFILES, num_groups, profile_table, state_memory_of, workspace_bytes
 
 ROUNDS = 40  # of the game; more only raise h_r
 ROUNDING = 1 + 1e-9  # of sums in another order
@@ -103,5 +103,5 @@ def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Pos
     state = state_memory_of(setting, candidate, held, kind)
     lasting = state.parameters + state.optimizer + state.buffers + state.gradients
     order = np.argsort(-chain.activation_bytes / np.maximum(lasting, 1.0))
-    beside = np.sort(state.gathered_each + state.fresh_each + chain.workspace_bytes)
+    beside = np.sort(state.gathered_each + state.fresh_each + workspace_bytes(setting, candidate, chain))
     return PositionBytes(lasting, chain.activation_bytes, beside, order)

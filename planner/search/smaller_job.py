@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ...costmodel.segment import Workspace
 from ...plans.axes import MeshShape
 from ..interfaces import ShardingSolution
 from ..space.candidates import Candidate
@@ -84,8 +85,16 @@ def _fitting_tokens(job: _Job, forced: Forced, known: Known, first_fit: FirstFit
 def _shorter(solution: ShardingSolution, parts: int) -> ShardingSolution:
     costs = {}
     for name, cost in solution.costs.items():
-        points = tuple(replace(point, saved_bytes=-(-point.saved_bytes // parts)) for point in cost.recompute_points)
+        points = tuple(
+            replace(point, saved_bytes=-(-point.saved_bytes // parts), workspace=_divided(point.workspace, parts))
+            for point in cost.recompute_points
+        )
         shorter = {kind: -(-getattr(cost, kind) // parts) for kind in ACTIVATIONS}
-        costs[name] = replace(cost, recompute_points=points, **shorter)
+        held = _divided(cost.workspace, parts)
+        costs[name] = replace(cost, recompute_points=points, workspace=held, **shorter)
     boundaries = {name: -(-size // parts) for name, size in solution.boundary_bytes.items()}
     return replace(solution, costs=costs, boundary_bytes=boundaries)
+
+
+def _divided(workspace: Workspace | None, parts: int) -> Workspace | None:
+    return None if workspace is None else workspace.divided(parts)

@@ -13,17 +13,21 @@ from typing import Any
 
 import numpy as np
 
+from ...costmodel.segment import Workspace
 from ...schedules.published.library import SCHEDULES
 from ..memory.limits import worst_host_need
 from ..memory.options import Ladder
 from ..memory.rank_bytes import (
     IntervalBytes,
     first_in_mean,
+    held_beside,
     interval_bytes,
     mean_share,
     profile_table,
     quick_peaks,
+    shared_bytes,
     stages_by_rank,
+    workspace_bytes,
 )
 from ..memory.too_large import is_too_large
 from ..space.candidates import Candidate
@@ -32,8 +36,6 @@ from ..stages.cuts import Cuts, WindowCuts, around_of, pipeline_cost, windows
 from ..stages.setting import Setting
 from ..stages.zero_seconds import stage_tables
 from .step_time import secondary, stage_loads
-
-ROUNDING = 1e-9  # of a number of positions
 
 
 def rung_chains(setting: Setting, ladder: Ladder) -> Iterator[Chain]:
@@ -70,9 +72,25 @@ def nothing_fits(setting: Setting, candidate: Candidate, ladder: Ladder) -> bool
 
 
 def _leanest(setting: Setting, ladder: Ladder) -> Chain:
-    """Keeps as little as the last rung, with no more workspace than the first."""
+    """Keeps as little as the last rung, with no more workspace than any choice of recomputation needs."""
     first, last = (setting.chain(ladder.solution, ladder.rungs[k]) for k in (0, -1))
-    return replace(first, activation_bytes=np.minimum(first.activation_bytes, last.activation_bytes))
+    least: dict[str, Workspace] = {}
+    for name in set(ladder.shape.segments):
+        cost = ladder.solution.costs[name]
+        rows = [cost.held_at(point) for point in (None, *cost.recompute_points)]
+        sizes = [(row.forward, row.backward, row.backward_made, row.end) for row in rows]
+        least[name] = Workspace(*map(min, zip(*sizes, strict=True)))
+
+    def column(*kinds: str) -> np.ndarray:
+        return np.array([float(max(getattr(least[name], kind) for kind in kinds)) for name in ladder.shape.segments])
+
+    return replace(
+        first,
+        activation_bytes=np.minimum(first.activation_bytes, last.activation_bytes),
+        workspace_bytes=column("forward", "backward"),
+        made_workspace_bytes=column("forward", "backward_made"),
+        end_workspace_bytes=column("end"),
+    )
 
 
 # ---------------------------------------------------------------------- cuts
@@ -80,13 +98,12 @@ def _leanest(setting: Setting, ladder: Ladder) -> Chain:
 
 @dataclass
 class _Rung:
-    """One rung, of a candidate of one stage a rank. rises: [i, j] -> positions that recompute more than before."""
+    """One rung, of a candidate of one stage a rank."""
 
     chain: Chain
     held: IntervalBytes
     backward_of: np.ndarray
     plain_of: np.ndarray  # the same without ZeRO's collectives
-    rises: np.ndarray
     is_divided: bool
 
 
@@ -148,7 +165,6 @@ class LadderCuts:
                     held=interval_bytes(self.setting, self.candidate, chain),
                     backward_of=tables.backward_of,
                     plain_of=interval_sums(chain.backward_s + tables.accumulate_s),
-                    rises=interval_sums(self.ladder.risers[k].astype(float)),
                     is_divided=self.ladder.is_divided[k],
                 )
             )
@@ -163,23 +179,38 @@ class LadderCuts:
             rung = self._rung(k)
             fits = left & (rung.held.with_in_flight(in_flight, window) <= limit)
             if fits.any():
-                here = self._climbing(k, in_flight, limit, window) if rung.is_divided else rung.backward_of[window]
-                seconds[fits] = here[fits]
+                if rung.is_divided:
+                    where = np.argwhere(fits).T + np.array([[stage], [stage + 1]])
+                    seconds[fits] = self._climbing(k, in_flight, limit, where)
+                else:
+                    seconds[fits] = rung.backward_of[window][fits]
                 left = left & ~fits
                 if not left.any():
                     break
         return seconds
 
-    def _climbing(self, at: int, in_flight: int, limit: float, window: tuple[slice, slice]) -> np.ndarray:
-        """Of a stage between two rungs: so many of its positions rise as must."""
+    def _climbing(self, at: int, in_flight: int, limit: float, where: np.ndarray) -> np.ndarray:
+        """Of stages between two rungs, [first position, end] each: so many of their positions rise as must, the first
+        ones."""
         below, rung = self._rungs[at - 1], self._rungs[at]
-        freed = in_flight * (below.held.activation - rung.held.activation)[window]
-        # whoever rises needs its workspace
-        over = (rung.held.with_in_flight(in_flight, window, pipeline_only=True) - limit) / rung.held.slack + freed
-        count = np.maximum(rung.rises[window], 1.0)
-        rising = np.clip(np.ceil(over / np.maximum(freed, 1e-30) * count - ROUNDING), 1.0, count)
-        plain = below.plain_of[window] + rising / count * (rung.plain_of - below.plain_of)[window]
-        return np.maximum(below.backward_of[window], plain)
+        low, high, (start, stop) = below.held, rung.held, where
+        room = (limit - high.reserve) / high.slack - (high.lasting + high.pipeline + high.pipeline_each)[start, stop]
+        rises = self.ladder.risers[at]
+        places, before = np.flatnonzero(rises) + 1, np.concatenate([[0], np.cumsum(rises)])
+        count = np.maximum(before[stop] - before[start], 1)
+        least, most = np.ones_like(count), count
+        while (least < most).any():
+            middle = (least + most) // 2
+            turn = places[np.minimum(before[start] + middle, len(places)) - 1]  # behind the last one that rises
+            turn = np.clip(turn, start, stop)
+            behind = below.chain.kept_of[turn, stop]
+            work = np.maximum(high.workspace[start, turn] - behind, low.workspace[turn, stop])
+            kept = rung.chain.kept_of[start, turn] + behind + rung.chain.prologue_bytes_of[start, stop]
+            fits = in_flight * kept + work <= room
+            least, most = np.where(fits, least, middle + 1), np.where(fits, middle, most)
+            least = np.minimum(least, most)
+        plain = below.plain_of[start, stop] + most / count * (rung.plain_of - below.plain_of)[start, stop]
+        return np.maximum(below.backward_of[start, stop], plain)
 
 
 # ---------------------------------------------------------------------- recomputation under given cuts
@@ -270,11 +301,12 @@ class _Standing:
     def _peak(self, held: IntervalBytes, rank: int, chains: tuple[Chain, Chain], rising: np.ndarray) -> float:
         """Bytes of the rank where these positions are as in the second chain."""
         lower, upper = chains
-        kept, workspace = lower.activation_bytes.copy(), lower.workspace_bytes.copy()
-        kept[rising], workspace[rising] = upper.activation_bytes[rising], upper.workspace_bytes[rising]
+        kept, beside = lower.activation_bytes.copy(), workspace_bytes(self.setting, self.candidate, lower).copy()
+        kept[rising] = upper.activation_bytes[rising]
+        beside[rising] = workspace_bytes(self.setting, self.candidate, upper)[rising]
         runs = [(self.bounds[s], self.bounds[s + 1]) for s in self.stages[:, rank]]
-        prologue = sum(lower.prologue_bytes.values())
-        activation = np.array([[kept[i:j].sum() + prologue] for i, j in runs])
-        most = np.array([[workspace[i:j].max()] for i, j in runs])
+        prologue = lower.prologue_bytes_of
+        activation = np.array([[kept[i:j].sum() + prologue[i, j] + shared_bytes(lower, i, j)] for i, j in runs])
+        most = np.array([[held_beside(beside[i:j], kept[i:j])] for i, j in runs])
         one = slice(rank, rank + 1)
         return float(held.peaks_of(self.bounds, self.profiles[one], self.stages[:, one], activation, most)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import fx
@@ -17,7 +17,7 @@ from .expert_costs import dispatch_s
 from .mesh import RINGS
 from .recompute import Recomputation, hull
 from .routes import Placed, Route, routes
-from .segment_facts import SegmentFacts
+from .working import Working
 
 
 def evaluate(placed: Placed) -> SegmentCost:
@@ -58,6 +58,8 @@ def evaluate(placed: Placed) -> SegmentCost:
     trained = [e if t else 0.0 for e, t in zip(elements, segment.param_requires_grad, strict=True)]
     inputs = [placeholders[name] for name in slot_names(INPUT, len(segment.inputs))]
     saved_bytes = int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in facts.saved))
+    working = Working(placed, scratch, lasting)
+    held = working.of(frozenset(facts.saved))
     return SegmentCost(
         forward_s=seconds["F"],
         backward_input_s=seconds["I"],
@@ -71,10 +73,11 @@ def evaluate(placed: Placed) -> SegmentCost:
         saved_bytes=saved_bytes,
         input_bytes=int(sum(local(n) for n in inputs)),
         output_bytes=int(sum(local(*o) for o in facts.outputs)),
-        workspace_bytes=int(_workspace(facts, local, scratch) + lasting),
+        workspace_bytes=held.backward,
         model_flops=flops,
-        recompute_points=_points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes),
+        recompute_points=_points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes, working),
         summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
+        workspace=held,
     )
 
 
@@ -113,7 +116,7 @@ def _dispatches(placed: Placed) -> Iterator[tuple[str, float]]:
             yield node.meta.get("phase", "forward"), seconds
 
 
-def _points(placed: Placed, again: Recomputation, saved_bytes: int) -> tuple[RecomputePoint, ...]:
+def _points(placed: Placed, again: Recomputation, saved_bytes: int, working: Working) -> tuple[RecomputePoint, ...]:
     """The choices are those of the first placements seen on a mesh of these sizes and with these units, each priced
     under these."""
     key = placed.mesh.counts, frozenset(again.units)
@@ -123,7 +126,14 @@ def _points(placed: Placed, again: Recomputation, saved_bytes: int) -> tuple[Rec
     points = list(hull([*map(again.point, placed.facts.recompute_choices[key]), whole]))
     if whole not in points:
         points.append(whole)
-    return tuple(replace(point, saved_bytes=max(0, saved_bytes + point.saved_bytes)) for point in points)
+    return tuple(
+        replace(
+            point,
+            saved_bytes=max(0, saved_bytes + point.saved_bytes),
+            workspace=working.of(again.kept(again.units if point.is_whole else point.recomputed)),
+        )
+        for point in points
+    )
 
 
 def is_summed(placed: Placed, slot: int) -> bool:
@@ -150,20 +160,3 @@ def op_load(placed: Placed, node: fx.Node) -> tuple[float, float]:
     batched = batched or any(any(sizes.batched) for sizes in results)
     moved += mesh.moved_bytes(node, strategies, results)
     return mesh.share(strategies, batched), moved
-
-
-def _workspace(
-    facts: SegmentFacts, local_bytes: Callable[[fx.Node, int], float], scratch: Mapping[fx.Node, float]
-) -> float:
-    """Most bytes alive at once inside one backward (or forward), beyond what is saved, by last use.
-
-    scratch: what an op holds while it runs.
-    """
-    alive = peak = 0.0
-    for node, made, dying in facts.lifetimes:
-        for key in made:
-            alive += local_bytes(*key)
-        peak = max(peak, alive + scratch.get(node, 0.0))
-        for key in dying:
-            alive -= local_bytes(*key)
-    return peak

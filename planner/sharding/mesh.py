@@ -61,7 +61,7 @@ class Mesh:
     the step's sum of their gradients; None: not counted. lengths: of the model's sequences. tie_break: seconds that a
     byte of an op's results is worth. attention: its form on axes that cut sequences. experts: their form on axes that
     may cut them; imbalance: work of the rank with most tokens over the mean; expert_results: tensors that hold experts.
-    dispatch_s: that the host takes to start an op, ahead of the device.
+    dispatch_s: that the host takes to start an op, ahead of the device. on_cpu: as CPUs run the programs.
     """
 
     axes: tuple[Axis, ...]
@@ -79,6 +79,7 @@ class Mesh:
     imbalance: float = 1.0
     expert_results: frozenset[tuple[fx.Node, int]] = frozenset()
     dispatch_s: float = 0.0
+    on_cpu: bool = False
     _sizes: dict[tuple[int, int], Sizes] = field(default_factory=dict)
     _shares: dict[Places, int] = field(default_factory=dict)
     _transfers: dict[tuple[tuple[int, ...], float, Places, Places], float] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from ...plans.placements import kept_key
 from ...profiler.op_view import origin
 from ...profiler.slots import INPUT, kind_of
 from ...profiler.work import is_free, is_view
+from .lifetimes import Result
 from .recompute_cut import Choice, Unit, Values
 from .routes import Placed, Route
 
@@ -45,6 +46,7 @@ class Recomputation:
         self.units: dict[str, _Made] = {}
         self.num_bytes: dict[str, float] = {}  # of each value
         self.made_by: dict[str, str] = {}  # value -> unit; none for the segment's inputs
+        self.result_of: dict[str, Result] = {}  # of each value
         self.needed: dict[str, None] = {}  # values that the backward reads
         self._of_forms: set[int] = set()  # routes that are units of their own
         moving = {reader for route, _ in self.route_s for reader in route.readers}
@@ -88,6 +90,7 @@ class Recomputation:
             return ""
         if key not in self.units:
             unit = self.units[key] = _Made()
+            self.result_of[key] = source, output
             self.num_bytes[key], self.made_by[key] = self.placed.local_bytes(source, output, shared), key
             for k, (route, seconds) in enumerate(self.route_s):
                 if (route.source, route.output, route.before, route.after) == (source, output, made, shared):
@@ -109,11 +112,12 @@ class Recomputation:
     def _input(self, node: fx.Node) -> str:
         if kind_of(node.name) != INPUT:
             return ""
-        self.num_bytes[node.name] = self.placed.local_bytes(node, 0)
+        self.num_bytes[node.name], self.result_of[node.name] = self.placed.local_bytes(node, 0), (node, 0)
         return node.name
 
     def _result(self, node: fx.Node, output: int) -> str:
         value = f"{node.name}.{output}"
+        self.result_of[value] = node, output
         self.num_bytes[value], self.made_by[value] = self.placed.local_bytes(node, output), node.name
         if node.name not in self.units:
             unit = self.units[node.name] = _Made(compute_s=self.op_s.get(node, 0.0), readers=[node])
@@ -127,6 +131,10 @@ class Recomputation:
         """A route that several of them ask for is taken once."""
         asked = {k for unit in units for reader in unit.readers for k in self._routes_of.get(reader, ())}
         return sum(self.route_s[k][1] for k in asked) + sum(unit.own_comm_s for unit in units)
+
+    def kept(self, choice: Collection[str]) -> frozenset[Result]:
+        """What stays from the forward to the backward under a choice."""
+        return frozenset(self.result_of[value] for value in self.values.walk(choice)[1])
 
     def point(self, choice: Choice, *, is_whole: bool = False) -> RecomputePoint:
         """The figures of a choice; saved_bytes: less what is kept where nothing runs again, 0 for nothing."""

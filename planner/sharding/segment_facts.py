@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,9 +13,8 @@ from ...profiler.joint import flatten_outputs, is_getitem
 from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
 from ...profiler.signature import results, split_backward
 from ...profiler.slots import INPUT, kind_of
-from ...profiler.work import attention_flops, is_view, op_work
-
-Result = tuple[fx.Node, int]  # an op or placeholder, and which of its results
+from ...profiler.work import attention_flops, op_work
+from .lifetimes import Result, RunLifetimes
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,28 +59,8 @@ class SegmentFacts:
         return saved_tensors(self.segment)
 
     @cached_property
-    def lifetimes(self) -> list[tuple[fx.Node, list[Result], list[Result]]]:
-        """Of each op in turn: the results beyond what is saved that it makes, and those that nothing reads after it."""
-        nodes = [n for n in self.segment.joint.graph.nodes if n.op == "call_function"]
-        last: dict[Result, int] = {}
-        for position, node in enumerate(nodes):
-            for operand in node.all_input_nodes:
-                last[storage_root(operand)] = position
-        for node in flatten_outputs(self.segment.joint.graph):
-            if isinstance(node, fx.Node):
-                last[storage_root(node)] = len(nodes)
-        saved = set(self.saved)
-        made = {node: [key for key in self._made_by(node) if key not in saved and key in last] for node in nodes}
-        held = {key for keys in made.values() for key in keys}
-        dying: dict[int, list[Result]] = defaultdict(list)
-        for key, position in last.items():
-            if key in held:
-                dying[position].append(key)
-        return [(node, made[node], dying[position]) for position, node in enumerate(nodes)]
-
-    def _made_by(self, node: fx.Node) -> Iterator[Result]:
-        if node in self.views and not is_view(node):
-            yield from ((node, k) for k, out in enumerate(self.views[node].outputs) if out is not None)
+    def lifetimes(self) -> RunLifetimes:
+        return RunLifetimes(self.segment)
 
 
 def saved_tensors(segment: Segment) -> list[Result]:

@@ -271,6 +271,7 @@ class Sharder:
             imbalance=self.cost_model.table.get("expert_imbalance"),
             expert_results=self._experts if shape.expert_ranks > 1 else frozenset(),
             dispatch_s=self.cost_model.stack.figures.dispatch_s,
+            on_cpu=self.cost_model.cluster.worst_device().kind == "cpu",
             lengths=self._lengths if shape.sequence_ranks > 1 else frozenset(),
         )
 

@@ -6,14 +6,14 @@ Prologue instances (input-only work) stand outside: every stage that reads their
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from ...costmodel.memory import StageState
-from ...costmodel.segment import RecomputePoint
+from ...costmodel.segment import RecomputePoint, Workspace
 from ...profiler.graph import ModelGraph
 from ..interfaces import ShardingSolution
 
@@ -31,6 +31,15 @@ class Repeat:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """A value that positions `earlier` and `later` both keep for their backwards, and none between them."""
+
+    earlier: int
+    later: int
+    num_bytes: float
+
+
+@dataclass(frozen=True)
 class Shape:
     """What depends on the model alone. Positions count the instances outside the prologue."""
 
@@ -40,6 +49,7 @@ class Shape:
     needs: tuple[frozenset[int], ...]  # position -> prologue instances that it needs, through others too
     spans: tuple[tuple[str, int, int, bool], ...]  # value, position of its producer, of its last reader, has a gradient
     repeats: tuple[tuple[int, int, str], ...]  # earlier position, later position, parameter
+    reads: tuple[tuple[str, ...], ...] = ()  # position -> value of each of its inputs; "" where it lasts anyway
 
 
 def model_shape(graph: ModelGraph) -> Shape:
@@ -83,6 +93,7 @@ def model_shape(graph: ModelGraph) -> Shape:
         for value, position in last_use.items()
         if place[producer[value]] < position
     )
+    lasting = {value for value, source in producer.items() if source in inside}  # counted with the prologue
     return Shape(
         tuple(instance.index for instance in body),
         tuple(instance.segment for instance in body),
@@ -90,6 +101,7 @@ def model_shape(graph: ModelGraph) -> Shape:
         tuple(needs),
         spans,
         tuple(repeats),
+        tuple(tuple("" if v in lasting or v not in producer else v for v in instance.inputs) for instance in body),
     )
 
 
@@ -116,6 +128,8 @@ def interval_maxima(values: np.ndarray) -> np.ndarray:
         table[i, i + 1 :] = np.maximum.accumulate(values[i:])
     return table
 
+
+SMALL_TENSORS_BYTES = 4096  # of a stage: losses, keys of the generator, the optimizer's counts of steps
 
 # What the backward makes again: of each position the place in its segment's recompute_points, or KEPT.
 Recompute = tuple[int, ...]
@@ -176,8 +190,9 @@ class Chain:
     forward_comm_s: np.ndarray
     backward_comm_s: np.ndarray
     activation_bytes: np.ndarray
-    forward_workspace_bytes: np.ndarray
-    backward_workspace_bytes: np.ndarray
+    workspace_bytes: np.ndarray  # inside a forward or backward, beyond what positions up to this one keep
+    made_workspace_bytes: np.ndarray  # the same where gradients of parameters are made first and added up later
+    end_workspace_bytes: np.ndarray  # at the end of such a backward
     param_elements: np.ndarray
     trainable_elements: np.ndarray
     summed_elements: np.ndarray  # of those: gradients are partial sums over the tensor axis
@@ -187,6 +202,7 @@ class Chain:
     prologue_s: dict[int, float]
     prologue_bytes: dict[int, int]
     repeats: tuple[Repeat, ...]
+    shared: tuple[Shared, ...]
     model_flops: float  # of one rank, one microbatch, all instances
 
     @property
@@ -208,16 +224,32 @@ class Chain:
 
     @cached_property
     def activation_of(self) -> np.ndarray:
-        """Prologue values, of which a stage may need any, are counted in full."""
-        return interval_sums(self.activation_bytes) + sum(self.prologue_bytes.values())
+        """[i, j] -> bytes that a stage of positions i..j-1 keeps of a microbatch."""
+        return self.kept_of + self.prologue_bytes_of
 
     @cached_property
-    def workspace_bytes(self) -> np.ndarray:
-        return np.maximum(self.forward_workspace_bytes, self.backward_workspace_bytes)
+    def kept_of(self) -> np.ndarray:
+        """[i, j] -> of the positions themselves."""
+        table = interval_sums(self.activation_bytes)
+        for value in self.shared:  # of stages that begin behind the first position that keeps it
+            table[value.earlier + 1 : value.later + 1, value.later + 1 :] += value.num_bytes
+        return table
 
     @cached_property
-    def workspace_of(self) -> np.ndarray:
-        return interval_maxima(self.workspace_bytes)
+    def prologue_bytes_of(self) -> np.ndarray:
+        """[i, j] -> values of the prologue that they need."""
+        count = self.num_instances
+        starts, table = np.arange(count + 1)[:, None], np.zeros((count + 1, count + 1))
+        for index, num_bytes in self.prologue_bytes.items():
+            needed = [-1, *(k if index in needs else -1 for k, needs in enumerate(self.shape.needs))]
+            table[starts <= np.maximum.accumulate(needed)[None, :]] += num_bytes
+        return table
+
+    def beside_kept(self, workspace: np.ndarray) -> np.ndarray:
+        """[i, j] -> most bytes of a forward or backward over positions i..j-1 beyond all that they keep: while one
+        position is worked on, those behind it keep nothing yet, or nothing any more."""
+        before = _sums(self.activation_bytes)
+        return np.maximum(interval_maxima(workspace + before[1:]) - before[None, :], 0.0)
 
     @cached_property
     def param_of(self) -> np.ndarray:
@@ -241,7 +273,7 @@ class Chain:
 
     @cached_property
     def buffer_of(self) -> np.ndarray:
-        return interval_sums(self.buffer_bytes)
+        return interval_sums(self.buffer_bytes) + SMALL_TENSORS_BYTES
 
     def _without_repeats(self, values: np.ndarray, kind: str) -> np.ndarray:
         """A parameter read twice within a stage is held once."""
@@ -295,9 +327,9 @@ def build_chain(
     # a backward that runs the forward again is one piece, whatever the schedule
     backward_input = column("backward_input_s") * compute_scale + backward_comm + np.where(again, weight, 0.0)
     backward_input = backward_input + again_s + again_comm
-    saved = column("saved_bytes")
     kept = np.array([cost.saved_bytes if p is None else p.saved_bytes for cost, p in zip(costs, points, strict=True)])
-    kept = kept.astype(float)
+    held = [cost.held_at(point) for cost, point in zip(costs, points, strict=True)]
+    kept, shared = _kept_once(shape, held, kept.astype(float))
     n = len(costs)
     cuts = {True: np.zeros(n + 2), False: np.zeros(n + 2)}
     for value, start, stop, has_gradient in shape.spans:
@@ -306,6 +338,8 @@ def build_chain(
             if direction or has_gradient:
                 cuts[direction][start + 1] += size
                 cuts[direction][stop + 1] -= size
+    passing, waiting = _passing(shape, solution, held)
+    in_forward = np.array([each.forward for each in held]) + passing
     by_index = {instance.index: instance for instance in graph.instances}
     prologue_costs = {index: solution.costs[by_index[index].segment] for index in shape.prologue}
     share = {
@@ -324,8 +358,9 @@ def build_chain(
         forward_comm_s=forward_comm,
         backward_comm_s=backward_comm + again_comm,
         activation_bytes=kept,
-        forward_workspace_bytes=column("workspace_bytes"),
-        backward_workspace_bytes=column("workspace_bytes") + np.maximum(saved - kept, 0.0),
+        workspace_bytes=np.maximum(in_forward, np.array([each.backward for each in held]) + waiting),
+        made_workspace_bytes=np.maximum(in_forward, np.array([each.backward_made for each in held]) + waiting),
+        end_workspace_bytes=np.array([each.end for each in held]) + waiting,
         param_elements=column("param_elements"),
         trainable_elements=column("trainable_elements"),
         summed_elements=column("summed_elements"),
@@ -335,8 +370,43 @@ def build_chain(
         prologue_s={index: cost.forward_s * compute_scale for index, cost in prologue_costs.items()},
         prologue_bytes={index: max(cost.output_bytes, cost.saved_bytes) for index, cost in prologue_costs.items()},
         repeats=tuple(repeats),
+        shared=shared,
         model_flops=sum(cost.model_flops for cost in costs),
     )
+
+
+def _kept_once(shape: Shape, held: Sequence[Workspace], kept: np.ndarray) -> tuple[np.ndarray, tuple[Shared, ...]]:
+    """(bytes that each position keeps and none before it, values that several keep)."""
+    latest: dict[str, int] = {}
+    shared = []
+    for position, (names, each) in enumerate(zip(shape.reads, held, strict=False)):
+        for name, num_bytes in zip(names, each.kept_inputs, strict=False):
+            if not num_bytes:
+                continue
+            if name in latest:
+                shared.append(Shared(latest[name], position, float(num_bytes)))
+            if not name or name in latest:
+                kept[position] -= num_bytes
+            if name:
+                latest[name] = position
+    return np.maximum(kept, 0.0), tuple(shared)
+
+
+def _passing(shape: Shape, solution: ShardingSolution, held: Sequence[Workspace]) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes that wait, beside each position, for positions behind it: values that nothing has kept yet, in its forward,
+    and gradients of values, in its backward."""
+    first_kept: dict[str, int] = {}
+    for position, (names, each) in enumerate(zip(shape.reads, held, strict=False)):
+        for name, num_bytes in zip(names, each.kept_inputs, strict=False):
+            if num_bytes:
+                first_kept.setdefault(name, position)
+    values, gradients = np.zeros(len(held)), np.zeros(len(held))
+    for value, start, stop, has_gradient in shape.spans:
+        size = solution.boundary_bytes.get(value, 0)
+        values[start + 1 : min(stop, first_kept.get(value, stop))] += size
+        if has_gradient:
+            gradients[start + 1 : stop] += size
+    return values, gradients
 
 
 def _share_of(graph: ModelGraph, segment: str, solution: ShardingSolution) -> float:
