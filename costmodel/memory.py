@@ -16,6 +16,9 @@ With Extents the D of a row is that of its kind of state: hybrid sharding splits
 nodes, and parameters may be split over fewer ranks than the optimizer's state (PaRO, arXiv:2310.06003; AMSP,
 arXiv:2311.00257).
 
+Experts that are cut over e of the data ranks have each kind of state over the other D/e of them alone: X such elements
+count as X gcd(D, e), of which a D-th is left.
+
 With the optimizer's state in host memory the last row is there, master copies too where k would be 0, with the
 gradients that it steps by; of gradients the device then keeps what leaves it at the end of the step alone:
 
@@ -34,6 +37,7 @@ updates), and what a roll-back of the step would need.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -129,6 +133,8 @@ class StageState:
     largest_segment_elements: Any  # parameter elements of its largest segment instance
     summed_elements: Any = 0  # of the trainable ones: gradients are partial sums over a tensor axis
     largest_trainable_elements: Any = None  # of the instance with most of them; None: of the largest, all are
+    expert_elements: Any = 0  # of all: experts that are cut over data ranks
+    largest_beside_experts: Any = None  # of the instance with most elements besides; None: none are cut so
 
 
 @dataclass(frozen=True)
@@ -173,13 +179,24 @@ def state_memory(
     extents: Extents | None = None,
     *,
     on_host: bool = False,
+    expert_ranks: int = 1,
 ) -> StateMemory:
     """See the module's table. state_ranks: over which ZeRO may split; with one of them `zero` counts for
-    nothing. extents: over all of them where None. on_host: the optimizer's state is in host memory."""
+    nothing. extents: over all of them where None. on_host: the optimizer's state is in host memory. expert_ranks: data
+    ranks that experts are cut over."""
     zero = zero if state_ranks > 1 else 0
     extents = extents if extents is not None and zero else Extents.of(zero, state_ranks)
     params, trainable, largest = state.param_elements, state.trainable_elements, state.largest_trainable_elements
     largest = state.largest_segment_elements if largest is None else largest
+    beside = state.largest_beside_experts
+    if beside is None or extents.parameters > math.gcd(extents.parameters, expert_ranks):
+        beside = state.largest_segment_elements  # experts are gathered like all else
+
+    def _share(elements: Any, parts: int) -> Any:
+        """Rounded up; elements may be an array."""
+        elements = held_elements(elements, state.expert_elements, parts, expert_ranks)
+        return elements if parts <= 1 else -(-elements // parts)
+
     shard = _share(trainable, extents.optimizer)
     accumulates = state_ranks > 1 or num_microbatches > 1
     each = kinds.reduce if accumulates else kinds.compute
@@ -190,11 +207,12 @@ def state_memory(
     stepped = _smaller(shard, largest) if device_kind == "cpu" or on_host else shard
     step_temporaries = (stepped * kinds.step_tensors + shard * kinds.kept_tensors) * kinds.master
     parameters = _share(params, extents.parameters) * kinds.compute
-    gathered_each = state.largest_segment_elements * gathered
+    gathered_each = beside * gathered
     if on_host:
         early = leave_early(state_ranks, zero, extents)
-        held = state.summed_elements if early else trainable
-        gradients = (_share(held, extents.gradients) + (shard if zero == 1 else 0)) * each
+        kept = state.summed_elements if early else trainable
+        kept = -(-kept // extents.gradients) if early else _share(kept, extents.gradients)
+        gradients = (kept + (shard if zero == 1 else 0)) * each
         leaving = largest * (kinds.compute if state_ranks == 1 else reduced)
         stepped_by = kinds.reduce + (0 if kinds.reduces_in_master else kinds.master)
         return StateMemory(
@@ -220,9 +238,10 @@ def state_memory(
     )
 
 
-def _share(elements: Any, parts: int) -> Any:
-    """Rounded up; elements may be an array."""
-    return elements if parts <= 1 else -(-elements // parts)
+def held_elements(elements: Any, experts: Any, extent: int, expert_ranks: int) -> Any:
+    """As many elements as, split over `extent` ranks, leave what a rank has: experts, which are among the elements and
+    cut over expert_ranks of them already, are split over the others alone."""
+    return elements + experts * (math.gcd(extent, expert_ranks) - 1)
 
 
 def _smaller(first: Any, second: Any) -> Any:

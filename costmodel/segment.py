@@ -69,6 +69,7 @@ class SegmentCost:
     # all choices but to keep everything: by seconds, each freeing less a second than the one before; that of the whole
     # segment stands last where it is none of those
     recompute_points: tuple[RecomputePoint, ...]
+    expert_elements: int = 0  # of the trainable: experts that are cut over data ranks
     summed_elements: int = 0  # of the trainable: gradients that are partial sums over the tensor axis, once a step
     param_bytes: int = 0  # each parameter in its own dtype
     workspace: Workspace | None = None

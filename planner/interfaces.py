@@ -56,6 +56,11 @@ class Sharder(Protocol):
         """That solution and others that are slower and keep fewer bytes, or less training state, fastest first."""
         ...
 
+    def dispatch_seconds(self, mesh: MeshShape, local_batch: int) -> tuple[float, float]:
+        """Of a microbatch through the whole model, forward and backward: what sending tokens to experts takes at
+        least."""
+        ...
+
     def leanest(self, mesh: MeshShape, local_batch: int, *, state_share: float) -> ShardingSolution | None:
         """Of least bytes, where a byte of training state counts as state_share of one that is kept for the
         backward."""

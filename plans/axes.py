@@ -327,15 +327,18 @@ class MeshShape:
         axis = axis or next(name for name in placement_axes() if self.size(name) > 1)
         return MeshShape.of().with_sizes({axis: num_devices})
 
-    def in_copies(self, extent: int) -> tuple[MeshShape, str, str]:
+    def in_copies(self, extent: int, beside: Iterable[str] = ()) -> tuple[MeshShape, str, str]:
         """The mesh with the axes that ZeRO splits state over as one, and that in two digits: `extent` neighbours that
-        share one copy, and the copies. Also the names of both digits, copies first."""
-        axes = state_axes()
+        share one copy, and the copies. Also the names of both digits, copies first. beside: state axes that stay apart,
+        inside the others."""
+        apart = {axis for axis in beside if self.size(axis) > 1}
+        axes = state_axes_beside(apart)
+        copies = self.size_of(axes) // extent
         outer, inner = (f"{'.'.join(axes)}.{digit}" for digit in ("copies", "shards"))
         rows: list[tuple[str, int]] = []
         for axis, size in self.factors.items():
             if axis == axes[0]:
-                rows += [(outer, self.state_ranks // extent), (inner, extent)]
+                rows += [(outer, copies), (inner, extent)]
             elif axis not in axes:
                 rows.append((axis, size))
         return MeshShape(tuple(name for name, _ in rows), tuple(size for _, size in rows)), outer, inner

@@ -14,6 +14,10 @@ from distributed import run_ranks
 from torch import nn
 
 import shardwright
+from shardwright.errors import ShardwrightError
+from shardwright.planner.sharding.expert_costs import copies_of_token
+from shardwright.planner.space.candidates import enumerate_candidates
+from shardwright.planner.space.forcing import Forced
 from shardwright.plans.document import Plan
 from shardwright.profiler.workload import OptimizerSpec
 
@@ -159,3 +163,35 @@ def test_the_users_own_optimizer_steps_experts_and_the_rest() -> None:
     plan = _planned("even", 2, LAYOUTS[0], layers=1).to_json()
     own, given = (run_ranks(2, _train, plan, "", False, False, 3, flag)[0] for flag in (True, False))
     assert own == pytest.approx(given, rel=1e-9)
+
+
+def test_widths_of_the_expert_axis_are_tried_for_models_with_experts_alone() -> None:
+    def widths(num_experts: int) -> set[int]:
+        found = enumerate_candidates(Forced(), 8, 8, 4, max_tensor=8, num_experts=num_experts)
+        return {candidate.mesh.expert_ranks for candidate in found}
+
+    assert widths(0) == {1} and widths(4) == {1, 2, 4} and widths(6) == {1, 2} and widths(64) == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("force", "match", "works"),
+    [
+        ({"dp": 4, "ep": 8}, "ep=8, and a layer of the model has 4 experts", "--force ep=4"),
+        ({"dp": 2, "ep": 4}, "ep=4 does not divide dp=2", "--force ep=2"),
+        ({"tp": 4, "ep": 2}, "ep=2", "--force ep=1"),
+        ({"experts": "gather"}, "no experts are split", "--force ep=2"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_with_what_works(force: dict[str, Any], match: str, works: str) -> None:
+    with pytest.raises(ShardwrightError, match=match) as caught:
+        _planned("even", 4, force)
+    assert caught.value.exit_code == 4 and caught.value.works == works
+
+
+def test_a_token_goes_once_to_each_rank_that_it_needs() -> None:
+    assert copies_of_token(8, 1) == 1 and copies_of_token(1, 16) == pytest.approx(1)
+    assert copies_of_token(8, 2) == pytest.approx(2 - 2**-7) and copies_of_token(8, 16) == pytest.approx(
+        6.454, abs=1e-3
+    )
+    assert copies_of_token(8, 8, parts=2) == pytest.approx(8 * (1 - (15 / 16) ** 8))

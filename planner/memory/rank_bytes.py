@@ -203,13 +203,16 @@ def held_beside(workspace: np.ndarray, kept: np.ndarray) -> float:
 def state_memory_of(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
     c = candidate
     ranks, zero, kinds = c.state_ranks, c.zero, setting.kinds
-    return memory.state_memory(state, kinds, ranks, zero, c.count, kind, c.extents, on_host=c.on_host)
+    return memory.state_memory(
+        state, kinds, ranks, zero, c.count, kind, c.extents, on_host=c.on_host, expert_ranks=c.mesh.expert_ranks
+    )
 
 
 def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
     kind = setting.mesh(candidate).devices[0].kind
     whole = chain.param_of, chain.trainable_of, chain.buffer_of
-    state = StageState(*whole, chain.largest_of, chain.summed_of, chain.largest_trainable_of)
+    largest = chain.largest_of, chain.summed_of, chain.largest_trainable_of
+    state = StageState(*whole, *largest, chain.expert_of, chain.largest_beside_of)
     held = state_memory_of(setting, candidate, state, kind)
     lasting = held.parameters + held.optimizer + held.buffers
     if candidate.num_stages > 1:
@@ -315,7 +318,8 @@ def _whole(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
 def _whole_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
     n, kind = chain.num_instances, setting.mesh(candidate).devices[0].kind
     summed = chain.summed_of[0, n]
-    whole = StageState(chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n], 0, summed)
+    held = chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n]
+    whole = StageState(*held, 0, summed, expert_elements=chain.expert_of[0, n])
     held = state_memory_of(setting, candidate, whole, kind)
     return _WholeBytes(
         held.parameters + held.optimizer + held.buffers,

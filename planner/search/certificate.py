@@ -53,8 +53,8 @@ def own_order_bound(state: SearchState, candidate: Candidate, least: Sequence[tu
 
 
 def _split_all(state: SearchState, candidate: Candidate, chain: Chain | Between) -> Chain | Between:
-    """The chain, with the parameters that a tensor axis which splits all of them leaves."""
-    ranks = candidate.tensor_ranks
+    """The chain, with the parameters that axes which split all of them leave."""
+    ranks = candidate.tensor_ranks * candidate.mesh.expert_ranks
     if isinstance(chain, Between) and ranks > 1:
         lower, upper = (state.setting.once(_split_over, one, state, ranks, one) for one in (chain.lower, chain.upper))
         return Between(lower, upper, chain.share)
@@ -66,11 +66,12 @@ def _split_all(state: SearchState, candidate: Candidate, chain: Chain | Between)
 def _split_over(state: SearchState, ranks: int, chain: Chain) -> Chain:
     held = chain.param_elements.sum(), chain.trainable_elements.sum()
     shares = [min(1.0, least / ranks / max(have, 1.0)) for least, have in zip(_elements(state), held, strict=True)]
-    if min(shares) > WHOLE and not chain.summed_elements.any():
+    if min(shares) > WHOLE and not chain.summed_elements.any() and not chain.expert_elements.any():
         return chain
     return replace(
         chain,
         summed_elements=np.zeros_like(chain.summed_elements),
+        expert_elements=np.zeros_like(chain.expert_elements),
         param_elements=chain.param_elements * shares[0],
         trainable_elements=chain.trainable_elements * shares[1],
         repeats=(),
@@ -84,9 +85,13 @@ def _elements(state: SearchState) -> tuple[float, float]:
 
 
 def ideal_seconds(state: SearchState, candidate: Candidate, schedule: str) -> float:
-    """Step without collectives, every op as efficient as on the whole batch. schedule: '' for any."""
+    """Step without collectives but those that send tokens to experts, every op as efficient as on the whole batch.
+    schedule: '' for any."""
     parts = candidate.mesh.ranks_per_stage * candidate.count
     forward_s, backward_s = state.whole_forward_s / parts, state.whole_backward_s / parts
+    if candidate.mesh.expert_ranks > 1:
+        sent = state.sharder.dispatch_seconds(candidate.mesh, candidate.local_batch)
+        forward_s, backward_s = forward_s + sent[0], backward_s + sent[1]
     return path_seconds(schedule, forward_s, backward_s, candidate.pp, candidate.count)
 
 
@@ -121,7 +126,7 @@ def not_searched(state: SearchState) -> list[str]:
     """In few words, what a plan could have that none of the candidates has."""
     forced, cluster = state.forced, state.setting.cluster
     cut = any(candidate.mesh.sequence_ranks > 1 for candidate in state.candidates)
-    left_out = ["expert axes" if cut else "context and expert axes", "other orders of the axes"]
+    left_out = ["other orders of the axes"] if cut else ["context axes", "other orders of the axes"]
     for axis in searched_axes():
         widest = max(candidate.mesh.size(axis) for candidate in state.candidates)
         if axis in tensor_axes() and not forced.sizes and widest < cluster.num_devices:

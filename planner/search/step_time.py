@@ -93,7 +93,7 @@ def _plain_backward(setting: Setting, candidate: Candidate, chain: Chain) -> flo
 def _once_of(setting: Setting, candidate: Candidate, chain: Chain, tables: StageTables) -> _Once:
     mesh, n, p = setting.mesh(candidate), chain.num_instances, candidate.pp
     scale = min(mesh.scales)
-    stepped = chain.trainable_of[0, n] / candidate.extents.optimizer / p
+    stepped = chain.stepped(0, n, candidate.extents.optimizer, candidate.mesh.expert_ranks) / p
     fastest = setting.cost_model.fastest_memory(mesh.devices)
     return _Once(
         float(tables.forward_of[0, n]) * scale,
@@ -312,7 +312,8 @@ def _copies_sum_s(setting: Setting, candidate: Candidate, chain: Chain, i: int, 
     first, *others = (place[stage] for place in placements_of(candidate))
     if others in ([], [first]):
         return 0.0
-    num_bytes = chain.trainable_of[i, j] / candidate.extents.optimizer * setting.kinds.reduce
+    held = chain.stepped(i, j, candidate.extents.optimizer, candidate.mesh.expert_ranks)
+    num_bytes = held * setting.kinds.reduce
     hop = setting.mesh(candidate).hop(first, others[0], num_bytes, 0.0)
     return float(hop.forward_latency_s + hop.forward_occupancy_s)
 
@@ -326,8 +327,9 @@ def tails(setting: Setting, candidate: Candidate, chain: Chain, bounds: tuple[in
     for stage in range(candidate.num_stages):
         i, j = bounds[stage], bounds[stage + 1]
         for rank in {row[stage] for row in placements_of(candidate)}:
-            elements[rank] += chain.trainable_of[i, j] / parts
-            late[rank] += (chain.summed_of if early else chain.trainable_of)[i, j] / parts
+            stepped = chain.stepped(i, j, parts, candidate.mesh.expert_ranks)
+            elements[rank] += stepped
+            late[rank] += chain.summed_of[i, j] / parts if early else stepped
             gather_s[rank] += float(tables.refresh_s[i:j].sum())
     rank_of = np.repeat(place, np.diff(bounds))
     for repeat in chain.repeats:

@@ -76,6 +76,7 @@ def evaluate(placed: Placed) -> SegmentCost:
         workspace_bytes=held.backward,
         model_flops=flops,
         recompute_points=_points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes, working),
+        expert_elements=int(sum(e for i, e in enumerate(trained) if is_of_experts(placed, i))),
         summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
         workspace=held,
     )
@@ -134,6 +135,13 @@ def _points(placed: Placed, again: Recomputation, saved_bytes: int, working: Wor
         )
         for point in points
     )
+
+
+def is_of_experts(placed: Placed, slot: int) -> bool:
+    """Does an axis of experts cut the parameter?"""
+    axes = placed.mesh.axes
+    places = placed.at(slot_name(PARAM, slot)) or (R,) * len(axes)
+    return any(p >= 0 and axis.size > 1 and axis.role.cuts_experts for p, axis in zip(places, axes, strict=True))
 
 
 def is_summed(placed: Placed, slot: int) -> bool:

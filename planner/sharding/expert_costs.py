@@ -20,13 +20,15 @@ Result = tuple[fx.Node, int]
 
 def expert_results(graph: ModelGraph) -> frozenset[Result]:
     """Parameters that expert ops alone read, what is made of them on the way there, and their gradients."""
-    return frozenset(result for segment in graph.segments.values() for result in _of_segment(segment))
+    segments = [segment for segment in graph.segments.values() if segment.joint is not None]
+    return frozenset(result for segment in segments for result in _of_segment(segment))
 
 
 def most_experts(graph: ModelGraph) -> int:
-    """The experts of an op that has the fewest; 0 where the model has no expert op."""
-    found = [view_of(node).inputs[-1 if len(view_of(node).inputs) == 5 else -2].shape[0] for node in _ops(graph)]
-    return min(found, default=0)
+    """The experts of a layer that has the fewest, of those that may be split; 0 where the model has none."""
+    split = expert_results(graph)
+    weights = [node for node in _ops(graph) if all(origin(w) in split for w in _weights(node))]
+    return min((_weights(node)[0].meta["val"].shape[0] for node in weights), default=0)
 
 
 def _ops(graph: ModelGraph) -> Iterator[fx.Node]:
@@ -126,6 +128,16 @@ def dispatched(mesh: Mesh, strategies: Sequence[Strategy]) -> tuple[Axis, int] |
     for axis, strategy in zip(mesh.axes, strategies, strict=True):
         parts *= axis.size if strategy.lowering.startswith("own_experts") else 1
     return mesh.axes[at], parts
+
+
+def least_dispatch_s(mesh: Mesh, node: fx.Node, listed: Sequence[Strategy]) -> float:
+    """Of an expert op whose tokens are sent, whatever else is chosen: tokens split over all axes that may split them,
+    experts over all others. listed: its strategies."""
+    tokens = next(s for s in listed if not s.lowering and s.inputs[0] >= 0)
+    sent = next(s for s in listed if is_dispatch(s))
+    cut = next(s for s in listed if s.lowering.startswith("own_experts"))
+    option = [sent if axis.role.cuts_experts else cut if axis.role.cuts_params else tokens for axis in mesh.axes]
+    return dispatch_s(mesh, option, [mesh.sizes(*origin(n)) for n in view_of(node).operands])
 
 
 def dispatch_s(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes]) -> float:

@@ -312,14 +312,21 @@ class _SegmentBuilder:
             here = self.mesh.fitting(axis, listed, operands, results, is_view(node))
             if self.mesh.attention != "auto" and axis.role.carries_sequence and axis.size > 1 and is_attention(node):
                 here = [s for s in here if form_of(s, node) == self.mesh.attention]
-            if self.mesh.experts != "auto" and axis.role.cuts_experts and axis.size > 1 and is_expert_op(node):
-                here = [s for s in here if form_of_experts(s) == self.mesh.experts]
+            if axis.role.cuts_experts and axis.size > 1 and is_expert_op(node):
+                here = self._of_form(here)
             found = [(*before, s) for before in found for s in here if self.mesh.joins(before, s, tensors)]
         if not found and is_expert_op(node):
             raise _no_such_experts(self.mesh)
         if not found:
             raise _no_such_attention(self.mesh, operands[0])
         return found
+
+    def _of_form(self, listed: list[Strategy]) -> list[Strategy]:
+        """Of an expert op, on an axis that may cut experts. Where they are whole on it, it is a part of the data axis
+        like any other: the mesh without it is there for that, so that tokens are sent where nothing else is forced."""
+        form = "dispatch" if self.mesh.experts == "auto" else self.mesh.experts
+        found = [s for s in listed if form_of_experts(s) == form]
+        return listed if not found and self.mesh.experts == "auto" else found
 
     def _op_costs(
         self, node: fx.Node, options: list[Strategies], operands: list[Sizes], results: list[Sizes]

@@ -20,6 +20,7 @@ from torch import fx
 from ...costmodel.attention import AttentionCall
 from ...costmodel.model import CostModel
 from ...errors import ExitCode, ShardwrightError
+from ...ops.expert_rules import is_expert_op
 from ...ops.placement import Places, R, shares
 from ...plans.axes import AxisRole, MeshShape, placement_axes, role_of
 from ...plans.document import ConservativeOp
@@ -32,7 +33,7 @@ from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..solver import Solution
 from .cost import evaluate, op_load
-from .expert_costs import expert_results
+from .expert_costs import expert_results, least_dispatch_s
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
 from .pins import Pins, cannot_meet
 from .problem import STATE, Build, Catalog, Demands, build
@@ -119,6 +120,7 @@ class Sharder:
         self._leanest: dict[tuple[Key, float], ShardingSolution] = {}
         self._least_states: dict[Key, float] = {}
         self._sums: dict[MeshShape, Sums] = {}
+        self._dispatches: dict[Key, tuple[float, float]] = {}
         self.moves: dict[Key, dict[str, list[Move]]] = {}
 
     # ------------------------------------------------------------------ public
@@ -138,9 +140,7 @@ class Sharder:
         if key not in self._frontiers:
             share = self.job.state_left(mesh.state_ranks)
             points = [self.solve(mesh, local_batch)]
-            if (
-                mesh.tensor_ranks * mesh.sequence_ranks * mesh.expert_ranks == 1 or self.job.memory_first
-            ):  # there is nothing to choose
+            if mesh.tensor_ranks * mesh.sequence_ranks == 1 or self.job.memory_first:  # there is nothing to choose
                 self._frontiers[key] = points
                 return points
             points.append(self._at_price(key, self._dear(share)))
@@ -265,7 +265,7 @@ class Sharder:
             memory_s=self._memory_s,
             scratch_of=self._scratch_bytes,
             state_of=self.job.state_of,
-            sum_all_s=self.sums(shape).seconds if shape.tensor_ranks * shape.expert_ranks > 1 else None,
+            sum_all_s=self.sums(shape).seconds if shape.tensor_ranks > 1 else None,
             attention=self.job.attention,
             experts=self.job.experts,
             imbalance=self.cost_model.table.get("expert_imbalance"),
@@ -289,6 +289,21 @@ class Sharder:
             return by_links if role.cost is None else role.cost(kind, num_bytes, by_links)
 
         return Axis(role.name, size, seconds, role)
+
+    def dispatch_seconds(self, mesh: MeshShape, local_batch: int) -> tuple[float, float]:
+        """Of a microbatch through the whole model, forward and backward: what sending tokens to experts takes at
+        least."""
+        if mesh.expert_ranks == 1 or self.job.experts == "gather":
+            return 0.0, 0.0
+        key = mesh.of_stage, local_batch
+        if key not in self._dispatches:
+            on, sums = self.mesh(*key), {"forward": 0.0, "backward": 0.0}
+            for name, segment in self.graph.segments.items():
+                for node in filter(is_expert_op, segment.joint.graph.nodes):
+                    seconds = least_dispatch_s(on, node, self._catalog.of(node)[1])
+                    sums[node.meta.get("phase", "forward")] += self.counts[name] * seconds
+            self._dispatches[key] = sums["forward"], sums["backward"]
+        return self._dispatches[key]
 
     # ------------------------------------------------------------------ solving
 
@@ -333,7 +348,7 @@ class Sharder:
         started = time.perf_counter()
         mesh, made = self._problem(key)
         cuts_params = key[0].tensor_ranks > 1
-        has_choice = cuts_params or key[0].sequence_ranks > 1 or key[0].expert_ranks > 1
+        has_choice = cuts_params or key[0].sequence_ranks > 1
         solved = self._solved(mesh, made, Prices())
         found = self._figures(key, solved, started)
         least_s = found.lower_bound_s

@@ -182,7 +182,7 @@ def _meshes(
 
 
 def _expert_widths(forced: Forced, data_ranks: int, num_experts: int) -> Iterator[dict[str, int]]:
-    """Of the data ranks, how many hold different experts."""
+    """Of the data ranks, how many hold different experts: powers of two that divide both, up to all."""
     (axis,) = expert_axes()
     wanted = forced.size(axis)
     if wanted is not None:
@@ -190,6 +190,10 @@ def _expert_widths(forced: Forced, data_ranks: int, num_experts: int) -> Iterato
             yield {axis: wanted}
         return
     yield {}
+    width = 2
+    while width <= num_experts and num_experts % width == 0 and data_ranks % width == 0:
+        yield {axis: width}
+        width *= 2
 
 
 def _zeros(forced: Forced, ranks: int) -> Sequence[int]:

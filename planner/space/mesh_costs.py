@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property, lru_cache
 from typing import Any
 
 from ...costmodel.model import CostModel
 from ...costmodel.stage_times import Hop
-from ...plans.axes import MeshShape, state_axes, tensor_axes
+from ...plans.axes import MeshShape, expert_axes, state_axes, tensor_axes
 from ...profiler.cluster import Cluster
 
 SAMPLE_BYTES = 1 << 30
@@ -45,6 +46,24 @@ class MeshCosts:
         if size == 1 or num_bytes <= 0:
             return 0.0
         return self.cost_model.state_collective_seconds(kind, num_bytes, self._links(extent, across))
+
+    def expert_extent(self, extent: int) -> int:
+        """Over how many ranks a kind of state of experts is split, where that of the rest is over `extent`."""
+        return extent // math.gcd(extent, self.shape.expert_ranks)
+
+    def expert_seconds(self, kind: str, num_bytes: float, extent: int, across: bool = False) -> float:
+        """The same of what experts have there: over the data ranks that hold the same experts."""
+        if num_bytes <= 0:
+            return 0.0
+        ranks, inside = self.state_ranks // self.shape.expert_ranks, self.expert_extent(extent)
+        size = ranks // inside if across else inside
+        if size == 1:
+            return 0.0
+        return self.cost_model.collective_seconds(kind, num_bytes, self._expert_links(inside, across))
+
+    def _expert_links(self, extent: int, across: bool) -> Any:
+        shape, copies, shards = self.shape.in_copies(extent, beside=expert_axes())
+        return self.cluster.axis_links(shape.factors, copies if across else shards)
 
     def _sum_seconds(self, num_bytes: float, with_data: bool) -> float:
         """An all-reduce over the axes that cut parameters, or over them and the data-parallel axes as one."""

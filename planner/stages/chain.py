@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ...costmodel.memory import StageState
+from ...costmodel.memory import StageState, held_elements
 from ...costmodel.segment import RecomputePoint, Workspace
 from ...profiler.graph import ModelGraph
 from ..interfaces import ShardingSolution
@@ -196,6 +196,7 @@ class Chain:
     param_elements: np.ndarray
     trainable_elements: np.ndarray
     summed_elements: np.ndarray  # of those: gradients are partial sums over the tensor axis
+    expert_elements: np.ndarray  # of the trainable: experts that are cut over data ranks
     buffer_bytes: np.ndarray
     cut_forward_bytes: np.ndarray  # sent over cut k, between positions k-1 and k
     cut_backward_bytes: np.ndarray
@@ -264,6 +265,19 @@ class Chain:
         return interval_sums(self.summed_elements)
 
     @cached_property
+    def expert_of(self) -> np.ndarray:
+        return interval_sums(self.expert_elements)
+
+    @cached_property
+    def largest_beside_of(self) -> np.ndarray:
+        return interval_maxima(self.param_elements - self.expert_elements)
+
+    def stepped(self, start: int, stop: int, extent: int, expert_ranks: int) -> float:
+        """Elements that a rank steps over, whose optimizer's state is split over `extent` ranks."""
+        trained, experts = self.trainable_of[start, stop], self.expert_of[start, stop]
+        return float(held_elements(trained, experts, extent, expert_ranks)) / extent
+
+    @cached_property
     def largest_of(self) -> np.ndarray:
         return interval_maxima(self.param_elements)
 
@@ -290,6 +304,8 @@ class Chain:
             math.ceil(self.largest_of[start, stop]),
             math.ceil(self.summed_of[start, stop]),
             math.ceil(self.largest_trainable_of[start, stop]),
+            math.ceil(self.expert_of[start, stop]),
+            math.ceil(self.largest_beside_of[start, stop]),
         )
 
     def prologue_of(self, start: int, stop: int) -> list[int]:
@@ -364,6 +380,7 @@ def build_chain(
         param_elements=column("param_elements"),
         trainable_elements=column("trainable_elements"),
         summed_elements=column("summed_elements"),
+        expert_elements=column("expert_elements"),
         buffer_bytes=column("buffer_bytes"),
         cut_forward_bytes=np.cumsum(cuts[True])[: n + 1],
         cut_backward_bytes=np.cumsum(cuts[False])[: n + 1],

@@ -35,6 +35,8 @@ from .chain import Chain, interval_sums
 from .host_state import microbatch_seconds
 from .setting import Setting
 
+Collective = tuple[Callable[[float], float], Callable[[float], float]]  # bytes -> seconds: of experts the second
+
 
 @dataclass(frozen=True, eq=False)
 class StageTables:
@@ -111,13 +113,24 @@ def _build(
     def moving(num_bytes: float) -> float:
         return setting.cost_model.op_seconds("copy_", 0.0, num_bytes, setting.workload.precision.master, device)
 
-    nothing = np.zeros(n)
+    nothing, experts = np.zeros(n), chain.expert_elements
     accumulated = chain.trainable_elements if accumulates else chain.summed_elements
     accumulate = per_position(accumulated, lambda e: moving(e * kinds.moved_by_accumulation))
     inside, use = extents.optimizer, extents.parameters
 
-    def over(kind: str, element_bytes: int, extent: int, across: bool = False) -> Callable[[float], float]:
-        return lambda e: mesh.state_seconds(kind, e * element_bytes, extent, across)
+    def over(kind: str, extent: int, across: bool = False) -> Collective:
+        """Of bytes; those of experts go over the data ranks that have the same ones."""
+        return (
+            lambda b: mesh.state_seconds(kind, b, extent, across),
+            lambda b: mesh.expert_seconds(kind, b, extent, across),
+        )
+
+    def each(elements: np.ndarray, element_bytes: int, parts: int, collective: Collective) -> np.ndarray:
+        """elements: of all; what is left of them behind a split over `parts` ranks moves."""
+        rest, of_experts = collective
+        seconds = per_position((elements - experts) / parts, lambda e: rest(e * element_bytes))
+        left = experts / mesh.expert_extent(parts)
+        return seconds + per_position(left, lambda e: of_experts(e * element_bytes))
 
     def in_buckets(elements: np.ndarray, seconds: Callable[[float], float]) -> np.ndarray:
         """seconds: of a collective, by bytes."""
@@ -132,22 +145,26 @@ def _build(
 
     summed, alone = chain.summed_elements, chain.trainable_elements - chain.summed_elements
     if zero:
-        scatters = in_buckets(chain.trainable_elements, lambda b: mesh.state_seconds("reduce_scatter", b, inside))
-        sums = per_position(chain.trainable_elements / inside, over("all_reduce", kinds.reduce, inside, True))
+        rest, of_experts = over("reduce_scatter", inside)
+        scatters = in_buckets(chain.trainable_elements - experts, rest) + in_buckets(experts, of_experts)
+        sums = each(chain.trainable_elements, kinds.reduce, inside, over("all_reduce", inside, True))
         sums = sums + in_buckets(summed / inside, lambda b: mesh.sum_seconds(b, False))
     else:
-        scatters = in_buckets(alone, lambda b: mesh.state_seconds("all_reduce", b))
+        rest, of_experts = over("all_reduce", mesh.state_ranks)
+        scatters = in_buckets(np.maximum(alone - experts, 0.0), rest) + in_buckets(experts, of_experts)
         scatters = scatters + in_buckets(summed, lambda b: mesh.sum_seconds(b, True))
         sums = nothing
-    gathers = per_position(chain.param_elements, over("all_gather", kinds.compute, use)) if zero == 3 else nothing
-    refreshed = (
-        per_position(chain.param_elements / use, _refresh(mesh, kinds.compute, use, inside)) if zero else nothing
-    )
+    gathers = each(chain.param_elements, kinds.compute, 1, over("all_gather", use)) if zero == 3 else nothing
+    refreshed = nothing
+    if zero and inside > use:  # ranks with the same part of the parameters put together what each of them stepped
+        collective = over("all_gather", inside) if use == 1 else over("all_gather", use, inside == mesh.state_ranks)
+        refreshed = each(chain.param_elements, kinds.compute, use, collective)
     forward, backward = chain.forward_s, chain.backward_s + accumulate
     forward_of, backward_of = interval_sums(forward), interval_sums(backward)
     hides = device.kind != "cpu"
     unhidden = setting.cost_model.stack.figures.unhidden_fraction if hides else 0.0
-    unpack = per_position(chain.param_elements, lambda e: moving(2 * e * kinds.compute)) if zero == 3 else nothing
+    unpacked = chain.param_elements - (experts if mesh.expert_extent(use) == 1 else 0.0)
+    unpack = per_position(unpacked, lambda e: moving(2 * e * kinds.compute)) if zero == 3 else nothing
     if zero >= 2 and not hides:
         forward, backward = forward + unpack, backward + unpack + scatters
         if zero == 3:
@@ -168,15 +185,6 @@ def _build(
         backward_s=backward if hides else nothing,
         unhidden=unhidden,
     )
-
-
-def _refresh(mesh: MeshCosts, element_bytes: int, use: int, inside: int) -> Callable[[float], float]:
-    """After the optimizer: ranks with the same part of the parameters put together what each of them stepped."""
-    if inside <= use:
-        return lambda e: 0.0
-    if use == 1:
-        return lambda e: mesh.state_seconds("all_gather", e * element_bytes, inside)
-    return lambda e: mesh.state_seconds("all_gather", e * element_bytes, use, inside == mesh.state_ranks)
 
 
 def _beside(compute_s: np.ndarray, collective_s: np.ndarray, unhidden: float) -> np.ndarray:
