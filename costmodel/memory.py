@@ -134,6 +134,7 @@ class StageState:
     summed_elements: Any = 0  # of the trainable ones: gradients are partial sums over a tensor axis
     largest_trainable_elements: Any = None  # of the instance with most of them; None: of the largest, all are
     expert_elements: Any = 0  # of all: experts that are cut over data ranks
+    expert_ranks: int = 1  # so many of them
     largest_beside_experts: Any = None  # of the instance with most elements besides; None: none are cut so
 
 
@@ -179,22 +180,20 @@ def state_memory(
     extents: Extents | None = None,
     *,
     on_host: bool = False,
-    expert_ranks: int = 1,
 ) -> StateMemory:
     """See the module's table. state_ranks: over which ZeRO may split; with one of them `zero` counts for
-    nothing. extents: over all of them where None. on_host: the optimizer's state is in host memory. expert_ranks: data
-    ranks that experts are cut over."""
+    nothing. extents: over all of them where None. on_host: the optimizer's state is in host memory."""
     zero = zero if state_ranks > 1 else 0
     extents = extents if extents is not None and zero else Extents.of(zero, state_ranks)
     params, trainable, largest = state.param_elements, state.trainable_elements, state.largest_trainable_elements
     largest = state.largest_segment_elements if largest is None else largest
     beside = state.largest_beside_experts
-    if beside is None or extents.parameters > math.gcd(extents.parameters, expert_ranks):
+    if beside is None or extents.parameters > math.gcd(extents.parameters, state.expert_ranks):
         beside = state.largest_segment_elements  # experts are gathered like all else
 
     def _share(elements: Any, parts: int) -> Any:
         """Rounded up; elements may be an array."""
-        elements = held_elements(elements, state.expert_elements, parts, expert_ranks)
+        elements = held_elements(elements, state.expert_elements, parts, state.expert_ranks)
         return elements if parts <= 1 else -(-elements // parts)
 
     shard = _share(trainable, extents.optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -203,16 +203,18 @@ def held_beside(workspace: np.ndarray, kept: np.ndarray) -> float:
 def state_memory_of(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
     c = candidate
     ranks, zero, kinds = c.state_ranks, c.zero, setting.kinds
-    return memory.state_memory(
-        state, kinds, ranks, zero, c.count, kind, c.extents, on_host=c.on_host, expert_ranks=c.mesh.expert_ranks
-    )
+    if c.mesh.expert_ranks > 1:
+        state = replace(state, expert_ranks=c.mesh.expert_ranks)
+    return memory.state_memory(state, kinds, ranks, zero, c.count, kind, c.extents, on_host=c.on_host)
 
 
 def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> IntervalBytes:
     kind = setting.mesh(candidate).devices[0].kind
     whole = chain.param_of, chain.trainable_of, chain.buffer_of
     largest = chain.largest_of, chain.summed_of, chain.largest_trainable_of
-    state = StageState(*whole, *largest, chain.expert_of, chain.largest_beside_of)
+    state = StageState(
+        *whole, *largest, expert_elements=chain.expert_of, largest_beside_experts=chain.largest_beside_of
+    )
     held = state_memory_of(setting, candidate, state, kind)
     lasting = held.parameters + held.optimizer + held.buffers
     if candidate.num_stages > 1:

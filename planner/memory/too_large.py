@@ -99,8 +99,14 @@ def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Pos
     whole, stepped = (np.maximum(elements - candidate.state_ranks, 0.0) for elements in (params, trainable))
     kind = setting.mesh(candidate).devices[0].kind
     largest = chain.param_elements, chain.summed_elements, chain.trainable_elements
-    beside = chain.expert_elements, chain.param_elements - chain.expert_elements
-    held = StageState(whole, stepped, chain.buffer_bytes, *largest, *beside)
+    held = StageState(
+        whole,
+        stepped,
+        chain.buffer_bytes,
+        *largest,
+        expert_elements=chain.expert_elements,
+        largest_beside_experts=chain.param_elements - chain.expert_elements,
+    )
     state = state_memory_of(setting, candidate, held, kind)
     lasting = state.parameters + state.optimizer + state.buffers + state.gradients
     order = np.argsort(-chain.activation_bytes / np.maximum(lasting, 1.0))

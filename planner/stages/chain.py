@@ -304,8 +304,8 @@ class Chain:
             math.ceil(self.largest_of[start, stop]),
             math.ceil(self.summed_of[start, stop]),
             math.ceil(self.largest_trainable_of[start, stop]),
-            math.ceil(self.expert_of[start, stop]),
-            math.ceil(self.largest_beside_of[start, stop]),
+            expert_elements=math.ceil(self.expert_of[start, stop]),
+            largest_beside_experts=math.ceil(self.largest_beside_of[start, stop]),
         )
 
     def prologue_of(self, start: int, stop: int) -> list[int]:
