@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shardwright.checking import TOLERANCE
-from shardwright.tasks import compare
+from shardwright.tasks import beyond_rounding, compare
 
 
 def errors(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
@@ -43,3 +43,37 @@ def test_a_sparse_gradient_is_compared_by_its_values() -> None:
     dense[[1, 3]] = 1.0
     assert compare({"weight": dense}, SimpleNamespace(model=table), None) == {"weight": 0.0}
     assert compare({"weight": 2 * dense}, SimpleNamespace(model=table), None) == {"weight": 1.0}
+
+
+class Cancels(nn.Module):
+    """The gradient of the bias is a sum of large terms that is zero but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        terms = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e6
+        self.terms = terms - terms.mean()
+        self.bias, self.scale, self.plain = (
+            nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (0.0, 1.3, 2.0)
+        )
+
+    def forward(self) -> torch.Tensor:
+        return (self.bias * self.terms * self.scale).sum() + self.plain
+
+
+def test_a_gradient_that_is_rounding_alone_is_compared_by_how_far_rounding_moves_it() -> None:
+    model = Cancels()
+    again = lambda: (model.zero_grad(), model().backward())  # noqa: E731
+    again()
+    before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()}
+    workload = SimpleNamespace(model=model)
+    for change, good in ((1e-8, True), (1e-6, False)):
+        found = {name: grad.clone() for name, (_, grad) in before.items()}
+        found["bias"] += change
+        found["plain"] *= 1 + 2e-9
+        errors = compare(found, workload, None)
+        assert errors["bias"] > TOLERANCE
+        errors = beyond_rounding(errors, found, workload, again)
+        assert (errors["bias"] <= TOLERANCE) is good
+        assert errors["plain"] > TOLERANCE, "one that has digits is held to them"
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0]) and torch.equal(parameter.grad, before[name][1])

@@ -284,3 +284,24 @@ def test_a_model_that_takes_one_size_of_batch_alone_is_refused_by_that_reason() 
     with pytest.raises(ShardwrightError, match="takes batches of 6 samples alone") as found:
         api.capture_for_planning(workload)
     assert f"{__file__}:" in found.value.means and found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
+
+
+class BeforeNorm(Net):
+    """A bias that a norm takes away again: its gradient is the rounding of what cancels, here of large terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm.eps = 1e-12
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * 1e-3, y)
+
+
+def test_gradients_that_are_rounding_alone_are_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = workload_of(BeforeNorm())
+    graph = capture(workload)
+    assert self_test.self_test(workload, graph).status == "passed"
+    with monkeypatch.context() as patch:
+        patch.setattr(self_test, "moved_by_rounding", lambda model, again: dict.fromkeys(graph.params, 0.0))
+        with pytest.raises(ShardwrightError, match="differs"):
+            self_test.self_test(workload, graph)
