@@ -4,8 +4,9 @@ Models look at labels, masks, lengths and image grids to refuse bad ones (`if la
 choose a path. A trace takes one path. Where the question hangs on whole-number or boolean entries of the batch alone,
 the answer for the example batch is taken, and the loss is handed through shardwright::assumed, which raises where a
 batch answers otherwise. What constants alone make has their size too (`unique` of a grid of windows), and stays a
-constant. Whether numbers are finite is taken to be so, and verified likewise. Other questions about real
-numbers, or about what parameters make of them, are refused as before: their answers change from step to step.
+constant. Whether numbers are finite is taken to be so, and verified likewise, and so is what a check asks that does
+nothing but raise (checks_of_data.py). Other questions about real numbers, or about what parameters make of them, are
+refused as before: their answers change from step to step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
+from .checks_of_data import GAUSSIAN_NLL, gaussian_nll, passing_answer
 from .nodes import needed_for, value
 from .random_forms import base_name
 from .random_ops import draws
@@ -45,7 +47,7 @@ _FINITE = {torch.ops.aten.isfinite.default: True, torch.ops.aten.isnan.default: 
 _WRITES_BY_INDEX = {torch.Tensor.__setitem__, torch.Tensor.index_put_, torch.Tensor.index_put, torch.index_put}
 # All that is looked at: a trace calls tens of thousands of other functions, each of which is asked for once.
 _LOOKED_AT = {
-    *_QUESTIONS, *_WRITES_BY_INDEX, *_INDEXED, *_REPEATED, *_SIZED, *SELECT, torch.tensor, torch.nn.functional.ctc_loss,
+    *_QUESTIONS, *_WRITES_BY_INDEX, *_INDEXED, *_REPEATED, *_SIZED, *SELECT, torch.tensor, torch.nn.functional.ctc_loss, GAUSSIAN_NLL,
 }  # fmt: skip
 
 
@@ -70,6 +72,9 @@ class Assumptions(TorchFunctionMode):
                     return answer.tolist()
                 number = answer.item()
                 return bool(number) if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero) else number
+            if func is torch.Tensor.__bool__ and (passing := passing_answer()) is not None:
+                self.held.append((_holds(args[0], torch.tensor(passing)), users_line()))
+                return passing
         if func in _WRITES_BY_INDEX and len(args) > 1:
             _require_fitting_masks(args[0], args[1])
         if func is torch.tensor and args and _holds_traced_numbers(args[0]):
@@ -80,6 +85,10 @@ class Assumptions(TorchFunctionMode):
                 return made
         if func in SELECT and (selected := selection_of_rows(args, kwargs)) is not None:
             return selected
+        if func is GAUSSIAN_NLL:
+            loss, passes = gaussian_nll(*args, **(kwargs or {}))
+            self.held += [] if passes is None else [(passes, users_line())]
+            return loss
         if func is torch.nn.functional.ctc_loss:
             in_rows = ctc_loss_in_rows(args, kwargs)
             if in_rows is not None:

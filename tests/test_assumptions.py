@@ -173,6 +173,35 @@ def test_questions_about_what_parameters_make_are_refused() -> None:
         capture(workload_of(AsksOfNumbers(), {"x": batch()["x"]}))
 
 
+class ChecksNumbers(AsksOfNumbers):
+    """Checks of computed numbers that do nothing but raise, torch's own among them."""
+
+    bound = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.linear(x).exp()
+        if (h <= self.bound).any():
+            raise ValueError("not positive")
+        if self.training and not (h > -1).all():
+            raise ValueError("below -1")
+        assert (h >= 0).all() and h.sum() > 0, "negative"
+        return F.gaussian_nll_loss(h[:, :3].cos(), h[:, 3:6], h[:, 4:7] * 1e-6)
+
+
+def test_what_a_check_asks_that_only_raises_is_assumed() -> None:
+    torch.manual_seed(0)
+    graph = assert_equal_when_split(ChecksNumbers(), TP, x=batch()["x"])
+    assert len(graph.later_conditions) == 5
+    model = ChecksNumbers()
+    workload = workload_of(model, {"x": batch()["x"]})
+    plan = shardwright.plan(workload, "1xCPU")
+    program = shardwright.build(plan, workload)
+    good = dict(workload.example_batch)
+    program.step(program.shard_batch(good))
+    with pytest.raises(ShardwrightError, match=r"the question at .*test_assumptions.py:\d+"):
+        program.step(program.shard_batch({"x": torch.full_like(good["x"], -1e6) * good["x"].abs()}))
+
+
 class Skips(nn.Module):
     """Layer drop: a layer that is left out by chance."""
 
