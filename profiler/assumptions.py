@@ -47,7 +47,8 @@ _FINITE = {torch.ops.aten.isfinite.default: True, torch.ops.aten.isnan.default: 
 _WRITES_BY_INDEX = {torch.Tensor.__setitem__, torch.Tensor.index_put_, torch.Tensor.index_put, torch.index_put}
 # All that is looked at: a trace calls tens of thousands of other functions, each of which is asked for once.
 _LOOKED_AT = {
-    *_QUESTIONS, *_WRITES_BY_INDEX, *_INDEXED, *_REPEATED, *_SIZED, *SELECT, torch.tensor, torch.nn.functional.ctc_loss, GAUSSIAN_NLL,
+    *_QUESTIONS, *_WRITES_BY_INDEX, *_INDEXED, *_REPEATED, *_SIZED, *SELECT, torch.tensor, torch.nn.functional.ctc_loss,
+    GAUSSIAN_NLL,
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
     drop_bookkeeping      no asserts, no casts to the same dtype, no aliases
     pin_dtypes            no tensor whose type is that of torch's default when the graph runs
     drop_unread_writes    no writes into memory that nothing reads, as modules built in a forward initialize
-    refuse_param_writes   no writes to parameters: what multiplies or divides one by 1 goes, any other is refused
+    refuse_param_writes   no writes to parameters: what multiplies or divides one by 1 goes, any other is refused;
+                          nor to what takes a gradient, where autograd does not see it
     replace_random        every random op as ones of ours, counter-based (random_ops.py)
     replace_batch_norm    batch and instance norms as sums, so that statistics can be taken over a sharded batch
     replace_inplace       no in-place ops: new values, also of views of what is written; buffers written are listed
@@ -41,7 +42,7 @@ from .loss_precision import widen_losses
 from .nodes import source_of, value
 from .random_ops import number_draws, replace_random
 from .where import is_users_line
-from .writes import drop_unread_writes, is_inplace, refuse_param_writes, replace_inplace
+from .writes import drop_unread_writes, is_inplace, refuse_param_writes, refuse_writes_beside_gradients, replace_inplace
 
 aten = torch.ops.aten
 ours = torch.ops.shardwright
@@ -88,6 +89,7 @@ def normalize(
     pin_dtypes(graph)
     drop_unread_writes(graph)
     refuse_param_writes(graph, param_placeholders)
+    refuse_writes_beside_gradients(graph)
     key = add_key(graph)
     replace_random(graph, key)
     replace_batch_norm(graph)
@@ -243,6 +245,8 @@ def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule, operands: list
                 outputs = fx.node.map_arg(inner.args[0], lambda n: environment[n])
                 continue
             environment[inner] = graph.node_copy(inner, lambda n: environment[n])
+            if detach:
+                environment[inner].meta["without_gradient"] = True
         if detach:
             detached = []
             for out in outputs:

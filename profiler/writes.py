@@ -51,6 +51,46 @@ def refuse_param_writes(graph: fx.Graph, param_placeholders: Collection[str]) ->
         )
 
 
+def refuse_writes_beside_gradients(graph: fx.Graph) -> None:
+    """`hidden.data.mul_(2)`, or a write under no_grad to what takes a gradient: eager changes the values and leaves the
+    gradient as it was, which no graph of new values says."""
+    taking: set[fx.Node] = set()
+    for node in graph.nodes:
+        beside, written = bool(node.meta.get("without_gradient")), _written(node)
+        while written is not None:
+            if beside and written in taking and written.op != "placeholder":
+                raise _beside_gradients(node)
+            if not is_view(written):
+                break
+            beside = beside or written.target is aten.detach.default
+            written = written.args[0]  # type: ignore[assignment]
+        if _takes_gradient(node, taking):
+            taking.add(node)
+
+
+def _takes_gradient(node: fx.Node, taking: Collection[fx.Node]) -> bool:
+    """A parameter that is trained, or what is computed of one."""
+    if node.op == "placeholder":
+        tensor = node.meta.get("val")
+        return isinstance(tensor, torch.Tensor) and tensor.requires_grad
+    if node.op != "call_function" or node.target is aten.detach.default or node.meta.get("without_gradient"):
+        return False
+    made = node.meta.get("val")
+    tensors = made if isinstance(made, (tuple, list)) else [made]
+    floating = any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in tensors)
+    return floating and any(n in taking for n in node.all_input_nodes)
+
+
+def _beside_gradients(node: fx.Node) -> ShardwrightError:
+    return ShardwrightError(
+        f"{source_of(node) or 'the model'} writes to a tensor that takes a gradient, beside autograd ({node.target})",
+        means="PyTorch changes its values and computes gradients as if it had not; a graph has no such write",
+        change="that line: write it as an op of the forward, outside no_grad and without .data or .detach()",
+        works="h = h.clamp(min=0), or h + (h.clamp(min=0) - h).detach() where gradients are to pass as they are",
+        exit_code=ExitCode.UNSUPPORTED_MODEL,
+    )
+
+
 def is_inplace(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from as_written import largest_difference, workload_of
 from torch import nn
 
 from shardwright import api, tasks
-from shardwright.errors import ShardwrightError
+from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.batches import make_batch
 from shardwright.profiler.capture import capture, compute_loss
 
@@ -169,3 +170,50 @@ def test_a_buffer_written_twice_holds_what_the_second_write_left() -> None:
     assert largest_difference(workload, graph) < 1e-12
     assert sorted(graph.buffers) == ["count", "norm.num_batches_tracked", "norm.running_mean", "norm.running_var"]
     assert workload.model.count == 2 and workload.model.norm.num_batches_tracked == 2
+
+
+def through_data(h: torch.Tensor) -> torch.Tensor:
+    h.data.mul_(2)
+    return h
+
+
+def through_detach_of_a_view(h: torch.Tensor) -> torch.Tensor:
+    h[:, 1:].detach().zero_()
+    return h
+
+
+def without_gradients(h: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        h.clamp_(min=0)
+    return h
+
+
+def of_its_own(h: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        scale = h.abs().mean(1, keepdim=True)
+        scale.clamp_(min=0.1)
+    values = h.detach().clone()
+    values.mul_(0.5)
+    return h / scale + values
+
+
+class Changes(nn.Module):
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear, self.change = nn.Linear(5, 4), change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.change(self.linear(x)).square().mean()
+
+
+@pytest.mark.parametrize("change", [through_data, through_detach_of_a_view, without_gradients])
+def test_a_write_beside_autograd_is_refused_with_its_line(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    line = change.__code__.co_firstlineno + (2 if change is without_gradients else 1)
+    with pytest.raises(ShardwrightError, match=rf"test_capture_writes.py:{line} writes .* beside autograd") as found:
+        capture(workload_of(Changes(change), {"x": torch.randn(4, 5)}))
+    assert found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
+
+
+def test_a_write_to_values_that_take_no_gradient_is_captured() -> None:
+    torch.manual_seed(0)
+    assert largest_difference(workload_of(Changes(of_its_own), {"x": torch.randn(4, 5)})) < 1e-12
