@@ -80,7 +80,8 @@ def fitting(plan: Plan, made_for: ModelGraph, graph: ModelGraph, wishes: Mapping
     """The plan, with placements of the ops that the model has at this size of the batch. made_for: what it places; an
     op of the same name may be another one here. Every rank must call it."""
     same = made_for is graph or hashes.model_hash(made_for) == hashes.model_hash(graph)
-    return plan if same else placed_anew(plan, graph, wishes, graph.batch_size)
+    divides = graph.batch_size % plan.mesh.shape.batch_ranks == 0  # else every rank runs it whole
+    return plan if same and divides else placed_anew(plan, graph, wishes, graph.batch_size)
 
 
 def placed_anew(plan: Plan, graph: ModelGraph, wishes: Mapping[str, Places], size: int) -> Plan:
@@ -94,7 +95,8 @@ def _placements(
     plan: Plan, graph: ModelGraph, wishes: Mapping[str, Places], size: int
 ) -> dict[str, dict[str, list[str]]]:
     mesh = mesh_for(plan.mesh.shape, size)
-    sharder = Sharder(graph, CostModel(_cluster(plan), stack=stack_named(plan.stack)), wishes)
+    cost_model = CostModel(_cluster(plan), stack=stack_named(plan.stack))
+    sharder = Sharder(graph, cost_model, wishes, axes=plan.placement_axes)
     return sharder.solve(mesh, size // mesh.batch_ranks).placements
 
 

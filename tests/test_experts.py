@@ -195,3 +195,23 @@ def test_a_token_goes_once_to_each_rank_that_it_needs() -> None:
         6.454, abs=1e-3
     )
     assert copies_of_token(8, 8, parts=2) == pytest.approx(8 * (1 - (15 / 16) ** 8))
+
+
+def _short_step(rank: int, plan: str) -> Any:
+    workload, batch = _workload("even", 1)
+    program = shardwright.build(Plan.model_validate_json(plan), workload, self_test=False)
+    short = {name: tensor[:7] for name, tensor in batch.items()}
+    evaluated = program.evaluate(program.shard_batch(short)).item()
+    return evaluated, program.forward_backward(program.shard_batch(short)).item(), program.gradients()
+
+
+def test_samples_that_do_not_divide_are_counted_once() -> None:
+    """The last one is run whole by every rank, which has some of the experts."""
+    plan = _planned("even", 2, {"dp": 2, "ep": 2, "experts": "dispatch"}, layers=1)
+    workload, batch = _workload("even", 1)
+    expected = workload.model(**{name: tensor[:7] for name, tensor in batch.items()})
+    expected.backward()
+    for evaluated, loss, gradients in run_ranks(2, _short_step, plan.to_json()):
+        assert [evaluated, loss] == pytest.approx([expected.item()] * 2, rel=1e-9)
+        for name, parameter in workload.model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)

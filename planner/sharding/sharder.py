@@ -92,12 +92,14 @@ class Sharder:
         pins: Pins | None = None,
         time_limit_s: float | None = None,
         job: Job = Job(),  # noqa: B008
+        axes: Sequence[str] | None = None,
     ) -> None:
-        """wishes: name of a parameter -> how it lies where sizes allow it. pins: what must be.
+        """wishes: name of a parameter -> how it lies where sizes allow it. pins: what must be. axes: that placements
+        are stated on, those of each mesh where None.
         time_limit_s: from now; an integer program then gives its best answer and the gap that it proved. job: what
         weighs on placements besides the model.
         """
-        self.job = job
+        self.job, self._axes = job, tuple(axes) if axes is not None else None
         self._deadline = float("inf") if time_limit_s is None else time.monotonic() + time_limit_s
         self.graph, self.cost_model = graph, cost_model
         self.wishes = dict(wishes or {})
@@ -258,7 +260,7 @@ class Sharder:
     def mesh(self, shape: MeshShape, local_batch: int) -> Mesh:
         shape = shape.of_stage
         return Mesh(
-            axes=tuple(self._axis(role_of(name), shape) for name in placement_axes(shape)),
+            axes=tuple(self._axis(role_of(name), shape) for name in self._axes or placement_axes(shape)),
             batch=self.batch,
             run_batch=local_batch * shape.batch_ranks,
             op_s=self.op_seconds,
