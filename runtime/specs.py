@@ -124,7 +124,9 @@ def _use(spec: ParamSpec, program: SegmentProgram, slot: int, runs: bool, sizes:
     partial = tuple(axis for axis in program.grad_partial_axes[slot] if sizes[axis] > 1)
     summed = {*spec.partial_axes, *(axis for axis in spec.state.names if sizes[axis] > 1)}  # over these all units sum
     completed = summed | {axis for axis, _ in spec.cuts}  # over those that cut it, what a use leaves partial is summed
-    assert set(partial) <= completed, f"{spec.name}: a partial gradient over {partial} where the plan sums over {summed}"
+    assert set(partial) <= completed, (
+        f"{spec.name}: a partial gradient over {partial} where the plan sums over {summed}"
+    )
     return ParamUse(
         spec.name,
         _cuts(program.param_shards[slot], sizes),
