@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import re
 import sys
@@ -23,76 +24,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from calibrate_parts import DISPATCHES, MOVES, Parts, PartsPath, parts_of_rows
 from published import run_tasks, sampled
-from published_path import PlannerPath
-from published_rows import Row, read_rows
+from published_rows import read_rows
 from published_statistics import quantile
+from published_tables import table
+from published_validation import CALIBRATION
 
-from shardwright.costmodel.stacks import STACKS_FILE, StackFigures, kernels, stack_named
+from shardwright.costmodel.stacks import STACKS_FILE, StackFigures
 
 FOLDS = 5
-# Of each figure: how far it is moved for a slope, least and most that a fit may say, and the pull to where it is
-# neutral, as the error that a move by its reach costs.
-MOVES = {"product_factor": 0.1, "attention_factor": 0.2, "memory_factor": 0.2, "op_s": 4e-6, "tensor_factor": 0.3,
-         "state_contention": 0.2, "unhidden_fraction": 0.3}  # fmt: skip
+# Least and most that a fit may say of each figure.
 LIMITS = {"product_factor": (0.7, 1.6), "attention_factor": (0.3, 4.0), "memory_factor": (0.3, 3.0),
           "op_s": (0.0, 4e-5), "tensor_factor": (0.3, 4.0), "state_contention": (0.0, 1.0),
           "unhidden_fraction": (0.0, 1.0)}  # fmt: skip
-DISPATCHES = (1e-5, 2e-5, 4e-5, 8e-5)  # a step is no sum of these: it is predicted at each, and in between is a line
-PULL = 0.003
+PULL = 0.003  # to where a figure is neutral: the error that moving it as far as its slope was taken must be worth
 ROUNDS = 60
 NEUTRAL = StackFigures()
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A row's predicted step at some figures of its stack, and how it grows with each of them."""
-
-    source: str
-    number: int
-    group: str
-    stack: str
-    measured_s: float
-    base_s: float
-    slopes: Mapping[str, float]
-    figures: Mapping[str, float]
-    waiting_s: Sequence[float] = (0.0,) * len(DISPATCHES)  # added where the host takes so long to start an op
-
-    def rest_s(self, dispatch_s: float) -> float:
-        """Where all other figures are 0: factors too."""
-        waiting_s = float(np.interp(dispatch_s, (0.0, *DISPATCHES), (0.0, *self.waiting_s)))
-        return self.base_s + waiting_s - sum(self.slopes[name] * self.figures[name] for name in self.slopes)
-
-
-def parts_of(path: PlannerPath, row: Row) -> Parts | None:
-    """None where the planner refuses the row."""
-    stack = stack_named(row.stack)
-    base = path.predict(row, stack).step_s
-    if base is None or row.measured_s is None:
-        return None
-    slopes = {name: _slope(path, row, name, base) for name in MOVES}
-    waiting = [path.predict(row, stack.with_figures(dispatch_s=value)).step_s or base for value in DISPATCHES]
-    figures = asdict(stack.figures)
-    kernel = row.stack.partition("+")[2]
-    if kernel:  # its factor stays beside the one that is fitted
-        figures["attention_factor"] /= kernels()[kernel]
-        slopes["attention_factor"] *= kernels()[kernel]
-    added = [seconds - base for seconds in waiting]
-    return Parts(row.source, row.number, row.group, row.stack, row.measured_s, base, slopes, figures, added)
-
-
-def _slope(path: PlannerPath, row: Row, name: str, base_s: float) -> float:
-    if name == "tensor_factor" and row.force["tp"] == "1":
-        return 0.0
-    if name in ("state_contention", "unhidden_fraction") and row.force["dp"] == "1":
-        return 0.0
-    stack, move = stack_named(row.stack), MOVES[name]
-    moved = path.predict(row, stack.with_figures(**{name: getattr(stack.figures, name) + move})).step_s
-    return 0.0 if moved is None else (moved - base_s) / move
-
-
-def _parts_task(path: PlannerPath, rows: list[Row]) -> list[Parts]:
-    return [found for found in (parts_of(path, row) for row in rows) if found is not None]
+CAPTION = f"""Median and 90th percentile of |predicted / measured - 1| with the figures that stacks had before the fit,
+with fitted ones, and with figures fitted without the row's group (a model on so many GPUs), in {FOLDS} folds."""
 
 
 # ------------------------------------------------------------------ fit
@@ -105,30 +55,35 @@ def fit(rows: Sequence[Parts]) -> dict[str, float]:
         counts[row.source] += 1
     weights = np.array([counts[row.source] ** -0.5 for row in rows])
     weights /= weights.sum()
-    tried = [_fit_rest(rows, weights, dispatch_s) for dispatch_s in np.linspace(0.0, DISPATCHES[-1], 17)]
-    return min(tried, key=lambda one: one[0])[1]
-
-
-def _fit_rest(rows: Sequence[Parts], weights: np.ndarray, dispatch_s: float) -> tuple[float, dict[str, float]]:
-    """(loss, figures): coordinate descent on squares of errors, weighted so that they count as absolute values."""
     names = [name for name in MOVES if any(row.slopes[name] for row in rows)]
     measured = np.array([row.measured_s for row in rows])
     slopes = np.array([[row.slopes[name] for name in names] for row in rows]) / measured[:, None]
-    rest = np.array([row.rest_s(dispatch_s) for row in rows]) / measured
+    tried = []
+    for dispatch_s in np.linspace(0.0, DISPATCHES[-1], 17):
+        rest = np.array([row.rest_s(dispatch_s) for row in rows]) / measured
+        loss, values = _fit_rest(names, slopes, rest, weights)
+        loss += PULL * dispatch_s / DISPATCHES[-1]
+        tried.append((loss, {**dict(zip(names, values.tolist(), strict=True)), "dispatch_s": float(dispatch_s)}))
+    return min(tried, key=lambda one: one[0])[1]
+
+
+def _fit_rest(
+    names: Sequence[str], slopes: np.ndarray, rest: np.ndarray, weights: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """(loss, figures): coordinate descent on squares of errors, weighted so that they count as absolute values.
+    slopes, rest: over the measured step."""
     values = np.array([getattr(NEUTRAL, name) for name in names])
-    start, reach = values.copy(), np.array([MOVES[name] for name in names])
+    start, pull = values.copy(), np.array([PULL / MOVES[name] ** 2 for name in names])
     for _ in range(ROUNDS):
-        ratios = rest + slopes @ values
-        errors = np.abs(np.log(np.maximum(ratios, 1e-3)))
-        robust = weights / np.maximum(errors, 0.01) / np.maximum(ratios, 1e-3)
+        ratios = np.maximum(rest + slopes @ values, 1e-3)
+        robust = weights / np.maximum(np.abs(np.log(ratios)), 0.01) / ratios
+        square, linear = (slopes * robust[:, None]).T @ slopes, slopes.T @ (robust * (1 - rest))
         for k, name in enumerate(names):
-            others = rest + slopes @ values - slopes[:, k] * values[k]
-            pull = PULL / reach[k] ** 2
-            top = (robust * slopes[:, k] * (1 - others)).sum() + pull * start[k]
-            values[k] = np.clip(top / ((robust * slopes[:, k] ** 2).sum() + pull), *LIMITS[name])
+            others = square[k] @ values - square[k, k] * values[k]
+            best = (linear[k] + pull[k] * start[k] - others) / (square[k, k] + pull[k])
+            values[k] = np.clip(best, *LIMITS[name])
     errors = np.abs(np.log(np.maximum(rest + slopes @ values, 1e-3)))
-    loss = float((weights * errors).sum() + PULL * (((values - start) / reach) ** 2).sum() / 2)
-    return loss, {**dict(zip(names, values.tolist(), strict=True)), "dispatch_s": float(dispatch_s)}
+    return float((weights * errors).sum() + (pull * (values - start) ** 2).sum() / 2), values
 
 
 def predicted(row: Parts, figures: Mapping[str, float]) -> float:
@@ -158,39 +113,54 @@ def by_stack(rows: Sequence[Parts]) -> dict[str, list[Parts]]:
     return dict(sorted(found.items()))
 
 
-def report(rows: Sequence[Parts]) -> dict[str, tuple[dict[str, float], float, int]]:
-    """Prints; returns figures, median k-fold error and number of rows of each stack."""
+@dataclass(frozen=True)
+class Fitted:
+    """Of one stack. errors: median of all its rows, k-fold. lines: source, rows, and median and 90th percentile of the
+    error before the fit, fitted and k-fold."""
+
+    figures: dict[str, float]
+    num_rows: int
+    error: float
+    lines: list[tuple[object, ...]]
+
+
+def fit_stacks(rows: Sequence[Parts]) -> dict[str, Fitted]:
     found = {}
     for stack, here in by_stack(rows).items():
         figures, ratios = fit(here), k_fold(here)
         errors = [abs(ratio - 1) for ratio in ratios]
-        found[stack] = figures, quantile(errors, 0.5), len(here)
-        print(f"\n{stack}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        lines: list[tuple[object, ...]] = []
         for source in sorted({row.source for row in here}):
             mine = [k for k, row in enumerate(here) if row.source == source]
             before = [abs(here[k].base_s / here[k].measured_s - 1) for k in mine]
             fitted = [abs(predicted(here[k], figures) / here[k].measured_s - 1) for k in mine]
             held = [errors[k] for k in mine]
-            cells = (f"{quantile(e, 0.5):.1%} {quantile(e, 0.9):.1%}" for e in (before, fitted, held))
-            bias = quantile([ratios[k] for k in mine], 0.5)
-            print(f"  {source:32s} {len(mine):4d} rows: before, fitted, k-fold: " + " | ".join(cells), f" {bias:.3f}")
+            shown = [f"{quantile(e, share):.1%}" for e in (before, fitted, held) for share in (0.5, 0.9)]
+            lines.append((stack, source, len(mine), *shown))
+        found[stack] = Fitted(figures, len(here), quantile(errors, 0.5), lines)
     return found
 
 
-def write(found: Mapping[str, tuple[Mapping[str, float], float, int]]) -> None:
-    """Into each stack's table, in place of the figures that it has."""
+def report(found: Mapping[str, Fitted]) -> str:
+    head = ("stack", "source", "rows", "before, median", "90th", "fitted, median", "90th", "k-fold, median", "90th")
+    return table(head, [line for one in found.values() for line in one.lines])
+
+
+def write(found: Mapping[str, Fitted]) -> None:
+    """Into each stack's table, in place of the figures that it has; and the errors."""
     text = STACKS_FILE.read_text()
     month = f"{datetime.date.today():%Y-%m}"
-    for stack, (figures, error, count) in found.items():
+    for stack, one in found.items():
         pattern = rf'(\[stacks\.{stack}\]\nmeaning = "[^"]*"\n).*?(?=\n\[|\Z)'
         lines = [
-            f'source = "{count} published runs (benchmarks/calibrate.py): median error {error:.1%}, k-fold by group"',
+            f'source = "{one.num_rows} published runs (benchmarks/calibrate.py): median error {one.error:.1%}, k-fold"',
             'kind = "fitted"',
             f'date = "{month}"',
-            *(f"{name} = {value:.3g}" for name, value in figures.items()),
+            *(f"{name} = {value:.3g}" for name, value in one.figures.items()),
         ]
         text = re.sub(pattern, lambda old, lines=lines: old[1] + "\n".join(lines) + "\n", text, flags=re.DOTALL)
     STACKS_FILE.write_text(text)
+    CALIBRATION.write_text(f"# Errors of stacks that calibrate.py fits\n\n{CAPTION}\n\n{report(found)}\n")
 
 
 def _read_parts(path: Path) -> list[Parts]:
@@ -224,8 +194,12 @@ def main() -> int:
             with args.parts.open("a") as file:
                 file.writelines(json.dumps(asdict(row)) + "\n" for row in found)
 
-        run_tasks(_parts_task, chosen, args.workers, lambda line: print(line, file=sys.stderr, flush=True), keep)
-    found = report([row for row in rows if not args.only or row.source.startswith(args.only)])
+        say = functools.partial(print, file=sys.stderr, flush=True)
+        run_tasks(parts_of_rows, chosen, args.workers, say, keep, PartsPath)
+    found = fit_stacks([row for row in rows if not args.only or row.source.startswith(args.only)])
+    print(report(found))
+    for stack, one in found.items():
+        print(f"{stack}: " + ", ".join(f"{name} {value:.4g}" for name, value in one.figures.items()))
     if args.write:
         write(found)
     return 0

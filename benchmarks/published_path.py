@@ -27,6 +27,8 @@ from shardwright.planner.search.does_not_fit import DoesNotFit
 from shardwright.planner.search.result import SearchResult
 from shardwright.planner.search.search import first_that_fits
 from shardwright.planner.sharding.sharder import Sharder
+from shardwright.planner.sharding.training import Job
+from shardwright.planner.stages.setting import state_kinds
 from shardwright.profiler.accelerators import find_link
 from shardwright.profiler.batch_dims import with_batch_dims
 from shardwright.profiler.cluster import Cluster
@@ -173,14 +175,22 @@ class PlannerPath:
         cost_model = CostModel(cluster_of(row.where, memory_factor), stack=stack)
         precision = Precision(getattr(torch, row.compute), torch.float32, getattr(torch, row.sums))
         workload = dataclasses.replace(ready.workload, global_batch=row.global_batch, precision=precision)
-        key = (id(ready.graph), row.where, *(getattr(stack.figures, name) for name in PLACING))
-        if key not in self._sharders:
-            self._sharders[key] = Sharder(ready.graph, cost_model)
         force = dict(row.force)
         cuts = even_cuts(ready.graph, row.even_stages)
         if cuts:
             force["cuts"] = cuts
-        return first_that_fits(ready.graph, cost_model, workload, self._sharders[key], force=force)
+        job = Job(state_kinds(workload), row.global_batch, int(row.force["zero"]), "prefer" in row.force)
+        sharder = self.sharder(row, job, cost_model)
+        return first_that_fits(ready.graph, cost_model, workload, sharder, force=force)
+
+    def sharder(self, row: Row, job: Job, cost_model: CostModel) -> Sharder:
+        """The same for rows that are placed alike: on one pipeline of one data-parallel rank the job weighs nothing."""
+        graph = self.ready(row).graph
+        job = job if int(row.force["tp"]) > 1 else replace(job, global_batch=0)
+        key = (id(graph), row.where, job, *(getattr(cost_model.stack.figures, name) for name in PLACING))
+        if key not in self._sharders:
+            self._sharders[key] = Sharder(graph, cost_model, job=job)
+        return self._sharders[key]
 
 
 def capture_key(row: Row) -> tuple[Any, ...]:

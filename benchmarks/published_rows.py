@@ -159,7 +159,7 @@ HABITS = {
     "nvidia_nemo": Habits("megatron", zero=1),
     "paper_korthikanti": Habits("megatron_2021", sums="", sequence=False, eager=True, dropout=True),
     "paper_llama3": Habits("megatron", zero=2),
-    "paper_zero_bubble": Habits("megatron", sums="", eager=True),
+    "paper_zero_bubble": Habits("megatron", sums=""),
     "torchtitan": Habits("torchtitan_eager", zero=3),
     "vtrain": Habits("megatron_2021", sums="", sequence=False, eager=True, dropout=True),
 }
@@ -363,6 +363,8 @@ def _force(source: str, row: _Cells, habits: Habits, out: Row) -> None:
     out.force |= {"zero": str(zero), "microbatch": str(micro)}
     if zero:
         out.force["zero_extent"] = str(extent)
+    if tp > 1:
+        out.force["prefer"] = "memory"  # all cut weights over the tensor axis, where small models need not
     if cp > 1:
         out.force["cp"] = str(cp)
     out.force["recompute"] = _recompute(row, out)

@@ -116,7 +116,8 @@ def test_regret_and_order_are_of_what_was_measured(benchmark_modules):
 
 
 def test_a_fit_finds_the_figures_that_rows_were_made_with(benchmark_modules):
-    from calibrate import Parts, fit, k_fold, predicted
+    from calibrate import fit, k_fold, predicted
+    from calibrate_parts import Parts
 
     names = figure_names()
     true = dict(zip(names, (1.1, 1.0, 1.0, 0.0, 0.0, 1.4, 0.0, 0.0), strict=True))
