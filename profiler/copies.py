@@ -1,5 +1,5 @@
 """Copies of a model that do what it does: copy.deepcopy and new parameters lose the hooks that a parameter carries, and
-functions (hooks, a loss) that close over the model go on reading the original.
+functions (hooks, a loss) that close over the model, or read it from their module, go on reading the original.
 
 And what a run of the model itself leaves as it was.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import ExitCode, ShardwrightError
+from .where import is_users_file
 
 if TYPE_CHECKING:
     from .workload import Workload
@@ -61,7 +62,8 @@ def copy_workload(workload: Workload) -> Workload:
 
 
 class _Follows:
-    """Functions that close over a model, or a part of it, as functions that close over its copy."""
+    """Functions that read a model, or a part of it, from around them or from their module, as functions that read its
+    copy."""
 
     def __init__(self, model: nn.Module, copied: nn.Module) -> None:
         self.others: dict[int, Any] = {}
@@ -77,8 +79,9 @@ class _Follows:
         if depth == 0:
             return thing
         if isinstance(thing, types.MethodType):
-            owner = self._object(thing.__self__, depth)
-            return thing if owner is thing.__self__ else types.MethodType(thing.__func__, owner)
+            owner, function = self._object(thing.__self__, depth), self(thing.__func__, depth)
+            same = owner is thing.__self__ and function is thing.__func__
+            return thing if same else types.MethodType(function, owner)
         if isinstance(thing, functools.partial):
             held = self([thing.func, *thing.args], depth)
             keywords = {name: self(value, depth - 1) for name, value in thing.keywords.items()}
@@ -86,6 +89,10 @@ class _Follows:
         if type(thing) in (list, tuple):
             found = [self(item, depth - 1) for item in thing]
             return thing if all(a is b for a, b in zip(thing, found, strict=True)) else type(thing)(found)
+        if type(thing) is dict:
+            values = self(list(thing.values()), depth)
+            same = all(a is b for a, b in zip(thing.values(), values, strict=True))
+            return thing if same else dict(zip(thing, values, strict=True))
         return self._function(thing, depth) if isinstance(thing, types.FunctionType) else thing
 
     def _object(self, thing: Any, depth: int) -> Any:
@@ -116,15 +123,42 @@ class _Follows:
             *(function.__defaults__ or ()),
             *(function.__kwdefaults__ or {}).values(),
         ]
-        if all(a is b for a, b in zip(before, [*cells, *defaults, *keywords.values()], strict=True)):
+        module_level = self._globals(function, depth)
+        same = all(a is b for a, b in zip(before, [*cells, *defaults, *keywords.values()], strict=True))
+        if same and module_level is function.__globals__:
             return function
-        made = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, defaults or None, tuple(cells)
-        )
+        made = types.FunctionType(function.__code__, module_level, function.__name__, defaults or None, tuple(cells))
         made.__kwdefaults__ = keywords or None
         made.__dict__.update(function.__dict__)
         made.__qualname__ = function.__qualname__
         return made
+
+    def _globals(self, function: types.FunctionType, depth: int) -> dict[str, Any]:
+        """Of the function's module, with what it reads of the model replaced by the copy's."""
+        held = function.__globals__
+        if not is_users_file(function.__code__.co_filename):
+            return held
+        read = {name: held[name] for name in _names_read(function.__code__) if name in held}
+        found = {name: self(value, depth - 1) for name, value in read.items()}
+        found = {name: value for name, value in found.items() if value is not read[name]}
+        return _Over(found, held) if found else held
+
+
+class _Over(dict[str, Any]):
+    """Names of a module of which some are bound otherwise; the rest is what the module has when it is read."""
+
+    def __init__(self, own: dict[str, Any], module: dict[str, Any]) -> None:
+        super().__init__(own)
+        self._module = module
+
+    def __missing__(self, name: str) -> Any:
+        return self._module[name]
+
+
+def _names_read(code: types.CodeType) -> set[str]:
+    """Names that may be the module's, those of functions within included."""
+    within = [_names_read(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(code.co_names).union(*within)
 
 
 @contextmanager

@@ -391,6 +391,7 @@ def recorded_hooks(hooks: GradientHooks) -> Iterator[None]:
             _torch.backward_hook_replaced(hooks.module_hooks),
             _watched_saving(hooks.calls),
             _watched_nodes(hooks.calls),
+            _watched_flags(hooks),
         ):
             yield
     finally:
@@ -399,6 +400,21 @@ def recorded_hooks(hooks: GradientHooks) -> Iterator[None]:
         torch.Tensor.requires_grad_ = switch  # type: ignore[method-assign]
         for table, held in zip(tables, before, strict=True):
             table.update(held)
+
+
+@contextlib.contextmanager
+def _watched_flags(hooks: GradientHooks) -> Iterator[None]:
+    """parameter.requires_grad = False, as requires_grad_ does."""
+    original: Any = torch.Tensor.requires_grad  # inherited from torch._C
+
+    def switch(tensor: torch.Tensor, flag: bool) -> None:
+        hooks.switch_gradients(original.__set__, tensor, flag)
+
+    torch.Tensor.requires_grad = property(original.__get__, switch)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        del torch.Tensor.requires_grad
 
 
 class _GradFn:

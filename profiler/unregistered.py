@@ -80,5 +80,6 @@ def _refusal(what: str, means: str) -> ShardwrightError:
         means=means,
         change="where the tensor is held: in a module of the model. A loss with state of its own goes into the model",
         exit_code=ExitCode.UNSUPPORTED_MODEL,
-        works="nn.Parameter, register_buffer or nn.ModuleList in a module whose forward returns the loss",
+        works="nn.Parameter, register_buffer or nn.ModuleList in a module whose forward returns the loss; "
+        "requires_grad_(False) for what is not to be trained",
     )

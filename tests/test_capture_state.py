@@ -76,6 +76,19 @@ def of_a_trainer(model: Net) -> Any:
     return Trainer(model).loss
 
 
+AT_MODULE_LEVEL: dict[str, Any] = {}
+SCALE = torch.tensor(0.3, dtype=torch.float64)
+
+
+def helper() -> torch.Tensor:
+    return penalty(AT_MODULE_LEVEL["model"]) * SCALE
+
+
+def of_its_module(model: Net) -> Any:
+    AT_MODULE_LEVEL["model"] = model
+    return lambda output, batch: F.cross_entropy(output, batch["y"]) + helper()
+
+
 def of_a_teacher(model: Net) -> Any:
     teacher = nn.Linear(5, 3).double()
 
@@ -98,7 +111,7 @@ class Weighted(nn.Module):
         return self.entropy(output, batch["y"])
 
 
-LOSSES = [closure, part_of_it, partial, of_a_trainer, of_a_teacher, lambda model: Weighted()]
+LOSSES = [closure, part_of_it, partial, of_a_trainer, of_its_module, of_a_teacher, lambda model: Weighted()]
 
 
 @pytest.mark.parametrize("make", LOSSES)
@@ -262,6 +275,11 @@ def freezes_for_a_while(net: Net, h: torch.Tensor) -> torch.Tensor:
     return h + scored.sum()
 
 
+def freezes_by_its_flag(net: Net, h: torch.Tensor) -> torch.Tensor:
+    net.a.weight.requires_grad = False
+    return h
+
+
 def strided_as_it_is(net: Net, h: torch.Tensor) -> torch.Tensor:
     return h + h.as_strided(h.shape, h.stride())
 
@@ -269,6 +287,7 @@ def strided_as_it_is(net: Net, h: torch.Tensor) -> torch.Tensor:
 REFUSED = {
     strided_as_it_is: "cannot be traced with its gradient: View operation",
     freezes_for_a_while: "sets requires_grad of a parameter",
+    freezes_by_its_flag: "sets requires_grad of a parameter",
     sets_data: "sets .data of a tensor",
     writes_data_of_a_parameter: "writes to a parameter",
     without_a_derivative: r"has no gradient \(aten.igamma.default\)",
