@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from ..errors import ExitCode, ShardwrightError
+from ..units import format_bytes
 from .checkpoint_files import SafeReader, damaged, digests, document_digest, file_names, first_difference
 from .parameter_groups import merged, options_for, options_of, set_options
 from .parameters import local_tensor
@@ -149,8 +150,14 @@ def save(program: Trained, path: str | Path) -> None:
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     on_rank_0(lambda: _writing(lambda: _clear(partial, path)))
-    with _quiet():
-        dcp.save(state_dict(program), storage_writer=FileSystemWriter(partial))
+    state = state_dict(program)
+    num_bytes = sum(of_all_ranks(sum(local_tensor(tensor).nbytes for tensor in state.values())))
+    try:
+        with _quiet():
+            dcp.save(state, storage_writer=FileSystemWriter(partial))
+    except CheckpointException as error:  # on every rank, with the failures of all
+        failures = [cause for cause, _ in error.failures.values()]
+        raise on_rank_0(lambda: _given_up(partial, path, failures, num_bytes)) from None
     names = on_rank_0(lambda: file_names(partial))  # a shared folder may be listed late elsewhere
     shares = of_all_ranks(on_every_rank(lambda: digests(partial, names[program.grid.rank :: num_ranks()])))
     files = {name: digest for share in shares for name, digest in share.items()}
@@ -168,8 +175,31 @@ def _finish(
     old = path.with_name(path.name + ".old")
     if path.exists():
         os.replace(path, old)
-    os.replace(partial, path)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _given_up(partial: Path, path: Path, failures: list[BaseException], num_bytes: int) -> ShardwrightError:
+    """Nothing unfinished stays behind: it would take the room that the next try needs."""
+    cause = next((f for f in failures if isinstance(f, OSError)), failures[0])
+    said = (getattr(cause, "strerror", "") or str(cause) or type(cause).__name__).split("\n")[0][:200]
+    shutil.rmtree(partial, ignore_errors=True)
+    free = shutil.disk_usage(path.parent).free
+    full = free < num_bytes
+    return ShardwrightError(
+        f"cannot write the checkpoint at {path}: {said}; it takes {format_bytes(num_bytes)}, and {format_bytes(free)} "
+        "are free there",
+        means="nothing was saved; an older checkpoint at this path is as it was",
+        change="what else lies there, or the path" if full else "the path",
+        works=f"a file system with {format_bytes(num_bytes)} free beside an older checkpoint"
+        if full
+        else "a folder that every rank may write to",
+    )
 
 
 def _clear(partial: Path, path: Path) -> None:

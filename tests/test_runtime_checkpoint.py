@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from distributed import run_ranks
 from runtime_toy import make_batch, make_plan, make_program, make_toy
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemWriter
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.workload import OptimizerSpec
@@ -163,6 +167,66 @@ def test_no_permission_to_write_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ShardwrightError, match="cannot write the checkpoint"):
         make_program(toy, make_plan(toy)).save(tmp_path / "file" / "checkpoint")
+
+
+def _fails_on_rank_1(rank: int, path: str) -> tuple[str, list[str]]:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, dp=2, zero=1))
+    program.save(path)
+    if rank == 1:
+        FileSystemWriter.write_data = _no_room  # type: ignore[method-assign]
+    try:
+        program.save(path)
+    except ShardwrightError as error:
+        return error.what, sorted(p.name for p in Path(path).parent.iterdir())
+    finally:
+        FileSystemWriter.write_data = _WRITE_DATA  # type: ignore[method-assign]
+    return "", []
+
+
+_WRITE_DATA = FileSystemWriter.write_data
+
+
+def _no_room(self: FileSystemWriter, plan: Any, planner: Any) -> Any:
+    (Path(self.path) / "__0_0.distcp").write_bytes(b"half of it")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_named_with_numbers_and_loses_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy), optimizer=ADAM)
+    program.save(tmp_path / "checkpoint")
+    monkeypatch.setattr(FileSystemWriter, "write_data", _no_room)
+    with pytest.raises(
+        ShardwrightError, match=r"No space left on device; it takes [\d.]+ \w+, and [\d.]+ \w+ are free"
+    ):
+        program.save(tmp_path / "checkpoint")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+    program.load(tmp_path / "checkpoint")
+
+
+def test_all_ranks_say_so_where_one_could_not_write(tmp_path: Path) -> None:
+    for said, left in run_ranks(2, _fails_on_rank_1, str(tmp_path / "checkpoint")):
+        assert "No space left on device" in said and left == ["checkpoint"]
+
+
+def test_a_checkpoint_that_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy))
+    program.save(tmp_path / "checkpoint")
+    replace = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if source.name.endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(ShardwrightError, match="cannot write the checkpoint"):
+        program.save(tmp_path / "checkpoint")
+    program.load(tmp_path / "checkpoint")
 
 
 def test_whole_tensors_load_as_a_state_dict() -> None:
