@@ -15,7 +15,7 @@ from shardwright.planner.memory.limits import fits
 from shardwright.planner.memory.options import Ladder, ladders
 from shardwright.planner.memory.rank_bytes import quick_peaks, stages_by_rank
 from shardwright.planner.search.stage_recompute import LadderCuts, least_recomputation, recomputation, rungs_of
-from shardwright.planner.search.step_time import lower_bound, stage_loads, step_seconds
+from shardwright.planner.search.step_time import busiest_path_s, lower_bound, stage_loads, step_seconds
 from shardwright.planner.space.candidates import Candidate
 from shardwright.planner.stages.chain import KEPT, NOTHING
 from shardwright.planner.stages.setting import Setting
@@ -66,6 +66,9 @@ def test_no_cuts_and_choices_beat_those_found_and_none_goes_below_the_bounds(sch
     assert step_seconds(setting, candidate, chain, cuts.bounds) <= 1.01 * best_s
     least = least_recomputation(setting, candidate, ladder)
     assert lower_bound(setting, candidate, least) <= best_s * (1 + 1e-9)
+    rungs = rungs_of(setting, ladder)
+    work_s = least_work_s(setting, candidate, rungs)
+    assert busiest_path_s(setting, candidate, rungs[0], work_s) <= best_s * (1 + 1e-9)
 
 
 def busiest_rank_s(setting: Setting, candidate: Candidate, ladder: Ladder) -> float:

@@ -32,6 +32,7 @@ from .stage_recompute import (
 )
 from .state import MemoryPool, SearchState
 from .step_time import (
+    busiest_path_s,
     estimate,
     find_cuts,
     level_ranks,
@@ -159,8 +160,10 @@ class _Scoring:
         if self.best is not None and least_s >= (self.best.step_s or 0.0):
             self._bound(ladder, least_s)
             return
-        work_s = candidate.count * least_work_s(setting, candidate, rungs_of(setting, ladder))
-        least_s = max(least_s, work_s if work_s < math.inf else 0.0)
+        rungs = rungs_of(setting, ladder)
+        work_s = least_work_s(setting, candidate, rungs)
+        work_s = busiest_path_s(setting, candidate, rungs[0], work_s if work_s < math.inf else 0.0)
+        least_s = max(least_s, work_s)
         if not state.may_win(max(estimate(setting, candidate, least, work_s), least_s)):
             self.too_slow = True
             self._bound(ladder, least_s)

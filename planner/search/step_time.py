@@ -48,6 +48,22 @@ MAX_SIMULATED_ACTIONS = 12_000
 LEVELLED = 1.1  # of a rank's work: more than level_ranks was seen to take off
 
 
+def busiest_path_s(setting: Setting, candidate: Candidate, chain: Chain, work_s: float) -> float:
+    """Seconds at least where a rank works so long a microbatch or longer. chain: of the least recomputation.
+
+    pipeline_cost of such a stage: forwards are no greater share of its work than of any position's."""
+    c, m = candidate, candidate.count
+    if c.num_stages > c.pp or len(stages_by_rank(c.schedule, c.pp, c.virtual_stages)) > 1:
+        return m * work_s
+    once_s = float((chain.forward_s + chain.backward_s).sum()) * min(setting.mesh(candidate).scales)
+    if c.schedule == "gpipe":
+        return max(m * work_s, once_s + (m - 1) * work_s)
+    if c.schedule != "1f1b":
+        return m * work_s
+    forward = float((chain.forward_s / np.maximum(chain.forward_s + chain.backward_s, 1e-30)).max())
+    return max(m * work_s, once_s + (m - 1 - (min(m, c.pp) - 1) * forward) * work_s)
+
+
 def path_seconds(schedule: str, forward_s: float, backward_s: float, num_ranks: int, num_microbatches: int) -> float:
     """path of the bound above, or the work without its tail where that is more. schedule: "" for any."""
     p, m, once = num_ranks, num_microbatches, forward_s + backward_s
