@@ -294,9 +294,15 @@ def mean_share(setting: Setting, candidate: Candidate, chains: tuple[Chain, Chai
     if in_flight is None:
         in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
     lower, upper = (_whole(setting, candidate, chain) for chain in chains)
-    room = (setting.most(candidate) - lower.reserve) * candidate.pp / lower.slack - lower.lasting - lower.gradients
-    over = in_flight * lower.activations - room
+    over = in_flight * lower.activations - mean_room(setting, candidate, chains[0]) * candidate.pp
     return float(np.clip(over / max(in_flight * (lower.activations - upper.activations), 1e-30), 0.0, 1.0))
+
+
+def mean_room(setting: Setting, candidate: Candidate, chain: Chain) -> float:
+    """Bytes that the mean rank has for what is kept for the backward; below 0 where it has none."""
+    whole = _whole(setting, candidate, chain)
+    room = (setting.most(candidate) - whole.reserve) / whole.slack
+    return float(room - (whole.lasting + whole.gradients) / candidate.pp)
 
 
 class _WholeBytes(NamedTuple):

@@ -21,9 +21,11 @@ from ...plans.axes import searched_axes, stage_axes, tensor_axes
 from ..memory.options import Ladder
 from ..space.candidates import MAX_PP, Candidate
 from ..stages.chain import Between, Chain
+from .any_order import held_bound, mean_wait
 from .scoring import least_of_each, mean_fits
+from .stage_recompute import rungs_of
 from .state import MemoryPool, SearchState
-from .step_time import lower_bound, path_seconds
+from .step_time import least_tail, lower_bound, path_seconds
 
 MAX_TIGHTENED = 4
 WHOLE = 0.999  # of what the tensor axis could split
@@ -39,6 +41,10 @@ def any_order_bound(state: SearchState, candidate: Candidate, ladders: Sequence[
     base, bound_s = base_of(candidate), math.inf
     for ladder, least in least_of_each(state, base, ladders, in_flight=1):
         seconds = lower_bound(state.setting, base, _split_all(state, base, least), any_order=True)
+        if not state.forced.offload and state.may_win(seconds):
+            rungs = state.setting.once(_all_split, (ladder, _splits(base)), state, base, ladder)
+            tail_s = least_tail(state.setting, base, rungs[0])
+            seconds = max(seconds, held_bound(state.setting, base, rungs, tail_s))
         bound_s = min(bound_s, seconds * ladder.solution.proven_share)
     return bound_s
 
@@ -52,9 +58,22 @@ def own_order_bound(state: SearchState, candidate: Candidate, least: Sequence[tu
     return min(found)
 
 
+def _splits(candidate: Candidate) -> int:
+    """Over how many ranks parameters may be cut inside the graph."""
+    return candidate.tensor_ranks * candidate.mesh.expert_ranks
+
+
+def _all_split(state: SearchState, candidate: Candidate, ladder: Ladder) -> tuple[Chain, ...]:
+    """Of each rung."""
+    ranks, chains = _splits(candidate), rungs_of(state.setting, ladder)
+    if ranks == 1:
+        return chains
+    return tuple(state.setting.once(_split_over, chain, state, ranks, chain) for chain in chains)
+
+
 def _split_all(state: SearchState, candidate: Candidate, chain: Chain | Between) -> Chain | Between:
     """The chain, with the parameters that axes which split all of them leave."""
-    ranks = candidate.tensor_ranks * candidate.mesh.expert_ranks
+    ranks = _splits(candidate)
     if isinstance(chain, Between) and ranks > 1:
         lower, upper = (state.setting.once(_split_over, one, state, ranks, one) for one in (chain.lower, chain.upper))
         return Between(lower, upper, chain.share)
@@ -89,10 +108,14 @@ def ideal_seconds(state: SearchState, candidate: Candidate, schedule: str) -> fl
     schedule: '' for any."""
     parts = candidate.mesh.ranks_per_stage * candidate.count
     forward_s, backward_s = state.whole_forward_s / parts, state.whole_backward_s / parts
+    if not len(forward_s):
+        return 0.0
+    once_s = np.array([forward_s.sum(), backward_s.sum()])
     if candidate.mesh.expert_ranks > 1:
-        sent = state.sharder.dispatch_seconds(candidate.mesh, candidate.local_batch)
-        forward_s, backward_s = forward_s + sent[0], backward_s + sent[1]
-    return path_seconds(schedule, forward_s, backward_s, candidate.pp, candidate.count)
+        once_s = once_s + state.sharder.dispatch_seconds(candidate.mesh, candidate.local_batch)
+    path = path_seconds(schedule, float(once_s[0]), float(once_s[1]), candidate.pp, candidate.count)
+    work = candidate.count * float(once_s.sum()) / candidate.pp
+    return max(path, work + float(mean_wait(forward_s, backward_s, candidate, any_order=not schedule).sum()))
 
 
 def learn_any_order(state: SearchState, base: Candidate, pool: MemoryPool) -> None:

@@ -103,8 +103,8 @@ class _Search:
             return
         chain = build_chain(self.setting.graph, self.setting.shape, solution, NOTHING)
         scale = min(min(self.setting.mesh(candidate).scales) for candidate in self.state.candidates[:1])
-        self.state.whole_forward_s = float((chain.forward_s - chain.forward_comm_s).sum()) * scale
-        self.state.whole_backward_s = float((chain.backward_s - chain.backward_comm_s).sum()) * scale
+        self.state.whole_forward_s = (chain.forward_s - chain.forward_comm_s) * scale
+        self.state.whole_backward_s = (chain.backward_s - chain.backward_comm_s) * scale
 
     def _run_group(self, members: list[Candidate]) -> None:
         self.setting.forget()

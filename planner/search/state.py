@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from ...errors import ExitCode, ShardwrightError
 from ...plans.axes import MeshShape, placement_axes
 from ...profiler.watch import TimeUp
@@ -47,8 +49,9 @@ class SearchState:
     outcomes: dict[Candidate, Outcome] = field(default_factory=dict)
     incumbent: Outcome | None = None
     solve_seconds: float = 0.0
-    whole_forward_s: float = 0.0  # of the whole batch on one device
-    whole_backward_s: float = 0.0
+    # of each position with the whole batch on one device; empty where not known
+    whole_forward_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    whole_backward_s: np.ndarray = field(default_factory=lambda: np.zeros(0))
     refusal: ShardwrightError | None = None  # the latest of the sharder's
     any_order_s: dict[Candidate, float] = field(default_factory=dict)  # of each certificate.base_of
     tolerance: float = BETTER  # of the incumbent's step: what is slower than this share of it is not looked at

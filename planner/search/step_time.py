@@ -3,7 +3,8 @@
 The bound is the greater of two that every order and every cut must pay. p pipeline ranks, m microbatches; F and B the
 forward and backward of one microbatch through all positions (stages/zero_seconds.py), T = F + B:
 
-    work   m T / p + tail                          some rank does at least the mean, and its own tail after it
+    work   m T / p + fill + tail or drain          some rank does at least the mean, and its own tail after it; before
+                                                   and after, it waits for others (any_order.py)
     path   gpipe        T + (m-1) T / p             the greatest stage is at least the mean
            1f1b         T + ((m-1) B + (m - min(m, p)) F) / p     cuts.pipeline_cost, averaged over stages
            interleaved  T
@@ -42,6 +43,7 @@ from ..stages.cuts import Cuts, WindowCuts, around_of, best_cuts, improve_cuts, 
 from ..stages.host_state import optimizer_seconds
 from ..stages.setting import Setting
 from ..stages.zero_seconds import StageTables, stage_tables
+from .any_order import mean_wait
 
 # Orders longer than this are simulated at two smaller microbatch counts and extended along their steady state.
 MAX_SIMULATED_ACTIONS = 12_000
@@ -126,8 +128,30 @@ def lower_bound(setting: Setting, candidate: Candidate, chain: Chain | Between, 
     forward_s, backward_s, step_s, reduce_s = _once_through(setting, candidate, chain)
     path = path_seconds("" if any_order else candidate.schedule, forward_s, backward_s, p, m)
     waits = setting.workload.optimizer.waits_for_norm
-    work = m * (forward_s + backward_s) / p + reduce_s + step_s
-    return max(work, path + (step_s if waits else 0.0))
+    work = m * (forward_s + backward_s) / p
+    fastest = chain.lower if isinstance(chain, Between) else chain
+    filled, drained = _waits(setting, candidate, fastest, any_order)
+    return max(work + filled + max(reduce_s + step_s, drained), path + (step_s if waits else 0.0))
+
+
+def least_tail(setting: Setting, candidate: Candidate, chain: Chain) -> float:
+    """Of the mean rank, seconds after its last backward at least."""
+    _, _, step_s, reduce_s = _once_through(setting, candidate, chain)
+    return step_s + reduce_s
+
+
+def _waits(setting: Setting, candidate: Candidate, chain: Chain, any_order: bool) -> tuple[float, float]:
+    """mean_wait, were all ranks the fastest."""
+    if candidate.pp == 1:
+        return 0.0, 0.0
+    key = (chain, candidate.pp, any_order, candidate.schedule, candidate.mesh)
+    return setting.once(_waits_of, key, setting, candidate, chain, any_order)
+
+
+def _waits_of(setting: Setting, candidate: Candidate, chain: Chain, any_order: bool) -> tuple[float, float]:
+    filled, drained = mean_wait(chain.forward_s, chain.backward_s, candidate, any_order=any_order)
+    scale = min(setting.mesh(candidate).scales)
+    return float(filled) * scale, float(drained) * scale
 
 
 def estimate(setting: Setting, candidate: Candidate, chain: Chain | Between, work_s: float = 0.0) -> float:
