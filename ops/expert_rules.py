@@ -34,7 +34,8 @@ def is_dispatch(strategy: Strategy) -> bool:
 
 def makes_again(node: fx.Node, output: int, places: Places) -> bool:
     """Is this result of an expert op one that the backward computes again, and does not keep? Where experts are split,
-    what the forward had before the activation is no part that the backward could use; it lies as a partial sum."""
+    what the forward had before the activation is no part that the backward could use; it lies as a partial sum. Where
+    tokens are sent to them it stays with the experts, and is kept."""
     return output == 1 and P in places and getattr(node.target, "overloadpacket", None) is _FORWARD
 
 
@@ -42,7 +43,7 @@ def expert_mlp(view: OpView) -> list[Strategy]:
     """(hidden, index, weight, gate_up, down) -> out, pre. A rank leaves out the choices of experts that it lacks."""
     tokens = Strategy((0, 0, 0, R, R), (0, 0))
     experts = Strategy((R, R, R, 0, 0), (P, P), lowering="own_experts")
-    dispatched = Strategy((0, 0, 0, 0, 0), (0, P), lowering=_DISPATCH, of_experts=True)
+    dispatched = Strategy((0, 0, 0, 0, 0), (0, 0), lowering=_DISPATCH, of_experts=True)
     return [tokens, experts, dispatched]
 
 
@@ -55,7 +56,7 @@ def expert_mlp_backward(view: OpView) -> list[Strategy]:
         return []
     tokens = Strategy((0, 0, 0, 0, R, R, 0), (0, 0, P, P))
     experts = Strategy((R, R, R, R, 0, 0, P), (P, P, 0, 0), lowering="own_experts_backward")
-    dispatched = Strategy((0, 0, 0, 0, 0, 0, P), (0, 0, 0, 0), lowering=f"{_DISPATCH}_backward", of_experts=True)
+    dispatched = Strategy((0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0), lowering=f"{_DISPATCH}_backward", of_experts=True)
     return [tokens, experts, dispatched]
 
 

@@ -4,7 +4,10 @@ Each rank has some of the experts and some of the tokens. A token goes once to e
 chose, with its choices and their weights; the rank computes what its own experts add (profiler/expert_ops.py: choices
 of others' add nothing), and sends that back, where it is summed. Nothing is dropped and nothing padded: how many tokens
 go where follows from the choices, so the counts are exchanged first, and all of it is one op of a static graph. The
-backward sends tokens again, with the gradients of their results, and computes again what the forward did not keep.
+backward sends tokens again, with the gradients of their results.
+
+What the experts had before their activation stays on their rank for the backward: as many rows as choices came there.
+Its size in the graph is that of the rank's own choices, [N, K, 2 I], which is what comes to a rank on average.
 
 firsts, counts: of each rank of the group, its first expert and how many it has. A choice of an expert that no rank of
 the group has adds nothing, so that a tensor axis may cut experts beside.
@@ -20,7 +23,7 @@ import torch.distributed as dist
 from torch import fx
 
 from ..ops.placement import shard_size, shard_start
-from ..profiler import expert_ops  # noqa: F401  defines what the tokens run through
+from ..profiler.expert_ops import run_experts, run_experts_backward
 from . import _torch
 from .redistribute import Emitter, MeshAxis
 
@@ -31,24 +34,25 @@ _PLACE = "int[] firsts, int[] counts, int rank, str group"
 
 class _Routes(NamedTuple):
     """tokens: own tokens in the order in which they are sent, by the rank that they go to. sent, received: how many to
-    and from each rank."""
+    and from each rank. choices: of this rank's experts, among what is received."""
 
     tokens: torch.Tensor
     sent: list[int]
     received: list[int]
+    choices: int
     group: Any
 
 
 def _routes(index: torch.Tensor, firsts: Sequence[int], counts: Sequence[int], group: str) -> _Routes:
     """index: [N, K]."""
-    goes = torch.stack(
-        [((index >= first) & (index < first + count)).any(1) for first, count in zip(firsts, counts, strict=True)]
-    )
-    own, ranks = goes.sum(1), _torch.group_by_name(group)
+    placed = zip(firsts, counts, strict=True)
+    chosen = torch.stack([((index >= first) & (index < first + count)).sum(1) for first, count in placed])
+    goes, ranks = chosen > 0, _torch.group_by_name(group)
+    own = torch.stack([goes.sum(1), chosen.sum(1)], 1)
     other = torch.empty_like(own)
     dist.all_to_all_single(other, own, group=ranks)
-    sent, received = torch.stack([own, other]).tolist()
-    return _Routes(goes.nonzero()[:, 1], sent, received, ranks)
+    sent, received, choices = torch.stack([own[:, 0], other[:, 0], other[:, 1]]).tolist()
+    return _Routes(goes.nonzero()[:, 1], sent, received, sum(choices), ranks)
 
 
 def _exchange(routes: _Routes, columns: Sequence[torch.Tensor], *, back: bool = False) -> list[torch.Tensor]:
@@ -83,12 +87,13 @@ def _forward(
     counts: Sequence[int],
     rank: int,
     group: str,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     routes = _routes(index, firsts, counts, group)
     own = routes.tokens
     rows, chosen, scale = _exchange(routes, [hidden[own], index[own].to(torch.int32), weight[own]])
-    out, _ = torch.ops.shardwright.expert_mlp(rows, chosen.long() - firsts[rank], scale, gate_up, down, activation)
-    return _summed(routes, *_exchange(routes, [out], back=True), hidden.shape[0])
+    here = chosen.long() - firsts[rank]
+    out, pre = run_experts(rows, here, scale, gate_up, down, activation, routes.choices)
+    return _summed(routes, *_exchange(routes, [out], back=True), hidden.shape[0]), pre
 
 
 def _backward(
@@ -103,21 +108,25 @@ def _backward(
     counts: Sequence[int],
     rank: int,
     group: str,
+    pre: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     routes = _routes(index, firsts, counts, group)
     own = routes.tokens
     columns = [grad_out[own], hidden[own], index[own].to(torch.int32), weight[own]]
     grad_rows, rows, chosen, scale = _exchange(routes, columns)
-    grad_hidden, grad_weight, *of_experts = torch.ops.shardwright.expert_mlp_backward(
-        grad_rows, rows, chosen.long() - firsts[rank], scale, gate_up, down, None, activation
+    here = chosen.long() - firsts[rank]
+    grad_hidden, grad_weight, *of_experts = run_experts_backward(
+        grad_rows, rows, here, scale, gate_up, down, pre, activation, routes.choices
     )
     back = _exchange(routes, [grad_hidden, grad_weight], back=True)
     summed = [_summed(routes, part, hidden.shape[0]) for part in back]
     return summed[0], summed[1], of_experts[0], of_experts[1]
 
 
-def _forward_fake(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
-    return hidden.new_empty(hidden.shape)
+def _forward_fake(
+    hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return hidden.new_empty(hidden.shape), hidden.new_empty(*index.shape, gate_up.shape[1])
 
 
 def _backward_fake(
@@ -132,9 +141,9 @@ def _backward_fake(
     return tuple(t.new_empty(t.shape) for t in (hidden, weight, gate_up, down))  # type: ignore[return-value]
 
 
-_LIBRARY.define(f"expert_dispatch({_INPUTS}, {_PLACE}) -> Tensor")
+_LIBRARY.define(f"expert_dispatch({_INPUTS}, {_PLACE}) -> (Tensor out, Tensor pre)")
 _LIBRARY.define(
-    f"expert_dispatch_backward(Tensor grad_out, {_INPUTS}, {_PLACE}) "
+    f"expert_dispatch_backward(Tensor grad_out, {_INPUTS}, {_PLACE}, Tensor? pre) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_gate_up, Tensor grad_down)"
 )
 _LIBRARY.impl("expert_dispatch", _forward, "CompositeExplicitAutograd")
@@ -165,16 +174,17 @@ def experts_of(num_experts: int, axis: MeshAxis, inner: MeshAxis | None) -> tupl
 
 def dispatch_experts(
     emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis, inner: MeshAxis | None = None
-) -> tuple[fx.Node, None]:
-    """(hidden, index, weight, gate_up, down, activation) -> out; what the experts had before their activation stays
-    where it was computed, and is not kept."""
+) -> fx.Node:
+    """(hidden, index, weight, gate_up, down, activation) -> out, pre"""
     place = experts_of(node.args[3].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
-    return emit.call(expert_dispatch, *args[:6], *place, axis.index, axis.group), None
+    return emit.call(expert_dispatch, *args[:6], *place, axis.index, axis.group)
 
 
 def dispatch_experts_backward(
     emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis, inner: MeshAxis | None = None
 ) -> fx.Node:
-    """(grad_out, hidden, index, weight, gate_up, down, pre, activation)"""
+    """(grad_out, hidden, index, weight, gate_up, down, pre, activation); without pre where the experts are cut twice:
+    the plan counts on its being computed again there."""
+    pre = args[6] if inner is None else None
     place = experts_of(node.args[4].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
-    return emit.call(expert_dispatch_backward, *args[:6], args[7], *place, axis.index, axis.group)
+    return emit.call(expert_dispatch_backward, *args[:6], args[7], *place, axis.index, axis.group, pre)

@@ -50,12 +50,16 @@ def _activate_backward(grad: torch.Tensor, gate: torch.Tensor, activation: str) 
 
 class _Groups:
     """Choices in the order of experts. order: positions in the flattened [N * K] choices, those of nobody's last.
-    edges: [E + 1], where the rows of each expert begin among them."""
+    edges: [E + 1], where the rows of each expert begin among them. count: how many choices are of an expert here, where
+    that is known: no others are looked at then."""
 
-    def __init__(self, index: torch.Tensor, num_experts: int) -> None:
+    def __init__(self, index: torch.Tensor, num_experts: int, count: int | None) -> None:
         flat = index.reshape(-1)
         expert = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-        expert, self.order = torch.sort(expert, stable=True)
+        expert, order = torch.sort(expert, stable=True)
+        self.index, self.few = index, count is not None
+        self.order = order if count is None else order[:count]
+        self.tokens = self.order // max(index.shape[1], 1)
         self.edges = torch.searchsorted(expert, torch.arange(num_experts + 1, device=flat.device))
         self._spans: list[tuple[int, int, int]] | None = None
 
@@ -86,30 +90,43 @@ class _Groups:
             torch.mm(left[start:stop].T, right[start:stop], out=out[expert])
         return out
 
-    def back(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """[M, ...] -> [N, K, ...]: rows where the choices are that they belong to."""
-        out = torch.empty_like(rows)
+    def back(self, rows: torch.Tensor) -> torch.Tensor:
+        """[M, ...] -> [N, K, ...]: rows where the choices are that they belong to, zeros elsewhere."""
+        out = rows.new_zeros(self.index.numel(), *rows.shape[1:]) if self.few else torch.empty_like(rows)
         out[self.order] = rows
-        return out.view(*index.shape, *rows.shape[1:])
+        return out.view(*self.index.shape, *rows.shape[1:])
+
+    def of_tokens(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """[M, H] -> [N, H]: the sum over a token's choices, each times its weight."""
+        if not self.few:
+            each = self.back(rows)
+            return (each if weight is None else each * weight.unsqueeze(-1)).sum(1)
+        if weight is not None:
+            rows = rows * weight.reshape(-1, 1)[self.order]
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = torch.zeros(self.index.shape[0], rows.shape[1], dtype=wide, device=rows.device)
+        return total.index_add_(0, self.tokens, rows.to(wide))
 
 
-def _forward(
+def run_experts(
     hidden: torch.Tensor,
     index: torch.Tensor,
     weight: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
     activation: str,
+    count: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    groups = _Groups(index, gate_up.shape[0])
-    both = groups.products(hidden[groups.order // index.shape[1]], gate_up)
+    """out [N, H], and gate and up of the choices in the order of experts: all, or `count` of them."""
+    groups = _Groups(index, gate_up.shape[0], count)
+    both = groups.products(hidden[groups.tokens], gate_up)
     gate, up = both.chunk(2, dim=-1)
     out = groups.products(_activate(gate, activation) * up, down)
-    weighted = groups.back(out, index) * weight.unsqueeze(-1)
-    return weighted.sum(1).to(hidden.dtype), groups.back(both, index)
+    out = groups.of_tokens(out, weight).to(hidden.dtype)
+    return out, both if groups.few else groups.back(both)
 
 
-def _backward(
+def run_experts_backward(
     grad_out: torch.Tensor,
     hidden: torch.Tensor,
     index: torch.Tensor,
@@ -118,11 +135,15 @@ def _backward(
     down: torch.Tensor,
     pre: torch.Tensor | None,
     activation: str,
+    count: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    groups = _Groups(index, gate_up.shape[0])
-    tokens = groups.order // index.shape[1]
-    rows, grad = hidden[tokens], grad_out[tokens]
-    both = groups.products(rows, gate_up) if pre is None else pre.flatten(0, 1)[groups.order]
+    """pre: what run_experts gave with the same count; computed again without."""
+    groups = _Groups(index, gate_up.shape[0], count)
+    rows, grad = hidden[groups.tokens], grad_out[groups.tokens]
+    if pre is None:
+        both = groups.products(rows, gate_up)
+    else:
+        both = pre if groups.few else pre.flatten(0, 1)[groups.order]
     scale = weight.reshape(-1, 1)[groups.order].to(grad.dtype)
     gate, up = both.chunk(2, dim=-1)
     activated = _activate(gate, activation)
@@ -132,9 +153,17 @@ def _backward(
     grad_product = grad_product * scale
     grad_gate = _activate_backward(grad_product * up, gate, activation)
     grad_both = torch.cat([grad_gate, grad_product * activated], dim=-1)
-    grad_hidden = groups.back(groups.products(grad_both, gate_up.transpose(-2, -1)), index).sum(1)
+    grad_hidden = groups.of_tokens(groups.products(grad_both, gate_up.transpose(-2, -1))).to(hidden.dtype)
     grad_gate_up, grad_down = groups.outer(grad_both, rows), groups.outer(grad * scale, product)
-    return grad_hidden, groups.back(grad_weight, index), grad_gate_up, grad_down
+    return grad_hidden, groups.back(grad_weight), grad_gate_up, grad_down
+
+
+def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return run_experts(*operands)
+
+
+def _run_backward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return run_experts_backward(*operands)
 
 
 def _forward_fake(
@@ -180,8 +209,8 @@ _LIBRARY.define(
     f"expert_mlp_backward(Tensor grad_out, {_INPUTS}, Tensor? pre, str activation) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_gate_up, Tensor grad_down)"
 )
-_LIBRARY.impl("expert_mlp", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("expert_mlp_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("expert_mlp", _run, "CompositeExplicitAutograd")
+_LIBRARY.impl("expert_mlp_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("shardwright::expert_mlp", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("shardwright::expert_mlp_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("shardwright::expert_mlp", _gradients, setup_context=_setup_context, lib=_LIBRARY)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from torch import nn
 
 import shardwright
 from shardwright.errors import ShardwrightError
-from shardwright.planner.sharding.expert_costs import copies_of_token
+from shardwright.passes import expert_dispatch
+from shardwright.planner.sharding.expert_costs import copies_of_token, row_bytes
+from shardwright.planner.sharding.mesh import Sizes
 from shardwright.planner.space.candidates import enumerate_candidates
 from shardwright.planner.space.forcing import Forced
 from shardwright.plans.document import Plan
@@ -215,3 +219,60 @@ def test_samples_that_do_not_divide_are_counted_once() -> None:
         assert [evaluated, loss] == pytest.approx([expected.item()] * 2, rel=1e-9)
         for name, parameter in workload.model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def _bytes_sent(rank: int, kind: str, plan: str) -> list[int]:
+    """Of each message of rows in a step, without the counts before it."""
+    workload, batch = _workload(kind, 1)
+    program = shardwright.build(Plan.model_validate_json(plan), workload, self_test=False)
+    found: list[int] = []
+    whole = expert_dispatch.dist
+
+    def counted(out: torch.Tensor, given: torch.Tensor, *sizes: Any, group: Any) -> None:
+        if sizes:
+            found.append(given.nbytes)
+        whole.all_to_all_single(out, given, *sizes, group=group)
+
+    expert_dispatch.dist = SimpleNamespace(all_to_all_single=counted)  # type: ignore[assignment]
+    try:
+        program.forward_backward(program.shard_batch(batch))
+    finally:
+        expert_dispatch.dist = whole
+    return found
+
+
+def test_what_is_sent_is_what_it_is_priced_at() -> None:
+    """Where all tokens choose experts of one rank, each goes to one; that rank alone sends results."""
+    plan = _planned("uneven", 2, {"dp": 2, "ep": 2, "experts": "dispatch"}, layers=1).to_json()
+    messages = [sum(pair) for pair in zip(*run_ranks(2, _bytes_sent, "uneven", plan), strict=True)]
+    tokens = 8 * 3
+    hidden, index, weight = ((tokens, n) for n in (WIDTH, CHOICES, CHOICES))
+    operands = [Sizes(shape, (), 8.0 * math.prod(shape), True) for shape in (hidden, hidden, index, weight)]
+    experts = [Sizes((1,), (), 0.0, True)]
+    forward, backward = row_bytes([*operands[1:], *experts * 2]), row_bytes([*operands, *experts * 3])
+    assert messages == [tokens * each for each in (*forward, *backward)]
+
+
+def _received(rank: int, plan: str) -> int:
+    """Tokens that came to this rank's experts in a forward."""
+    workload, batch = _workload("uneven", 1)
+    program = shardwright.build(Plan.model_validate_json(plan), workload, self_test=False)
+    found: list[int] = []
+    whole = expert_dispatch._routes
+
+    def counted(*args: Any) -> Any:
+        routes = whole(*args)
+        found.append(sum(routes.received))
+        return routes
+
+    expert_dispatch._routes = counted
+    try:
+        program.evaluate(program.shard_batch(batch))
+    finally:
+        expert_dispatch._routes = whole
+    return found[0]
+
+
+def test_a_rank_whose_experts_nobody_chose_gets_nothing() -> None:
+    plan = _planned("uneven", 2, {"dp": 2, "ep": 2, "experts": "dispatch"}, layers=1).to_json()
+    assert run_ranks(2, _received, plan) == [24, 0]

@@ -247,11 +247,10 @@ class Mesh:
         return share
 
     def work_factor(self, strategy: Strategy) -> float:
-        """Of an expert op's work, over an equal share of it: experts that are cut compute gate and up again in the
-        backward, two of its six products; the rank that most tokens go to has the others wait."""
+        """Of an expert op's work, over an equal share of it: experts that are cut in place compute gate and up again in
+        the backward, two of its six products; the rank that most tokens go to has the others wait."""
         factor = self.imbalance if is_dispatch(strategy) else 1.0
-        again = strategy.lowering in ("own_experts_backward", "dispatch_experts_backward")
-        return factor * 4 / 3 if again else factor
+        return factor * 4 / 3 if strategy.lowering == "own_experts_backward" else factor
 
     def state_bytes(self, sizes: Sizes, is_trained: bool) -> float:
         """Of training state that a whole parameter of these sizes stands for."""
