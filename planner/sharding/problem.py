@@ -365,6 +365,14 @@ class _SegmentBuilder:
     def _join(self, producer: int, before: list[Places], reader: int, after: list[Places], sizes: Sizes) -> None:
         self.problem.add_edge(producer, reader, _table(before, after, self.mesh, sizes) * self.count)
 
+    def _stays_with_experts(self, source: fx.Node, output: int) -> bool:
+        """Is it what experts that tokens were sent to had before their activation? Its rows are those that came to each
+        rank, whatever its sizes say."""
+        return output == 1 and is_expert_op(source) and any(a.role.cuts_experts and a.size > 1 for a in self.mesh.axes)
+
+    def _join_unmoved(self, producer: int, before: list[Places], reader: int, after: list[Places]) -> None:
+        self.problem.add_edge(producer, reader, np.array([[0.0 if b == a else np.inf for a in after] for b in before]))
+
     def _variable_of(self, node: fx.Node) -> int:
         """The variable that decides where a tensor lies: its op's, or its placeholder's."""
         name = self.segment.name
@@ -407,7 +415,10 @@ class _SegmentBuilder:
                 if len({reader for reader, _ in reading}) > 1 or (saved and phase == "forward"):
                     shared = self._add_copy(source, output, phase, base, [*wanted.values()], sizes)
                 for (reader, _), places in wanted.items():
-                    self._join(shared, self._places(shared, output), reader, places, sizes)
+                    if self._stays_with_experts(source, output):
+                        self._join_unmoved(shared, self._places(shared, output), reader, places)
+                    else:
+                        self._join(shared, self._places(shared, output), reader, places, sizes)
                 if saved and phase == "forward":
                     base = self._add_kept(source, output, producer, shared, sizes)
             if saved and "forward" not in groups:
