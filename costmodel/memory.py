@@ -7,9 +7,7 @@ optimizer. ZeRO as in Rajbhandari et al., arXiv:1910.02054:
 
     zero                         0        1              2                   3
     parameters                   P c      P c            P c                 P/D c
-    gathered for use             -        -              -                   2 u c: one in use, and the next
     gradients                    T g      T g + T/D g    T/D g               T/D g
-    on their way there           -        -              2 u g               2 u g
     master copy and state        T (k+n)o T/D (k+n) o    T/D (k+n) o         T/D (k+n) o
 
 With Extents the D of a row is that of its kind of state: hybrid sharding splits inside a node and repeats across
@@ -26,9 +24,8 @@ gradients that it steps by; of gradients the device then keeps what leaves it at
                                  (u c on their way), but for partial sums over the tensor axis, which stay as above
 
 k is 0 where master and compute type are the same (the parameters are the optimizer's copy), else 1. One data-parallel
-rank and one microbatch keep gradients in c. Under ZeRO-2 and 3 two reductions are in flight; over gloo each has another
-buffer. What a segment's backward makes of gradients before they are added up is part of its workspace, and so is the
-buffer in which they are packed then.
+rank and one microbatch keep gradients in c. What is gathered for use under ZeRO-3, and gradients on their way there,
+depend on where the stage is at work: planner/memory/beside.py.
 
 The peak is the greater of two moments: inside the pipeline, with activations and workspace, and in the optimizer step,
 with gradients in the master type (of a shard under ZeRO-1 to 3), the optimizer's temporaries (none of torch's fused
@@ -135,7 +132,6 @@ class StageState:
     largest_trainable_elements: Any = None  # of the instance with most of them; None: of the largest, all are
     expert_elements: Any = 0  # of all: experts that are cut over data ranks
     expert_ranks: int = 1  # so many of them
-    largest_beside_experts: Any = None  # of the instance with most elements besides; None: none are cut so
 
 
 @dataclass(frozen=True)
@@ -146,9 +142,8 @@ class StateMemory:
     parameters: Any
     optimizer: Any
     buffers: Any
-    gathered_each: Any
     gradients: Any
-    fresh_each: Any  # on their way to the gradients
+    leaving_each: Any  # gradients on their way to host memory
     step_gradients: Any  # in the optimizer step
     step_temporaries: Any
     host: Any = 0
@@ -157,12 +152,6 @@ class StateMemory:
 def gradients_are_written(kinds: StateBytes, zero: int, on_host: bool) -> bool:
     """May a backward write gradients of parameters where they are added up (passes/gradients.py)?"""
     return not zero and not on_host and kinds.reduce == kinds.compute
-
-
-def with_packed(workspace: Any, at_end: Any, elements: Any, kinds: StateBytes, zero: int) -> Any:
-    """Most bytes inside a backward that makes gradients of so many elements first: while it runs, and at its end, when
-    ZeRO packs them for a reduction."""
-    return np.maximum(workspace, at_end + elements * kinds.reduce) if zero >= 2 else workspace
 
 
 def leave_early(state_ranks: int, zero: int, extents: Extents) -> bool:
@@ -187,9 +176,6 @@ def state_memory(
     extents = extents if extents is not None and zero else Extents.of(zero, state_ranks)
     params, trainable, largest = state.param_elements, state.trainable_elements, state.largest_trainable_elements
     largest = state.largest_segment_elements if largest is None else largest
-    beside = state.largest_beside_experts
-    if beside is None or extents.parameters > math.gcd(extents.parameters, state.expert_ranks):
-        beside = state.largest_segment_elements  # experts are gathered like all else
 
     def _share(elements: Any, parts: int) -> Any:
         """Rounded up; elements may be an array."""
@@ -200,27 +186,22 @@ def state_memory(
     accumulates = state_ranks > 1 or num_microbatches > 1
     each = kinds.reduce if accumulates else kinds.compute
     in_master = kinds.reduces_in_master if accumulates else kinds.single_copy
-    gathered = round(assumed("gathered_units")) * kinds.compute if zero == 3 else 0
-    reduced = round(assumed("reduced_units", device_kind)) * each if zero >= 2 else 0
     # on CPU torch steps one parameter at a time
     stepped = _smaller(shard, largest) if device_kind == "cpu" or on_host else shard
     step_temporaries = (stepped * kinds.step_tensors + shard * kinds.kept_tensors) * kinds.master
     parameters = _share(params, extents.parameters) * kinds.compute
-    gathered_each = beside * gathered
     if on_host:
         early = leave_early(state_ranks, zero, extents)
         kept = state.summed_elements if early else trainable
         kept = -(-kept // extents.gradients) if early else _share(kept, extents.gradients)
         gradients = (kept + (shard if zero == 1 else 0)) * each
-        leaving = largest * (kinds.compute if state_ranks == 1 else reduced)
         stepped_by = kinds.reduce + (0 if kinds.reduces_in_master else kinds.master)
         return StateMemory(
             parameters=parameters,
             optimizer=0 * shard,
             buffers=state.buffer_bytes,
-            gathered_each=gathered_each,
             gradients=gradients,
-            fresh_each=leaving if early else largest * reduced,
+            leaving_each=largest * kinds.compute if early and state_ranks == 1 else 0 * largest,
             step_gradients=gradients,
             step_temporaries=0 * shard,
             host=shard * ((1 + kinds.state_tensors) * kinds.master + stepped_by) + step_temporaries,
@@ -229,12 +210,16 @@ def state_memory(
         parameters=parameters,
         optimizer=shard * kinds.of_master,
         buffers=state.buffer_bytes,
-        gathered_each=gathered_each,
         gradients=(_share(trainable, extents.gradients) + (shard if zero == 1 else 0)) * each,
-        fresh_each=largest * reduced,
+        leaving_each=0 * largest,
         step_gradients=shard * (each + (0 if in_master else kinds.master)),
         step_temporaries=step_temporaries,
     )
+
+
+def are_experts_gathered(extent: int, expert_ranks: int) -> bool:
+    """Does ZeRO-3 over `extent` ranks split experts that are cut over expert_ranks of them already?"""
+    return extent > math.gcd(extent, expert_ranks)
 
 
 def held_elements(elements: Any, experts: Any, extent: int, expert_ranks: int) -> Any:
@@ -263,9 +248,9 @@ def usable_bytes(memory_bytes: int) -> int:
     return int(memory_bytes * assumed("usable_memory_fraction"))
 
 
-def boundary_bytes(cut_bytes: Any) -> Any:
+def boundary_bytes(cut_bytes: Any, device_kind: str) -> Any:
     """Of the buffers between two stages, by the bytes that pass there (or arrays of them)."""
-    return round(assumed("boundary_buffers")) * cut_bytes
+    return round(assumed("boundary_buffers", device_kind)) * cut_bytes
 
 
 def pinned_bytes(offloaded_bytes: int) -> int:
@@ -300,12 +285,13 @@ class RankMoments:
 def rank_moments(
     stages: Sequence[StateMemory],
     *,
-    workspace_bytes: int,
+    beside: Mapping[str, int],
     communication_bytes: int,
     device_kind: str,
     num_groups: int,
 ) -> RankMoments:
-    """stages: of the virtual stages that it holds. workspace_bytes: the most of any of them."""
+    """stages: of the virtual stages that it holds. beside: what the one at work holds beyond that and what is kept, at
+    most, by kind."""
 
     def total(name: str) -> int:
         return sum(int(getattr(stage, name)) for stage in stages)
@@ -317,10 +303,9 @@ def rank_moments(
         lasting={name: total(name) for name in ("parameters", "optimizer", "buffers")}
         | {"communication": int(communication_bytes)},
         pipeline={
-            "gathered_parameters": most("gathered_each"),
+            **beside,
             "gradients": total("gradients"),
-            "gradient_buffers": most("fresh_each"),
-            "workspace": int(workspace_bytes),
+            "gradient_buffers": beside.get("gradient_buffers", 0) + most("leaving_each"),
         },
         step={"gradients": total("step_gradients"), "workspace": total("step_temporaries")},
         slack_fraction=slack_factor(device_kind) - 1.0,

@@ -102,6 +102,10 @@ class PipelineStage(StageBase):
         peer = self.stage_index_to_group_rank[stage]
         while self._in_flight and all(work.is_completed() for work, _ in next(iter(self._in_flight.values()))):
             del self._in_flight[next(iter(self._in_flight))]
+        if self.device.type == "cpu":  # gloo says that a send is over only to who waits for it
+            for old in [old for old in self._in_flight if old[0] == key[0]]:
+                for work, _ in self._in_flight.pop(old):
+                    work.wait()
         real = [_real(t.resolve_conj()).contiguous() for t in tensors if t.numel()]
         self._in_flight[key] = [(dist.isend(t, group=self.group, group_dst=peer), t) for t in real]
 

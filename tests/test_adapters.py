@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from planner_fakes import Case, Sizes
 from torch import nn
 
 import shardwright
-from shardwright.costmodel import memory
-from shardwright.costmodel.memory import StageState, StateBytes
+from shardwright.planner.memory.beside import beside_of
+from shardwright.planner.space.candidates import Candidate
+from shardwright.planner.stages.chain import NOTHING
+from shardwright.planner.stages.setting import Setting
+from shardwright.plans.axes import MeshShape
 from shardwright.plans.document import Plan
 from shardwright.profiler.workload import OptimizerSpec, Precision, Workload
 
@@ -101,7 +107,10 @@ def test_adapters_train_as_in_plain_pytorch() -> None:
 
 
 def test_buffers_of_gradients_are_as_large_as_what_is_trained() -> None:
-    kinds = StateBytes(2, 4, 4, 2, single_copy=False)
-    adapters = StageState(10_000, 100, 0, 5_000, 0, 50)
-    found = memory.state_memory(adapters, kinds, 4, 3, 8, "gpu")
-    assert found.gathered_each == 3 * 2 * 5_000 and found.fresh_each == 50 * (2 + 3 * 4)
+    case = Case(Sizes(layers=4), "4xCPU", 4)
+    setting = Setting(case.graph, case.cluster, case.cost_model, case.workload)
+    chain = setting.chain(case.sharder.solve(MeshShape.of({"dp": 4}), 1), NOTHING)
+    adapted = replace(chain, trainable_elements=chain.param_elements / 100)
+    found = beside_of(setting, Candidate(MeshShape.of({"dp": 4}), 1, 1, "1f1b", 1, 3), adapted)
+    assert (found.gathered == 2 * chain.param_elements).all()
+    assert found.packed == pytest.approx(4 * chain.param_elements / 100)

@@ -17,6 +17,7 @@ from ..space.candidates import Candidate
 from ..stages.chain import Chain
 from ..stages.cuts import windows
 from ..stages.setting import Setting
+from .beside import beside_of
 
 ALL = slice(None)
 PROFILES = 8192  # orders whose small tables are kept: a search asks for each of its candidates' several times
@@ -184,22 +185,6 @@ def interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Inte
     return setting.once(_interval_bytes, key, setting, candidate, chain)
 
 
-def workspace_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> np.ndarray:
-    """Of each position, inside its forward or backward, beyond what positions up to it keep."""
-    kinds, zero = setting.kinds, candidate.zero if candidate.state_ranks > 1 else 0
-    if memory.gradients_are_written(kinds, zero, candidate.on_host):
-        return chain.workspace_bytes
-    return memory.with_packed(
-        chain.made_workspace_bytes, chain.end_workspace_bytes, chain.trainable_elements, kinds, zero
-    )
-
-
-def held_beside(workspace: np.ndarray, kept: np.ndarray) -> float:
-    """Of one stage what Chain.beside_kept has of all: workspace_bytes and bytes kept of its positions."""
-    so_far = np.cumsum(kept)
-    return max(float((workspace + so_far).max() - so_far[-1]), 0.0)
-
-
 def state_memory_of(setting: Setting, candidate: Candidate, state: StageState, kind: str) -> memory.StateMemory:
     c = candidate
     ranks, zero, kinds = c.state_ranks, c.zero, setting.kinds
@@ -212,20 +197,18 @@ def _interval_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Int
     kind = setting.mesh(candidate).devices[0].kind
     whole = chain.param_of, chain.trainable_of, chain.buffer_of
     largest = chain.largest_of, chain.summed_of, chain.largest_trainable_of
-    state = StageState(
-        *whole, *largest, expert_elements=chain.expert_of, largest_beside_experts=chain.largest_beside_of
-    )
+    state = StageState(*whole, *largest, expert_elements=chain.expert_of)
     held = state_memory_of(setting, candidate, state, kind)
     lasting = held.parameters + held.optimizer + held.buffers
     if candidate.num_stages > 1:
-        cut = boundary_bytes(chain.cut_forward_bytes + chain.cut_backward_bytes)
+        cut = boundary_bytes(chain.cut_forward_bytes + chain.cut_backward_bytes, kind)
         lasting = lasting + cut[:, None] + cut[None, :]
     return IntervalBytes(
         lasting=lasting,
         activation=chain.activation_of,
         pipeline=held.gradients,
-        pipeline_each=held.gathered_each + held.fresh_each,
-        workspace=chain.beside_kept(workspace_bytes(setting, candidate, chain)),
+        pipeline_each=held.leaving_each,
+        workspace=beside_of(setting, candidate, chain).table(chain.activation_bytes),
         step=held.step_gradients + held.step_temporaries,
         slack=memory.slack_factor(kind),
         reserve=memory.reserve_bytes(kind, num_groups(candidate)),
@@ -375,14 +358,15 @@ def rank_moments(
     stages = [(bounds[s], bounds[s + 1]) for s in sorted(set(chunks))]  # two directions may share one
     kind = setting.mesh(candidate).devices[rank].kind
     held = [state_memory_of(setting, candidate, chain.stage_state(i, j), kind) for i, j in stages]
-    beside = workspace_bytes(setting, candidate, chain)
+    sizes = beside_of(setting, candidate, chain)
+    beside = [sizes.of_stage(chain.activation_bytes[i:j], i, j) for i, j in stages]
     boundary = 0.0
     if candidate.num_stages > 1:
         cut = chain.cut_forward_bytes + chain.cut_backward_bytes
-        boundary = boundary_bytes(sum(cut[i] + cut[j] for i, j in stages))
+        boundary = boundary_bytes(sum(cut[i] + cut[j] for i, j in stages), kind)
     return memory.rank_moments(
         held,
-        workspace_bytes=int(max(held_beside(beside[i:j], chain.activation_bytes[i:j]) for i, j in stages)),
+        beside=max(beside, key=lambda by_kind: sum(by_kind.values())),
         communication_bytes=int(boundary),
         device_kind=kind,
         num_groups=num_groups(candidate),

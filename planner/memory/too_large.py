@@ -25,7 +25,8 @@ from ...schedules.published.library import SCHEDULES
 from ..space.candidates import Candidate
 from ..stages.chain import Chain
 from ..stages.setting import Setting
-from .rank_bytes import PROFILES, num_groups, profile_table, state_memory_of, workspace_bytes
+from .beside import beside_of
+from .rank_bytes import PROFILES, num_groups, placement_of, profile_table, state_memory_of
 
 ROUNDS = 40  # of the game; more only raise h_r
 ROUNDING = 1 + 1e-9  # of sums in another order
@@ -67,12 +68,14 @@ def is_too_large(setting: Setting, candidate: Candidate, chain: Chain) -> bool:
 
 
 class PositionBytes(NamedTuple):
-    """Of each position, whatever stage it is in. beside: what it needs besides at a time, least first. order: those
-    that keep most for what lasts first."""
+    """Of each position, whatever stage it is in. beside: what a stage that ends with it needs besides at a time, least
+    first, of all but the first and the last position; beside_ends: of those two, with which only the first and the last
+    stage may end. order: those that keep most for what lasts first."""
 
     lasting: np.ndarray
     kept: np.ndarray  # of one microbatch
     beside: np.ndarray
+    beside_ends: tuple[float, float]
     order: np.ndarray
 
 
@@ -86,7 +89,13 @@ def rooms(setting: Setting, candidate: Candidate, chain: Chain) -> np.ndarray:
     """[rank] -> bytes for what lasts and what is kept."""
     kind = setting.mesh(candidate).devices[0].kind
     reserve = memory.reserve_bytes(kind, num_groups(candidate))
-    least_beside = position_bytes(setting, candidate, chain).beside[: candidate.virtual_stages][-1]
+    size, chunks = position_bytes(setting, candidate, chain), candidate.virtual_stages
+    place, least_beside = placement_of(candidate), np.empty(candidate.pp)
+    for rank in range(candidate.pp):
+        ends = [size.beside_ends[k] for k in (0, -1) if place[k] == rank]
+        found = np.sort([*ends, *size.beside[:chunks]])[:chunks]
+        least_beside[rank] = found[-1] if len(found) else 0.0
+    least_beside[place[-1]] = max(least_beside[place[-1]], size.beside_ends[1])
     return (setting.limits(candidate) - reserve) / memory.slack_factor(kind) * ROUNDING - least_beside
 
 
@@ -105,10 +114,10 @@ def _position_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> Pos
         chain.buffer_bytes,
         *largest,
         expert_elements=chain.expert_elements,
-        largest_beside_experts=chain.param_elements - chain.expert_elements,
     )
     state = state_memory_of(setting, candidate, held, kind)
     lasting = state.parameters + state.optimizer + state.buffers + state.gradients
     order = np.argsort(-chain.activation_bytes / np.maximum(lasting, 1.0))
-    beside = np.sort(state.gathered_each + state.fresh_each + workspace_bytes(setting, candidate, chain))
-    return PositionBytes(lasting, chain.activation_bytes, beside, order)
+    beside = state.leaving_each + beside_of(setting, candidate, chain).least
+    ends = float(beside[0]), float(beside[-1])
+    return PositionBytes(lasting, chain.activation_bytes, np.sort(beside[1:-1]), ends, order)

@@ -15,19 +15,18 @@ import numpy as np
 
 from ...costmodel.segment import Workspace
 from ...schedules.published.library import SCHEDULES
+from ..memory.beside import beside_of
 from ..memory.limits import worst_host_need
 from ..memory.options import Ladder
 from ..memory.rank_bytes import (
     IntervalBytes,
     first_in_mean,
-    held_beside,
     interval_bytes,
     mean_share,
     profile_table,
     quick_peaks,
     shared_bytes,
     stages_by_rank,
-    workspace_bytes,
 )
 from ..memory.too_large import is_too_large
 from ..space.candidates import Candidate
@@ -81,14 +80,15 @@ def _leanest(setting: Setting, ladder: Ladder) -> Chain:
         sizes = [(row.forward, row.backward, row.backward_made, row.end) for row in rows]
         least[name] = Workspace(*map(min, zip(*sizes, strict=True)))
 
-    def column(*kinds: str) -> np.ndarray:
-        return np.array([float(max(getattr(least[name], kind) for kind in kinds)) for name in ladder.shape.segments])
+    def column(kind: str) -> np.ndarray:
+        return np.array([float(getattr(least[name], kind)) for name in ladder.shape.segments])
 
     return replace(
         first,
         activation_bytes=np.minimum(first.activation_bytes, last.activation_bytes),
-        workspace_bytes=column("forward", "backward"),
-        made_workspace_bytes=column("forward", "backward_made"),
+        forward_workspace_bytes=column("forward"),
+        written_workspace_bytes=column("backward"),
+        made_workspace_bytes=column("backward_made"),
         end_workspace_bytes=column("end"),
     )
 
@@ -301,12 +301,12 @@ class _Standing:
     def _peak(self, held: IntervalBytes, rank: int, chains: tuple[Chain, Chain], rising: np.ndarray) -> float:
         """Bytes of the rank where these positions are as in the second chain."""
         lower, upper = chains
-        kept, beside = lower.activation_bytes.copy(), workspace_bytes(self.setting, self.candidate, lower).copy()
+        below, above = (beside_of(self.setting, self.candidate, chain) for chain in chains)
+        kept, beside = lower.activation_bytes.copy(), below.with_rising(above, rising)
         kept[rising] = upper.activation_bytes[rising]
-        beside[rising] = workspace_bytes(self.setting, self.candidate, upper)[rising]
         runs = [(self.bounds[s], self.bounds[s + 1]) for s in self.stages[:, rank]]
         prologue = lower.prologue_bytes_of
         activation = np.array([[kept[i:j].sum() + prologue[i, j] + shared_bytes(lower, i, j)] for i, j in runs])
-        most = np.array([[held_beside(beside[i:j], kept[i:j])] for i, j in runs])
+        most = np.array([[sum(beside.of_stage(kept[i:j], i, j).values())] for i, j in runs])
         one = slice(rank, rank + 1)
         return float(held.peaks_of(self.bounds, self.profiles[one], self.stages[:, one], activation, most)[0])

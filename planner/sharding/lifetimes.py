@@ -269,7 +269,7 @@ class RunLifetimes:
         wanted = [source for key, (source, _), phase in rows if phase == "backward"]
         needed = self._reaching(wanted, is_kept)
         nodes = [node for node in self._calls if node in needed]
-        finals = [storage_root(node) for node in self._returned if node in needed]
+        finals = [storage_root(node) for node in self._returned if origin(node)[0] in needed]
         outputs = set(self._forward_results)
         ours = {result for result in kept if result[0].op != "placeholder" and result not in outputs}
         return _Run(nodes, finals, self._written(nodes, finals, on_cpu), ours, on_cpu)

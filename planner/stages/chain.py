@@ -110,13 +110,13 @@ def _has_gradient(graph: ModelGraph, value: str) -> bool:
     return info is None or info.requires_grad
 
 
-def _sums(values: np.ndarray) -> np.ndarray:
+def prefix_sums(values: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(values)])
 
 
 def interval_sums(values: np.ndarray) -> np.ndarray:
     """[i, j] -> sum of values[i:j], for 0 <= i <= j <= n; below the diagonal: negative sums, never read."""
-    prefix = _sums(values)
+    prefix = prefix_sums(values)
     return prefix[None, :] - prefix[:, None]
 
 
@@ -190,8 +190,9 @@ class Chain:
     forward_comm_s: np.ndarray
     backward_comm_s: np.ndarray
     activation_bytes: np.ndarray
-    workspace_bytes: np.ndarray  # inside a forward or backward, beyond what positions up to this one keep
-    made_workspace_bytes: np.ndarray  # the same where gradients of parameters are made first and added up later
+    forward_workspace_bytes: np.ndarray  # inside a forward, beyond what positions up to this one keep
+    written_workspace_bytes: np.ndarray  # inside a backward whose gradients of parameters are written in their place
+    made_workspace_bytes: np.ndarray  # the same where they are made first and added up later
     end_workspace_bytes: np.ndarray  # at the end of such a backward
     param_elements: np.ndarray
     trainable_elements: np.ndarray
@@ -246,12 +247,6 @@ class Chain:
             table[starts <= np.maximum.accumulate(needed)[None, :]] += num_bytes
         return table
 
-    def beside_kept(self, workspace: np.ndarray) -> np.ndarray:
-        """[i, j] -> most bytes of a forward or backward over positions i..j-1 beyond all that they keep: while one
-        position is worked on, those behind it keep nothing yet, or nothing any more."""
-        before = _sums(self.activation_bytes)
-        return np.maximum(interval_maxima(workspace + before[1:]) - before[None, :], 0.0)
-
     @cached_property
     def param_of(self) -> np.ndarray:
         return self._without_repeats(self.param_elements, "elements")
@@ -267,10 +262,6 @@ class Chain:
     @cached_property
     def expert_of(self) -> np.ndarray:
         return interval_sums(self.expert_elements)
-
-    @cached_property
-    def largest_beside_of(self) -> np.ndarray:
-        return interval_maxima(self.param_elements - self.expert_elements)
 
     def stepped(self, start: int, stop: int, extent: int, expert_ranks: int) -> float:
         """Elements that a rank steps over, whose optimizer's state is split over `extent` ranks."""
@@ -305,7 +296,6 @@ class Chain:
             math.ceil(self.summed_of[start, stop]),
             math.ceil(self.largest_trainable_of[start, stop]),
             expert_elements=math.ceil(self.expert_of[start, stop]),
-            largest_beside_experts=math.ceil(self.largest_beside_of[start, stop]),
         )
 
     def prologue_of(self, start: int, stop: int) -> list[int]:
@@ -355,7 +345,6 @@ def build_chain(
                 cuts[direction][start + 1] += size
                 cuts[direction][stop + 1] -= size
     passing, waiting = _passing(shape, solution, held)
-    in_forward = np.array([each.forward for each in held]) + passing
     by_index = {instance.index: instance for instance in graph.instances}
     prologue_costs = {index: solution.costs[by_index[index].segment] for index in shape.prologue}
     share = {
@@ -374,8 +363,9 @@ def build_chain(
         forward_comm_s=forward_comm,
         backward_comm_s=backward_comm + again_comm,
         activation_bytes=kept,
-        workspace_bytes=np.maximum(in_forward, np.array([each.backward for each in held]) + waiting),
-        made_workspace_bytes=np.maximum(in_forward, np.array([each.backward_made for each in held]) + waiting),
+        forward_workspace_bytes=np.array([each.forward for each in held]) + passing,
+        written_workspace_bytes=np.array([each.backward for each in held]) + waiting,
+        made_workspace_bytes=np.array([each.backward_made for each in held]) + waiting,
         end_workspace_bytes=np.array([each.end for each in held]) + waiting,
         param_elements=column("param_elements"),
         trainable_elements=column("trainable_elements"),
