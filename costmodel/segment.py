@@ -21,8 +21,10 @@ class Workspace:
     kept_inputs: tuple[int, ...] = ()
 
     def divided(self, parts: int) -> Workspace:
-        sizes = (-(-size // parts) for size in (self.forward, self.backward, self.backward_made, self.end))
-        return Workspace(*sizes, tuple(-(-size // parts) for size in self.kept_inputs))
+        forward, backward, made, end = (
+            -(-size // parts) for size in (self.forward, self.backward, self.backward_made, self.end)
+        )
+        return Workspace(forward, backward, made, end, tuple(-(-size // parts) for size in self.kept_inputs))
 
 
 @dataclass(frozen=True)

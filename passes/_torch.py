@@ -169,7 +169,8 @@ def trace_to_aten(dynamo_graph: fx.GraphModule) -> fx.GraphModule | None:
 
 def group_by_name(name: str) -> Any:
     """The process group that functional collectives know under this name."""
-    return torch._C._distributed_c10d._resolve_process_group(name)
+    known: Any = name  # a type of torch's own for strings like this one
+    return torch._C._distributed_c10d._resolve_process_group(known)
 
 
 def world_group_name() -> str:

@@ -93,7 +93,8 @@ def _forward(
     rows, chosen, scale = _exchange(routes, [hidden[own], index[own].to(torch.int32), weight[own]])
     here = chosen.long() - firsts[rank]
     out, pre = run_experts(rows, here, scale, gate_up, down, activation, routes.choices)
-    return _summed(routes, *_exchange(routes, [out], back=True), hidden.shape[0]), pre
+    (part,) = _exchange(routes, [out], back=True)
+    return _summed(routes, part, hidden.shape[0]), pre
 
 
 def _backward(

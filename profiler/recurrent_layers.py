@@ -39,9 +39,9 @@ def recurrent_layers() -> Iterator[None]:
         if isinstance(held, dict):
             stack.callback(held.update, dict(held))
             held.update({"RNN_TANH": replaced["rnn_tanh"], "RNN_RELU": replaced["rnn_relu"]})
-        for owner, name in ((rnn.RNNBase, "get_expected_hidden_size"), (rnn.LSTM, "get_expected_cell_size")):
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, _with_symbols(getattr(owner, name)))
+        for layer, name in ((rnn.RNNBase, "get_expected_hidden_size"), (rnn.LSTM, "get_expected_cell_size")):
+            stack.callback(setattr, layer, name, getattr(layer, name))
+            setattr(layer, name, _with_symbols(getattr(layer, name)))
         yield
 
 

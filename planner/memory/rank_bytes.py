@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -268,7 +268,10 @@ def first_in_mean(
 
 def _stacked(setting: Setting, candidate: Candidate, chains: tuple[Chain, ...]) -> _WholeBytes:
     """Of each chain; arrays."""
-    return _WholeBytes(*map(np.array, zip(*(_whole(setting, candidate, chain) for chain in chains), strict=True)))
+    columns: list[Any] = [
+        np.array(column) for column in zip(*(_whole(setting, candidate, c) for c in chains), strict=True)
+    ]
+    return _WholeBytes(*columns)
 
 
 def mean_share(setting: Setting, candidate: Candidate, chains: tuple[Chain, Chain], in_flight: int | None) -> float:
@@ -309,8 +312,8 @@ def _whole(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
 def _whole_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
     n, kind = chain.num_instances, setting.mesh(candidate).devices[0].kind
     summed = chain.summed_of[0, n]
-    held = chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n]
-    whole = StageState(*held, 0, summed, expert_elements=chain.expert_of[0, n])
+    elements = chain.param_of[0, n], chain.trainable_of[0, n], chain.buffer_of[0, n]
+    whole = StageState(*elements, 0, summed, expert_elements=chain.expert_of[0, n])
     held = state_memory_of(setting, candidate, whole, kind)
     return _WholeBytes(
         held.parameters + held.optimizer + held.buffers,
