@@ -38,9 +38,11 @@ FOLDS = 5
 LIMITS = {"product_factor": (0.7, 1.6), "attention_factor": (0.3, 4.0), "memory_factor": (0.3, 3.0),
           "op_s": (0.0, 4e-5), "tensor_factor": (0.3, 4.0), "state_contention": (0.0, 1.0),
           "unhidden_fraction": (0.0, 1.0)}  # fmt: skip
+NOT_FITTED = ("dlperf",)  # a cube mesh of NVLink between V100, which the catalog has as a switch
 PULL = 0.003  # to where a figure is neutral: the error that moving it as far as its slope was taken must be worth
 ROUNDS = 60
 NEUTRAL = StackFigures()
+HOPPER = "hopper_factor"
 CAPTION = f"""Median and 90th percentile of |predicted / measured - 1| with the figures that stacks had before the fit,
 with fitted ones, and with figures fitted without the row's group (a model on so many GPUs), in {FOLDS} folds."""
 
@@ -56,15 +58,27 @@ def fit(rows: Sequence[Parts]) -> dict[str, float]:
     weights = np.array([counts[row.source] ** -0.5 for row in rows])
     weights /= weights.sum()
     names = [name for name in MOVES if any(row.slopes[name] for row in rows)]
+    if {row.is_hopper for row in rows} == {True, False}:
+        names.append(HOPPER)  # here the product of both factors, for the rows of that generation
     measured = np.array([row.measured_s for row in rows])
-    slopes = np.array([[row.slopes[name] for name in names] for row in rows]) / measured[:, None]
+    slopes = np.array([[_slope(row, name, names) for name in names] for row in rows]) / measured[:, None]
     tried = []
     for dispatch_s in np.linspace(0.0, DISPATCHES[-1], 17):
         rest = np.array([row.rest_s(dispatch_s) for row in rows]) / measured
         loss, values = _fit_rest(names, slopes, rest, weights)
         loss += PULL * dispatch_s / DISPATCHES[-1]
         tried.append((loss, {**dict(zip(names, values.tolist(), strict=True)), "dispatch_s": float(dispatch_s)}))
-    return min(tried, key=lambda one: one[0])[1]
+    best = min(tried, key=lambda one: one[0])[1]
+    if HOPPER in best:
+        best[HOPPER] /= best["product_factor"]
+    return best
+
+
+def _slope(row: Parts, name: str, names: Sequence[str]) -> float:
+    apart = HOPPER in names and row.is_hopper
+    if name == HOPPER:
+        return row.slopes["product_factor"] if apart else 0.0
+    return 0.0 if apart and name == "product_factor" else row.slopes[name]
 
 
 def _fit_rest(
@@ -73,7 +87,7 @@ def _fit_rest(
     """(loss, figures): coordinate descent on squares of errors, weighted so that they count as absolute values.
     slopes, rest: over the measured step."""
     values = np.array([getattr(NEUTRAL, name) for name in names])
-    start, pull = values.copy(), np.array([PULL / MOVES[name] ** 2 for name in names])
+    start, pull = values.copy(), np.array([PULL / MOVES.get(name, 0.1) ** 2 for name in names])
     for _ in range(ROUNDS):
         ratios = np.maximum(rest + slopes @ values, 1e-3)
         robust = weights / np.maximum(np.abs(np.log(ratios)), 0.01) / ratios
@@ -81,13 +95,15 @@ def _fit_rest(
         for k, name in enumerate(names):
             others = square[k] @ values - square[k, k] * values[k]
             best = (linear[k] + pull[k] * start[k] - others) / (square[k, k] + pull[k])
-            values[k] = np.clip(best, *LIMITS[name])
+            values[k] = np.clip(best, *LIMITS.get(name, (0.6, 1.6)))
     errors = np.abs(np.log(np.maximum(rest + slopes @ values, 1e-3)))
     return float((weights * errors).sum() + (pull * (values - start) ** 2).sum() / 2), values
 
 
 def predicted(row: Parts, figures: Mapping[str, float]) -> float:
     others = {name: figures.get(name, getattr(NEUTRAL, name)) for name in row.slopes}
+    if row.is_hopper:
+        others["product_factor"] *= figures.get(HOPPER, 1.0)
     rest_s = row.rest_s(figures.get("dispatch_s", 0.0))
     return rest_s + sum(row.slopes[name] * value for name, value in others.items())
 
@@ -109,7 +125,8 @@ def k_fold(rows: Sequence[Parts]) -> list[float]:
 def by_stack(rows: Sequence[Parts]) -> dict[str, list[Parts]]:
     found: dict[str, list[Parts]] = defaultdict(list)
     for row in rows:
-        found[row.stack.partition("+")[0]].append(row)
+        if not row.source.startswith(NOT_FITTED):
+            found[row.stack.partition("+")[0]].append(row)
     return dict(sorted(found.items()))
 
 
@@ -146,6 +163,12 @@ def report(found: Mapping[str, Fitted]) -> str:
     return table(head, [line for one in found.values() for line in one.lines])
 
 
+def _says(name: str, value: float) -> bool:
+    """Is it other than neutral, as it is written?"""
+    least = 1e-7 if name.endswith("_s") else 1e-3
+    return float(f"{value:.3g}") != getattr(NEUTRAL, name) and value >= least
+
+
 def write(found: Mapping[str, Fitted]) -> None:
     """Into each stack's table, in place of the figures that it has; and the errors."""
     text = STACKS_FILE.read_text()
@@ -156,7 +179,7 @@ def write(found: Mapping[str, Fitted]) -> None:
             f'source = "{one.num_rows} published runs (benchmarks/calibrate.py): median error {one.error:.1%}, k-fold"',
             'kind = "fitted"',
             f'date = "{month}"',
-            *(f"{name} = {value:.3g}" for name, value in one.figures.items()),
+            *(f"{name} = {value:.3g}" for name, value in one.figures.items() if _says(name, value)),
         ]
         text = re.sub(pattern, lambda old, lines=lines: old[1] + "\n".join(lines) + "\n", text, flags=re.DOTALL)
     STACKS_FILE.write_text(text)

@@ -43,6 +43,11 @@ class Parts:
     figures: dict[str, float]
     waiting_s: Sequence[float] = (0.0,) * len(DISPATCHES)
 
+    @property
+    def is_hopper(self) -> bool:
+        """By the end of the group's name."""
+        return "xH100" in self.group or "xH200" in self.group
+
     def rest_s(self, dispatch_s: float) -> float:
         """Where all other figures are 0: factors too."""
         waiting_s = float(np.interp(dispatch_s, (0.0, *DISPATCHES), (0.0, *self.waiting_s)))

@@ -15,6 +15,7 @@ of the repository.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -34,7 +35,7 @@ from published_tables import tables, worst
 from published_validation import PAGE, write
 
 DEFAULT_SAMPLE = 120  # of a source: all sources within ten minutes on two cores
-MOST_CAPTURES = 12  # of a source that is sampled
+MOST_CAPTURES = 8  # of a source that is sampled
 SMALL = 40  # rows: such a source is not sampled
 _PATH: list[PlannerPath] = []  # of this worker process
 
@@ -67,8 +68,10 @@ def run_tasks(
     say: Callable[[str], None],
     keep: Callable[[list[Any]], None] = lambda found: None,
     path: type[PlannerPath] = PlannerPath,
+    limit_s: float = math.inf,
 ) -> list[tuple[list[Row], list[Any]]]:
-    """task of the rows that share a capture, on so many processes. keep: is given what each task found."""
+    """task of the rows that share a capture, on so many processes. keep: is given what each task found. limit_s: what
+    is not done by then is not waited for."""
     tasks: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         if not row.left_out:
@@ -78,7 +81,14 @@ def run_tasks(
     work = sorted(tasks.values(), key=len, reverse=True)
     started, done, count = time.monotonic(), [], 0
     with multiprocessing.get_context("spawn").Pool(workers, _begin, (path,)) as pool:
-        for found in pool.imap_unordered(_run_task, [(task, mine) for mine in work]):
+        results = pool.imap_unordered(_run_task, [(task, mine) for mine in work])
+        for _ in work:
+            left_s = started + limit_s - time.monotonic()
+            try:
+                found = results.next(timeout=None if limit_s == math.inf else max(0.0, left_s))
+            except multiprocessing.TimeoutError:
+                say(f"time is up: {count} rows are done")
+                break
             done.append(found)
             keep(found[1])
             count += len(found[0])
@@ -95,8 +105,10 @@ def _run_task(given: tuple[Callable[[Any, list[Row]], list[Any]], list[Row]]) ->
     return rows, task(_PATH[0], rows)
 
 
-def predict_all(rows: Sequence[Row], workers: int, say: Callable[[str], None]) -> list[Judged]:
-    done = run_tasks(_predictions, rows, workers, say)
+def predict_all(
+    rows: Sequence[Row], workers: int, say: Callable[[str], None], limit_s: float = math.inf
+) -> list[Judged]:
+    done = run_tasks(_predictions, rows, workers, say, limit_s=limit_s)
     judged = [Judged(row, one) for mine, found in done for row, one in zip(mine, found, strict=True)]
     return sorted(judged, key=lambda one: (one.row.source, one.row.number))
 
@@ -110,6 +122,13 @@ def as_json(judged: Sequence[Judged], rows: Sequence[Row]) -> dict[str, Any]:
     return {"rows": lines, "left_out": [_row_json(row) for row in rows if row.left_out]}
 
 
+def read_kept(path: Path, rows: Sequence[Row]) -> list[Judged]:
+    """Those of rows whose predictions a file of --json has."""
+    found = {(line["source"], line["number"]): line["predicted"] for line in json.loads(path.read_text())["rows"]}
+    kept = [row for row in rows if (row.source, row.number) in found]
+    return [Judged(row, Prediction(**found[row.source, row.number])) for row in kept]
+
+
 def _row_json(row: Row) -> Mapping[str, Any]:
     return asdict(row)
 
@@ -120,7 +139,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="files whose names begin so")
     parser.add_argument("--sample", type=int, default=DEFAULT_SAMPLE, help="most rows of a source; 0: all")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--time-limit", type=float, default=math.inf, metavar="SECONDS", help="report what is done then"
+    )
     parser.add_argument("--json", type=Path, help="write every row with its prediction here")
+    parser.add_argument("--kept", type=Path, help="report what --json wrote here, and predict nothing")
     parser.add_argument("--worst", type=int, default=0, help="list so many rows that are predicted worst")
     parser.add_argument("--write", action="store_true", help=f"write docs/{PAGE.name} and benchmarks/results")
     args = parser.parse_args()
@@ -130,7 +153,11 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     started = time.monotonic()
     rows = sampled(read_rows(args.data, args.only), args.sample)
-    judged = predict_all(rows, args.workers, lambda line: print(line, file=sys.stderr, flush=True))
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    if args.kept is not None:
+        judged = read_kept(args.kept, rows)
+    else:
+        judged = predict_all(rows, args.workers, say, args.time_limit)
     text = tables(judged, rows)
     print(text)
     if args.worst:

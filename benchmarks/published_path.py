@@ -118,7 +118,15 @@ class Ready:
 
 
 # Of a stack, what weighs on placements: rows with the same share a sharder.
-PLACING = ("product_factor", "attention_factor", "memory_factor", "op_s", "dispatch_s", "tensor_factor")
+PLACING = (
+    "product_factor",
+    "hopper_factor",
+    "attention_factor",
+    "memory_factor",
+    "op_s",
+    "dispatch_s",
+    "tensor_factor",
+)
 
 
 class PlannerPath:

@@ -13,6 +13,8 @@ from .attention import AttentionCall
 from .constants import Constants, default_constants
 from .stacks import Stack, own_stack
 
+HOPPER = ("H100", "H200")
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -36,22 +38,17 @@ class CostModel:
         flops: multiply and add count as two. bytes_moved: read and written. dtype: that of the op's operands. launches:
         kernels that follow each other.
         """
-        seconds = compute.op_seconds(
-            self.table,
-            op_name,
-            flops,
-            bytes_moved,
-            dtype,
-            device if device is not None else self.cluster.worst_device(),
-            launches,
-        )
-        return self._in_stack(op_name, seconds) if seconds else 0.0
+        device = device if device is not None else self.cluster.worst_device()
+        seconds = compute.op_seconds(self.table, op_name, flops, bytes_moved, dtype, device, launches)
+        return self._in_stack(op_name, seconds, device) if seconds else 0.0
 
-    def _in_stack(self, op_name: str, seconds: float) -> float:
+    def _in_stack(self, op_name: str, seconds: float, device: Device) -> float:
         figures, kind = self.stack.figures, compute.op_class(op_name)
         if kind.startswith("attention"):
             return seconds * figures.attention_factor + figures.op_s
-        factor = figures.product_factor if kind in ("matmul", "convolution") else figures.memory_factor
+        factor = figures.memory_factor
+        if kind in ("matmul", "convolution"):
+            factor = figures.product_factor * (figures.hopper_factor if device.name.startswith(HOPPER) else 1.0)
         return seconds * factor + figures.op_s
 
     def attention_seconds(self, call: AttentionCall, share: float) -> float | None:

@@ -1,8 +1,8 @@
 """The software stack that a plan is timed for: what a framework's own code adds to the hardware's figures.
 
-A stack is eight factors and times (costmodel/stacks.toml), fitted to published runs of that framework through the
-planner's own path (benchmarks/calibrate.py). The stack of plans that Shardwright runs itself is the default; another
-one says how long the same plan would take in that framework.
+A stack is at most eight of these factors and times (costmodel/stacks.toml), fitted to published runs of that framework
+through the planner's own path (benchmarks/calibrate.py). The stack of plans that Shardwright runs itself is the
+default; another one says how long the same plan would take in that framework.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class StackFigures:
     """What the cost model knows of a framework. Factors are of the time that the hardware's constants give."""
 
     product_factor: float = 1.0  # matrix products
+    hopper_factor: float = 1.0  # matrix products on H100 and H200, beside product_factor
     attention_factor: float = 1.0  # attention kernels
     memory_factor: float = 1.0  # all other ops
     op_s: float = 0.0  # added by each op: gaps between kernels
@@ -75,11 +76,16 @@ def stacks() -> Mapping[str, Stack]:
     """By name, in the file's order."""
     found = {}
     for name, entry in _document()["stacks"].items():
-        figures = {key: float(entry[key]) for key in figure_names() if key in entry}
         found[name] = Stack(
-            name, StackFigures(**figures), entry["meaning"], entry["source"], entry["kind"], entry["date"]
+            name, StackFigures(**figures_of(name)), entry["meaning"], entry["source"], entry["kind"], entry["date"]
         )
     return found
+
+
+def figures_of(name: str) -> dict[str, float]:
+    """Those that a stack has of its own."""
+    entry = _document()["stacks"][name]
+    return {key: float(entry[key]) for key in figure_names() if key in entry}
 
 
 def stack_named(name: str) -> Stack:
@@ -123,7 +129,7 @@ def stack_rows() -> list[dict[str, str]]:
             "meaning": meanings[name],
         }
         for stack in stacks().values()
-        for name in figure_names()
+        for name in figures_of(stack.name)
     ] + [
         {
             "name": f"kernel.{name}",

@@ -14,7 +14,15 @@ import pytest
 from shardwright.cli import main
 from shardwright.costmodel.constants import default_constants
 from shardwright.costmodel.model import CostModel
-from shardwright.costmodel.stacks import OWN_STACK, figure_names, stack_named, stack_rows, stacks
+from shardwright.costmodel.stacks import (
+    OWN_STACK,
+    StackFigures,
+    figure_names,
+    figures_of,
+    stack_named,
+    stack_rows,
+    stacks,
+)
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.hardware import parse_hardware
 
@@ -117,14 +125,13 @@ def test_regret_and_order_are_of_what_was_measured(benchmark_modules):
 
 def test_a_fit_finds_the_figures_that_rows_were_made_with(benchmark_modules):
     from calibrate import fit, k_fold, predicted
-    from calibrate_parts import Parts
+    from calibrate_parts import MOVES, Parts
 
-    names = figure_names()
-    true = dict(zip(names, (1.1, 1.0, 1.0, 0.0, 0.0, 1.4, 0.0, 0.0), strict=True))
-    neutral = dict(zip(names, (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0), strict=True))
+    neutral = {name: getattr(StackFigures(), name) for name in MOVES}
+    true = neutral | {"product_factor": 1.1, "tensor_factor": 1.4}
     rows = []
     for k in range(40):
-        slopes = dict.fromkeys(names, 0.0) | {
+        slopes = dict.fromkeys(MOVES, 0.0) | {
             "product_factor": 1.0,
             "tensor_factor": 0.1 * (k % 5),
             "memory_factor": 0.2,
@@ -138,10 +145,11 @@ def test_a_fit_finds_the_figures_that_rows_were_made_with(benchmark_modules):
 
 
 def test_a_stack_has_at_most_eight_figures_each_with_a_meaning_and_a_source():
-    assert len(figure_names()) <= 8
+    assert all(len(figures_of(name)) <= 8 for name in stacks())
+    assert not figures_of(OWN_STACK)
     assert {"megatron", "megatron_2021", "deepspeed", "nanotron", "llm_foundry", OWN_STACK} <= set(stacks())
     rows = stack_rows()
-    assert sum(row["name"].startswith("stack.") for row in rows) == len(stacks()) * len(figure_names())
+    assert {row["name"].split(".")[2] for row in rows if row["name"].startswith("stack.")} <= set(figure_names())
     assert all(row["meaning"] and row["source"] and math.isfinite(float(row["value"])) for row in rows)
     assert not {row["name"] for row in rows} & {row["name"] for row in default_constants().rows()}
 
@@ -149,7 +157,7 @@ def test_a_stack_has_at_most_eight_figures_each_with_a_meaning_and_a_source():
 def test_assumptions_list_the_figures_of_all_stacks(capsys):
     assert main(["hardware", "--show-assumptions", "--json"]) == 0
     printed = {row["name"] for row in json.loads(capsys.readouterr().out)}
-    assert {f"stack.megatron.{name}" for name in figure_names()} <= printed
+    assert {f"stack.megatron.{name}" for name in figures_of("megatron")} <= printed and figures_of("megatron")
 
 
 @pytest.mark.parametrize(
