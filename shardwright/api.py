@@ -15,7 +15,7 @@ from . import devices, hashes, trust
 from .costmodel.model import CostModel
 from .costmodel.stacks import OWN_STACK, Stack, stack_named
 from .errors import ExitCode, ShardwrightError
-from .evaluation import fitting, make_evaluation, mesh_for
+from .evaluation import fitting, make_evaluation, mesh_for, other_parts
 from .ops.placement import Places, from_text
 from .passes.build import build_segment_programs
 from .passes.device_kernels import refuse_missing_kernels
@@ -434,7 +434,7 @@ def build(
         with as_captured.restored():
             other = _capture_for_running(_reshaped(workload, shapes), plan.fusions)
         if other.wiring != graph.wiring:
-            hashes.verify_model(plan, other)  # its segments are others: refused
+            raise other_parts(workload.name, shapes)
         return build_segment_programs(other, fitting(plan, graph, other, wishes), axes, device)
 
     wishes = parameter_places(graph, plan.placements)

@@ -55,7 +55,7 @@ def make_evaluation(
         with as_captured.restored():
             other = capture(reshape(workload, shapes), evaluating=True)
         if other.wiring != graph.wiring:
-            raise _other_parts(shapes)
+            raise other_parts(f"{workload.name} in evaluation mode", shapes)
         return build_segment_programs(other, fitting(placed, graph, other, wishes), axes, device)
 
     return Evaluation(
@@ -66,9 +66,9 @@ def make_evaluation(
     )
 
 
-def _other_parts(shapes: Mapping[str, tuple[int, ...]]) -> ShardwrightError:
+def other_parts(model: str, shapes: Mapping[str, tuple[int, ...]]) -> ShardwrightError:
     return ShardwrightError(
-        f"the model in evaluation mode has other parts for {', '.join(f'{n} {s}' for n, s in shapes.items())}",
+        f"{model} has other parts for {', '.join(f'{n} {s}' for n, s in shapes.items())}",
         means="the program was built for the parts that it has at the size of a microbatch",
         change="the batch",
         works="samples in whole microbatches",
@@ -80,8 +80,15 @@ def fitting(plan: Plan, made_for: ModelGraph, graph: ModelGraph, wishes: Mapping
     """The plan, with placements of the ops that the model has at this size of the batch. made_for: what it places; an
     op of the same name may be another one here. Every rank must call it."""
     same = made_for is graph or hashes.model_hash(made_for) == hashes.model_hash(graph)
-    divides = graph.batch_size % plan.mesh.shape.batch_ranks == 0  # else every rank runs it whole
-    return plan if same and divides else placed_anew(plan, graph, wishes, graph.batch_size)
+    return plan if same and _is_as_even(plan, graph.batch_size) else placed_anew(plan, graph, wishes, graph.batch_size)
+
+
+def _is_as_even(plan: Plan, size: int) -> bool:
+    """Do dimensions that samples are a part of lie as evenly on every axis as they did? What the data axes cannot
+    divide every rank runs whole; a tensor axis may hold samples times positions, of which uneven parts are others where
+    the two are told apart."""
+    mesh = plan.mesh.shape
+    return size % (mesh.batch_ranks if size == plan.microbatch.size else mesh.ranks_per_stage) == 0
 
 
 def placed_anew(plan: Plan, graph: ModelGraph, wishes: Mapping[str, Places], size: int) -> Plan:

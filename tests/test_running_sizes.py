@@ -13,6 +13,7 @@ from torch import nn
 
 import shardwright
 from shardwright.api import capture_for_planning
+from shardwright.errors import ShardwrightError
 from shardwright.passes.fuse import fuse_model
 from shardwright.profiler.models import with_precision
 from shardwright.profiler.workload import Precision, Workload
@@ -160,3 +161,60 @@ def test_complex_parameters_are_widened_with_the_others() -> None:
     workload = Workload(model=model, example_batch={"input": torch.ones(2, 2)}, global_batch=2)
     assert with_precision(workload, torch.float64).model.phase.dtype == torch.complex128
     assert with_precision(workload, torch.bfloat16).model.phase.dtype == torch.complex64
+
+
+class Flat(nn.Module):
+    """Samples and positions in one dimension, which a tensor axis splits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mid, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embed(ids)
+        hidden = hidden + torch.tanh(self.mid(hidden))
+        return F.cross_entropy(self.head(hidden).flatten(0, 1), ids.flatten())
+
+
+def _of_short_batch(rank: int, force: dict[str, Any], size: int) -> tuple[float, dict[str, torch.Tensor], float]:
+    workload = Workload(Flat().double(), flat_batch(8), 8, precision=DOUBLE, name="flat")
+    program = shardwright.build(shardwright.plan(workload, "2xCPU", force=force, self_test=False), workload)
+    part = program.shard_batch(flat_batch(size))
+    return program.forward_backward(part).item(), program.gradients(), program.evaluate(part).item()
+
+
+def flat_batch(size: int) -> dict[str, torch.Tensor]:
+    return {"ids": torch.randint(11, (size, 5), generator=torch.Generator().manual_seed(size))}
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_a_short_microbatch_that_a_tensor_axis_cannot_split_evenly_is_placed_anew(size: int) -> None:
+    force = {"pp": 1, "tp": 2, "prefer": "memory", "global_microbatch": 4}
+    model = Flat().double()
+    loss = model(**flat_batch(size))
+    loss.backward()
+    for found, gradients, evaluated in run_ranks(2, _of_short_batch, force, size):
+        assert found == pytest.approx(loss.item(), rel=1e-12) == evaluated
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-14)
+
+
+class PartsBySize(nn.Module):
+    """A loop over a module list that a single sample does not enter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(2)), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks if len(x) > 1 else ():
+            x = torch.tanh(block(x))
+        return self.head(x).square().mean()
+
+
+def test_a_short_microbatch_with_other_parts_is_refused_by_that_reason() -> None:
+    workload = Workload(PartsBySize().double(), {"x": torch.randn(4, 4).double()}, 4, precision=DOUBLE, name="parts")
+    program = shardwright.build(shardwright.plan(workload, "1xCPU", force={"global_microbatch": 2}), workload)
+    with pytest.raises(ShardwrightError, match=r"parts has other parts for x \(1, 4\)"):
+        program.step(program.shard_batch({"x": torch.randn(3, 4).double()}))
