@@ -85,3 +85,15 @@ def peak_of(call: Callable[[], Any], ignored: Iterable[torch.Tensor] = ()) -> Li
     with LiveBytes(ignored) as live:
         call()
     return live
+
+
+def allocated_peak(call: Callable[[], Any]) -> int:
+    """Most bytes that a call allocates on the CPU and has not freed, what kernels hold inside themselves included."""
+    with torch.autograd.profiler.profile(profile_memory=True) as found:
+        call()
+    events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak

@@ -28,8 +28,8 @@ def test_live_bytes_are_counted_once_for_each_storage_until_it_is_freed() -> Non
     assert sorted(size for size, _ in live.at_peak) == [4000, 4000, 4000]
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
-def test_the_prediction_is_not_below_what_a_program_holds(recompute: str) -> None:
+@pytest.mark.parametrize("recompute", ["none", "selective", "all"])
+def test_the_prediction_is_what_a_program_holds_and_not_below(recompute: str) -> None:
     before = all_tensors()
     workload = load_workload("preset:tiny-llama", global_batch=16, seq_len=32, precision="fp32")
     plan = shardwright.plan(workload, "1xCPU", force={"recompute": recompute, "microbatch": 8}, self_test=False)
@@ -39,4 +39,4 @@ def test_the_prediction_is_not_below_what_a_program_holds(recompute: str) -> Non
     live = peak_of(lambda: program.step(batch), [*before, *batch.values()])
     (ledger,) = memory_ledgers(plan)
     predicted = sum(size for kind, size in ledger.worst.items.items() if kind != "reserve")
-    assert live.peak_bytes <= predicted <= 1.5 * live.peak_bytes
+    assert live.peak_bytes <= predicted <= 1.02 * live.peak_bytes
