@@ -25,6 +25,7 @@ from .constants import Constants
 MAX_SCORES = {"cpu": 1 << 20, "gpu": 1 << 26}  # of kernels/attention_math.py, which holds so many at once
 _FORMULA_LAUNCHES = 20  # kernels of one block
 _TENSORS_OF_SCORES = {False: 3, True: 5}  # alive at once in a block, forward and backward
+_TENSORS_OF_DROPOUT = {"cpu": {False: 3, True: 2}}  # of the generator's words beside them, as PyTorch's ops draw them
 _MAX_GRID = 65535
 # compute capabilities of the catalog's NVIDIA parts that differ from a data-center part of today
 _CAPABILITY = ((r"V100", (7, 0)), (r"A100", (8, 0)), (r"RTX4090|L40S?|L4", (8, 9)), (r"G?B[23]00", (10, 0)))
@@ -128,9 +129,13 @@ class AttentionCall:
         kernel = self.kernel(device)
         if kernel == "math":
             held = min(MAX_SCORES[device.kind], math.prod(self.query[:3]) * self.key[2] * share)
-            return held * _TENSORS_OF_SCORES[self.is_backward] * (8 if self.dtypes[0] == torch.float64 else 4), 0.0
+            return held * self._tensors_of_scores(device.kind) * (8 if self.dtypes[0] == torch.float64 else 4), 0.0
         bias, repeated = self._bias_bytes(kernel, mask_bytes), self._repeated_bytes(kernel, share)
         return (repeated, bias) if self.mask is not None else (repeated + bias, 0.0)
+
+    def _tensors_of_scores(self, kind: str) -> int:
+        drawn = _TENSORS_OF_DROPOUT.get(kind, {}).get(self.is_backward, 0) if self.dropout_p > 0 else 0
+        return _TENSORS_OF_SCORES[self.is_backward] + drawn
 
     def _bias_bytes(self, kernel: str, mask_bytes: float) -> float:
         """Of an additive mask in query's dtype, converted from one of another, or made for a window."""

@@ -170,8 +170,8 @@ def test_what_a_kernel_holds_beside_its_results_is_counted():
     # key heads are repeated for the kernel that takes masks: keys and values of 32 heads
     grouped = call_of(size, (2, 8, 32768, 128), mask=padding, causal=True).scratch_bytes(gpu, 0.5, 32768)
     assert grouped == (0.5 * 2 * 2 * 32 * 32768 * 128 * 2, 2 * 32768)
-    # the formula: three tensors of a block of scores in float32, five in the backward
+    # the formula: three tensors of a block of scores in float32, five in the backward; on CPUs two of random words
     dropped = call_of(size, causal=True, dropout_p=0.1)
     assert dropped.scratch_bytes(gpu, 1.0, 0.0) == (3 * 4 * (1 << 26), 0.0)
-    assert dataclasses.replace(dropped, is_backward=True).scratch_bytes(cpu, 1.0, 0.0) == (5 * 4 * (1 << 20), 0.0)
+    assert dataclasses.replace(dropped, is_backward=True).scratch_bytes(cpu, 1.0, 0.0) == (7 * 4 * (1 << 20), 0.0)
     assert call_of(size, causal=True).scratch_bytes(gpu, 1.0, 0.0) == (0.0, 0.0)
