@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from shardwright import Workload
+from shardwright.planner.sharding.expert_costs import most_experts
 from shardwright.profiler.capture import capture
 from shardwright.profiler.expert_ops import ACTIVATIONS, expert_mlp_flops
 from shardwright.profiler.models import load_workload
@@ -105,3 +106,27 @@ def test_gpt_oss_counts_its_tokens_in_whole_numbers() -> None:
         n for s in graph.segments.values() for n in s.joint.graph.nodes if n.target is torch.ops.aten.histc.default
     ]
     assert counts and all(n.meta["val"].shape == (4,) and n.meta["val"].dtype == torch.int32 for n in counts)
+
+
+SMALL = {"num_hidden_layers": 2, "vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "max_position_embeddings": 32, "num_experts_per_tok": 2}  # fmt: skip
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+ROUTED = {"n_routed_experts": 4, "moe_intermediate_size": 8, "intermediate_size": 16, "first_k_dense_replace": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DeepseekV3", {**LATENT, **ROUTED, "n_group": 2, "topk_group": 1}),
+        ("Glm4Moe", {**ROUTED, "head_dim": 8, "n_group": 1, "topk_group": 1}),
+        ("GraniteMoe", {"num_local_experts": 4, "intermediate_size": 8}),
+        ("Qwen3Moe", {"num_experts": 4, "head_dim": 8, "moe_intermediate_size": 8, "intermediate_size": 16}),
+    ],
+)
+def test_families_of_mixtures_have_experts_that_an_axis_can_split(name: str, options: dict[str, int]) -> None:
+    with torch.device("meta"):
+        config = getattr(transformers, f"{name}Config")(**SMALL, **options)
+        model = getattr(transformers, f"{name}ForCausalLM")(config).bfloat16()
+        ids = torch.zeros(2, 8, dtype=torch.long)
+    graph = capture(Workload(model=model, example_batch={"input_ids": ids, "labels": ids}, global_batch=2))
+    assert most_experts(graph) == 4
