@@ -19,6 +19,7 @@ from shardwright.planner.space.candidates import Candidate
 from shardwright.planner.stages.chain import KEPT, NOTHING
 from shardwright.planner.stages.setting import Setting
 from shardwright.plans.axes import MeshShape
+from shardwright.schedules.published.library import SCHEDULES
 
 ORDERS = (("1f1b", 1), ("gpipe", 1), ("zb_h1", 1), ("zb_h2", 1), ("chimera", 1), ("interleaved_1f1b", 2), ("zb_v", 2))
 
@@ -66,8 +67,38 @@ def test_less_memory_asks_for_longer_steps_of_deep_pipelines():
     assert bounds == sorted(bounds) and bounds[-1] > 1.05 * bounds[0]
 
 
+@pytest.mark.parametrize("weight_s", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize(("pp", "count"), [(4, 8), (4, 16), (8, 32)])
+def test_no_published_order_beats_its_own_bound_or_that_of_all(pp, count, weight_s):
+    """Orders that defer the weights' part of the backward fill the drain of the pipeline with it."""
+    case = Case(Sizes(layers=14), f"{pp}xCPU", count)
+    setting = Setting(case.graph, case.cluster, case.cost_model, case.workload)
+    whole = setting.chain(case.sharder.solve(MeshShape.of(), 1), NOTHING)
+    ones, nothing = np.ones(whole.num_instances), np.zeros(whole.num_instances)
+    chain = replace(
+        whole,
+        forward_s=ones,
+        backward_input_s=ones,
+        backward_weight_s=weight_s * ones,
+        forward_comm_s=nothing,
+        backward_comm_s=nothing,
+    )
+    for name, schedule in SCHEDULES.items():
+        candidate = Candidate(MeshShape.of({"pp": pp}), 1, count, name, schedule.chunks[0], 0)
+        if candidate.num_stages <= whole.num_instances:
+            n, parts = whole.num_instances, candidate.num_stages
+            cuts = tuple(round(k * n / parts) for k in range(parts + 1))
+            step_s = step_seconds(setting, candidate, chain, cuts) * (1 + 1e-9)
+            assert lower_bound(setting, candidate, chain) <= step_s, name
+            assert lower_bound(setting, candidate, chain, any_order=True) <= step_s, name
+            tail_s = least_tail(setting, candidate, chain)
+            assert held_bound(setting, candidate, (chain,), tail_s) <= step_s, name
+
+
 def test_the_mean_rank_waits_for_the_positions_before_it():
     candidate = Candidate(MeshShape.of({"pp": 4}), 1, 8, "1f1b", 1, 0)
     forward, backward = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([2.0, 4.0, 6.0, 8.0, 10.0])
     assert mean_wait(forward, backward, candidate, any_order=False).tolist() == [(0 + 1 + 3 + 6) / 4, 2 * 10 / 4]
-    assert mean_wait(forward, backward, candidate, any_order=True).tolist() == [(0 + 0 + 1 + 1) / 4, 2 * 2 / 4]
+    assert mean_wait(forward, backward, candidate, any_order=True).tolist() == [(0 + 0 + 1 + 1) / 4, 0.0]
+    split = replace(candidate, schedule="zb_h1")
+    assert mean_wait(forward, backward, split, any_order=False).tolist() == [(0 + 1 + 3 + 6) / 4, 0.0]

@@ -1,12 +1,13 @@
 """What every order pays on a mesh with several pipeline ranks, published or synthesized: fill, drain, and memory.
 
 Fill and drain. Stages are runs of positions in order, so the rank whose earliest stage stands r-th among the ranks' has
-r positions before it at least. Its first forward waits for their forwards, and their backwards come after its last one.
-With a second direction two ranks stand r-th.
+r positions before it at least. Its first forward waits for their forwards, and their backwards come after its last one,
+which is no wait where a backward is split: what it has left of the weights' part fills it. With a second direction two
+ranks stand r-th.
 
 Memory, by Little's law. A microbatch's values of position k are held from its forward to its backward, which takes at
-least H_k, the forwards and backwards of the positions from k on. In a step of Z seconds, m microbatches, all ranks
-together hold on average at least
+least H_k, the forwards and the backwards with respect to inputs of the positions from k on. In a step of Z seconds, m
+microbatches, all ranks together hold on average at least
 
     sum over k of  b_k m H_k / Z      bytes, b_k: what position k keeps of a microbatch
 
@@ -34,8 +35,10 @@ MOST = 64  # times the step without recomputation: no longer steps are looked at
 
 def mean_wait(forward_s: np.ndarray, backward_s: np.ndarray, candidate: Candidate, *, any_order: bool) -> np.ndarray:
     """Seconds (before its first forward, after its last backward) that the mean rank waits at least; by position."""
-    directions = 2 if any_order else SCHEDULES[candidate.schedule].directions
-    before = np.arange(candidate.pp) // directions
+    own = SCHEDULES[candidate.schedule]
+    before = np.arange(candidate.pp) // (2 if any_order else own.directions)
+    if any_order or own.splits_backward:
+        backward_s = np.zeros_like(backward_s)
     sums = np.cumsum(np.stack([forward_s, backward_s]), axis=1)
     sums = np.hstack([np.zeros((2, 1)), sums])
     return np.asarray(sums[:, np.minimum(before, len(forward_s))].mean(axis=1))
@@ -51,8 +54,7 @@ def held_bound(setting: Setting, candidate: Candidate, chains: tuple[Chain, ...]
     forward, backward = first.forward_s * scale, first.backward_s * scale
     accumulate_s = stage_tables(setting, candidate, first).accumulate_s * scale
     once_s = float((forward + backward + accumulate_s).sum())
-    filled, drained = mean_wait(forward, backward, candidate, any_order=True)
-    waits = float(filled + max(drained, tail_s))
+    waits = float(mean_wait(forward, backward, candidate, any_order=True)[0]) + tail_s
     prices, gains, kept = setting.once(_trades, (chains, scale), chains, scale)
     room = mean_room(setting, candidate, first) * p / m  # in a second of the step, of each microbatch
 
@@ -77,7 +79,7 @@ def _trades(chains: tuple[Chain, ...], scale: float) -> tuple[np.ndarray, np.nda
     kept: by a microbatch without recomputation."""
     first = chains[0]
     load = (first.forward_s + first.backward_s) * scale
-    held_s = load[::-1].cumsum()[::-1] - first.forward_s * scale
+    held_s = ((first.forward_s + first.backward_input_s)[::-1].cumsum()[::-1] - first.forward_s) * scale
     own = np.maximum(first.forward_s - first.forward_comm_s, 0.0) * scale
     extra = np.stack([*((chain.forward_s + chain.backward_s) * scale - load for chain in chains[1:]), own])
     left = np.stack([*(chain.activation_bytes for chain in chains[1:]), np.zeros_like(own)])
