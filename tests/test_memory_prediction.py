@@ -7,8 +7,10 @@ import torch
 from live_bytes import all_tensors, peak_of
 
 import shardwright
+from shardwright.costmodel.experts import expert_scratch_bytes
 from shardwright.data import make_batch
 from shardwright.planner.report.timeline import memory_ledgers
+from shardwright.profiler.expert_ops import run_experts, run_experts_backward
 from shardwright.profiler.models import load_workload
 
 
@@ -40,3 +42,28 @@ def test_the_prediction_is_what_a_program_holds_and_not_below(recompute: str) ->
     (ledger,) = memory_ledgers(plan)
     predicted = sum(size for kind, size in ledger.worst.items.items() if kind != "reserve")
     assert live.peak_bytes <= predicted <= 1.02 * live.peak_bytes
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_an_expert_op_holds_no_more_than_is_counted_beside_its_results(is_backward: bool) -> None:
+    tokens, choices, experts, hidden, inner = 256, 2, 4, 128, 256
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, hidden, generator=generator)
+    index = torch.stack([torch.randperm(experts, generator=generator)[:choices] for _ in range(tokens)])
+    weight = torch.rand(tokens, choices, generator=generator)
+    gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator)
+    down = torch.randn(experts, hidden, inner, generator=generator)
+    out, pre = run_experts(x, index, weight, gate_up, down, "silu")
+    before = all_tensors()
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        if is_backward:
+            results.extend(run_experts_backward(out, x, index, weight, gate_up, down, pre, "silu"))
+        else:
+            results.extend(run_experts(x, index, weight, gate_up, down, "silu"))
+
+    live = peak_of(work, before)
+    beside = live.peak_bytes - live.begun_bytes - sum(t.numel() * t.element_size() for t in results)
+    said = expert_scratch_bytes(tokens * choices, hidden, inner, 4, is_backward=is_backward)
+    assert beside <= said <= 1.5 * beside

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx
 
+from ...costmodel.experts import expert_scratch_bytes
 from ...ops.expert_rules import is_dispatch, is_expert_op
 from ...ops.placement import R
 from ...ops.strategy import Strategy
@@ -42,6 +43,16 @@ def _weights(node: fx.Node) -> list[fx.Node]:
     """Operands of an expert op that hold experts."""
     operands = view_of(node).operands
     return list(operands[3:5] if len(operands) == 5 else operands[4:6])
+
+
+def expert_scratch(node: fx.Node, share: float) -> float:
+    """Bytes that an expert op holds for itself. share: of the choices of the example batch, on this rank."""
+    operands = view_of(node).operands
+    is_backward = len(operands) > 5
+    hidden, index = (operand.meta["val"] for operand in operands[is_backward : is_backward + 2])
+    inner = _weights(node)[1].meta["val"].shape[-1]  # down: [E, H, I]
+    rows = share * index.numel()
+    return expert_scratch_bytes(rows, hidden.shape[-1], inner, hidden.element_size(), is_backward=is_backward)
 
 
 def _of_segment(segment: Segment) -> set[Result]:

@@ -33,7 +33,7 @@ from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..solver import Solution
 from .cost import evaluate, op_load
-from .expert_costs import expert_results, least_dispatch_s
+from .expert_costs import expert_results, expert_scratch, least_dispatch_s
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
 from .pins import Pins, cannot_meet
 from .problem import STATE, Build, Catalog, Demands, build
@@ -240,6 +240,8 @@ class Sharder:
         return self._attention[id(node)]
 
     def _scratch_bytes(self, node: fx.Node, share: float, bytes_of: Callable[[fx.Node], float]) -> tuple[float, float]:
+        if is_expert_op(node):
+            return expert_scratch(node, share), 0.0
         call = self._attention_call(node)
         if call is None:
             return 0.0, 0.0
