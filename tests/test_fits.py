@@ -107,7 +107,7 @@ def test_the_longest_sequence_is_found_from_one_that_is_too_long() -> None:
     found = fits.answer(prober, parse_hardware("1xCPU"), 256, 4)
     length = found.sequence
     assert not found.verdict.fits and length is not None and found.microbatch is None
-    assert (length.value, length.beyond) == (2, 3)
+    assert (length.value, length.beyond) == (3, 4)
     assert length.verdict is not None and 0 < length.verdict.margin_bytes < limit
     assert length.beyond_verdict is not None and length.beyond_verdict.margin_bytes < 0
 
