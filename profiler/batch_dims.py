@@ -4,7 +4,8 @@ An entry that merely is as long as the batch (class weights, an attention bias, 
 step is traced once with a symbol for each dimension of that length: those that the model ties to each other come out as
 one symbol, or as two that size_ties.py finds to be the same; those that it ties to its own sizes as numbers. The
 samples are counted by the symbol that most entries have in front; everything else is shared, each microbatch gets it
-whole. A model that fixes its sizes in the trace is captured at a second size instead; what that leaves open is for the
+whole. Where that hangs on what size_ties.py found, which entries that are shared may have too, it is for the user to
+say. A model that fixes its sizes in the trace is captured at a second size instead; what that leaves open is for the
 user to say.
 
 What the user declares (Workload.batch_dims) holds without a look. A model of ours, or of transformers with arguments
@@ -68,8 +69,14 @@ def _traced(
     marked = {name: [d for d, s in enumerate(workload.example_batch[name].shape) if s == size] for name in entries}
     marked |= {name: [dim] for name, dim in declared.items() if dim is not None}
     symbols: dict[str, list[str]] = {}
+    stands: dict[str, str] = {}
     with contextlib.suppress(ShardwrightError):  # a step that cannot be traced with symbols has none
-        symbols = _symbols(workload, marked)
+        symbols, stands = _symbols(workload, marked)
+    tied = _renamed(symbols, stands)
+    unsure = _undecided(symbols, tied, declared)
+    if unsure:
+        raise _ambiguous(workload, unsure, size, _BY_TIES)
+    symbols = tied
     dims = _counting(symbols, declared)
     found = {} if dims is None else {name: dims.get(name) for name in entries if name in symbols}
     fixed = [n for n in entries if n in symbols and marked[n][0] == 0 and not symbols[n][0]]
@@ -140,28 +147,39 @@ def _placeholders(workload: Workload, exported: Any) -> dict[str, fx.Node]:
     return {name: nodes[input_] for name, input_ in zip(workload.example_batch, given, strict=True)}
 
 
-def _ambiguous(workload: Workload, unsure: list[str], size: int) -> ShardwrightError:
+_BY_SIZES = "the model fixes the size of its batch where it is traced, and takes these at either length"
+_BY_TIES = (
+    "some of these are as long as each other only by what the model looks up or puts in order (gather, index, "
+    "argsort), which what all samples share may be as well"
+)
+
+
+def _ambiguous(workload: Workload, unsure: list[str], size: int, why: str = _BY_SIZES) -> ShardwrightError:
     shapes = ", ".join(f"{name!r} of shape {tuple(workload.example_batch[name].shape)}" for name in unsure)
     return ShardwrightError(
         f"the batch has {size} samples, and whether these hold one row for each is open: {shapes}",
-        means="what holds samples is cut over microbatches and ranks, the rest goes to each whole; the model fixes the "
-        "size of its batch where it is traced, and takes these at either length",
+        means=f"what holds samples is cut over microbatches and ranks, the rest goes to each whole; {why}",
         change=", ".join(f"batch_dims[{name!r}]" for name in unsure),
         works=f"batch_dims={ {name: 0 for name in unsure} }, with None for what all samples share",
     )
 
 
-def _symbols(workload: Workload, marked: Mapping[str, list[int]]) -> dict[str, list[str]]:
-    """Entry -> what each of its dimensions came out as: a symbol, or "" where it is a number. Entries that nothing
-    reads are left out."""
+def _symbols(workload: Workload, marked: Mapping[str, list[int]]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """(entry -> what each of its dimensions came out as: a symbol, or "" where it is a number; symbol -> the one that
+    stands for all that are tied to it). Entries that nothing reads are left out."""
     exported = export_step(workload, marked)
     found = {}
     for name, node in _placeholders(workload, exported).items():
         if node.users:
             sizes: Any = node.meta["val"].shape
             found[name] = [str(s.node.expr) if isinstance(s, torch.SymInt) and _free(s) else "" for s in sizes]
+    of_samples = one_of_each(tied_sizes(exported.graph, of_samples=True))
     same = one_of_each(tied_sizes(exported.graph))
-    return {name: [same.get(symbol, symbol) for symbol in row] for name, row in found.items()}
+    return _renamed(found, of_samples), same
+
+
+def _renamed(symbols: Mapping[str, list[str]], stands: Mapping[str, str]) -> dict[str, list[str]]:
+    return {name: [stands.get(symbol, symbol) for symbol in row] for name, row in symbols.items()}
 
 
 def _free(size: torch.SymInt) -> bool:
@@ -171,9 +189,8 @@ def _free(size: torch.SymInt) -> bool:
 def _counting(symbols: Mapping[str, list[str]], declared: Mapping[str, int | None]) -> dict[str, int] | None:
     """Entry -> dimension with a symbol that counts samples: those declared, and the one in front of most other entries,
     the first of equals. One that an entry has twice counts none."""
-    twice = {s for row in symbols.values() for s, count in Counter(row).items() if s and count > 1}
-    counts = {symbols[n][d] for n, d in declared.items() if d is not None and n in symbols} - {""}
-    front = Counter(r[0] for n, r in symbols.items() if n not in declared and r and r[0] and r[0] not in twice)
+    counts = _declared_symbols(symbols, declared)
+    front = _in_front(symbols, declared)
     if front and not counts & front.keys():
         counts.add(max(front, key=front.__getitem__))
     if not counts:
@@ -181,6 +198,34 @@ def _counting(symbols: Mapping[str, list[str]], declared: Mapping[str, int | Non
     return {
         name: dim for name, row in symbols.items() for dim, symbol in list(enumerate(row))[::-1] if symbol in counts
     }
+
+
+def _declared_symbols(symbols: Mapping[str, list[str]], declared: Mapping[str, int | None]) -> set[str]:
+    return {symbols[n][d] for n, d in declared.items() if d is not None and n in symbols} - {""}
+
+
+def _in_front(symbols: Mapping[str, list[str]], declared: Mapping[str, int | None]) -> Counter[str]:
+    """How many open entries each symbol stands in front of, those left out that an entry has twice."""
+    twice = {s for row in symbols.values() for s, count in Counter(row).items() if s and count > 1}
+    return Counter(r[0] for n, r in symbols.items() if n not in declared and r and r[0] and r[0] not in twice)
+
+
+def _undecided(
+    plain: Mapping[str, list[str]], tied: Mapping[str, list[str]], declared: Mapping[str, int | None]
+) -> list[str]:
+    """The open entries that may hold samples where which of them do hangs on ties: with them and without, the symbols
+    in front of the most are not one. Without ties among what stands in front, none."""
+    before, after = _in_front(plain, declared), _in_front(tied, declared)
+    counts = _declared_symbols(tied, declared)
+    if len(before) == len(after) or counts & after.keys():
+        return []
+    row_of = {row[0]: tied[name][0] for name, row in plain.items() if row}
+    most = {row_of[symbol] for symbol in _leading(before)} | _leading(after) | counts
+    return [n for n, row in tied.items() if n not in declared and row and row[0] in most] if len(most) > 1 else []
+
+
+def _leading(front: Counter[str]) -> set[str]:
+    return {symbol for symbol, count in front.items() if count == max(front.values())}
 
 
 def _check(declared: Mapping[str, int | None], tensors: Mapping[str, torch.Tensor], size: int) -> None:

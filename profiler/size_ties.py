@@ -3,12 +3,14 @@
 Most ops want equal sizes, and a trace with symbols makes one of them. Some take less than they mean: gather lets its
 index be shorter than what it reads, CTC does not look at how many lengths it is given, and what a sort of one entry
 orders may be another (`hidden[lengths.argsort()]`). The pairs found here are of dimensions that go through such an op
-position by position, and of positions among n elements that index n others.
+position by position, and of positions among n elements that index n others. Two entries that all samples share may be
+tied like that as well (keys, and the values that are looked up by the best key): a tie says that two sizes are one, not
+that samples are counted by it. CTC's are: its lengths are of samples, whatever else the model does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ Pair = tuple[str, str]
 
 _ALIGNED = ("gather", "scatter", "scatter_add", "scatter_reduce")  # (x, dim, index, source, ...)
 _BY_INDEX = ("index_select", "index_add", "index_copy", "index_fill")  # (x, dim, index, source, ...)
+_COUNT_SAMPLES = ("ctc_loss", "_ctc_loss")
 _SECOND_IS_POSITIONS = ("sort", "topk", "max", "min", "kthvalue", "median", "mode", "cummax", "cummin")
 _ARE_POSITIONS = ("argsort", "argmax", "argmin")
 _KEEP_VALUES = {
@@ -27,9 +30,10 @@ _KEEP_VALUES = {
 }  # fmt: skip
 
 
-def tied_sizes(graph: fx.Graph) -> list[Pair]:
-    """Pairs of symbols, by name."""
-    return [(a, b) for a, b in _pairs(graph) if not a.isdigit() and not b.isdigit()]
+def tied_sizes(graph: fx.Graph, of_samples: bool = False) -> list[Pair]:
+    """Pairs of symbols, by name; of_samples: those alone whose op takes both for the number of samples."""
+    names = _COUNT_SAMPLES if of_samples else None
+    return [(a, b) for a, b in _pairs(graph, names) if not a.isdigit() and not b.isdigit()]
 
 
 def takes_for_one(graph: fx.Graph, size: int, other: int) -> bool:
@@ -37,9 +41,10 @@ def takes_for_one(graph: fx.Graph, size: int, other: int) -> bool:
     return any({a, b} == {str(size), str(other)} for a, b in _pairs(graph))
 
 
-def _pairs(graph: fx.Graph) -> list[Pair]:
+def _pairs(graph: fx.Graph, names: Collection[str] | None = None) -> list[Pair]:
     found = _Positions(graph)
-    pairs = (pair for node in graph.nodes if node.op == "call_function" for pair in _of_one(node, found))
+    nodes = [n for n in graph.nodes if n.op == "call_function" and (names is None or _name(n) in names)]
+    pairs = (pair for node in nodes for pair in _of_one(node, found))
     return [(a, b) for a, b in pairs if a and b and a != b]
 
 
@@ -78,7 +83,7 @@ def _of_one(node: fx.Node, positions: _Positions) -> Iterator[Pair]:
             yield _at(_sizes(indices[0]), 0), _at(_sizes(args[2]), len(_sizes(args[2])) - len(x))  # type: ignore
     elif name == "embedding":
         yield positions.of(args[1]), _at(_sizes(args[0]), 0)
-    elif name in ("ctc_loss", "_ctc_loss"):
+    elif name in _COUNT_SAMPLES:
         samples, targets = _at(_sizes(args[0]), 1), _sizes(args[1])
         yield from ((samples, _at(_sizes(lengths), 0)) for lengths in args[2:4] if isinstance(lengths, fx.Node))
         yield samples, targets[0] if len(targets) == 2 else ""

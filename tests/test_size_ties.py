@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import shardwright
+from shardwright.errors import ShardwrightError
 from shardwright.profiler.batch_dims import with_batch_dims
 from shardwright.profiler.workload import Workload
 
@@ -116,3 +117,74 @@ def test_a_table_that_entries_index_stays_whole() -> None:
     entries = {"ids": torch.arange(SAMPLES) % 5, "table": torch.rand(SAMPLES, 3), "y": torch.arange(SAMPLES) % 3}
     found = with_batch_dims(Workload(Table(), entries, SAMPLES, name="table")).batch_dims
     assert found == {"ids": 0, "table": None, "y": 0}
+
+
+def best_key(net: Net, e: dict[str, torch.Tensor]) -> torch.Tensor:
+    hidden = net.into(e["x"]).mean(1)
+    return (hidden - e["values"][(hidden @ e["keys"].T).argmax(1)]).square().mean()
+
+
+def sorted_table(net: Net, e: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (net.into(e["x"]).mean(1) @ e["values"][e["priority"].argsort()].T).softmax(-1).square().mean()
+
+
+def gathered_table(net: Net, e: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (net.into(e["x"]).mean(1) @ e["values"].gather(1, e["columns"]).T).softmax(-1).square().mean()
+
+
+SHARED = {best_key: ("keys", "values"), sorted_table: ("values", "priority"), gathered_table: ("values", "columns")}
+
+
+def beside_shared(step: Forward, x_last: bool = False, **declared: int | None) -> Workload:
+    generator = torch.Generator().manual_seed(2)
+    rows = {n: torch.randn(SAMPLES, WIDTH, generator=generator, dtype=torch.float64) for n in ("keys", "values")}
+    rows["priority"] = torch.randn(SAMPLES, generator=generator, dtype=torch.float64)
+    rows["columns"] = torch.randint(0, WIDTH, (SAMPLES, WIDTH), generator=generator)
+    shared = {name: rows[name] for name in SHARED[step]}
+    entries = {**shared, "x": batch()["x"]} if x_last else {"x": batch()["x"], **shared}
+    model = Net(step).double()
+    return Workload(model, entries, SAMPLES, precision=WIDE, name=step.__name__, batch_dims=declared or None)
+
+
+@pytest.mark.parametrize("x_last", [False, True])
+@pytest.mark.parametrize("step", SHARED, ids=lambda step: step.__name__)
+def test_a_tie_of_what_is_shared_does_not_outvote_samples(step: Forward, x_last: bool) -> None:
+    with pytest.raises(ShardwrightError) as refused:
+        with_batch_dims(beside_shared(step, x_last))
+    assert "is open" in str(refused.value) and all(
+        f"batch_dims['{name}']" in refused.value.change for name in ("x", *SHARED[step])
+    )
+
+
+@pytest.mark.parametrize("step", SHARED, ids=lambda step: step.__name__)
+def test_what_is_said_to_be_shared_goes_whole_to_each_microbatch(step: Forward) -> None:
+    workload = beside_shared(step, **dict.fromkeys(SHARED[step]))
+    program = shardwright.build(shardwright.plan(workload, "1xCPU", force={"global_microbatch": 2}), workload)
+    found = program.forward_backward(program.shard_batch(dict(workload.example_batch)))
+    assert found.item() == pytest.approx(step(workload.model, dict(workload.example_batch)).item(), rel=1e-12)  # type: ignore
+
+
+def test_samples_said_alone_do_not_settle_what_ties_join() -> None:
+    with pytest.raises(ShardwrightError, match=r"'keys'.*'values'"):
+        with_batch_dims(beside_shared(best_key, x=0))
+
+
+def test_samples_in_more_entries_than_a_tie_joins_are_found() -> None:
+    def with_targets(net: Net, e: dict[str, torch.Tensor]) -> torch.Tensor:
+        hidden = net.into(e["x"]).mean(1) + e["more"]
+        looked_up = e["values"][(hidden @ e["keys"].T).argmax(1)]
+        return F.cross_entropy(net.head(hidden + looked_up), e["y"])
+
+    entries = {**beside_shared(best_key, x_last=True).example_batch, "y": batch()["y"]}
+    entries["more"] = torch.rand(SAMPLES, WIDTH, dtype=torch.float64)
+    found = with_batch_dims(Workload(Net(with_targets).double(), entries, SAMPLES, precision=WIDE, name="memory"))
+    assert found.batch_dims == {"keys": None, "values": None, "x": 0, "y": 0, "more": 0}
+
+
+def test_lengths_of_ctc_are_of_samples_beside_a_shared_entry() -> None:
+    def weighted(net: Net, e: dict[str, torch.Tensor]) -> torch.Tensor:
+        return connectionist(net, e) * e["weights"].square().mean()
+
+    entries = {"weights": torch.rand(SAMPLES, dtype=torch.float64)} | {n: batch()[n] for n in READ[connectionist]}
+    found = with_batch_dims(Workload(Net(weighted).double(), entries, SAMPLES, precision=WIDE, name="weighted"))
+    assert found.batch_dims == {"weights": None, **dict.fromkeys(READ[connectionist], 0)}
