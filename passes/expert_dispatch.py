@@ -57,13 +57,21 @@ def _routes(index: torch.Tensor, firsts: Sequence[int], counts: Sequence[int], g
 
 def _exchange(routes: _Routes, columns: Sequence[torch.Tensor], *, back: bool = False) -> list[torch.Tensor]:
     """Rows of several tensors, in one message to each rank. back: of what came, to where it came from."""
-    rows = [t.contiguous().view(torch.uint8) for t in columns]
+    rows = [_as_type(t, torch.uint8) for t in columns]
     packed = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
     go, come = (routes.received, routes.sent) if back else (routes.sent, routes.received)
     out = packed.new_empty(sum(come), packed.shape[1])
     dist.all_to_all_single(out, packed, come, go, group=routes.group)
     parts = torch.split(out, [row.shape[1] for row in rows], 1)
-    return [part.contiguous().view(t.dtype) for part, t in zip(parts, columns, strict=True)]
+    return [_as_type(part, t.dtype) for part, t in zip(parts, columns, strict=True)]
+
+
+def _as_type(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same bytes. A part of one row, or of none, counts as contiguous with the offset and the stride of the rows
+    that it is cut from, which need be no multiple of what an entry of another type takes."""
+    if not rows.is_contiguous() or min(rows.shape) < 2:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(dtype)
 
 
 def _summed(routes: _Routes, part: torch.Tensor, num_tokens: int) -> torch.Tensor:

@@ -252,6 +252,24 @@ def test_what_is_sent_is_what_it_is_priced_at() -> None:
     assert messages == [tokens * each for each in (*forward, *backward)]
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 2])
+@pytest.mark.parametrize("choices", [1, 2, 3])
+def test_any_number_of_rows_comes_as_it_was_sent(
+    choices: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four bytes of each choice lie before its weight, which takes eight: of one row and of none as of more."""
+    alone = SimpleNamespace(all_to_all_single=lambda out, given, *_, group: out.copy_(given))
+    monkeypatch.setattr(expert_dispatch, "dist", alone)
+    routes = expert_dispatch._Routes(torch.arange(num_tokens), [num_tokens], [num_tokens], num_tokens, None)
+    index = torch.randint(EXPERTS, (num_tokens, choices), dtype=torch.int32)
+    sent = [torch.randn(num_tokens, WIDTH).bfloat16(), index, torch.randn(num_tokens, choices, dtype=torch.float64)]
+    sent += [torch.randn(num_tokens, WIDTH, dtype=torch.float64), torch.randn(choices, num_tokens).t()]
+    for columns in (sent, sent[1:], sent[4:]):
+        for back in (False, True):
+            came = expert_dispatch._exchange(routes, columns, back=back)
+            assert all(torch.equal(here, there) for here, there in zip(came, columns, strict=True))
+
+
 def test_state_of_experts_is_split_over_the_ranks_that_hold_the_same() -> None:
     """Of 8 data ranks in 4 parts: a fourth of the experts each, on two ranks, which split its state."""
     kinds, whole, experts = StateBytes(2, 4, 4, 2, False), 800, 3200  # the rest, and all experts
