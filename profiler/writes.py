@@ -57,14 +57,17 @@ def refuse_writes_beside_gradients(graph: fx.Graph) -> None:
     taking: set[fx.Node] = set()
     for node in graph.nodes:
         beside, written = bool(node.meta.get("without_gradient")), _written(node)
+        takes = _takes_gradient(node, taking)
         while written is not None:
             if beside and written in taking and written.op != "placeholder":
                 raise _beside_gradients(node)
+            if takes and not beside:
+                taking.add(written)  # from here on, as what is written to it does
             if not is_view(written):
                 break
             beside = beside or written.target is aten.detach.default
             written = written.args[0]  # type: ignore[assignment]
-        if _takes_gradient(node, taking):
+        if takes:
             taking.add(node)
 
 
@@ -75,10 +78,20 @@ def _takes_gradient(node: fx.Node, taking: Collection[fx.Node]) -> bool:
         return isinstance(tensor, torch.Tensor) and tensor.requires_grad
     if node.op != "call_function" or node.target is aten.detach.default or node.meta.get("without_gradient"):
         return False
+    if _is_of_shape_alone(node.target):
+        return False
     made = node.meta.get("val")
     tensors = made if isinstance(made, (tuple, list)) else [made]
     floating = any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in tensors)
     return floating and any(n in taking for n in node.all_input_nodes)
+
+
+def _is_of_shape_alone(target: Any) -> bool:
+    """zeros_like, new_full, randn_like: of what they are given they read no values, and hand it no gradient."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    name = target._schema.name.removeprefix("aten::")
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def _beside_gradients(node: fx.Node) -> ShardwrightError:

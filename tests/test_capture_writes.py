@@ -197,6 +197,41 @@ def of_its_own(h: torch.Tensor) -> torch.Tensor:
     return h / scale + values
 
 
+def smoothed(h: torch.Tensor) -> torch.Tensor:
+    target, smooth = torch.zeros_like(h), torch.full_like(h, 0.1).detach()
+    with torch.no_grad():
+        target.scatter_(1, h.argmax(1, keepdim=True), 1.0)
+    smooth[:, 1] = 0.9
+    return h.log_softmax(1) * (target + smooth)
+
+
+def masked(h: torch.Tensor) -> torch.Tensor:
+    mask, above, least = h.new_ones(h.shape), (h > 0).to(h.dtype), torch.empty_like(h)
+    mask.data[:, 0] = 0
+    with torch.no_grad():
+        above.mul_(2)
+        least.fill_(0.5)
+        least[:, 1:].copy_(h[:, 1:])
+    return h * mask * above + torch.maximum(h, least)
+
+
+def filled(h: torch.Tensor) -> torch.Tensor:
+    parts = torch.empty_like(h)
+    with torch.no_grad():
+        parts.zero_()
+    parts[:, 0] = h[:, 1]
+    parts[:, 1:].add_(h[:, 1:])
+    return parts
+
+
+def filled_and_changed(h: torch.Tensor) -> torch.Tensor:
+    parts = torch.zeros_like(h)
+    last = parts[:, 1:]
+    parts[:, 0] = h[:, 1]
+    last.data.add_(1)
+    return parts
+
+
 class Changes(nn.Module):
     def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -206,14 +241,25 @@ class Changes(nn.Module):
         return self.change(self.linear(x)).square().mean()
 
 
-@pytest.mark.parametrize("change", [through_data, through_detach_of_a_view, without_gradients])
+@pytest.mark.parametrize("change", [through_data, through_detach_of_a_view, without_gradients, filled_and_changed])
 def test_a_write_beside_autograd_is_refused_with_its_line(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    line = change.__code__.co_firstlineno + (2 if change is without_gradients else 1)
+    line = change.__code__.co_firstlineno + {without_gradients: 2, filled_and_changed: 4}.get(change, 1)
     with pytest.raises(ShardwrightError, match=rf"test_capture_writes.py:{line} writes .* beside autograd") as found:
         capture(workload_of(Changes(change), {"x": torch.randn(4, 5)}))
     assert found.value.exit_code == ExitCode.UNSUPPORTED_MODEL
 
 
-def test_a_write_to_values_that_take_no_gradient_is_captured() -> None:
+@pytest.mark.parametrize("change", [of_its_own, smoothed, masked, filled])
+def test_a_write_to_values_that_take_no_gradient_is_captured(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     torch.manual_seed(0)
-    assert largest_difference(workload_of(Changes(of_its_own), {"x": torch.randn(4, 5)})) < 1e-12
+    assert largest_difference(workload_of(Changes(change), {"x": torch.randn(4, 5)})) < 1e-12
+
+
+def test_a_random_mask_drawn_without_gradients_is_captured() -> None:
+    def dropped(h: torch.Tensor) -> torch.Tensor:
+        mask = torch.empty_like(h)
+        with torch.no_grad():
+            mask.bernoulli_(0.5)
+        return h * mask
+
+    capture(workload_of(Changes(dropped), {"x": torch.randn(4, 5)}))
