@@ -69,8 +69,8 @@ class OneOp:
         return view_of(self.node)
 
     def strategies(self, parts: int) -> list[Strategy]:
-        """Of an axis that cuts no sequences."""
-        found = [s for s in strategies(self.node)[0] if not s.of_sequence]
+        """Of an axis that cuts neither sequences nor experts; those send between ranks that are not simulated."""
+        found = [s for s in strategies(self.node)[0] if not (s.of_sequence or s.of_experts)]
         return [s for s in found if fits(s, self.view, parts, lambda tensor, dim: True)]
 
     def sharded(
