@@ -23,12 +23,12 @@ import torch.distributed as dist
 from torch import fx
 
 from ..ops.placement import shard_size, shard_start
-from ..profiler.expert_ops import run_experts, run_experts_backward
+from ..profiler.expert_ops import INPUTS, backward_fake, forward_fake, run_experts, run_experts_backward
 from . import _torch
 from .redistribute import Emitter, MeshAxis
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
-_INPUTS = "Tensor hidden, Tensor index, Tensor weight, Tensor gate_up, Tensor down, str activation"
+_INPUTS = f"{INPUTS}, str activation"
 _PLACE = "int[] firsts, int[] counts, int rank, str group"
 
 
@@ -66,6 +66,15 @@ def _exchange(routes: _Routes, columns: Sequence[torch.Tensor], *, back: bool = 
     return [_as_type(part, t.dtype) for part, t in zip(parts, columns, strict=True)]
 
 
+def _sent(
+    routes: _Routes, columns: Sequence[torch.Tensor], index: torch.Tensor, weight: torch.Tensor, first: int
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """(rows of the columns, choices counted from this rank's first expert, their weights) of the tokens that come."""
+    own = routes.tokens
+    *rows, chosen, scale = _exchange(routes, [t[own] for t in (*columns, index.to(torch.int32), weight)])
+    return rows, chosen.long() - first, scale
+
+
 def _as_type(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The same bytes. A part of one row, or of none, counts as contiguous with the offset and the stride of the rows
     that it is cut from, which need be no multiple of what an entry of another type takes."""
@@ -97,9 +106,7 @@ def _forward(
     group: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     routes = _routes(index, firsts, counts, group)
-    own = routes.tokens
-    rows, chosen, scale = _exchange(routes, [hidden[own], index[own].to(torch.int32), weight[own]])
-    here = chosen.long() - firsts[rank]
+    (rows,), here, scale = _sent(routes, [hidden], index, weight, firsts[rank])
     out, pre = run_experts(rows, here, scale, gate_up, down, activation, routes.choices)
     (part,) = _exchange(routes, [out], back=True)
     return _summed(routes, part, hidden.shape[0]), pre
@@ -120,34 +127,13 @@ def _backward(
     pre: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     routes = _routes(index, firsts, counts, group)
-    own = routes.tokens
-    columns = [grad_out[own], hidden[own], index[own].to(torch.int32), weight[own]]
-    grad_rows, rows, chosen, scale = _exchange(routes, columns)
-    here = chosen.long() - firsts[rank]
+    (grad_rows, rows), here, scale = _sent(routes, [grad_out, hidden], index, weight, firsts[rank])
     grad_hidden, grad_weight, *of_experts = run_experts_backward(
         grad_rows, rows, here, scale, gate_up, down, pre, activation, routes.choices
     )
     back = _exchange(routes, [grad_hidden, grad_weight], back=True)
     summed = [_summed(routes, part, hidden.shape[0]) for part in back]
     return summed[0], summed[1], of_experts[0], of_experts[1]
-
-
-def _forward_fake(
-    hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return hidden.new_empty(hidden.shape), hidden.new_empty(*index.shape, gate_up.shape[1])
-
-
-def _backward_fake(
-    grad_out: torch.Tensor,
-    hidden: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    *_: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(t.new_empty(t.shape) for t in (hidden, weight, gate_up, down))  # type: ignore[return-value]
 
 
 _LIBRARY.define(f"expert_dispatch({_INPUTS}, {_PLACE}) -> (Tensor out, Tensor pre)")
@@ -157,8 +143,8 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("expert_dispatch", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("expert_dispatch_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("shardwright::expert_dispatch", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("shardwright::expert_dispatch_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("shardwright::expert_dispatch", forward_fake, lib=_LIBRARY)
+torch.library.register_fake("shardwright::expert_dispatch_backward", backward_fake, lib=_LIBRARY)
 
 expert_dispatch = torch.ops.shardwright.expert_dispatch.default
 expert_dispatch_backward = torch.ops.shardwright.expert_dispatch_backward.default

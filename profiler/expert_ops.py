@@ -27,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._torch import grouped_product, takes_groups
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
-_INPUTS = "Tensor hidden, Tensor index, Tensor weight, Tensor gate_up, Tensor down"
+INPUTS = "Tensor hidden, Tensor index, Tensor weight, Tensor gate_up, Tensor down"
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -166,27 +166,23 @@ def _run_backward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return run_experts_backward(*operands)
 
 
-def _forward_fake(
-    hidden: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    activation: str,
+def forward_fake(
+    hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor, *_: Any, **__: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of any operator with these operands first."""
     torch._check(hidden.dim() == 2 and index.dim() == 2 and hidden.shape[0] == index.shape[0])
     return hidden.new_empty(hidden.shape), hidden.new_empty(*index.shape, gate_up.shape[1])
 
 
-def _backward_fake(
+def backward_fake(
     grad_out: torch.Tensor,
     hidden: torch.Tensor,
     index: torch.Tensor,
     weight: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
-    pre: torch.Tensor | None,
-    activation: str,
+    *_: Any,
+    **__: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     like = (hidden, weight, gate_up, down)
     return tuple(t.new_empty(t.shape) for t in like)  # type: ignore[return-value]
@@ -204,15 +200,15 @@ def _gradients(ctx: Any, grad_out: torch.Tensor, _grad_pre: torch.Tensor | None)
     return grad_hidden, None, grad_weight, grad_gate_up, grad_down, None
 
 
-_LIBRARY.define(f"expert_mlp({_INPUTS}, str activation) -> (Tensor out, Tensor pre)")
+_LIBRARY.define(f"expert_mlp({INPUTS}, str activation) -> (Tensor out, Tensor pre)")
 _LIBRARY.define(
-    f"expert_mlp_backward(Tensor grad_out, {_INPUTS}, Tensor? pre, str activation) "
+    f"expert_mlp_backward(Tensor grad_out, {INPUTS}, Tensor? pre, str activation) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_gate_up, Tensor grad_down)"
 )
 _LIBRARY.impl("expert_mlp", _run, "CompositeExplicitAutograd")
 _LIBRARY.impl("expert_mlp_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("shardwright::expert_mlp", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("shardwright::expert_mlp_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("shardwright::expert_mlp", forward_fake, lib=_LIBRARY)
+torch.library.register_fake("shardwright::expert_mlp_backward", backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("shardwright::expert_mlp", _gradients, setup_context=_setup_context, lib=_LIBRARY)
 
 

@@ -35,7 +35,7 @@ def moved_by_rounding(model: nn.Module, forward_backward: Callable[[], object]) 
             for name, parameter in model.named_parameters():
                 before = kept[name][1]
                 if before is not None and parameter.grad is not None:
-                    found[name] = max(found.get(name, 0.0), _largest(parameter.grad - before))
+                    found[name] = max(found.get(name, 0.0), largest(parameter.grad - before))
     finally:
         for name, parameter in model.named_parameters():
             with torch.no_grad():
@@ -52,6 +52,10 @@ def _round_otherwise(parameter: torch.Tensor, value: torch.Tensor, generator: to
     parameter.copy_(value * (1 + signs * torch.finfo(value.dtype).eps))
 
 
-def _largest(tensor: torch.Tensor) -> float:
-    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
-    return tensor.abs().max().item() if tensor.numel() else 0.0
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.layout is torch.strided else tensor.to_dense()
+
+
+def largest(tensor: torch.Tensor) -> float:
+    """Of its entries, whatever their sign; 0 of none."""
+    return float(dense(tensor).abs().max()) if tensor.numel() else 0.0

@@ -41,7 +41,7 @@ from .profiler.nodes import users_line_in
 from .profiler.run_graph import Ran, run_graph
 from .profiler.work import op_costs
 from .profiler.workload import Workload
-from .rounding import ROUNDINGS, moved_by_rounding
+from .rounding import ROUNDINGS, dense, largest, moved_by_rounding
 
 BUDGET_S = 30.0  # most that a self-test may take, by estimate
 # Largest difference of a tensor, relative to its largest entry. Rounding alone stays far below.
@@ -327,7 +327,7 @@ class _Comparison:
 
     def _compare(self, ran: Ran, loss: torch.Tensor, step: int) -> None:
         self._note("loss", ran.loss.double().cpu(), loss.double(), self.floor)
-        expected = {n: _dense(p.grad) for n, p in self.workload.model.named_parameters() if p.grad is not None}
+        expected = {n: dense(p.grad) for n, p in self.workload.model.named_parameters() if p.grad is not None}
         floor = self.floor * max((largest(g) for g in expected.values()), default=0.0)
         for name in {*expected, *ran.gradients}:
             self._note(f"gradient of {name}", ran.gradients.get(name), expected.get(name), floor)
@@ -341,7 +341,7 @@ class _Comparison:
             return
         moved = moved_by_rounding(self.workload.model, lambda: self._as_written(step))
         for name, gradient in wrong.items():
-            if largest(_dense(ran.gradients[name]).to(gradient.dtype) - gradient) <= ROUNDINGS * moved[name]:
+            if largest(dense(ran.gradients[name]).to(gradient.dtype) - gradient) <= ROUNDINGS * moved[name]:
                 self.found[f"gradient of {name}"] = 0.0
 
     def _compare_state(self) -> None:
@@ -353,7 +353,7 @@ class _Comparison:
     def _note(self, name: str, mine: torch.Tensor | None, theirs: torch.Tensor | None, floor: float) -> None:
         error = math.inf
         if mine is not None and theirs is not None:
-            mine, theirs = _dense(mine), _dense(theirs)
+            mine, theirs = dense(mine), dense(theirs)
             error = 0.0 if torch.equal(mine, theirs) else relative_difference(mine, theirs, floor)
             if math.isnan(error):
                 self.unknown[name] = None
@@ -361,14 +361,10 @@ class _Comparison:
         self.found[name] = max(self.found.get(name, 0.0), error)
 
 
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.layout is torch.strided else tensor.to_dense()
-
-
 def _make_dense(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad = _dense(parameter.grad)
+            parameter.grad = dense(parameter.grad)
 
 
 def relative_difference(mine: torch.Tensor, theirs: torch.Tensor, floor: float) -> float:
@@ -379,10 +375,6 @@ def relative_difference(mine: torch.Tensor, theirs: torch.Tensor, floor: float) 
     if math.isnan(error) and not (bool(theirs.isnan().any()) and bool(mine.isnan().any())):
         return math.inf
     return error
-
-
-def largest(tensor: torch.Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _estimate(graph: ModelGraph) -> tuple[float, int]:

@@ -20,7 +20,7 @@ from .profiler.batches import make_batch
 from .profiler.initial_values import materialize
 from .profiler.models import make_reference_dtype, reload_workload
 from .profiler.workload import OptimizerSpec, Workload
-from .rounding import ROUNDINGS, moved_by_rounding
+from .rounding import ROUNDINGS, dense, largest, moved_by_rounding
 from .runtime.program import Program
 
 TOLERANCE = 1e-9  # relative, as promised for float64
@@ -121,18 +121,18 @@ def compare(found: Mapping[str, torch.Tensor], workload: Workload, plan: Plan) -
     one side lacks counts as infinitely wrong.
     """
     given = {name: p.grad for name, p in workload.model.named_parameters() if p.grad is not None}
-    expected = {name: g.to_dense() if g.is_sparse else g for name, g in given.items()}
-    largest = max(map(_largest, expected.values()), default=0.0)
+    expected = {name: dense(g) for name, g in given.items()}
+    most = max(map(largest, expected.values()), default=0.0)
     errors = {}
     for name in {*found, *expected}:
         if name not in found or name not in expected:
             present = found.get(name, expected.get(name))
-            errors[name] = float("inf") if present is not None and _largest(present) > 0 else 0.0
+            errors[name] = float("inf") if present is not None and largest(present) > 0 else 0.0
             continue
-        scale = max(_largest(expected[name]), 1e-300)
-        if scale < 1e-6 * largest:
-            scale = CANCELLED * largest
-        errors[name] = _largest(found[name] - expected[name]) / scale
+        scale = max(largest(expected[name]), 1e-300)
+        if scale < 1e-6 * most:
+            scale = CANCELLED * most
+        errors[name] = largest(found[name] - expected[name]) / scale
     return errors
 
 
@@ -142,22 +142,17 @@ def beyond_rounding(
     """The errors, those of sums that cancel measured by how far rounding alone moves them. again: computes the
     workload's gradients once more."""
     given = {name: p.grad for name, p in workload.model.named_parameters() if p.grad is not None}
-    largest = max((_largest(g) for g in given.values()), default=0.0)
+    most = max((largest(g) for g in given.values()), default=0.0)
     open_ones = {
-        name: _largest(found[name] - given[name])
+        name: largest(found[name] - given[name])
         for name, error in errors.items()
-        if TOLERANCE < error < float("inf") and _largest(given[name]) < 1e-6 * largest
+        if TOLERANCE < error < float("inf") and largest(given[name]) < 1e-6 * most
     }
     if not open_ones:
         return dict(errors)
     moved = moved_by_rounding(workload.model, again)
     rounding = {n: TOLERANCE * d / (ROUNDINGS * moved[n]) for n, d in open_ones.items() if d <= ROUNDINGS * moved[n]}
     return {**errors, **rounding}
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    tensor = tensor.to_dense() if tensor.is_sparse else tensor
-    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def whole_gradients(program: Program) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ class _Points(NamedTuple):
 
 def least_work_s(setting: Setting, candidate: Candidate, chains: tuple[Chain, ...]) -> float:
     """Seconds of a forward and a backward of one microbatch on the rank that works most, at least, on the fastest rank.
-    chains: of the rungs. 0 where nothing is known; infinite where it is proven that no cuts fit."""
+    chains: of the rungs. 0 where nothing is known."""
     c = candidate
     if SCHEDULES[c.schedule].directions == 2:
         return 0.0
@@ -54,7 +54,7 @@ def least_work_s(setting: Setting, candidate: Candidate, chains: tuple[Chain, ..
     priced = seconds_price[:, None, None] * points.seconds
     priced = priced + byte_price[:, None, None] * (lasting + held[:, :, None] * points.kept)
     over = priced.min(axis=(0, 1)).sum() - (byte_price * room).sum()
-    return float(max(over, 0.0) / seconds_price.sum()) if seconds_price.any() else float("inf" if over > 0 else 0.0)
+    return float(max(over, 0.0) / seconds_price.sum()) if seconds_price.any() else 0.0
 
 
 def _points(setting: Setting, candidate: Candidate, chains: tuple[Chain, ...]) -> _Points:

@@ -244,11 +244,19 @@ def mean_bytes(setting: Setting, candidate: Candidate, chain: Chain, in_flight: 
     """What the mean rank needs at least, whatever the cuts: lasting state, and activations that all chunks hold at
     once. in_flight: microbatches of those, in place of what the candidate's schedule holds.
     """
-    c, whole = candidate, _whole(setting, candidate, chain)
-    if in_flight is None:
-        in_flight = least_in_flight(c.schedule, c.pp, c.count, c.virtual_stages)
-    shared = whole.lasting + max(in_flight * whole.activations + whole.gradients, whole.step)
-    return float(shared * whole.slack / c.pp + whole.reserve)
+    return float(_mean_bytes(candidate, _whole(setting, candidate, chain), in_flight))
+
+
+def _mean_bytes(candidate: Candidate, whole: _WholeBytes, in_flight: int | None) -> np.ndarray:
+    """whole: of one chain, or arrays of several."""
+    held = _in_flight(candidate, in_flight) * whole.activations + whole.gradients
+    return (whole.lasting + np.maximum(held, whole.step)) * whole.slack / candidate.pp + whole.reserve
+
+
+def _in_flight(candidate: Candidate, in_flight: int | None) -> int:
+    """Those given, or what the candidate's schedule holds at least."""
+    c = candidate
+    return least_in_flight(c.schedule, c.pp, c.count, c.virtual_stages) if in_flight is None else in_flight
 
 
 def first_in_mean(
@@ -256,13 +264,8 @@ def first_in_mean(
 ) -> int | None:
     """Of chains that keep ever less, which is the first whose mean_bytes the rank that may use most has; None where
     none is."""
-    c = candidate
-    if in_flight is None:
-        in_flight = least_in_flight(c.schedule, c.pp, c.count, c.virtual_stages)
-    key = (chains, c.mesh, c.zero, c.split, c.on_host, c.count > 1)
-    whole = setting.once(_stacked, key, setting, candidate, chains)
-    shared = whole.lasting + np.maximum(in_flight * whole.activations + whole.gradients, whole.step)
-    enough = shared * whole.slack / c.pp + whole.reserve <= setting.most(candidate)
+    whole = setting.once(_stacked, _whole_key(candidate, chains), setting, candidate, chains)
+    enough = _mean_bytes(candidate, whole, in_flight) <= setting.most(candidate)
     return int(enough.argmax()) if enough.any() else None
 
 
@@ -277,8 +280,7 @@ def _stacked(setting: Setting, candidate: Candidate, chains: tuple[Chain, ...]) 
 def mean_share(setting: Setting, candidate: Candidate, chains: tuple[Chain, Chain], in_flight: int | None) -> float:
     """How much of what the second chain recomputes more the mean rank must recompute, where it fits under that alone:
     as mean_bytes counts."""
-    if in_flight is None:
-        in_flight = least_in_flight(candidate.schedule, candidate.pp, candidate.count, candidate.virtual_stages)
+    in_flight = _in_flight(candidate, in_flight)
     lower, upper = (_whole(setting, candidate, chain) for chain in chains)
     over = in_flight * lower.activations - mean_room(setting, candidate, chains[0]) * candidate.pp
     return float(np.clip(over / max(in_flight * (lower.activations - upper.activations), 1e-30), 0.0, 1.0))
@@ -304,9 +306,12 @@ class _WholeBytes(NamedTuple):
 
 
 def _whole(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:
+    return setting.once(_whole_bytes, _whole_key(candidate, chain), setting, candidate, chain)
+
+
+def _whole_key(candidate: Candidate, chains: Chain | tuple[Chain, ...]) -> tuple[Any, ...]:
     c = candidate
-    key = (chain, c.mesh, c.zero, c.split, c.on_host, c.count > 1)
-    return setting.once(_whole_bytes, key, setting, candidate, chain)
+    return chains, c.mesh, c.zero, c.split, c.on_host, c.count > 1
 
 
 def _whole_bytes(setting: Setting, candidate: Candidate, chain: Chain) -> _WholeBytes:

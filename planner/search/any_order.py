@@ -17,8 +17,6 @@ for which there is room. What is let go of for one microbatch alone takes its fo
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from ...schedules.published.library import SCHEDULES
@@ -63,7 +61,7 @@ def held_bound(setting: Setting, candidate: Candidate, chains: tuple[Chain, ...]
         extra_s = max(0.0, float((prices * (kept - room * step_s) - gains).max()))
         return m * (once_s + extra_s) / p + waits
 
-    low = high = least_s(math.inf if room >= 0 else 0.0)
+    low = high = m * once_s / p + waits
     while least_s(high) > high and high < MOST * low:
         high *= 2
     for _ in range(HALVINGS):

@@ -40,9 +40,9 @@ def any_order_bound(state: SearchState, candidate: Candidate, ladders: Sequence[
     """Seconds that no plan on the candidate's mesh and microbatch beats, under any order; infinite where none fits."""
     base, bound_s = base_of(candidate), math.inf
     for ladder, least in least_of_each(state, base, ladders, in_flight=1):
-        seconds = lower_bound(state.setting, base, _split_all(state, base, least), any_order=True)
+        seconds = lower_bound(state.setting, base, _split_least(state, base, least), any_order=True)
         if not state.forced.offload and state.may_win(seconds):
-            rungs = state.setting.once(_all_split, (ladder, _splits(base)), state, base, ladder)
+            rungs = tuple(_split(state, base, chain) for chain in rungs_of(state.setting, ladder))
             tail_s = least_tail(state.setting, base, rungs[0])
             seconds = max(seconds, held_bound(state.setting, base, rungs, tail_s))
         bound_s = min(bound_s, seconds * ladder.solution.proven_share)
@@ -53,33 +53,21 @@ def own_order_bound(state: SearchState, candidate: Candidate, least: Sequence[tu
     """The same under the candidate's own schedule, before its cuts are known. least: scoring.least_of_each of it."""
     found = [math.inf]
     for ladder, chain in least:
-        seconds = lower_bound(state.setting, candidate, _split_all(state, candidate, chain))
+        seconds = lower_bound(state.setting, candidate, _split_least(state, candidate, chain))
         found.append(seconds * ladder.solution.proven_share)
     return min(found)
 
 
-def _splits(candidate: Candidate) -> int:
-    """Over how many ranks parameters may be cut inside the graph."""
-    return candidate.tensor_ranks * candidate.mesh.expert_ranks
+def _split_least(state: SearchState, candidate: Candidate, least: Chain | Between) -> Chain | Between:
+    if isinstance(least, Chain):
+        return _split(state, candidate, least)
+    return replace(least, lower=_split(state, candidate, least.lower), upper=_split(state, candidate, least.upper))
 
 
-def _all_split(state: SearchState, candidate: Candidate, ladder: Ladder) -> tuple[Chain, ...]:
-    """Of each rung."""
-    ranks, chains = _splits(candidate), rungs_of(state.setting, ladder)
-    if ranks == 1:
-        return chains
-    return tuple(state.setting.once(_split_over, chain, state, ranks, chain) for chain in chains)
-
-
-def _split_all(state: SearchState, candidate: Candidate, chain: Chain | Between) -> Chain | Between:
+def _split(state: SearchState, candidate: Candidate, chain: Chain) -> Chain:
     """The chain, with the parameters that axes which split all of them leave."""
-    ranks = _splits(candidate)
-    if isinstance(chain, Between) and ranks > 1:
-        lower, upper = (state.setting.once(_split_over, one, state, ranks, one) for one in (chain.lower, chain.upper))
-        return Between(lower, upper, chain.share)
-    if ranks == 1 or isinstance(chain, Between):
-        return chain
-    return state.setting.once(_split_over, chain, state, ranks, chain)
+    ranks = candidate.tensor_ranks * candidate.mesh.expert_ranks
+    return chain if ranks == 1 else state.setting.once(_split_over, (chain, ranks), state, ranks, chain)
 
 
 def _split_over(state: SearchState, ranks: int, chain: Chain) -> Chain:

@@ -25,7 +25,6 @@ from .stage_recompute import (
     least_recomputation,
     lowest_rungs,
     nothing_fits,
-    rung_chains,
     rungs_of,
     standing_loads,
     standing_on,
@@ -82,7 +81,7 @@ def _score_pool(state: SearchState, candidate: Candidate, pool: MemoryPool) -> O
     outcome = score(state, candidate, pool.ladders)
     if not outcome.tight or pool.widened:
         return outcome
-    fastest = next(rung_chains(state.setting, pool.ladders[0]))
+    fastest = rungs_of(state.setting, pool.ladders[0])[0]
     worth_s = LEAST_GAIN * lower_bound(state.setting, candidate, fastest)
     if (outcome.step_s is None or outcome.step_s > worth_s) and state.may_win(worth_s) and state.widen(pool):
         return score(state, candidate, pool.ladders)
@@ -106,7 +105,7 @@ def _score_leanest(state: SearchState, candidate: Candidate, pool: MemoryPool) -
 def mean_fits(state: SearchState, candidate: Candidate, ladder: Ladder, in_flight: int | None = None) -> bool:
     """May the mean rank fit without recomputation? in_flight: in place of what the candidate's schedule holds at
     once."""
-    chain = next(rung_chains(state.setting, ladder))
+    chain = rungs_of(state.setting, ladder)[0]
     return mean_bytes(state.setting, candidate, chain, in_flight) <= state.setting.most(candidate)
 
 
@@ -161,8 +160,7 @@ class _Scoring:
             self._bound(ladder, least_s)
             return
         rungs = rungs_of(setting, ladder)
-        work_s = least_work_s(setting, candidate, rungs)
-        work_s = busiest_path_s(setting, candidate, rungs[0], work_s if work_s < math.inf else 0.0)
+        work_s = busiest_path_s(setting, candidate, rungs[0], least_work_s(setting, candidate, rungs))
         least_s = max(least_s, work_s)
         if not state.may_win(max(estimate(setting, candidate, least, work_s), least_s)):
             self.too_slow = True
@@ -225,7 +223,7 @@ class _Scoring:
         """Cuts that fit, the most promising first; of one stage on a rank the best alone. And, where there are none, is
         it proven that none fit?"""
         setting, candidate = self.setting, self.candidate
-        first = next(rung_chains(setting, ladder))
+        first = rungs_of(setting, ladder)[0]
         if self.state.forced.cuts is not None or candidate.num_stages == 1:
             bounds = (0, *self._forced_positions(), first.num_instances)
             found = self._under([bounds], ladder)

@@ -46,7 +46,7 @@ from .host_candidates import host_candidates
 from .outcome import Outcome
 from .result import SearchResult, build_result, tokens_per_sample
 from .scoring import least_of_each, mean_fits, score_in_pool
-from .stage_recompute import rung_chains
+from .stage_recompute import rungs_of
 from .state import MemoryPool, Progress, SearchState
 from .step_time import estimate, lower_bound, unevenness
 
@@ -130,7 +130,7 @@ class _Search:
         pool = self.state.pool(first, solution)
         if not all(mean_fits(self.state, candidate, pool.ladders[0]) for candidate in open_members):
             self.state.widen(pool)
-        chain = next(rung_chains(self.setting, pool.ladders[0]))
+        chain = rungs_of(self.setting, pool.ladders[0])[0]
         order = {candidate: self._learn_bounds(candidate, pool) for candidate in open_members}
         for base in {base_of(candidate) for candidate in open_members}:
             learn_any_order(self.state, base, pool)
@@ -147,7 +147,7 @@ class _Search:
     def _learn_bounds(self, candidate: Candidate, pool: MemoryPool) -> float:
         """Bounds of a candidate of a solved group; returns what it is estimated at."""
         found = least_of_each(self.state, candidate, pool.ladders)
-        chains = [least for _, least in found] or [*rung_chains(self.setting, pool.ladders[-1])][-1:]
+        chains = [least for _, least in found] or [rungs_of(self.setting, pool.ladders[-1])[-1]]
         proven_s = max(self.state.outcomes[candidate].bound_s, own_order_bound(self.state, candidate, found))
         search_bound_s = min(lower_bound(self.setting, candidate, chain) for chain in chains)
         self.state.learn(candidate, search_bound_s=search_bound_s, bound_s=proven_s)

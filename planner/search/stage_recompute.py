@@ -7,7 +7,7 @@ with one stage the cost of a run of positions is then known before the cuts are,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +37,6 @@ from ..stages.zero_seconds import stage_tables
 from .step_time import secondary, stage_loads
 
 
-def rung_chains(setting: Setting, ladder: Ladder) -> Iterator[Chain]:
-    for rung in ladder.rungs:
-        yield setting.chain(ladder.solution, rung)
-
-
 def least_recomputation(
     setting: Setting, candidate: Candidate, ladder: Ladder, in_flight: int | None = None
 ) -> Chain | Between | None:
@@ -62,7 +57,7 @@ def rungs_of(setting: Setting, ladder: Ladder) -> tuple[Chain, ...]:
 
 
 def _rungs_of(setting: Setting, ladder: Ladder) -> tuple[Chain, ...]:
-    return tuple(rung_chains(setting, ladder))
+    return tuple(setting.chain(ladder.solution, rung) for rung in ladder.rungs)
 
 
 def nothing_fits(setting: Setting, candidate: Candidate, ladder: Ladder) -> bool:
@@ -118,7 +113,7 @@ class LadderCuts:
         self.size = len(ladder.shape.segments) - candidate.num_stages + 1
         self.after = np.triu(np.ones((self.size, self.size), dtype=bool))
         self._rungs: list[_Rung] = []
-        self._chains = rung_chains(setting, ladder)
+        self._chains = rungs_of(setting, ladder)
 
     def find(self) -> Cuts | None:
         setting, candidate, count = self.setting, self.candidate, self.candidate.num_stages
@@ -157,7 +152,8 @@ class LadderCuts:
 
     def _rung(self, at: int) -> _Rung:
         while at >= len(self._rungs):
-            k, chain = len(self._rungs), next(self._chains)
+            k = len(self._rungs)
+            chain = self._chains[k]
             tables = stage_tables(self.setting, self.candidate, chain)
             self._rungs.append(
                 _Rung(
@@ -227,7 +223,7 @@ def lowest_rungs(setting: Setting, candidate: Candidate, ladder: Ladder, bounds:
 
     Where two directions share the stages, all stand on one rung."""
     limits, heights = setting.limits(candidate), np.full(candidate.pp, -1)
-    for rung, chain in enumerate(rung_chains(setting, ladder)):
+    for rung, chain in enumerate(rungs_of(setting, ladder)):
         if rung == 0 and candidate.on_host and worst_host_need(setting, candidate, chain, bounds).missing_bytes:
             return None  # of state, whatever is recomputed
         fits = quick_peaks(setting, candidate, chain, bounds) <= limits
@@ -247,7 +243,7 @@ def standing_loads(
     rungs = [height - 1 if ladder.is_divided[height] else height for height in heights]
     loads = np.empty(candidate.num_stages)
     for rung in set(rungs):
-        chain = setting.chain(ladder.solution, ladder.rungs[rung])
+        chain = rungs_of(setting, ladder)[rung]
         here = np.unique(stages[:, np.array(rungs) == rung])
         loads[here] = stage_loads(setting, candidate, chain, bounds)[here]
     return loads

@@ -503,29 +503,26 @@ class _SegmentBuilder:
 
 def _no_such_attention(mesh: Mesh, query: Sizes) -> ShardwrightError:
     axis = next(axis for axis in mesh.axes if axis.role.carries_sequence)
+    what = f"attention={mesh.attention} does not go with {axis.name}={axis.size} for queries of {list(query.shape)}"
+    return _no_such(what, "ulysses wants heads of queries and of keys that divide, on no other axis", "attention")
+
+
+def _no_such_experts(mesh: Mesh) -> ShardwrightError:
+    axis = next(axis for axis in mesh.axes if axis.role.cuts_experts)
+    what = f"experts={mesh.experts} does not go with {axis.name}={axis.size}"
+    return _no_such(what, "the experts are no parameters of their own, or do not divide", "experts")
+
+
+def _no_such(what: str, means: str, force: str) -> ShardwrightError:
+    """A form that was forced, of which gather always goes."""
     return ShardwrightError(
-        f"attention={mesh.attention} does not go with {axis.name}={axis.size} for queries of {list(query.shape)}",
-        means="ulysses wants heads of queries and of keys that divide, on no other axis",
-        change="--force attention",
-        works="--force attention=gather",
-        exit_code=ExitCode.CONTRADICTION,
+        what, means=means, change=f"--force {force}", works=f"--force {force}=gather", exit_code=ExitCode.CONTRADICTION
     )
 
 
 def _padded(found: Places, end: Places, data: Sequence[bool]) -> Places:
     """A shard on an axis where the parameter is whole and gradients are partial sums is one among zeros."""
     return tuple(P if d and place >= 0 and e in (R, P) else place for place, e, d in zip(found, end, data, strict=True))
-
-
-def _no_such_experts(mesh: Mesh) -> ShardwrightError:
-    axis = next(axis for axis in mesh.axes if axis.role.cuts_experts)
-    return ShardwrightError(
-        f"experts={mesh.experts} does not go with {axis.name}={axis.size}",
-        means="the experts are no parameters of their own, or do not divide",
-        change="--force experts",
-        works="--force experts=gather",
-        exit_code=ExitCode.CONTRADICTION,
-    )
 
 
 def _unsummed(found: Places, param: Places) -> Places:
