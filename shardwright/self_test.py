@@ -41,7 +41,7 @@ from .profiler.nodes import users_line_in
 from .profiler.run_graph import Ran, run_graph
 from .profiler.work import op_costs
 from .profiler.workload import Workload
-from .rounding import ROUNDINGS, dense, largest, moved_by_rounding
+from .rounding import dense, largest, roundings
 
 BUDGET_S = 30.0  # most that a self-test may take, by estimate
 # Largest difference of a tensor, relative to its largest entry. Rounding alone stays far below.
@@ -321,44 +321,64 @@ class _Comparison:
         finally:
             torch.set_default_dtype(before)
 
-    def _as_written(self, step: int) -> torch.Tensor:
-        given, size = self.workload.example_batch, self.workload.batch_size
-        return reference.forward_backward(self.workload, given, microbatch_size=size, step=step)
+    def _as_written(self, step: int, workload: Workload | None = None) -> torch.Tensor:
+        """workload: a copy of this one."""
+        of = workload or self.workload
+        return reference.forward_backward(of, of.example_batch, microbatch_size=of.batch_size, step=step)
 
     def _compare(self, ran: Ran, loss: torch.Tensor, step: int) -> None:
-        self._note("loss", ran.loss.double().cpu(), loss.double(), self.floor)
+        self._keep("loss", self._difference("loss", ran.loss.double().cpu(), loss.double()))
         expected = {n: dense(p.grad) for n, p in self.workload.model.named_parameters() if p.grad is not None}
         floor = self.floor * max((largest(g) for g in expected.values()), default=0.0)
+        errors = {}
         for name in {*expected, *ran.gradients}:
-            self._note(f"gradient of {name}", ran.gradients.get(name), expected.get(name), floor)
-        self._pass_over_rounding(ran, expected, step)
+            label = f"gradient of {name}"
+            errors[name] = self._difference(label, ran.gradients.get(name), expected.get(name), floor)
+        for name in self._rounding_alone(errors, ran, expected, step):
+            errors[name] = 0.0
+            ran.gradients[name] = expected[name]  # lest the next step starts from another rounding
+        for name, error in errors.items():
+            self._keep(f"gradient of {name}", error)
 
-    def _pass_over_rounding(self, ran: Ran, expected: Mapping[str, torch.Tensor], step: int) -> None:
-        """Gradients that differ by no more than rounding moves them (sums that cancel) have no digits to tell by."""
+    def _rounding_alone(
+        self, errors: Mapping[str, float], ran: Ran, expected: Mapping[str, torch.Tensor], step: int
+    ) -> list[str]:
+        """Gradients that are rounding alone (sums that cancel) and differ by no more than that."""
         tolerance = TOLERANCES.get(_dtype_of(self.workload), 1e-3)
-        wrong = {n: g for n, g in expected.items() if math.inf > self.found[f"gradient of {n}"] > tolerance}
-        if not wrong:
-            return
-        moved = moved_by_rounding(self.workload.model, lambda: self._as_written(step))
-        for name, gradient in wrong.items():
-            if largest(dense(ran.gradients[name]).to(gradient.dtype) - gradient) <= ROUNDINGS * moved[name]:
-                self.found[f"gradient of {name}"] = 0.0
+        wrong = [name for name, error in errors.items() if math.inf > error > tolerance]
+        may_differ = roundings(self.workload, lambda copied: self._as_written(step, copied)) if wrong else {}
+        return [
+            name
+            for name in wrong
+            if name in may_differ
+            and largest(dense(ran.gradients[name]).to(expected[name].dtype) - expected[name]) <= may_differ[name]
+        ]
 
     def _compare_state(self) -> None:
         for name, buffer in self.workload.model.named_buffers(remove_duplicate=False):
-            self._note(f"buffer {name}", self.buffers[name], buffer, self.floor)
+            self._keep(f"buffer {name}", self._difference(f"buffer {name}", self.buffers[name], buffer))
         for name, parameter in self.workload.model.named_parameters():
-            self._note(f"{name} after a step", self.parameters[name].detach(), parameter.detach(), self.floor)
+            mine, theirs, label = self.parameters[name].detach(), parameter.detach(), f"{name} after a step"
+            self._keep(label, self._difference(label, mine, theirs))
 
-    def _note(self, name: str, mine: torch.Tensor | None, theirs: torch.Tensor | None, floor: float) -> None:
-        error = math.inf
-        if mine is not None and theirs is not None:
-            mine, theirs = dense(mine), dense(theirs)
-            error = 0.0 if torch.equal(mine, theirs) else relative_difference(mine, theirs, floor)
-            if math.isnan(error):
-                self.unknown[name] = None
-                error = 0.0
-        self.found[name] = max(self.found.get(name, 0.0), error)
+    def _difference(
+        self, label: str, mine: torch.Tensor | None, theirs: torch.Tensor | None, floor: float | None = None
+    ) -> float:
+        """Relative; infinite where one side has none."""
+        if mine is None or theirs is None:
+            return math.inf
+        mine, theirs = dense(mine), dense(theirs)
+        if torch.equal(mine, theirs):
+            return 0.0
+        error = relative_difference(mine, theirs, self.floor if floor is None else floor)
+        if math.isnan(error):
+            self.unknown[label] = None
+            return 0.0
+        return error
+
+    def _keep(self, label: str, error: float) -> None:
+        """The largest of all steps."""
+        self.found[label] = max(self.found.get(label, 0.0), error)
 
 
 def _make_dense(model: torch.nn.Module) -> None:

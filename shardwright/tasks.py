@@ -20,7 +20,7 @@ from .profiler.batches import make_batch
 from .profiler.initial_values import materialize
 from .profiler.models import make_reference_dtype, reload_workload
 from .profiler.workload import OptimizerSpec, Workload
-from .rounding import ROUNDINGS, dense, largest, moved_by_rounding
+from .rounding import dense, largest, roundings
 from .runtime.program import Program
 
 TOLERANCE = 1e-9  # relative, as promised for float64
@@ -89,16 +89,18 @@ def check(task: Mapping[str, Any], device: torch.device, report: Report) -> None
         program.optimizer_step()
         if model is None or optimizer is None:
             continue
-        expected.append(_reference(model, batch, plan, step))
-        again = functools.partial(_reference, model, batch, plan, step)
-        for name, error in beyond_rounding(compare(found, model, plan), found, model, again).items():
+        given = dataclasses.replace(model, example_batch=batch)
+        run = functools.partial(_reference, plan=plan, step=step)
+        expected.append(run(given))
+        for name, error in beyond_rounding(compare(found, model, plan), found, given, run).items():
             errors[name] = max(error, errors.get(name, 0.0))
         optimizer.step()
     report(event="compared", losses=losses, reference_losses=expected, gradients=errors)
 
 
-def _reference(model: Workload, batch: Mapping[str, torch.Tensor], plan: Plan, step: int) -> float:
-    size, over = plan.microbatch.size, plan.loss_over
+def _reference(model: Workload, plan: Plan, step: int) -> float:
+    """Over the workload's example batch."""
+    batch, size, over = model.example_batch, plan.microbatch.size, plan.loss_over
     return reference.forward_backward(model, batch, microbatch_size=size, step=step, loss_over=over).item()
 
 
@@ -137,22 +139,20 @@ def compare(found: Mapping[str, torch.Tensor], workload: Workload, plan: Plan) -
 
 
 def beyond_rounding(
-    errors: Mapping[str, float], found: Mapping[str, torch.Tensor], workload: Workload, again: Callable[[], object]
+    errors: Mapping[str, float],
+    found: Mapping[str, torch.Tensor],
+    workload: Workload,
+    run: Callable[[Workload], object],
 ) -> dict[str, float]:
-    """The errors, those of sums that cancel measured by how far rounding alone moves them. again: computes the
-    workload's gradients once more."""
-    given = {name: p.grad for name, p in workload.model.named_parameters() if p.grad is not None}
-    most = max((largest(g) for g in given.values()), default=0.0)
-    open_ones = {
-        name: largest(found[name] - given[name])
-        for name, error in errors.items()
-        if TOLERANCE < error < float("inf") and largest(given[name]) < 1e-6 * most
-    }
-    if not open_ones:
+    """The errors, those of gradients that are rounding alone measured by how far rounding moves them. run: computes
+    the gradients of a copy of the workload, in the dtype of its example batch."""
+    wrong = [name for name, error in errors.items() if TOLERANCE < error < float("inf")]
+    if not wrong:
         return dict(errors)
-    moved = moved_by_rounding(workload.model, again)
-    rounding = {n: TOLERANCE * d / (ROUNDINGS * moved[n]) for n, d in open_ones.items() if d <= ROUNDINGS * moved[n]}
-    return {**errors, **rounding}
+    given = {name: dense(p.grad) for name, p in workload.model.named_parameters() if p.grad is not None}
+    may_differ = roundings(workload, run)
+    by = {name: largest(found[name] - given[name]) for name in wrong if name in may_differ}
+    return {**errors, **{n: TOLERANCE * d / may_differ[n] for n, d in by.items() if d <= may_differ[n]}}
 
 
 def whole_gradients(program: Program) -> dict[str, torch.Tensor]:

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from shardwright.checking import TOLERANCE
+from shardwright.profiler.workload import Precision, Workload
 from shardwright.tasks import beyond_rounding, compare
+
+WIDE = Precision(torch.float64, torch.float64, torch.float64)
 
 
 def errors(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
@@ -51,7 +54,7 @@ class Cancels(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         terms = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e6
-        self.terms = terms - terms.mean()
+        self.register_buffer("terms", terms - terms.mean())
         self.bias, self.scale, self.plain = (
             nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (0.0, 1.3, 2.0)
         )
@@ -62,18 +65,40 @@ class Cancels(nn.Module):
 
 def test_a_gradient_that_is_rounding_alone_is_compared_by_how_far_rounding_moves_it() -> None:
     model = Cancels()
-    again = lambda: (model.zero_grad(), model().backward())  # noqa: E731
-    again()
+    run = lambda of: (of.model.zero_grad(), of.model().backward())  # noqa: E731
+    workload = Workload(model, {}, 1, precision=WIDE)
+    run(workload)
     before = {name: (p.detach().clone(), p.grad.clone()) for name, p in model.named_parameters()}
-    workload = SimpleNamespace(model=model)
     for change, good in ((1e-8, True), (1e-6, False)):
         found = {name: grad.clone() for name, (_, grad) in before.items()}
         found["bias"] += change
         found["plain"] *= 1 + 2e-9
         errors = compare(found, workload, None)
         assert errors["bias"] > TOLERANCE
-        errors = beyond_rounding(errors, found, workload, again)
+        errors = beyond_rounding(errors, found, workload, run)
         assert (errors["bias"] <= TOLERANCE) is good
         assert errors["plain"] > TOLERANCE, "one that has digits is held to them"
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name][0]) and torch.equal(parameter.grad, before[name][1])
+
+
+class OnAKink(nn.Module):
+    """Rounding moves relu(a - b) to either side: its gradient is all or nothing, and of no size beside the others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.plain = (nn.Parameter(torch.ones(5, dtype=torch.float64)) for _ in range(3))
+
+    def forward(self) -> torch.Tensor:
+        return 1e-8 * torch.relu(self.a - self.b).sum() + self.plain.sum()
+
+
+def test_a_gradient_on_a_kink_is_not_rounding_alone() -> None:
+    model = OnAKink()
+    run = lambda of: (of.model.zero_grad(), of.model().backward())  # noqa: E731
+    workload = Workload(model, {}, 1, precision=WIDE)
+    run(workload)
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    found["a"] += 1e-8
+    errors = beyond_rounding(compare(found, workload, None), found, workload, run)
+    assert errors["a"] > TOLERANCE

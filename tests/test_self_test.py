@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 import shardwright
-from shardwright import api, self_test
+from shardwright import api, rounding, self_test
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler import as_written, copies, gradient_hooks, initial_values, models
 from shardwright.profiler.capture import capture
@@ -289,19 +289,106 @@ def test_a_model_that_takes_one_size_of_batch_alone_is_refused_by_that_reason() 
 class BeforeNorm(Net):
     """A bias that a norm takes away again: its gradient is the rounding of what cancels, here of large terms."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1e-3) -> None:
         super().__init__()
-        self.norm.eps = 1e-12
+        self.norm.eps, self.scale = 1e-12, scale
+        nn.init.zeros_(self.a.bias)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return super().forward(x * 1e-3, y)
+        return super().forward(x * self.scale, y)
 
 
-def test_gradients_that_are_rounding_alone_are_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = workload_of(BeforeNorm())
+def before_norm(dtype: torch.dtype) -> Workload:
+    return in_half(BeforeNorm(0.03)) if dtype == torch.bfloat16 else workload_of(BeforeNorm())
+
+
+NO_DIGITS = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", NO_DIGITS, ids=str)
+def test_gradients_that_are_rounding_alone_are_no_difference(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = before_norm(dtype)
     graph = capture(workload)
     assert self_test.self_test(workload, graph).status == "passed"
     with monkeypatch.context() as patch:
-        patch.setattr(self_test, "moved_by_rounding", lambda model, again: dict.fromkeys(graph.params, 0.0))
+        patch.setattr(rounding, "moved_by_rounding", lambda model, again: dict.fromkeys(graph.params, 0.0))
         with pytest.raises(ShardwrightError, match="differs"):
             self_test.self_test(workload, graph)
+
+
+class OnAKink(nn.Module):
+    """Rounding moves relu(a - b) to either side: its gradient is all or nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.ones(5)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.a - self.b).sum() + (x * self.c).square().mean() + 0 * y.sum()
+
+
+def damaged(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, step: int, damage: Callable[[dict], None]) -> None:
+    """Runs of the graph in dtype give other gradients in one of the two steps."""
+    run = self_test.run_graph
+    steps = iter(range(10**6))
+
+    def with_damage(graph: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+        ran = run(graph, values, *args, **kwargs)
+        if next(iter(ran.gradients.values())).dtype == dtype and next(steps) % 2 == step:
+            damage(ran.gradients)
+        return ran
+
+    monkeypatch.setattr(self_test, "run_graph", with_damage)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("parameter", ["a", "b"])
+def test_a_gradient_on_a_kink_is_not_passed_over_as_rounding(
+    parameter: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = workload_of(OnAKink())
+    graph = capture(workload)
+    assert self_test.self_test(workload, graph).status == "passed"
+
+    def other_side(gradients: dict[str, torch.Tensor]) -> None:
+        gradients[parameter] = gradients[parameter] + 1
+
+    damaged(monkeypatch, torch.float64, step, other_side)
+    damaged(monkeypatch, torch.float32, step, other_side)
+    with pytest.raises(ShardwrightError, match=f"gradient of {parameter} by"):
+        self_test.self_test(workload, graph)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.01), (torch.bfloat16, 0.4)], ids=str)
+def test_a_fault_that_is_there_in_the_models_own_dtype_alone_is_found(
+    dtype: torch.dtype, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = before_norm(dtype)
+    graph = capture(workload)
+
+    def smaller(gradients: dict[str, torch.Tensor]) -> None:
+        gradients["a.weight"] = gradients["a.weight"] * (1 - share)
+
+    damaged(monkeypatch, dtype, 0, smaller)
+    with pytest.raises(ShardwrightError, match=r"gradient of a\.weight by"):
+        self_test.self_test(workload, graph)
+
+
+def test_what_is_excused_in_one_step_leaves_the_difference_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = workload_of(BeforeNorm())
+    graph = capture(workload)
+    monkeypatch.setattr(self_test, "roundings", lambda workload, run: {"a.bias": 1.0})
+    kept = {0: 40.0, 1: 0.5}  # of which the second is excused
+    numbers = iter(range(10**6))
+
+    def shifted(gradients: dict[str, torch.Tensor]) -> None:
+        gradients["a.bias"] = gradients["a.bias"] + kept[next(numbers) % 2]
+
+    run = self_test.run_graph
+    monkeypatch.setattr(
+        self_test, "run_graph", lambda *args, **kwargs: (ran := run(*args, **kwargs), shifted(ran.gradients))[0]
+    )
+    with pytest.raises(ShardwrightError, match=r"gradient of a\.bias by"):
+        self_test.self_test(workload, graph)
