@@ -37,7 +37,7 @@ test: lint typecheck
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 	$(MAKE) docs-check
 
-# every model on every layout and schedule: hours on two cores
+# also the repetitions that `make test` leaves out: every model on every layout and schedule, hours on two cores
 test-all: lint typecheck
 	SHARDWRIGHT_FULL_MATRIX=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 

@@ -1,15 +1,17 @@
-"""Shared by the tests: a hand-made plan, and one thread for each process."""
+"""Shared by the tests: a hand-made plan, one thread a process, and what `make test` leaves to `make test-all`."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # plans for CPUs are made with the nominal figures, not with what someone measured on this machine, at some load
 os.environ.setdefault("SHARDWRIGHT_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "shardwright"))
 
 import pytest
+from matrix import FULL
 
 from shardwright.plans.document import (
     Certificate,
@@ -63,3 +65,39 @@ def hand_made_plan() -> Plan:
         ],
         conservative_ops=[],
     )  # fmt: skip
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run` and `check` work on ranks forked from the test process, not on processes that start from nothing."""
+    from compared import forked_launch
+
+    for module in ("launch", "checking"):
+        monkeypatch.setattr(f"shardwright.{module}.launch", forked_launch)
+
+
+_left: set[str] = set()  # tests that are left to `make test-all`
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Repetitions of a claim on more cells of a matrix run with SHARDWRIGHT_FULL_MATRIX=1 alone."""
+    left = [] if FULL else [item for item in items if item.get_closest_marker("repetition")]
+    _left.update(item.nodeid for item in left)
+    items[:] = [item for item in items if item.nodeid not in _left]
+    config.hook.pytest_deselected(items=left)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist tells the process that prints."""
+    _left.update(getattr(node, "workeroutput", {}).get("left", ()))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left"] = sorted(_left)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _left:
+        terminalreporter.write_line(f"{len(_left)} repetitions on more cells of a matrix are left to `make test-all`")

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from compared import assert_same_numbers, compared, plan_once
 from custom_ops import KINDS, cube, twice_plus
-from distributed import run_ranks
-from test_check_matrix import _compare
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 import shardwright
-from shardwright import api, tasks
 from shardwright.errors import ShardwrightError
 from shardwright.ops.catalog import CUSTOM, strategies
 from shardwright.ops.strategy import Strategy
@@ -21,16 +19,15 @@ from shardwright.ops.strategy import Strategy
 
 def plan_of(kind: str, **force: object) -> Any:
     spec = {"model": f"custom_ops:net_{KINDS.index(kind)}", "kind": "factory", "global_batch": 8}
-    return api.plan(tasks.check_workload(spec), "4xCPU", force={k: str(v) for k, v in force.items()})
+    return plan_once(spec, "4xCPU", force)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ops_of_every_origin_compute_the_same(kind: str, tmp_path: Path) -> None:
     plan = plan_of(kind, pp=1, dp=2, tp=2)
-    plan.save(tmp_path / "plan.json")
-    found = run_ranks(4, _compare, str(tmp_path / "plan.json"))[0]
-    assert found["losses"] == pytest.approx(found["reference_losses"], rel=1e-9)
-    assert len(found["gradients"]) == 4 and max(found["gradients"].values()) <= 1e-9
+    found = compared(plan, tmp_path)
+    assert_same_numbers(found)
+    assert len(found["gradients"]) == 4
 
 
 def test_an_op_without_a_rule_is_planned_whole_and_listed_with_its_cost_and_line() -> None:
@@ -55,9 +52,7 @@ def test_a_registered_rule_is_used(no_rules: None, tmp_path: Path) -> None:
     texts = [v for rows in plan.placements.values() for k, v in rows.items() if k.startswith("twice_plus")]
     assert texts and texts[0][0] == "S(0),S(0)->S(0)", "the batch stays split"
     CUSTOM.clear()  # the plan holds the placements: running it needs no rule
-    plan.save(tmp_path / "plan.json")
-    found = run_ranks(4, _compare, str(tmp_path / "plan.json"))[0]
-    assert max(found["gradients"].values()) <= 1e-9
+    assert_same_numbers(compared(plan, tmp_path))
 
 
 @pytest.mark.parametrize(

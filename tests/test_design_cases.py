@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 from awkward_models import MODELS
-from distributed import run_ranks
-from test_check_matrix import _compare
+from compared import assert_same_numbers, compared, plan_once
+from matrix import cells
 
-from shardwright import api, tasks
 from shardwright.errors import ExitCode, ShardwrightError
 
 LAYOUTS = (
@@ -22,25 +21,23 @@ LAYOUTS = (
 
 def plan_of(name: str, layout: dict[str, str], batch: int = 8):
     spec = {"model": f"awkward_models:{name}", "kind": "factory", "global_batch": batch}
-    return api.plan(tasks.check_workload(spec), "4xCPU", force=layout)
+    return plan_once(spec, "4xCPU", layout)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(f"{k}={v}" for k, v in layout.items()))
-@pytest.mark.parametrize("name", MODELS)
+EVERY = [(name, layout) for name in MODELS for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    cells(EVERY, EVERY[:: len(LAYOUTS) + 1] + EVERY[2 :: len(LAYOUTS) + 1]),
+    ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()),
+)
 def test_numbers_are_those_of_the_model_as_written(name: str, layout: dict[str, str], tmp_path: Path) -> None:
-    plan = plan_of(name, layout)
-    plan.save(tmp_path / "plan.json")
-    found = run_ranks(4, _compare, str(tmp_path / "plan.json"))[0]
-    assert found["losses"] == pytest.approx(found["reference_losses"], rel=1e-9)
-    assert found["gradients"] and max(found["gradients"].values()) <= 1e-9
+    assert_same_numbers(compared(plan_of(name, layout), tmp_path))
 
 
 def test_a_batch_that_does_not_divide(tmp_path: Path) -> None:
-    plan = plan_of("uneven_heads", {"pp": "1", "tp": "4"}, batch=7)
-    plan.save(tmp_path / "plan.json")
-    found = run_ranks(4, _compare, str(tmp_path / "plan.json"))[0]
-    assert found["losses"] == pytest.approx(found["reference_losses"], rel=1e-9)
-    assert max(found["gradients"].values()) <= 1e-9
+    assert_same_numbers(compared(plan_of("uneven_heads", {"pp": "1", "tp": "4"}, batch=7), tmp_path))
 
 
 @pytest.mark.parametrize(("name", "line"), [("branches", "if y.sum() > 0"), ("sizes", ".item()")])

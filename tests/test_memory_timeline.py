@@ -149,6 +149,7 @@ def test_plan_writes_what_its_ending_says(plan: Plan, tmp_path: Path, capsys: py
     assert not (tmp_path / "o.html").exists()
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_writes_what_it_held_beside_the_prediction(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     command = ["run", str(tmp_path / "plan.json"), "--steps", "1", "--memory-timeline", str(tmp_path / "m.json")]

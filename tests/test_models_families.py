@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
-from distributed import run_ranks
-from test_check_matrix import _compare, _once
-
-from shardwright import api, tasks
-from shardwright.checking import TOLERANCE
+from compared import assert_same_numbers, compared, plan_once
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import model_zoo
@@ -27,11 +22,5 @@ ROWS = [
 def test_a_model_of_each_field_computes_the_same_on_two_ranks(name: str, layout: str, tmp_path: Path) -> None:
     pytest.importorskip("diffusers" if name in model_zoo.zoo_configs.DIFFUSERS else "transformers")
     spec = model_zoo.family_spec(model_zoo.FAMILY + name, tmp_path)
-    with mock.patch.object(api, "capture", _once(api.capture)):
-        plan = api.plan(tasks.check_workload(spec), f"{FAMILY_PROCESSES}xCPU", force=FAMILY_LAYOUTS[layout])
-    path = tmp_path / "plan.json"
-    plan.save(path)
-    found = run_ranks(FAMILY_PROCESSES, _compare, str(path))[0]
-    for loss, expected in zip(found["losses"], found["reference_losses"], strict=True):
-        assert abs(loss - expected) <= TOLERANCE * abs(expected)
-    assert found["gradients"] and all(error <= TOLERANCE for error in found["gradients"].values())
+    plan = plan_once(spec, f"{FAMILY_PROCESSES}xCPU", FAMILY_LAYOUTS[layout])
+    assert_same_numbers(compared(plan, tmp_path))

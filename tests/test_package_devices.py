@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from compared import forked_launch
 from distributed import run_ranks
 from torch import nn
 
@@ -188,7 +189,7 @@ def test_a_process_group_that_cannot_carry_the_plans_tensors_is_refused(monkeypa
 
 
 def test_plan_run_and_check_for_cpus_work_beside_gpus(gpus, tmp_path, monkeypatch, capsys):
-    """As in the README; workers are other processes, whose CUDA is faked as well."""
+    """As in the README; the run's worker is another process, whose CUDA is faked as well."""
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     plan = str(tmp_path / "plan.json")
@@ -196,5 +197,6 @@ def test_plan_run_and_check_for_cpus_work_beside_gpus(gpus, tmp_path, monkeypatc
     assert cli.main(["plan", "preset:mlp", *options, "-o", plan]) == 0
     assert cli.main(["run", plan, "--steps", "1"]) == 0
     capsys.readouterr()
+    monkeypatch.setattr("shardwright.checking.launch", forked_launch)
     assert cli.main(["check", plan, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"]

@@ -6,10 +6,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from compared import assert_same_numbers, captured_once, compared
 from distributed import run_ranks
 from runtime_toy import make_batch, make_plan, make_program, make_toy
 from sparing_orders import letting_go
-from test_check_matrix import _compare, _once
 
 from shardwright import api, cli, tasks
 from shardwright.costmodel.actions import Action
@@ -34,7 +34,7 @@ def on_a_busy_machine():
 def planned(memory_limit_bytes: int = LIMIT, **force: str) -> Plan:
     workload = tasks.check_workload({"model": "preset:tiny-gpt2", "global_batch": 32, "overrides": SHAPE})
     settings = {"pp": "4", "tp": "1", "microbatch": "2", **force}
-    with mock.patch.object(api, "capture", _once(api.capture)), on_a_busy_machine():
+    with captured_once(), on_a_busy_machine():
         return api.plan(workload, "4xCPU", force=settings, memory_limit_bytes=memory_limit_bytes)
 
 
@@ -87,10 +87,7 @@ def test_host_memory_holds_what_is_offloaded_from_its_forward_to_its_backward() 
 
 
 def test_the_program_computes_what_the_model_computes(short: Plan, tmp_path: Path) -> None:
-    short.save(tmp_path / "plan.json")
-    found = run_ranks(4, _compare, str(tmp_path / "plan.json"))[0]
-    assert found["losses"] == pytest.approx(found["reference_losses"], rel=1e-9)
-    assert found["gradients"] and max(found["gradients"].values()) <= 1e-9
+    assert_same_numbers(compared(short, tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import random_models
 import torch
-from distributed import run_ranks
-from test_check_matrix import _compare
+from compared import assert_same_numbers, compared
 from torch import nn
 from torch.nn import functional as F
 
 from shardwright import api, tasks
-from shardwright.checking import TOLERANCE
 from shardwright.counter_random import CounterBasedRandom
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.outside_random import refused_outside_random
@@ -110,13 +108,9 @@ def test_a_model_that_draws_gives_the_numbers_of_the_reference(
     name: str, force: dict[str, str], tmp_path: Path
 ) -> None:
     plan = api.plan(_workload(name), "2xCPU", force={"pp": "1", "tp": "1", "dp": "1", **force})
-    path = tmp_path / "plan.json"
-    plan.save(path)
-    found = run_ranks(2, _compare, str(path))[0]
-    for loss, expected in zip(found["losses"], found["reference_losses"], strict=True):
-        assert abs(loss - expected) <= TOLERANCE * abs(expected)
+    found = compared(plan, tmp_path)
+    assert_same_numbers(found)
     assert found["losses"][0] != found["losses"][1]
-    assert found["gradients"] and max(found["gradients"].values()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", random_models.REFUSED)

@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import recurrent_models
 import torch
-from distributed import run_ranks
+from compared import assert_same_numbers, compared
 from one_op import assert_same, one_op
-from test_check_matrix import _compare
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from shardwright import api, tasks
-from shardwright.checking import TOLERANCE
 from shardwright.errors import ShardwrightError
 from shardwright.ops.placement import P
 from shardwright.profiler.batches import make_batch
@@ -122,12 +120,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(("name", "force"), LAYOUTS, ids=str)
 def test_a_recurrent_model_gives_the_numbers_of_the_reference(name: str, force: dict[str, str], tmp_path: Path) -> None:
     plan = api.plan(_workload(name), "2xCPU", force={"pp": "1", "tp": "1", "dp": "1", **force})
-    path = tmp_path / "plan.json"
-    plan.save(path)
-    found = run_ranks(2, _compare, str(path))[0]
-    for loss, expected in zip(found["losses"], found["reference_losses"], strict=True):
-        assert abs(loss - expected) <= TOLERANCE * abs(expected)
-    assert found["gradients"] and max(found["gradients"].values()) <= TOLERANCE
+    assert_same_numbers(compared(plan, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["rnn", "lstm_both_ways", "cells"])

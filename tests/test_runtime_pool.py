@@ -1,8 +1,10 @@
-"""The pool of worker processes that the distributed tests run on."""
+"""The ranks that the distributed tests run on."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 import time
 
 import pytest
@@ -29,15 +31,21 @@ def _die_on_one(rank: int) -> None:
     dist.all_reduce(torch.zeros(1))
 
 
-def test_results_come_back_by_rank_and_processes_are_used_again() -> None:
+def test_results_come_back_by_rank_and_no_process_is_left() -> None:
     first = run_ranks(2, _sum_of_ranks, 2.0)
     second = run_ranks(2, _sum_of_ranks, 3.0)
     assert [value for value, _ in first] == [2.0, 2.0]
     assert [value for value, _ in second] == [3.0, 3.0]
-    assert [pid for _, pid in first] == [pid for _, pid in second]
+    assert not multiprocessing.active_children()
 
 
-def test_a_failing_rank_is_named_and_the_pool_lives_on() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks are spawned")
+def test_ranks_have_what_the_test_process_has() -> None:
+    seen: list[int] = [3]
+    assert run_ranks(2, lambda rank: rank + seen[0]) == [3, 4]
+
+
+def test_a_failing_rank_is_named_and_the_next_call_is_well() -> None:
     start = time.monotonic()
     with pytest.raises(RankFailed, match="rank one is unwell"):
         run_ranks(2, _fail_on_one)

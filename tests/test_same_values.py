@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from distributed import run_ranks
 from torch import nn
@@ -91,6 +92,7 @@ def test_the_order_of_entries_counts() -> None:
     assert _digest(torch.tensor([1 + 2j, torch.nan])) == _digest(torch.tensor([1 + 2j, torch.nan]))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_factory_without_a_seed_is_checked_as_one_with(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unseeded.py").write_text(UNSEEDED)

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import scan_models
 import torch
-from distributed import run_ranks
+from compared import assert_same_numbers, compared
 from one_op import assert_same, one_op
-from test_check_matrix import _compare
 
 from shardwright import api, tasks
-from shardwright.checking import TOLERANCE
 from shardwright.ops.placement import P
 from shardwright.profiler import scan_ops
 from shardwright.profiler.work import op_work
@@ -91,9 +89,4 @@ def test_the_graph_does_not_grow_with_the_sequence(name: str) -> None:
 def test_the_program_gives_what_the_model_gives(name: str, axis: str, tmp_path: Path) -> None:
     force = {"pp": "1", "tp": "1", "dp": "1", axis: "2"}
     plan = api.plan(_workload(f"make_{name}"), "2xCPU", force=force)
-    path = tmp_path / "plan.json"
-    plan.save(path)
-    found = run_ranks(2, _compare, str(path))[0]
-    for loss, expected in zip(found["losses"], found["reference_losses"], strict=True):
-        assert abs(loss - expected) <= TOLERANCE * abs(expected)
-    assert found["gradients"] and max(found["gradients"].values()) <= TOLERANCE
+    assert_same_numbers(compared(plan, tmp_path))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from compared import assert_same_numbers, compared, plan_once
 from planner_fakes import Case, Sizes
 
-from shardwright import api, tasks
-from shardwright.checking import run_check
 from shardwright.planner.memory.least_work import least_work_s
 from shardwright.planner.memory.limits import fits
 from shardwright.planner.memory.options import Ladder, ladders
@@ -21,7 +21,6 @@ from shardwright.planner.stages.chain import KEPT, NOTHING
 from shardwright.planner.stages.setting import Setting
 from shardwright.plans.axes import MeshShape
 from shardwright.plans.document import MemoryPolicy
-from shardwright.profiler.hardware import parse_hardware
 
 SMALL, DEEP = (Sizes(layers=layers, hidden=256, ffn=1024, vocab=400) for layers in (4, 24))
 
@@ -122,14 +121,14 @@ def test_one_position_less_and_a_rank_does_not_fit(schedule, pp, chunks):
             assert not (quick_peaks(setting, candidate, chain, bounds) <= limits).all()
 
 
-def test_the_first_stage_recomputes_more_than_the_last_and_the_numbers_stay() -> None:
+def test_the_first_stage_recomputes_more_than_the_last_and_the_numbers_stay(tmp_path: Path) -> None:
     """Under 1F1B the first of two stages holds two microbatches, the last one."""
-    workload = tasks.check_workload({"model": "preset:tiny-llama", "global_batch": 8, "seq_len": 128, "layers": 4})
+    spec = {"model": "preset:tiny-llama", "global_batch": 8, "seq_len": 128, "layers": 4}
     force = {"pp": "2", "schedule": "1f1b", "microbatch": "2"}
 
     def plan(recompute: str, limit_bytes: int | None = None):
         choice = {**force, "recompute": recompute}
-        return api.plan(workload, parse_hardware("2xCPU"), force=choice, memory_limit_bytes=limit_bytes)
+        return plan_once(spec, "2xCPU", choice, memory_limit_bytes=limit_bytes)
 
     most, least = (plan(recompute).predicted.peak_bytes[0] for recompute in ("none", "all"))
     made = plan("auto", (most + least) // 2)
@@ -137,16 +136,16 @@ def test_the_first_stage_recomputes_more_than_the_last_and_the_numbers_stay() ->
     made_again = [sum(policy.choice(made.segments[i], i) != "none" for i in indices) for indices in where]
     assert made_again[0] > made_again[1]
     assert made.predicted.peak_bytes[0] <= (most + least) // 2
-    assert run_check(made).ok
+    assert_same_numbers(compared(made, tmp_path))
 
 
-def test_instances_of_one_segment_may_recompute_otherwise_and_the_numbers_stay() -> None:
+def test_instances_of_one_segment_may_recompute_otherwise_and_the_numbers_stay(tmp_path: Path) -> None:
     """Whole, in part, and not at all, in one stage, with a backward that is split where nothing is made again."""
-    workload = tasks.check_workload({"model": "preset:tiny-llama", "global_batch": 8, "seq_len": 32, "layers": 4})
-    made = api.plan(workload, parse_hardware("2xCPU"), force={"pp": "2", "schedule": "zb_h1", "recompute": "none"})
+    spec = {"model": "preset:tiny-llama", "global_batch": 8, "seq_len": 32, "layers": 4}
+    made = plan_once(spec, "2xCPU", {"pp": "2", "schedule": "zb_h1", "recompute": "none"})
     blocks = [i for i, name in enumerate(made.segments) if made.segments.count(name) > 1]
     part = tuple(op for op in made.placements[made.segments[blocks[0]]] if op.startswith("mm"))[:2]
     policy = MemoryPolicy(recompute=made.memory_policy.recompute, instances={blocks[0]: "all", blocks[1]: part})
     changed = made.model_copy(update={"memory_policy": policy})
     assert policy.recomputed(made.segments)[made.segments[blocks[0]]] == "2 ops in 1 of 4, all in 1 of 4"
-    assert run_check(changed).ok
+    assert_same_numbers(compared(changed, tmp_path))
