@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..profiler import expert_ops  # noqa: F401  defines the operators
+from ..profiler import expert_ops
 from ..profiler.op_view import OpView
 from .placement import P, Places, R
 from .rules import RULES
@@ -39,24 +39,38 @@ def makes_again(node: fx.Node, output: int, places: Places) -> bool:
     return output == 1 and P in places and getattr(node.target, "overloadpacket", None) is _FORWARD
 
 
+def num_weights(node: fx.Node) -> int:
+    """How many operands of an expert op hold experts: they stand one after the other."""
+    return expert_ops.WEIGHTS[node.target._overloadname]  # type: ignore[union-attr]
+
+
+def weights_at(node: fx.Node) -> range:
+    """Which of its operands hold experts; they stand behind gradient (of a backward), tokens, choices and weights."""
+    first = 3 if node.target.overloadpacket is _FORWARD else 4  # type: ignore[union-attr]
+    return range(first, first + num_weights(node))
+
+
 def expert_mlp(view: OpView) -> list[Strategy]:
-    """(hidden, index, weight, gate_up, down) -> out, pre. A rank leaves out the choices of experts that it lacks."""
-    tokens = Strategy((0, 0, 0, R, R), (0, 0))
-    experts = Strategy((R, R, R, 0, 0), (P, P), lowering="own_experts")
-    dispatched = Strategy((0, 0, 0, 0, 0), (0, 0), lowering=_DISPATCH, of_experts=True)
+    """(hidden, index, weight, experts...) -> out, pre. A rank leaves out the choices of experts that it lacks."""
+    n = num_weights(view.node)
+    tokens = Strategy((0, 0, 0, *(R,) * n), (0, 0))
+    experts = Strategy((R, R, R, *(0,) * n), (P, P), lowering="own_experts")
+    dispatched = Strategy((0, 0, 0, *(0,) * n), (0, 0), lowering=_DISPATCH, of_experts=True)
     return [tokens, experts, dispatched]
 
 
 def expert_mlp_backward(view: OpView) -> list[Strategy]:
-    """(grad_out, hidden, index, weight, gate_up, down, pre) -> gradients of hidden, weight, gate_up, down.
+    """(grad_out, hidden, index, weight, experts..., pre) -> gradients of hidden, weight, experts.
 
     Split by experts, gate and up are computed again: what the forward kept need not be this rank's part.
     """
-    if len(view.inputs) != 7:
+    n = num_weights(view.node)
+    if len(view.inputs) != n + 5:
         return []
-    tokens = Strategy((0, 0, 0, 0, R, R, 0), (0, 0, P, P))
-    experts = Strategy((R, R, R, R, 0, 0, P), (P, P, 0, 0), lowering="own_experts_backward")
-    dispatched = Strategy((0, 0, 0, 0, 0, 0, 0), (0, 0, 0, 0), lowering=f"{_DISPATCH}_backward", of_experts=True)
+    tokens = Strategy((0, 0, 0, 0, *(R,) * n, 0), (0, 0, *(P,) * n))
+    experts = Strategy((R, R, R, R, *(0,) * n, P), (P, P, *(0,) * n), lowering="own_experts_backward")
+    everywhere = (0,) * (n + 5), (0,) * (n + 2)
+    dispatched = Strategy(*everywhere, lowering=f"{_DISPATCH}_backward", of_experts=True)
     return [tokens, experts, dispatched]
 
 

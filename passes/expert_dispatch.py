@@ -23,12 +23,19 @@ import torch.distributed as dist
 from torch import fx
 
 from ..ops.placement import shard_size, shard_start
-from ..profiler.expert_ops import INPUTS, backward_fake, forward_fake, run_experts, run_experts_backward
+from ..profiler.expert_ops import (
+    BIASES,
+    INPUTS,
+    backward_fake,
+    forward_fake,
+    results,
+    run_experts,
+    run_experts_backward,
+)
 from . import _torch
 from .redistribute import Emitter, MeshAxis
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
-_INPUTS = f"{INPUTS}, str activation"
 _PLACE = "int[] firsts, int[] counts, int rank, str group"
 
 
@@ -93,61 +100,40 @@ def _summed(routes: _Routes, part: torch.Tensor, num_tokens: int) -> torch.Tenso
     return total.to(part.dtype)
 
 
-def _forward(
-    hidden: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    activation: str,
-    firsts: Sequence[int],
-    counts: Sequence[int],
-    rank: int,
-    group: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, index, weight, *experts, activation, firsts, counts, rank, group = operands
     routes = _routes(index, firsts, counts, group)
     (rows,), here, scale = _sent(routes, [hidden], index, weight, firsts[rank])
-    out, pre = run_experts(rows, here, scale, gate_up, down, activation, routes.choices)
+    out, pre = run_experts(rows, here, scale, experts, activation, routes.choices)
     (part,) = _exchange(routes, [out], back=True)
     return _summed(routes, part, hidden.shape[0]), pre
 
 
-def _backward(
-    grad_out: torch.Tensor,
-    hidden: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    activation: str,
-    firsts: Sequence[int],
-    counts: Sequence[int],
-    rank: int,
-    group: str,
-    pre: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward(*operands: Any) -> tuple[torch.Tensor, ...]:
+    grad_out, hidden, index, weight, *experts, activation, firsts, counts, rank, group, pre = operands
     routes = _routes(index, firsts, counts, group)
     (grad_rows, rows), here, scale = _sent(routes, [grad_out, hidden], index, weight, firsts[rank])
     grad_hidden, grad_weight, *of_experts = run_experts_backward(
-        grad_rows, rows, here, scale, gate_up, down, pre, activation, routes.choices
+        grad_rows, rows, here, scale, experts, pre, activation, routes.choices
     )
     back = _exchange(routes, [grad_hidden, grad_weight], back=True)
-    summed = [_summed(routes, part, hidden.shape[0]) for part in back]
-    return summed[0], summed[1], of_experts[0], of_experts[1]
+    return *(_summed(routes, part, hidden.shape[0]) for part in back), *of_experts
 
 
-_LIBRARY.define(f"expert_dispatch({_INPUTS}, {_PLACE}) -> (Tensor out, Tensor pre)")
-_LIBRARY.define(
-    f"expert_dispatch_backward(Tensor grad_out, {_INPUTS}, {_PLACE}, Tensor? pre) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_gate_up, Tensor grad_down)"
-)
-_LIBRARY.impl("expert_dispatch", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("expert_dispatch_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("shardwright::expert_dispatch", forward_fake, lib=_LIBRARY)
-torch.library.register_fake("shardwright::expert_dispatch_backward", backward_fake, lib=_LIBRARY)
+for _overload, _operands in (("default", INPUTS), ("bias", f"{INPUTS}, {BIASES}")):
+    _name, _of_gradients = (
+        f"{n}.{_overload}".removesuffix(".default") for n in ("expert_dispatch", "expert_dispatch_backward")
+    )
+    _given = f"{_operands}, str activation, {_PLACE}"
+    _LIBRARY.define(f"{_name}({_given}) -> (Tensor out, Tensor pre)")
+    _LIBRARY.define(f"{_of_gradients}(Tensor grad_out, {_given}, Tensor? pre) -> {results(_overload)}")
+    _LIBRARY.impl(_name, _forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_of_gradients, _backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"shardwright::{_name}", forward_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"shardwright::{_of_gradients}", backward_fake, lib=_LIBRARY)
 
-expert_dispatch = torch.ops.shardwright.expert_dispatch.default
-expert_dispatch_backward = torch.ops.shardwright.expert_dispatch_backward.default
+expert_dispatch = torch.ops.shardwright.expert_dispatch
+expert_dispatch_backward = torch.ops.shardwright.expert_dispatch_backward
 
 
 # --------------------------------------------------------------------------- lowerings
@@ -170,16 +156,21 @@ def experts_of(num_experts: int, axis: MeshAxis, inner: MeshAxis | None) -> tupl
 def dispatch_experts(
     emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis, inner: MeshAxis | None = None
 ) -> fx.Node:
-    """(hidden, index, weight, gate_up, down, activation) -> out, pre"""
+    """(hidden, index, weight, experts..., activation) -> out, pre"""
     place = experts_of(node.args[3].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
-    return emit.call(expert_dispatch, *args[:6], *place, axis.index, axis.group)
+    return emit.call(_overload_of(expert_dispatch, node), *args, *place, axis.index, axis.group)
 
 
 def dispatch_experts_backward(
     emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis, inner: MeshAxis | None = None
 ) -> fx.Node:
-    """(grad_out, hidden, index, weight, gate_up, down, pre, activation); without pre where the experts are cut twice:
-    the plan counts on its being computed again there."""
-    pre = args[6] if inner is None else None
+    """(grad_out, hidden, index, weight, experts..., pre, activation); without pre where the experts are cut twice: the
+    plan counts on its being computed again there."""
+    *operands, pre, activation = args
     place = experts_of(node.args[4].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
-    return emit.call(expert_dispatch_backward, *args[:6], args[7], *place, axis.index, axis.group, pre)
+    op = _overload_of(expert_dispatch_backward, node)
+    return emit.call(op, *operands, activation, *place, axis.index, axis.group, pre if inner is None else None)
+
+
+def _overload_of(packet: Any, node: fx.Node) -> Any:
+    return getattr(packet, node.target._overloadname)  # type: ignore[union-attr]

@@ -144,17 +144,17 @@ def softmax_cols_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: M
 
 
 def own_experts(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
-    """(hidden, index, weight, gate_up, down, activation), the experts split: numbers counted from this rank's first."""
+    """(hidden, index, weight, experts..., activation), the experts split: numbers counted from this rank's first."""
     start, _ = _range(node.args[3].meta["val"].shape[0], axis)  # type: ignore[union-attr]
     index = emit.call(aten.sub.Scalar, args[1], start)
     return emit.call(node.target, args[0], index, *args[2:])
 
 
 def own_experts_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
-    """(grad_out, hidden, index, weight, gate_up, down, pre, activation); without pre, which is computed again."""
+    """(grad_out, hidden, index, weight, experts..., pre, activation); without pre, which is computed again."""
     start, _ = _range(node.args[4].meta["val"].shape[0], axis)  # type: ignore[union-attr]
     index = emit.call(aten.sub.Scalar, args[2], start)
-    return emit.call(node.target, *args[:2], index, *args[3:6], None, args[7])
+    return emit.call(node.target, *args[:2], index, *args[3:-2], None, args[-1])
 
 
 _ATTENTION: dict[str, Lowering] = {

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.autograd import graph as autograd_graph
 from torch.fx import _lazy_graph_module
 from torch.fx import proxy as fx_proxy
 from torch.fx.experimental import proxy_tensor
@@ -157,6 +158,11 @@ def engine_replaced(engine: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         torch.autograd._engine_run_backward = original
+
+
+def engine_restored() -> contextlib.AbstractContextManager[None]:
+    """Inside, autograd's own engine runs, whatever it was replaced by: for gradients of ours, not of the model's."""
+    return engine_replaced(lambda _replaced, *args, **kwargs: autograd_graph._engine_run_backward(*args, **kwargs))
 
 
 ModuleBackwardHook = torch.nn.modules.module.BackwardHook

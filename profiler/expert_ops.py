@@ -2,9 +2,13 @@
 
 Letters: N tokens, K experts chosen for each, E experts, H hidden size, I intermediate size.
 
-    hidden [N, H]   index [N, K] int64   weight [N, K]   gate_up [E, 2 I, H]   down [E, H, I]
-    out [N, H] = sum over k of weight * down(activation(gate) * up)     pre [N, K, 2 I] = gate and up, for the backward,
-                                                                        which without it computes them again
+    hidden [N, H]   index [N, K] int64   weight [N, K]   gate_up [E, A, H]   down [E, H, I]
+    overload "bias": gate_up_bias [E, A]   down_bias [E, H]
+    out [N, H] = sum over k of weight * down(activation(both))          pre [N, K, A] = both = gate_up(hidden), for the
+                                                                        backward, which without it computes it again
+
+activation: a name, or the text of a traced function (gates.py), that makes [M, I] of [M, A]; of those with a name A is
+2 I, gate and up side by side.
 
 A choice outside 0..E-1 adds nothing. So a rank that holds some of the experts shifts `index` by its first one, and the
 sum over ranks is the whole; and tokens are independent of each other, so they split freely.
@@ -18,34 +22,23 @@ of the host, and a loop over experts elsewhere.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from ._torch import grouped_product, takes_groups
+from .gates import ACTIVATIONS, gate_of
+
+__all__ = ["ACTIVATIONS", "BIASES", "INPUTS", "WEIGHTS", "run_experts", "run_experts_backward"]
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 INPUTS = "Tensor hidden, Tensor index, Tensor weight, Tensor gate_up, Tensor down"
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-
-
-def _activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "silu":
-        return F.silu(gate)
-    if activation == "relu":
-        return F.relu(gate)
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _activate_backward(grad: torch.Tensor, gate: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(grad, gate)
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(grad, gate, 0)
-    return torch.ops.aten.gelu_backward(grad, gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+BIASES = "Tensor gate_up_bias, Tensor down_bias"
+# number of operands that hold experts, by the overload: weights, and biases beside them
+WEIGHTS = {"default": 2, "bias": 4}
 
 
 class _Groups:
@@ -60,6 +53,7 @@ class _Groups:
         self.index, self.few = index, count is not None
         self.order = order if count is None else order[:count]
         self.tokens = self.order // max(index.shape[1], 1)
+        self.experts = expert if count is None else expert[:count]
         self.edges = torch.searchsorted(expert, torch.arange(num_experts + 1, device=flat.device))
         self._spans: list[tuple[int, int, int]] | None = None
 
@@ -70,16 +64,29 @@ class _Groups:
             self._spans = [(e, a, b) for e, (a, b) in enumerate(itertools.pairwise(edges)) if a < b]
         return self._spans
 
-    def products(self, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """[M, A], [E, B, A] -> [M, B]: each row with the weights of its expert; zeros for rows of nobody."""
+    def products(self, rows: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[M, A], [E, B, A], [E, B] -> [M, B]: each row with the weights of its expert; zeros for rows of nobody."""
         if takes_groups(rows, weights):
             out = grouped_product(rows, weights.transpose(-2, -1), self.edges[1:].to(torch.int32))
             beyond = torch.arange(len(rows), device=rows.device) >= self.edges[-1]
-            return out.masked_fill_(beyond.unsqueeze(1), 0)
+            out = out.masked_fill_(beyond.unsqueeze(1), 0)
+            return out if bias is None else out.add_(self.of_rows(bias))
         out = rows.new_zeros(rows.shape[0], weights.shape[1])
         for expert, start, stop in self._spans_of_experts():
             torch.mm(rows[start:stop], weights[expert].T, out=out[start:stop])
+            if bias is not None:
+                out[start:stop] += bias[expert]
         return out
+
+    def of_rows(self, bias: torch.Tensor) -> torch.Tensor:
+        """[E, B] -> [M, B]: of each row's expert; zeros for rows of nobody."""
+        return torch.cat([bias, bias.new_zeros(1, bias.shape[1])])[self.experts]
+
+    def sums(self, rows: torch.Tensor, num_experts: int) -> torch.Tensor:
+        """[M, B] -> [E, B]: of the rows of each expert, in float32 at least."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        total = torch.zeros(num_experts + 1, rows.shape[1], dtype=wide, device=rows.device)
+        return total.index_add_(0, self.experts, rows.to(wide))[:num_experts].to(rows.dtype)
 
     def outer(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """[M, A], [M, B] -> [E, A, B]: of the rows of each expert."""
@@ -112,16 +119,16 @@ def run_experts(
     hidden: torch.Tensor,
     index: torch.Tensor,
     weight: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    experts: Sequence[torch.Tensor],
     activation: str,
     count: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [N, H], and gate and up of the choices in the order of experts: all, or `count` of them."""
+    """out [N, H], and what the first product gives for the choices in the order of experts: all, or `count` of them.
+    experts: gate_up and down, and their biases where they have any."""
+    gate_up, down, up_bias, down_bias = (*experts, None, None)[:4]
     groups = _Groups(index, gate_up.shape[0], count)
-    both = groups.products(hidden[groups.tokens], gate_up)
-    gate, up = both.chunk(2, dim=-1)
-    out = groups.products(_activate(gate, activation) * up, down)
+    both = groups.products(hidden[groups.tokens], gate_up, up_bias)
+    out = groups.products(gate_of(activation).forward(both), down, down_bias)
     out = groups.of_tokens(out, weight).to(hidden.dtype)
     return out, both if groups.few else groups.back(both)
 
@@ -131,39 +138,41 @@ def run_experts_backward(
     hidden: torch.Tensor,
     index: torch.Tensor,
     weight: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    experts: Sequence[torch.Tensor],
     pre: torch.Tensor | None,
     activation: str,
     count: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """pre: what run_experts gave with the same count; computed again without."""
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of hidden, weight and the experts. pre: what run_experts gave with the same count; computed again
+    without."""
+    gate_up, down, up_bias, down_bias = (*experts, None, None)[:4]
     groups = _Groups(index, gate_up.shape[0], count)
     rows, grad = hidden[groups.tokens], grad_out[groups.tokens]
     if pre is None:
-        both = groups.products(rows, gate_up)
+        both = groups.products(rows, gate_up, up_bias)
     else:
         both = pre if groups.few else pre.flatten(0, 1)[groups.order]
     scale = weight.reshape(-1, 1)[groups.order].to(grad.dtype)
-    gate, up = both.chunk(2, dim=-1)
-    activated = _activate(gate, activation)
-    product = activated * up
     grad_product = groups.products(grad, down.transpose(-2, -1))
-    grad_weight = (grad_product * product).sum(-1).to(weight.dtype)
-    grad_product = grad_product * scale
-    grad_gate = _activate_backward(grad_product * up, gate, activation)
-    grad_both = torch.cat([grad_gate, grad_product * activated], dim=-1)
+    product, grad_both = gate_of(activation).backward(both, grad_product * scale)
+    grad_weight = (grad_product * product).sum(-1)
     grad_hidden = groups.of_tokens(groups.products(grad_both, gate_up.transpose(-2, -1))).to(hidden.dtype)
-    grad_gate_up, grad_down = groups.outer(grad_both, rows), groups.outer(grad * scale, product)
-    return grad_hidden, groups.back(grad_weight), grad_gate_up, grad_down
+    grad_scaled = grad * scale
+    of_experts = [groups.outer(grad_both, rows), groups.outer(grad_scaled, product)]
+    if down_bias is not None:
+        grad_weight += (grad * groups.of_rows(down_bias)).sum(-1)
+        of_experts += [groups.sums(grad_both, len(gate_up)), groups.sums(grad_scaled, len(gate_up))]
+    return grad_hidden, groups.back(grad_weight.to(weight.dtype)), *of_experts
 
 
 def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return run_experts(*operands)
+    hidden, index, weight, *experts, activation = operands
+    return run_experts(hidden, index, weight, experts, activation)
 
 
-def _run_backward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return run_experts_backward(*operands)
+def _run_backward(*operands: Any) -> tuple[torch.Tensor, ...]:
+    grad_out, hidden, index, weight, *experts, pre, activation = operands
+    return run_experts_backward(grad_out, hidden, index, weight, experts, pre, activation)
 
 
 def forward_fake(
@@ -174,18 +183,16 @@ def forward_fake(
     return hidden.new_empty(hidden.shape), hidden.new_empty(*index.shape, gate_up.shape[1])
 
 
-def backward_fake(
-    grad_out: torch.Tensor,
-    hidden: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    *_: Any,
-    **__: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    like = (hidden, weight, gate_up, down)
-    return tuple(t.new_empty(t.shape) for t in like)  # type: ignore[return-value]
+def backward_fake(grad_out: torch.Tensor, *operands: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+    """Of any operator with these operands first, and no other tensor behind them but one that may be missing."""
+    hidden, _, *rest = operands
+    weight, *experts = rest[: 3 + 2 * _has_biases(operands)]
+    return tuple(t.new_empty(t.shape) for t in (hidden, weight, *experts))
+
+
+def _has_biases(operands: Sequence[Any]) -> bool:
+    """hidden, index, weight, gate_up, down, and then gate_up_bias [E, A], or pre [N, K, A], or no tensor."""
+    return isinstance(operands[5], torch.Tensor) and operands[5].dim() == 2
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -195,21 +202,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 
 def _gradients(ctx: Any, grad_out: torch.Tensor, _grad_pre: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    grads = torch.ops.shardwright.expert_mlp_backward(grad_out, *ctx.saved_tensors, ctx.activation)
-    grad_hidden, grad_weight, grad_gate_up, grad_down = grads
-    return grad_hidden, None, grad_weight, grad_gate_up, grad_down, None
+    backward = torch.ops.shardwright.expert_mlp_backward
+    overload = backward.bias if len(ctx.saved_tensors) > 6 else backward.default
+    grad_hidden, *others = overload(grad_out, *ctx.saved_tensors, ctx.activation)
+    return grad_hidden, None, *others, None
 
 
-_LIBRARY.define(f"expert_mlp({INPUTS}, str activation) -> (Tensor out, Tensor pre)")
-_LIBRARY.define(
-    f"expert_mlp_backward(Tensor grad_out, {INPUTS}, Tensor? pre, str activation) "
-    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_gate_up, Tensor grad_down)"
-)
-_LIBRARY.impl("expert_mlp", _run, "CompositeExplicitAutograd")
-_LIBRARY.impl("expert_mlp_backward", _run_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("shardwright::expert_mlp", forward_fake, lib=_LIBRARY)
-torch.library.register_fake("shardwright::expert_mlp_backward", backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("shardwright::expert_mlp", _gradients, setup_context=_setup_context, lib=_LIBRARY)
+def results(overload: str) -> str:
+    """Of a backward, in its schema."""
+    names = ("hidden", "weight", "gate_up", "down", "gate_up_bias", "down_bias")[: 2 + WEIGHTS[overload]]
+    return f"({', '.join(f'Tensor grad_{name}' for name in names)})"
+
+
+for _overload, _operands in (("default", INPUTS), ("bias", f"{INPUTS}, {BIASES}")):
+    _forward, _backward = (
+        f"{_name}.{_overload}".removesuffix(".default") for _name in ("expert_mlp", "expert_mlp_backward")
+    )
+    _LIBRARY.define(f"{_forward}({_operands}, str activation) -> (Tensor out, Tensor pre)")
+    _LIBRARY.define(f"{_backward}(Tensor grad_out, {_operands}, Tensor? pre, str activation) -> {results(_overload)}")
+    _LIBRARY.impl(_forward, _run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_backward, _run_backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"shardwright::{_forward}", forward_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"shardwright::{_backward}", backward_fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"shardwright::{_forward}", _gradients, setup_context=_setup_context, lib=_LIBRARY)
 
 
 @register_flop_formula(torch.ops.shardwright.expert_mlp)

@@ -1,8 +1,9 @@
 """Mixtures of experts in a form that can be captured: what a transformers model is told to use for its experts.
 
 transformers' own choices loop over the experts that were hit (which depends on the data), gather each token's weights
-(terabytes), or use a grouped matmul that has no float64. Ours is shardwright::expert_mlp (expert_ops.py) for the common
-shape: gate and up joined in one weight, no biases. Other shapes keep the grouped matmul.
+(terabytes), or use a grouped matmul that has no float64. Ours is shardwright::expert_mlp (expert_ops.py), whatever lies
+between an expert's two products, as long as it looks at each row alone (gates.py): weights may be transposed and have
+biases. What it cannot say (a norm behind each expert) keeps the grouped matmul.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from . import expert_ops  # noqa: F401  registers the operator
+from .gates import traced_gate
 
-# class of the activation module -> its name in expert_ops.ACTIVATIONS
+# class of the activation module -> its name in gates.ACTIVATIONS
 _ACTIVATIONS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -39,11 +41,11 @@ def experts_forward(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """transformers' experts interface. hidden_states [N, H], top_k_index and top_k_weights [N, K]; returns [N, H]."""
-    activation = _activation_of(module)
-    if activation is not None:
-        out, _ = torch.ops.shardwright.expert_mlp(
-            hidden_states, top_k_index, top_k_weights, module.gate_up_proj, module.down_proj, activation
-        )
+    weights = _weights_of(module)
+    activation = None if weights is None else _activation_of(module, weights[0].shape[1], hidden_states.dtype)
+    if weights is not None and activation is not None:
+        op = torch.ops.shardwright.expert_mlp.bias if len(weights) > 2 else torch.ops.shardwright.expert_mlp.default
+        out, _ = op(hidden_states, top_k_index, top_k_weights, *weights, activation)
         return out
     from transformers.integrations import moe
 
@@ -52,17 +54,27 @@ def experts_forward(
     return other(module, hidden_states, top_k_index, top_k_weights)
 
 
-def _activation_of(module: Any) -> str | None:
-    """The activation's name where the module has the shape that expert_mlp computes, else None."""
+def _weights_of(module: Any) -> list[torch.Tensor] | None:
+    """Of both products, [E, out, in], and biases where there are any; None of what expert_mlp cannot say."""
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    if getattr(module, "has_post_expert_norm", False) or not hasattr(module, first):
+        return None
+    weights = [getattr(module, first), module.down_proj]
+    if getattr(module, "is_transposed", False):
+        weights = [weight.transpose(1, 2) for weight in weights]
+    if getattr(module, "has_bias", False):
+        weights += [getattr(module, f"{first}_bias"), module.down_proj_bias]
+    return weights
+
+
+def _activation_of(module: Any, width: int, dtype: torch.dtype) -> str | None:
+    """What lies between the products, as expert_mlp takes it; None where it does more than look at each row.
+    width: of the first product."""
     from transformers.integrations import moe
 
-    usual = (
-        hasattr(module, "gate_up_proj")
-        and getattr(module, "has_gate", True)
-        and not getattr(module, "has_bias", False)
-        and not getattr(module, "is_transposed", False)
-        and not getattr(module, "has_post_expert_norm", False)
-        and getattr(module, "is_concatenated", True)
-        and getattr(type(module), "_apply_gate", None) is getattr(moe, "_default_apply_gate", None)
-    )
-    return _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__) if usual else None
+    has_gate = getattr(module, "has_gate", True)
+    if has_gate and getattr(type(module), "_apply_gate", None) is getattr(moe, "_default_apply_gate", None):
+        name = _ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__)
+        if name is not None:
+            return name
+    return traced_gate(module._apply_gate if has_gate else module.act_fn, width, dtype)

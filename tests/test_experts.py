@@ -24,14 +24,24 @@ from shardwright.planner.sharding.mesh import Sizes
 from shardwright.planner.space.candidates import enumerate_candidates
 from shardwright.planner.space.forcing import Forced
 from shardwright.plans.document import Plan
+from shardwright.profiler.gates import traced_gate
 from shardwright.profiler.workload import OptimizerSpec
 
 WIDTH, INNER, EXPERTS, CHOICES = 8, 6, 4, 2
 expert_mlp = torch.ops.shardwright.expert_mlp
 
 
+def _clamped(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both[..., ::2].clamp(max=0.7), both[..., 1::2].clamp(min=-0.7, max=0.7)
+    return (up + 1) * (gate * torch.sigmoid(1.7 * gate))
+
+
+CLAMPED = traced_gate(_clamped, 2 * INNER, torch.float64)
+
+
 class Experts(nn.Module):
-    """kind: "uneven" has every token choose the first two experts, so that ranks without them get nothing."""
+    """kind: "uneven" has every token choose the first two experts, so that ranks without them get nothing; "biased" has
+    biases and a gate without a name, in weights that lie the other way round."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -39,6 +49,10 @@ class Experts(nn.Module):
         self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
         self.gate_up = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, WIDTH) / 3)
         self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, INNER) / 3)
+        if kind == "biased":
+            self.gate_up = nn.Parameter(torch.randn(EXPERTS, WIDTH, 2 * INNER) / 3)
+            self.gate_up_bias = nn.Parameter(torch.randn(EXPERTS, 2 * INNER))
+            self.down_bias = nn.Parameter(torch.randn(EXPERTS, WIDTH))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = x.flatten(0, 1)
@@ -46,6 +60,10 @@ class Experts(nn.Module):
         if self.kind == "uneven":
             scores = scores + torch.tensor([30.0, 20.0, -20.0, -20.0], dtype=x.dtype, device=x.device)
         weight, index = scores.softmax(-1).topk(CHOICES, dim=-1)
+        if self.kind == "biased":
+            experts = [self.gate_up.transpose(1, 2), self.down, self.gate_up_bias, self.down_bias]
+            out, _ = expert_mlp.bias(hidden, index, weight, *experts, CLAMPED)
+            return out.view_as(x)
         out, _ = expert_mlp(hidden, index, weight, self.gate_up, self.down, "silu")
         return out.view_as(x)
 
@@ -83,7 +101,7 @@ def _planned(kind: str, num_devices: int, force: dict[str, Any], layers: int = 2
     return shardwright.plan(workload, f"{num_devices}xCPU", force=force, self_test=False)
 
 
-def _assert_as_on_one_device(kind: str, plan: Plan, layers: int = 2) -> None:
+def _assert_as_on_one_device(kind: str, plan: Plan, layers: int = 2, axis: str = "ep") -> None:
     results = run_ranks(plan.mesh.num_devices, _step, kind, layers, plan.to_json())
     workload, batch = _workload(kind, layers)
     expected = workload.model(**batch)
@@ -92,8 +110,9 @@ def _assert_as_on_one_device(kind: str, plan: Plan, layers: int = 2) -> None:
         assert loss == pytest.approx(expected.item(), rel=1e-9)
         for name, parameter in workload.model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
-        is_cut = {name for name, cut in cuts.items() if ("ep", 0) in cut}
-        assert is_cut == {name for name in cuts if name.endswith(("gate_up", "down"))}
+        is_cut = {name for name, cut in cuts.items() if (axis, 0) in cut}
+        of_experts = {name for name in cuts if name.split(".")[-1].startswith(("gate_up", "down"))}
+        assert is_cut == of_experts if axis == "ep" else is_cut >= of_experts
 
 
 def _rows_of(plan: Plan, start: str, axis: str = "ep") -> list[str]:
@@ -123,6 +142,13 @@ def test_it_goes_with_the_other_axes(force: dict[str, Any]) -> None:
     plan = _planned("even", 4, {**force, "experts": "dispatch"}, layers=4 if "pp" in force else 1)
     assert plan.mesh.num_devices == 4 and plan.mesh.ep == force["ep"]
     _assert_as_on_one_device("even", plan, layers=4 if "pp" in force else 1)
+
+
+@pytest.mark.parametrize("force", [{"dp": 2, "ep": 2, "zero": 3}, {"tp": 2, "prefer": "memory"}], ids=str)
+def test_experts_with_biases_go_where_others_go(force: dict[str, Any]) -> None:
+    """Their tokens are sent to them, or each rank leaves out the choices of others."""
+    plan = _planned("biased", 2, force, layers=1)
+    _assert_as_on_one_device("biased", plan, layers=1, axis="ep" if "ep" in force else "tp")
 
 
 def _train(rank: int, plan: str, folder: str, load: bool, save: bool, steps: int, own_optimizer: bool = False) -> Any:

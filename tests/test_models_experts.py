@@ -8,6 +8,7 @@ import transformers
 
 from shardwright import Workload
 from shardwright.planner.sharding.expert_costs import most_experts
+from shardwright.profiler import experts
 from shardwright.profiler.capture import capture
 from shardwright.profiler.expert_ops import ACTIVATIONS, expert_mlp_flops
 from shardwright.profiler.models import load_workload
@@ -91,8 +92,9 @@ def test_a_mixture_has_the_numbers_of_the_loop_over_experts() -> None:
         assert torch.allclose(parameter.grad, expected[name], rtol=1e-9, atol=1e-13), name
 
 
-def test_gpt_oss_counts_its_tokens_in_whole_numbers() -> None:
-    """Which torch.histc does on GPUs alone; its experts have biases, so they stay a grouped matmul."""
+def test_a_grouped_matmul_counts_its_tokens_in_whole_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch.histc does on GPUs alone. Experts that our operator cannot say stay a grouped matmul."""
+    monkeypatch.setattr(experts, "_weights_of", lambda module: None)
     config = transformers.GptOssConfig(
         num_hidden_layers=1, num_local_experts=4, vocab_size=32, hidden_size=16, intermediate_size=8, head_dim=8,
         num_attention_heads=2, num_key_value_heads=1, sliding_window=4, num_experts_per_tok=2,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import fx
 
 from ...costmodel.experts import expert_scratch_bytes
-from ...ops.expert_rules import is_dispatch, is_expert_op
+from ...ops.expert_rules import is_dispatch, is_expert_op, weights_at
 from ...ops.placement import R
 from ...ops.strategy import Strategy
 from ...profiler.graph import ModelGraph, Segment
@@ -42,13 +42,13 @@ def _ops(graph: ModelGraph) -> Iterator[fx.Node]:
 def _weights(node: fx.Node) -> list[fx.Node]:
     """Operands of an expert op that hold experts."""
     operands = view_of(node).operands
-    return list(operands[3:5] if len(operands) == 5 else operands[4:6])
+    return [operands[k] for k in weights_at(node)]
 
 
 def expert_scratch(node: fx.Node, share: float) -> float:
     """Bytes that an expert op holds for itself. share: of the choices of the example batch, on this rank."""
     operands = view_of(node).operands
-    is_backward = len(operands) > 5
+    is_backward = weights_at(node).start > 3
     hidden, index = (operand.meta["val"] for operand in operands[is_backward : is_backward + 2])
     inner = _weights(node)[1].meta["val"].shape[-1]  # down: [E, H, I]
     rows = share * index.numel()
@@ -74,9 +74,10 @@ def _of_segment(segment: Segment) -> set[Result]:
         weights = [operand for operand in _weights(node) if is_of_experts(operand)]
         for operand in weights:
             found |= {origin(above) for above in (operand, *_above(operand))}
-        if len(view_of(node).inputs) > 5:
-            found |= {(node, 2), (node, 3)}
-            found |= {result for getitem in node.users if getitem.args[1] in (2, 3) for result in _below(getitem)}
+        if weights_at(node).start > 3:
+            gradients = range(2, 2 + len(weights_at(node)))
+            found |= {(node, k) for k in gradients}
+            found |= {result for getitem in node.users if getitem.args[1] in gradients for result in _below(getitem)}
     return found
 
 
@@ -121,11 +122,16 @@ def copies_of_token(num_choices: int, ranks: int, parts: int = 1) -> float:
 def row_bytes(operands: Sequence[Sizes]) -> tuple[float, float]:
     """Bytes of a token that are sent to a rank, and back. operands: of an expert op."""
     first = [sizes.num_bytes / max(sizes.shape[0], 1) for sizes in operands]
-    if len(operands) == 5:
+    if not _has_gradient(operands):
         hidden, index, weight, *_ = first
         return hidden + index / 2 + weight, hidden  # choices travel as 32-bit numbers
     grad, hidden, index, weight, *_ = first
     return grad + hidden + index / 2 + weight, hidden + weight
+
+
+def _has_gradient(operands: Sequence[Sizes]) -> bool:
+    """Of an expert op, does a gradient stand first? The fourth operand is then the choices' weights, [N, K]."""
+    return len(operands[3].shape) == 2
 
 
 def dispatched(mesh: Mesh, strategies: Sequence[Strategy]) -> tuple[Axis, int] | None:
@@ -158,7 +164,7 @@ def dispatch_s(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Si
     if found is None:
         return 0.0
     axis, parts = found
-    at = 1 if len(operands) == 5 else 2
+    at = 1 + _has_gradient(operands)
     shares = [s.inputs[at - 1] for s in strategies]
     others = mesh.shares(tuple(R if a is axis else p for a, p in zip(mesh.axes, shares, strict=True)))
     tokens, num_choices = operands[at].shape[0] / others, operands[at].shape[1]

@@ -18,6 +18,7 @@ from ...ops.expert_rules import is_dispatch, makes_again
 from ...ops.placement import INFINITE, P, Places, R, can_shard, route, shares, transition
 from ...ops.strategy import HEADS, Strategy
 from ...plans.axes import AxisRole, Carries
+from ...profiler.expert_ops import WEIGHTS
 
 ANY = AxisRole("any", Carries.FEATURES, "splits what it can")
 TIE_BREAK_S_PER_BYTE = 1e-16  # of two equal choices, the one that leaves fewer bytes on a rank
@@ -367,7 +368,7 @@ def _splits_twice(first: Strategy, second: Strategy) -> bool:
 
 def _may_dispatch(operands: Sequence[Sizes]) -> bool:
     """Are the experts whole parameters, which an axis that carries the batch may cut?"""
-    return sum(sizes.of_experts for sizes in operands) == 2
+    return sum(sizes.of_experts for sizes in operands) in WEIGHTS.values()
 
 
 RINGS = ("attention_ring", "attention_zigzag")
