@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd import graph as autograd_graph
 from torch.fx import _lazy_graph_module
 from torch.fx import proxy as fx_proxy
-from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import checkpoint
 
@@ -204,6 +204,11 @@ def running_trace() -> tuple[Any, Any] | None:
     """(graph, what holds its attributes) of the running trace, as it stands."""
     mode = proxy_tensor.get_proxy_mode()
     return None if mode is None else (mode.tracer.graph, getattr(mode.tracer, "root", None))
+
+
+def has_sizes_of_data(made: Any) -> bool:
+    """Is any of the tensors that an op gave as large as data say, or any of its numbers one of data?"""
+    return bool(symbolic_shapes.free_unbacked_symbols(made)) if made is not None else False
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import ExitCode, ShardwrightError
 from . import _torch
-from .checks_of_data import GAUSSIAN_NLL, gaussian_nll, passing_answer
+from .checks_of_data import GAUSSIAN_NLL, Check, check_asked, gaussian_nll
 from .nodes import needed_for, value
 from .random_forms import base_name
 from .random_ops import draws
@@ -65,17 +65,13 @@ class Assumptions(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func in _QUESTIONS and isinstance(args[0], torch.Tensor) and not kwargs:
             found = self._answer(args[0])
+            check = check_asked() if func is torch.Tensor.__bool__ and (found is None or found[1]) else None
+            whole = None if check is None else self._whole(check)
+            if check is not None and (whole is not None or (found is None and check.test is None)):
+                self.held.append((_is(args[0], check.answer) if whole is None else whole, users_line()))
+                return check.answer
             if found is not None:
-                answer, hangs_on_data = found
-                if hangs_on_data:
-                    self.held.append((_holds(args[0], answer), users_line()))
-                if func is torch.Tensor.tolist:
-                    return answer.tolist()
-                number = answer.item()
-                return bool(number) if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero) else number
-            if func is torch.Tensor.__bool__ and (passing := passing_answer()) is not None:
-                self.held.append((_holds(args[0], torch.tensor(passing)), users_line()))
-                return passing
+                return self._assumed(func, args[0], *found)
         if func in _WRITES_BY_INDEX and len(args) > 1:
             _require_fitting_masks(args[0], args[1])
         if func is torch.tensor and args and _holds_traced_numbers(args[0]):
@@ -96,6 +92,29 @@ class Assumptions(TorchFunctionMode):
                 self.held.append((in_rows[1], users_line()))
                 return in_rows[0]
         return func(*args, **(kwargs or {}))
+
+    def _whole(self, check: Check) -> torch.Tensor | None:
+        """Does the whole check pass? None where each part is for itself, or only its shortcuts make it possible; of the
+        attempt then nothing stays in the trace."""
+        running = _torch.running_trace()
+        if check.test is None or running is None:
+            return None
+        graph, _ = running
+        before = set(graph.nodes)
+        holds = check.holds()
+        made = [node for node in graph.nodes if node not in before]
+        if holds is not None and not any(_torch.has_sizes_of_data(value(node)) for node in made):
+            return holds
+        for node in reversed(made):
+            graph.erase_node(node)
+        return None
+
+    def _assumed(self, func: Any, asked: torch.Tensor, answer: torch.Tensor, hangs_on_data: bool) -> Any:
+        number = answer.tolist() if func is torch.Tensor.tolist else answer.item()
+        is_truth = func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero)
+        if hangs_on_data:
+            self.held.append((_is(asked, bool(number)) if is_truth else _holds(asked, answer), users_line()))
+        return bool(number) if is_truth else number
 
     @functools.cached_property
     def entries(self) -> dict[str, torch.Tensor]:
@@ -208,6 +227,11 @@ def _as_tensor(values: Any, kwargs: Any) -> torch.Tensor:
     made = torch.stack(numbers)
     made = made.to(**settings) if settings else made
     return made.requires_grad_() if kwargs.get("requires_grad") else made
+
+
+def _is(asked: torch.Tensor, answer: bool) -> torch.Tensor:
+    """As a truth value: any number but zero is true."""
+    return (asked != 0).reshape(()) == answer
 
 
 def _holds(asked: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:

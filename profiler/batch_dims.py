@@ -4,9 +4,9 @@ An entry that merely is as long as the batch (class weights, an attention bias, 
 step is traced once with a symbol for each dimension of that length: those that the model ties to each other come out as
 one symbol, or as two that size_ties.py finds to be the same; those that it ties to its own sizes as numbers. The
 samples are counted by the symbol that most entries have in front; everything else is shared, each microbatch gets it
-whole. Where that hangs on what size_ties.py found, which entries that are shared may have too, it is for the user to
-say. A model that fixes its sizes in the trace is captured at a second size instead; what that leaves open is for the
-user to say.
+whole. Where that hangs on what size_ties.py found, which entries that are shared may have too, or on which of equally
+many stands first, it is for the user to say. A model that fixes its sizes in the trace is captured at a second size
+instead; what that leaves open is for the user to say.
 
 What the user declares (Workload.batch_dims) holds without a look. A model of ours, or of transformers with arguments
 whose meaning its documentation fixes, needs none.
@@ -77,6 +77,9 @@ def _traced(
     if unsure:
         raise _ambiguous(workload, unsure, size, _BY_TIES)
     symbols = tied
+    equals = _equally_many(symbols, declared)
+    if equals:
+        raise _ambiguous(workload, equals, size, _BY_VOTE)
     dims = _counting(symbols, declared)
     found = {} if dims is None else {name: dims.get(name) for name in entries if name in symbols}
     fixed = [n for n in entries if n in symbols and marked[n][0] == 0 and not symbols[n][0]]
@@ -153,6 +156,8 @@ _BY_TIES = (
     "argsort), which what all samples share may be as well"
 )
 
+_BY_VOTE = "the model ties neither to the other, and as many entries are as long as one as as the other"
+
 
 def _ambiguous(workload: Workload, unsure: list[str], size: int, why: str = _BY_SIZES) -> ShardwrightError:
     shapes = ", ".join(f"{name!r} of shape {tuple(workload.example_batch[name].shape)}" for name in unsure)
@@ -187,8 +192,8 @@ def _free(size: torch.SymInt) -> bool:
 
 
 def _counting(symbols: Mapping[str, list[str]], declared: Mapping[str, int | None]) -> dict[str, int] | None:
-    """Entry -> dimension with a symbol that counts samples: those declared, and the one in front of most other entries,
-    the first of equals. One that an entry has twice counts none."""
+    """Entry -> dimension with a symbol that counts samples: those declared, and the one in front of most other entries.
+    One that an entry has twice counts none."""
     counts = _declared_symbols(symbols, declared)
     front = _in_front(symbols, declared)
     if front and not counts & front.keys():
@@ -222,6 +227,19 @@ def _undecided(
     row_of = {row[0]: tied[name][0] for name, row in plain.items() if row}
     most = {row_of[symbol] for symbol in _leading(before)} | _leading(after) | counts
     return [n for n, row in tied.items() if n not in declared and row and row[0] in most] if len(most) > 1 else []
+
+
+def _equally_many(symbols: Mapping[str, list[str]], declared: Mapping[str, int | None]) -> list[str]:
+    """The open entries with the symbols that stand in front of the most, where those are several, or no more than are
+    declared to have another."""
+    front, counts = _in_front(symbols, declared), _declared_symbols(symbols, declared)
+    most = _leading(front)
+    said = sum(
+        bool(counts & set(symbols[name])) for name, dim in declared.items() if dim is not None and name in symbols
+    )
+    if counts & front.keys() or not most or (len(most) == 1 and max(front.values()) > said):
+        return []
+    return [name for name, row in symbols.items() if name not in declared and row and row[0] in most]
 
 
 def _leading(front: Counter[str]) -> set[str]:

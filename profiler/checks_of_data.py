@@ -1,19 +1,22 @@
 """Questions whose one answer raises: `if (variance < 0).any(): raise ...`, `assert weights.all()`.
 
-Such a check does not choose a path. It is taken to pass, whatever it asks of, and what it asks is verified as the
-program runs.
+Such a check does not choose a path. It is taken to pass, whatever it asks of, and that it passes is verified as the
+program runs. Where each part must have one answer (`if a or b: raise`), each is verified when it is asked. Where one of
+the parts is enough to pass (`if a and b: raise`, `if a < b < c: raise`), either may be so in a good batch: the whole
+test is computed once more, without its shortcuts, and that is verified.
 """
 
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import inspect
-import itertools
 import linecache
 import sys
+from collections.abc import Mapping
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -22,11 +25,34 @@ GAUSSIAN_NLL = torch.nn.functional.gaussian_nll_loss
 _gaussian_nll_arguments = inspect.signature(GAUSSIAN_NLL)
 
 
-def passing_answer() -> bool | None:
-    """To the question that is being asked of a tensor, in an `if` that does nothing but raise, or in an `assert`; None
-    where the line asks in another way."""
+class Check(NamedTuple):
+    """answer: to the question that is asked, as the check passes. test: what is to be `passes` as a whole, where that
+    leaves the single parts open; None where each must have its answer."""
+
+    answer: bool
+    test: ast.expr | None
+    passes: bool
+    names: Mapping[str, Any]  # what the test reads
+
+    def holds(self) -> torch.Tensor | None:
+        """Does the whole test pass? None where it cannot be computed without its shortcuts."""
+        if self.test is None:
+            return None
+        try:
+            found = _computed(self.test, self.names)
+        except Exception:  # of the user's own code, of which an earlier part may be the condition of a later one
+            return None
+        return found == self.passes if isinstance(found, torch.Tensor) else torch.tensor(found == self.passes)
+
+
+def check_asked() -> Check | None:
+    """The check whose tensor is being asked, in an `if` that does nothing but raise, or in an `assert`; None where the
+    line asks in another way."""
     frame = _asker()
-    return None if frame is None else _passing(frame.f_code, frame.f_lineno, frame.f_lasti)
+    found = None if frame is None else _check(frame.f_code, frame.f_lineno, frame.f_lasti)
+    if frame is None or found is None:
+        return None
+    return Check(*found, {**frame.f_globals, **frame.f_locals} if found[1] is not None else {})
 
 
 def _asker() -> FrameType | None:
@@ -43,25 +69,72 @@ _MACHINERY = ("__torch_function__", "__bool__", "handle_torch_function", "wrappe
 
 
 @functools.lru_cache(maxsize=256)
-def _passing(code: CodeType, line: int, instruction: int) -> bool | None:
+def _check(code: CodeType, line: int, instruction: int) -> tuple[bool, ast.expr | None, bool] | None:
+    """(answer, test where its parts are open, what it is as it passes)."""
+    asked = _asked(code, instruction)
+    if asked is None:
+        return None
+    line = line if asked.place is None or asked.place[0] is None else asked.place[0]
     for node in ast.walk(_tree(code.co_filename)):
         test: Any = getattr(node, "test", None)
         if not isinstance(node, (ast.If, ast.Assert)) or not test.lineno <= line <= (test.end_lineno or test.lineno):
             continue
         if isinstance(node, ast.If) and (len(node.body) != 1 or not isinstance(node.body[0], ast.Raise) or node.orelse):
             return None
-        answers = _answers(test, isinstance(node, ast.Assert))
-        asked = _place(code, instruction)
-        exact = [answer for part, answer in answers if asked == (part.lineno, part.col_offset)]
-        return exact[0] if exact else answers[0][1] if len({answer for _, answer in answers}) == 1 else None
+        passes = isinstance(node, ast.Assert)
+        answer = _answer(_answers(test, passes), asked)
+        return None if answer is None else (answer, test if _is_open(test, passes) else None, passes)
     return None
 
 
-def _place(code: CodeType, instruction: int) -> tuple[int, int] | None:
-    """(line, column) of what an instruction looks at, which Python knows from 3.11 on."""
+class _Asked(NamedTuple):
+    """called: by a builtin such as bool, not by the branch itself. place: (line, column, last line, last column) of the
+    expression that is asked, or of the call; None before Python 3.11."""
+
+    called: bool
+    place: tuple[int | None, ...] | None
+
+
+_BETWEEN = ("STORE", "COPY", "TO_BOOL", "CACHE", "EXTENDED_ARG", "NOP", "DUP_TOP", "SWAP", "ROT")
+
+
+def _asked(code: CodeType, instruction: int) -> _Asked | None:
+    """What makes a tensor a truth value; None where it is neither a branch nor a call (`==` of lists does, too)."""
+    before = [found for found in dis.get_instructions(code) if found.offset <= instruction]
+    name = before[-1].opname if before else ""
+    called = name.startswith(("CALL", "PRECALL"))
+    if not called and "JUMP" not in name and name != "TO_BOOL":
+        return None
+    found = before[-1]
+    if not called:  # the branch has the place of its statement; what was computed last, that of its expression
+        found = next((i for i in before[-2::-1] if not i.opname.startswith(_BETWEEN)), found)
     positions = getattr(code, "co_positions", None)
-    found = next(itertools.islice(positions(), instruction // 2, None), None) if positions is not None else None
-    return None if found is None else (found[0], found[2])
+    if positions is None:
+        return _Asked(called, None)
+    first, last, column, last_column = list(positions())[found.offset // 2]
+    return _Asked(called, (first, column, last, last_column))
+
+
+_BRANCHING = (ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def _answer(answers: list[tuple[ast.expr, bool]], asked: _Asked) -> bool | None:
+    """That of the part that is asked, or of all parts where nothing else on the line branches."""
+    one_answer = len({answer for _, answer in answers}) == 1
+    branches = any(isinstance(inner, _BRANCHING) for part, _ in answers for inner in ast.walk(part))
+    if not asked.called and one_answer and not branches:
+        return answers[0][1]
+    for part, answer in answers:
+        whole = part.value if isinstance(part, ast.NamedExpr) else part
+        if asked.place == (whole.lineno, whole.col_offset, whole.end_lineno, whole.end_col_offset):
+            return answer if not asked.called or _asks_each(whole, answer) else None
+    return None
+
+
+def _asks_each(call: ast.expr, answer: bool) -> bool:
+    """Has each tensor that a builtin makes a truth value the answer of the whole?"""
+    name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
+    return name == "bool" or (name, answer) in (("any", False), ("all", True))
 
 
 @functools.lru_cache(maxsize=8)
@@ -73,12 +146,60 @@ def _tree(file: str) -> ast.Module:
 
 
 def _answers(test: ast.expr, passes: bool) -> list[tuple[ast.expr, bool]]:
-    """(part, its answer) of a test that is to be `passes`: the whole answers as its parts, where all do so."""
+    """(part, its answer) of a test that is to be `passes`: a test is what all of its parts are."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return _answers(test.operand, not passes)
     if isinstance(test, ast.BoolOp):
         return [answer for part in test.values for answer in _answers(part, passes)]
     return [(test, passes)]
+
+
+def _is_open(test: ast.expr, passes: bool) -> bool:
+    """May the test be `passes` though one of its parts is not?"""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _is_open(test.operand, not passes)
+    if isinstance(test, ast.BoolOp):
+        return isinstance(test.op, ast.Or) is passes or any(_is_open(part, passes) for part in test.values)
+    return isinstance(test, ast.Compare) and len(test.ops) > 1 and not passes
+
+
+def _computed(test: ast.expr, names: Mapping[str, Any]) -> Any:
+    """The truth value of a test, a tensor where any part of it that decides is one."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        found = _computed(test.operand, names)
+        return ~found if isinstance(found, torch.Tensor) else not found
+    if isinstance(test, ast.BoolOp):
+        return _combined(test.values, isinstance(test.op, ast.Or), names)
+    if isinstance(test, ast.Compare) and len(test.ops) > 1:  # `a < b < c` is `a < b and b < c`
+        sides = [test.left, *test.comparators]
+        pairs = zip(sides, test.ops, sides[1:], strict=False)
+        parts = [ast.copy_location(ast.Compare(a, [op], [b]), test) for a, op, b in pairs]
+        return _combined(parts, False, names)
+    if (
+        isinstance(test, ast.Call)
+        and isinstance(test.func, ast.Name)
+        and test.func.id == "bool"
+        and len(test.args) == 1
+    ):
+        return _computed(test.args[0], names)
+    found = eval(compile(ast.Expression(test), "<a check of data>", "eval"), dict(names))
+    if not isinstance(found, torch.Tensor):
+        return bool(found)
+    return found.reshape(()) != 0
+
+
+def _combined(parts: list[ast.expr], is_or: bool, names: Mapping[str, Any]) -> Any:
+    whole: Any = not is_or
+    for part in parts:
+        found = _computed(part, names)
+        if isinstance(found, bool):
+            if found is is_or:  # decides, and what follows is not asked
+                return found
+        elif isinstance(whole, bool):
+            whole = found
+        else:
+            whole = whole | found if is_or else whole & found
+    return whole
 
 
 def gaussian_nll(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

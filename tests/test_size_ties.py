@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -188,3 +189,20 @@ def test_lengths_of_ctc_are_of_samples_beside_a_shared_entry() -> None:
     entries = {"weights": torch.rand(SAMPLES, dtype=torch.float64)} | {n: batch()[n] for n in READ[connectionist]}
     found = with_batch_dims(Workload(Net(weighted).double(), entries, SAMPLES, precision=WIDE, name="weighted"))
     assert found.batch_dims == {"weights": None, **dict.fromkeys(READ[connectionist], 0)}
+
+
+def looked_up(net: Net, e: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (net.into(e["x"]).mean(1) @ e["table"].T).softmax(-1).square().mean()
+
+
+@pytest.mark.parametrize("order", [("x", "table"), ("table", "x")], ids=str)
+def test_of_two_lengths_that_nothing_ties_neither_is_taken_for_the_batch(order: tuple[str, str]) -> None:
+    entries = {"x": batch()["x"], "table": torch.rand(SAMPLES, WIDTH, dtype=torch.float64)}
+    entries = {name: entries[name] for name in order}
+    workload = Workload(Net(looked_up).double(), entries, SAMPLES, precision=WIDE, name="looked_up")
+    with pytest.raises(ShardwrightError, match=r"'x' of shape.*'table' of shape|'table' of shape.*'x' of shape"):
+        with_batch_dims(workload)
+    with pytest.raises(ShardwrightError, match=r"is open: 'table' of shape"):
+        with_batch_dims(dataclasses.replace(workload, batch_dims={"x": 0}))
+    found = with_batch_dims(dataclasses.replace(workload, batch_dims={"table": None}))
+    assert found.batch_dims == {"x": 0, "table": None}
