@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from ..errors import ExitCode, ShardwrightError
+from ..plans.axes import stage_axes
 from ..units import format_bytes
 from .checkpoint_files import SafeReader, damaged, digests, document_digest, file_names, first_difference
 from .parameter_groups import merged, options_for, options_of, set_options
@@ -90,9 +91,7 @@ def load_state_dict(program: Trained, state: Mapping[str, torch.Tensor]) -> None
 
 def _own_part(program: Trained, key: str, given: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
     """A tensor laid out as here, or this rank's shard of a whole one. No other shape: copy_ would repeat it."""
-    name = key.split(".", 1)[1]
-    if key.startswith("optimizer."):
-        name = name.rsplit(".", 1)[0]
+    name = _parameter_of(key)
     source = local_tensor(given)
     spec = program.store.specs.get(name)
     if source.shape != here.shape and spec is not None and tuple(source.shape) == tuple(spec.shape):
@@ -151,7 +150,7 @@ def save(program: Trained, path: str | Path) -> None:
     partial = path.with_name(path.name + ".partial")
     on_rank_0(lambda: _writing(lambda: _clear(partial, path)))
     state = state_dict(program)
-    num_bytes = sum(of_all_ranks(sum(local_tensor(tensor).nbytes for tensor in state.values())))
+    num_bytes = _bytes_written(program, state)
     try:
         with _quiet():
             dcp.save(state, storage_writer=FileSystemWriter(partial))
@@ -163,6 +162,27 @@ def save(program: Trained, path: str | Path) -> None:
     files = {name: digest for share in shares for name, digest in share.items()}
     groups = merged(of_all_ranks(options_of(program)))
     on_rank_0(lambda: _writing(lambda: _finish(program, partial, path, files, groups)))
+
+
+def _bytes_written(program: Trained, state: Mapping[str, torch.Tensor]) -> int:
+    """By all ranks: what several hold alike is written once."""
+    store, grid = program.store, program.grid
+    first = grid.is_zero([axis for axis in grid.sizes if axis not in stage_axes()])
+    of_parameters, whole = 0, {}
+    for key, tensor in state.items():
+        name = _parameter_of(key)
+        if name not in store.specs:
+            whole |= {key: local_tensor(tensor).nbytes} if first else {}  # which other stages may hold too
+        elif store.counts_once(name):
+            of_parameters += local_tensor(tensor).nbytes
+    found = of_all_ranks((of_parameters, whole))
+    return sum(count for count, _ in found) + sum({k: n for _, held in found for k, n in held.items()}.values())
+
+
+def _parameter_of(key: str) -> str:
+    """Of a parameter, a buffer, or the optimizer's state of a parameter."""
+    name = key.split(".", 1)[1]
+    return name.rsplit(".", 1)[0] if key.startswith("optimizer.") else name
 
 
 def _finish(

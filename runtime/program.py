@@ -41,11 +41,11 @@ from .optimizer import build_optimizer
 from .orders import forward_order, schedule_for
 from .parameters import ParameterStore, Storage, tied_subsets
 from .pipeline import PipelineEngine, Work
-from .safetensors import open_safetensors
+from .safetensors import open_safetensors, verify_sums
 from .specs import ParamSpec, mirrors, param_specs, summed_axes
 from .stage import StageRunner, Variant
 from .stepping import Stepper
-from .together import on_every_rank
+from .together import num_ranks, on_every_rank
 from .totals import BatchTotals, counting_stage
 from .trace import Recorder
 from .transfers import communicating_lists
@@ -233,6 +233,7 @@ class Program:
         wanted = {*self.store.parameters, *self._buffer_names} - set(self.graph.constants)
         buffers = wanted - set(self.store.parameters)
         shapes = {name: self._shape_of(name) for name in wanted}
+        on_every_rank(lambda: verify_sums(Path(path), self.grid.rank, num_ranks()))
         with ExitStack() as files:
             opened = on_every_rank(lambda: open_safetensors(path, files, shapes, self.graph.tied, optional=buffers))
             rest = buffers - set(opened)

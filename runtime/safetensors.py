@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from ..errors import ShardwrightError
+from .checkpoint_files import damaged, first_difference
+
+_SUMS = "SHA256SUMS"
 
 
 class LazyTensor:
@@ -46,11 +49,7 @@ def open_safetensors(
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not paths or not all(file.is_file() for file in paths):
-        raise ShardwrightError(
-            f"no safetensors at {path}", change="the path", works="a .safetensors file, or a folder that holds some"
-        )
+    paths = _files_at(path)
     aliases: dict[str, list[str]] = {}
     for other, name in (tied or {}).items():
         aliases.setdefault(name, []).append(other)
@@ -85,6 +84,31 @@ def open_safetensors(
                 works="the file of a model with this configuration",
             )
     return tensors
+
+
+def _files_at(path: Path) -> list[Path]:
+    paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not paths or not all(file.is_file() for file in paths):
+        raise ShardwrightError(
+            f"no safetensors at {path}", change="the path", works="a .safetensors file, or a folder that holds some"
+        )
+    return paths
+
+
+def verify_sums(path: Path, rank: int, num_ranks: int) -> None:
+    """Compare the files with the checksums in a SHA256SUMS beside them, as sha256sum writes it, where there is one;
+    the ranks share the reading. Raises ShardwrightError where one differs, or is left out."""
+    paths = _files_at(path)
+    folder = paths[0].parent
+    if not (folder / _SUMS).is_file():
+        return
+    lines = (folder / _SUMS).read_text(errors="replace").splitlines()
+    split = (line.partition(" ") for line in lines)
+    sums = {name.strip().removeprefix("*"): digest.lower() for digest, _, name in split}
+    if left_out := [file.name for file in paths if file.name not in sums]:
+        raise damaged(folder, f"{_SUMS} does not name {left_out[0]}")
+    if problem := first_difference(folder, {file.name: sums[file.name] for file in paths}, rank, num_ranks):
+        raise damaged(folder, problem)
 
 
 def _key_of(names: list[str], keys: Mapping[str, Any]) -> str | None:

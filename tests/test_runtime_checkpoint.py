@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.workload import OptimizerSpec
+from shardwright.runtime import checkpoint
 from shardwright.runtime.checkpoint_files import document_digest
 from shardwright.runtime.program import Program
 
@@ -208,6 +209,17 @@ def test_a_full_disk_is_named_with_numbers_and_loses_no_file(tmp_path: Path, mon
 def test_all_ranks_say_so_where_one_could_not_write(tmp_path: Path) -> None:
     for said, left in run_ranks(2, _fails_on_rank_1, str(tmp_path / "checkpoint")):
         assert "No space left on device" in said and left == ["checkpoint"]
+
+
+def _stated_bytes(rank: int, layout: dict) -> int:
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, **layout))
+    return checkpoint._bytes_written(program, checkpoint.state_dict(program))
+
+
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"dp": 2, "zero": 3}, {"tp": 2}, {"pp": 2}], ids=str)
+def test_the_bytes_that_a_checkpoint_takes_count_what_ranks_hold_alike_once(layout: dict) -> None:
+    assert run_ranks(2, _stated_bytes, layout) == [_stated_bytes(0, {})] * 2
 
 
 def test_a_checkpoint_that_cannot_be_put_in_place_leaves_the_old_one(

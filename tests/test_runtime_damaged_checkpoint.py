@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -292,6 +293,21 @@ def test_a_safetensors_file_cut_short_is_refused(tmp_path: Path) -> None:
     for length in (0, 4, 40, len(data) - 8):
         (tmp_path / "a.safetensors").write_bytes(data[:length])
         _refused(program, tmp_path / "a.safetensors", "cannot read")
+
+
+@pytest.mark.parametrize("where", ["values", "sums", "name"])
+def test_a_flipped_byte_of_safetensors_is_found_by_the_sums_beside_them(where: str, tmp_path: Path) -> None:
+    program = _program()
+    file, sums = tmp_path / "a.safetensors", tmp_path / "SHA256SUMS"
+    save_file({n: torch.ones_like(p) for n, p in program.workload.model.named_parameters()}, file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    sums.write_text(f"{'0' * 64} *other.bin\n{digest}  a.safetensors\n")
+    program.load(tmp_path)
+    damaged = {"values": file, "sums": sums, "name": sums}[where]
+    data = bytearray(damaged.read_bytes())
+    data[{"values": -3, "sums": 80, "name": -5}[where]] ^= 1
+    damaged.write_bytes(data)
+    _refused(program, file, "not as it was written|does not name a.safetensors")
 
 
 def test_a_state_of_another_shape_is_not_repeated_into_place() -> None:
