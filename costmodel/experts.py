@@ -1,4 +1,4 @@
-"""What computing experts holds beside its operands and results."""
+"""What computing experts holds beside its operands and results, and to how many ranks their tokens go."""
 
 from __future__ import annotations
 
@@ -13,3 +13,19 @@ def expert_scratch_bytes(rows: float, hidden: int, inner: int, element_bytes: in
     """
     of_row = 2 * hidden + 9 * inner if is_backward else hidden + 2 * inner
     return rows * of_row * element_bytes
+
+
+def copies_of_token(num_choices: int, ranks: int, parts: int = 1) -> float:
+    """Of `ranks`, to how many a token goes on average, whose choices fall on any expert alike. parts: of each rank's
+    experts, of which this rank sends to one."""
+    return ranks * (1.0 - (1.0 - 1.0 / (ranks * parts)) ** num_choices)
+
+
+FEWER_ROWS = 1.5  # between hosts, from which on a second hop within each, with counts of its own, is worth it
+
+
+def goes_by_hosts(num_choices: int, ranks: int, per_host: int) -> bool:
+    """Should a token cross to each host once, and go on to its ranks from there? per_host: of `ranks`."""
+    if per_host < 2 or per_host >= ranks or ranks % per_host:
+        return False
+    return copies_of_token(num_choices, ranks) >= FEWER_ROWS * copies_of_token(num_choices, ranks // per_host)

@@ -10,7 +10,9 @@ What the experts had before their activation stays on their rank for the backwar
 Its size in the graph is that of the rank's own choices, [N, K, 2 I], which is what comes to a rank on average.
 
 firsts, counts: of each rank of the group, its first expert and how many it has. A choice of an expert that no rank of
-the group has adds nothing, so that a tensor axis may cut experts beside.
+the group has adds nothing, so that a tensor axis may cut experts beside. per_host: how many ranks, next to each other,
+share a host. Where that is more than one, a token crosses once to each host that has an expert which it chose, to the
+rank in its own rank's place there, which sends it on; results are summed on each host before they go back.
 """
 
 from __future__ import annotations
@@ -36,30 +38,57 @@ from . import _torch
 from .redistribute import Emitter, MeshAxis
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
-_PLACE = "int[] firsts, int[] counts, int rank, str group"
+_PLACE = "int[] firsts, int[] counts, int rank, int per_host, str group"
+
+
+class _Place(NamedTuple):
+    """Where experts lie, as _PLACE says."""
+
+    firsts: Sequence[int]
+    counts: Sequence[int]
+    rank: int
+    per_host: int
+    group: str
+
+    def chosen(self, index: torch.Tensor) -> torch.Tensor:
+        """[N, K] -> [ranks, N]: how many experts of each rank each token chose."""
+        placed = zip(self.firsts, self.counts, strict=True)
+        return torch.stack([((index >= first) & (index < first + count)).sum(1) for first, count in placed])
+
+    def to_hosts(self, chosen: torch.Tensor) -> torch.Tensor:
+        """The same of all ranks of each host, as if one of them had their experts: the one in this rank's place."""
+        found = torch.zeros_like(chosen)
+        found[self.rank % self.per_host :: self.per_host] = chosen.unflatten(0, (-1, self.per_host)).sum(1)
+        return found
+
+    def in_host(self, chosen: torch.Tensor) -> torch.Tensor:
+        """The same without ranks of other hosts."""
+        first = self.rank - self.rank % self.per_host
+        found = torch.zeros_like(chosen)
+        found[first : first + self.per_host] = chosen[first : first + self.per_host]
+        return found
 
 
 class _Routes(NamedTuple):
     """tokens: own tokens in the order in which they are sent, by the rank that they go to. sent, received: how many to
-    and from each rank. choices: of this rank's experts, among what is received."""
+    and from each rank. choices: of this rank's experts, among what is received. num_tokens: own ones, sent or not."""
 
     tokens: torch.Tensor
     sent: list[int]
     received: list[int]
     choices: int
     group: Any
+    num_tokens: int = 0
 
 
-def _routes(index: torch.Tensor, firsts: Sequence[int], counts: Sequence[int], group: str) -> _Routes:
-    """index: [N, K]."""
-    placed = zip(firsts, counts, strict=True)
-    chosen = torch.stack([((index >= first) & (index < first + count)).sum(1) for first, count in placed])
+def _routes(chosen: torch.Tensor, group: str) -> _Routes:
+    """chosen: [ranks, N], of each rank's experts."""
     goes, ranks = chosen > 0, _torch.group_by_name(group)
     own = torch.stack([goes.sum(1), chosen.sum(1)], 1)
     other = torch.empty_like(own)
     dist.all_to_all_single(other, own, group=ranks)
     sent, received, choices = torch.stack([own[:, 0], other[:, 0], other[:, 1]]).tolist()
-    return _Routes(goes.nonzero()[:, 1], sent, received, sum(choices), ranks)
+    return _Routes(goes.nonzero()[:, 1], sent, received, sum(choices), ranks, chosen.shape[1])
 
 
 def _exchange(routes: _Routes, columns: Sequence[torch.Tensor], *, back: bool = False) -> list[torch.Tensor]:
@@ -74,12 +103,24 @@ def _exchange(routes: _Routes, columns: Sequence[torch.Tensor], *, back: bool = 
 
 
 def _sent(
-    routes: _Routes, columns: Sequence[torch.Tensor], index: torch.Tensor, weight: torch.Tensor, first: int
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """(rows of the columns, choices counted from this rank's first expert, their weights) of the tokens that come."""
-    own = routes.tokens
-    *rows, chosen, scale = _exchange(routes, [t[own] for t in (*columns, index.to(torch.int32), weight)])
-    return rows, chosen.long() - first, scale
+    place: _Place, columns: Sequence[torch.Tensor], index: torch.Tensor, weight: torch.Tensor
+) -> tuple[list[_Routes], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """(the way, rows of the columns, choices counted from this rank's first expert, their weights) of the tokens that
+    come: at once, or to each host and from there to its ranks."""
+    way, rows = [], [*columns, index.to(torch.int32), weight]
+    for legs in (place.to_hosts, place.in_host) if place.per_host > 1 else (lambda chosen: chosen,):
+        routes = _routes(legs(place.chosen(rows[-2])), place.group)
+        rows = _exchange(routes, [t[routes.tokens] for t in rows])
+        way.append(routes)
+    *rows, chosen, scale = rows
+    return way, rows, chosen.long() - place.firsts[place.rank], scale
+
+
+def _back(way: Sequence[_Routes], parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Results of the tokens that came, summed where they came from."""
+    for routes in reversed(way):
+        parts = [_summed(routes, part) for part in _exchange(routes, parts, back=True)]
+    return parts
 
 
 def _as_type(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -90,10 +131,10 @@ def _as_type(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return rows.view(dtype)
 
 
-def _summed(routes: _Routes, part: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def _summed(routes: _Routes, part: torch.Tensor) -> torch.Tensor:
     """What came back for each token, added up in the order of ranks, in float32 at least."""
     wide = torch.promote_types(part.dtype, torch.float32)
-    total = torch.zeros(num_tokens, part.shape[1], dtype=wide, device=part.device)
+    total = torch.zeros(routes.num_tokens, part.shape[1], dtype=wide, device=part.device)
     of_ranks = torch.split(routes.tokens, routes.sent), torch.split(part, routes.sent)
     for tokens, rows in zip(*of_ranks, strict=True):
         total.index_add_(0, tokens, rows.to(wide))
@@ -101,23 +142,20 @@ def _summed(routes: _Routes, part: torch.Tensor, num_tokens: int) -> torch.Tenso
 
 
 def _forward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, index, weight, *experts, activation, firsts, counts, rank, group = operands
-    routes = _routes(index, firsts, counts, group)
-    (rows,), here, scale = _sent(routes, [hidden], index, weight, firsts[rank])
-    out, pre = run_experts(rows, here, scale, experts, activation, routes.choices)
-    (part,) = _exchange(routes, [out], back=True)
-    return _summed(routes, part, hidden.shape[0]), pre
+    hidden, index, weight, *experts, activation, firsts, counts, rank, per_host, group = operands
+    way, (rows,), here, scale = _sent(_Place(firsts, counts, rank, per_host, group), [hidden], index, weight)
+    out, pre = run_experts(rows, here, scale, experts, activation, way[-1].choices)
+    return _back(way, [out])[0], pre
 
 
 def _backward(*operands: Any) -> tuple[torch.Tensor, ...]:
-    grad_out, hidden, index, weight, *experts, activation, firsts, counts, rank, group, pre = operands
-    routes = _routes(index, firsts, counts, group)
-    (grad_rows, rows), here, scale = _sent(routes, [grad_out, hidden], index, weight, firsts[rank])
+    grad_out, hidden, index, weight, *experts, activation, firsts, counts, rank, per_host, group, pre = operands
+    place = _Place(firsts, counts, rank, per_host, group)
+    way, (grad_rows, rows), here, scale = _sent(place, [grad_out, hidden], index, weight)
     grad_hidden, grad_weight, *of_experts = run_experts_backward(
-        grad_rows, rows, here, scale, experts, pre, activation, routes.choices
+        grad_rows, rows, here, scale, experts, pre, activation, way[-1].choices
     )
-    back = _exchange(routes, [grad_hidden, grad_weight], back=True)
-    return *(_summed(routes, part, hidden.shape[0]) for part in back), *of_experts
+    return *_back(way, [grad_hidden, grad_weight]), *of_experts
 
 
 for _overload, _operands in (("default", INPUTS), ("bias", f"{INPUTS}, {BIASES}")):
@@ -158,7 +196,7 @@ def dispatch_experts(
 ) -> fx.Node:
     """(hidden, index, weight, experts..., activation) -> out, pre"""
     place = experts_of(node.args[3].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
-    return emit.call(_overload_of(expert_dispatch, node), *args, *place, axis.index, axis.group)
+    return emit.call(_overload_of(expert_dispatch, node), *args, *place, axis.index, axis.per_host, axis.group)
 
 
 def dispatch_experts_backward(
@@ -169,7 +207,9 @@ def dispatch_experts_backward(
     *operands, pre, activation = args
     place = experts_of(node.args[4].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
     op = _overload_of(expert_dispatch_backward, node)
-    return emit.call(op, *operands, activation, *place, axis.index, axis.group, pre if inner is None else None)
+    return emit.call(
+        op, *operands, activation, *place, axis.index, axis.per_host, axis.group, pre if inner is None else None
+    )
 
 
 def _overload_of(packet: Any, node: fx.Node) -> Any:

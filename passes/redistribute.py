@@ -21,12 +21,14 @@ c10d = torch.ops._c10d_functional
 
 @dataclass(frozen=True)
 class MeshAxis:
-    """One axis of the mesh as this rank sees it. index: this rank's coordinate. group: name of the process group."""
+    """One axis of the mesh as this rank sees it. index: this rank's coordinate. group: name of the process group.
+    per_host: how many neighbours on it share a host, where what is sent along it goes to each host once."""
 
     name: str
     size: int
     index: int
     group: str
+    per_host: int = 1
 
 
 class Emitter:

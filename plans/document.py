@@ -297,6 +297,9 @@ class Plan(_Document):
     # data-parallel ranks, next to each other, that share one copy of "parameters", "gradients" and "optimizer" state;
     # empty: what the ZeRO stage splits is split over all of them
     zero_extents: dict[str, int] = Field(default_factory=dict)
+    # of the ranks of the experts' axis, next to each other, that share a host: a token crosses to each host once, and
+    # goes on to its ranks from there; 1: it goes to each rank by itself
+    expert_ranks_per_host: int = Field(default=1, ge=1)
     memory_policy: MemoryPolicy
     fusions: list[str] = Field(default_factory=list)  # fused kernels that the cost model says win
     forced: dict[str, str] = Field(default_factory=dict)

@@ -204,6 +204,12 @@ def _not_a_quantity(value: Any, where: str) -> str:
     return ""
 
 
+def _check_experts(document: Document) -> str:
+    size, per_host = document["mesh"].get("ep", 1), document["expert_ranks_per_host"]
+    return f"expert_ranks_per_host: {per_host}, of {size} ranks" if size % per_host else ""
+
+
 _CHECKS: tuple[Callable[[Document], str], ...] = (
-    _check_sizes, _check_names, _check_stages, _check_schedule, _check_placements, _check_state, _check_predicted,
+    _check_sizes, _check_names, _check_stages, _check_schedule, _check_placements, _check_state, _check_experts,
+    _check_predicted,
 )  # fmt: skip

@@ -141,6 +141,12 @@ class GroupLink:
     def members_per_subgroup(self) -> int:
         return self.inner.size if self.inner else 1
 
+    @property
+    def ranks_per_host(self) -> int:
+        """Of a group that lies on several hosts alike; 1 where each is on a host of its own, or all are on one."""
+        inner = self.inner if self.scope == "network" else None
+        return inner.size if inner is not None and self.size % inner.size == 0 else 1
+
     def levels(self) -> list[GroupLink]:
         """Nearest first."""
         return [*(self.inner.levels() if self.inner else []), self]

@@ -25,12 +25,13 @@ from .passes.redistribute import MeshAxis
 from .planner.interfaces import ShardingSolution
 from .planner.search.result import SearchResult
 from .planner.search.search import search
+from .planner.sharding.expert_costs import expert_ranks_per_host
 from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.sharder import Sharder
 from .planner.sharding.training import Job
 from .planner.space.forcing import parse_forced
 from .planner.stages.setting import state_kinds
-from .plans.axes import placement_axes
+from .plans.axes import expert_axes, placement_axes
 from .plans.document import MemoryPolicy, Plan, PlanningTime, SelfTest, ShardingProof, Stage
 from .profiler.as_captured import AsCaptured
 from .profiler.batch_dims import with_batch_dims
@@ -247,6 +248,7 @@ def _make_plan(asked: _Asked) -> Plan:
         placements=placed.solution.placements,
         zero=found.zero,
         zero_extents=found.zero_extents,
+        expert_ranks_per_host=expert_ranks_per_host(placed.graph, cluster, found.mesh.shape),
         memory_policy=placed.memory_policy,
         fusions=fusions,
         forced=dict(asked.force),
@@ -428,7 +430,7 @@ def build(
     if self_test and (plan.self_test is None or plan.self_test.status == "not applicable"):
         on_rank_0(lambda: run_self_test(workload, graph).model_dump())
     mesh = build_mesh(plan.mesh, device.type)
-    axes = _mesh_axes(RankGrid.of(mesh), plan.placement_axes)
+    axes = _mesh_axes(RankGrid.of(mesh), plan)
 
     def rebuild(shapes: dict[str, tuple[int, ...]]) -> Mapping[str, SegmentProgram]:
         with as_captured.restored():
@@ -463,14 +465,14 @@ def _verify_same_plan(plan: Plan) -> None:
         )
 
 
-def _mesh_axes(grid: RankGrid, names: Sequence[str]) -> dict[str, MeshAxis]:
+def _mesh_axes(grid: RankGrid, plan: Plan) -> dict[str, MeshAxis]:
     """This rank's view of the axes that segments are sharded over."""
-    return {
-        name: MeshAxis(
-            name, grid.size(name), grid.coord(name), grid.group(name).group_name if grid.size(name) > 1 else ""
-        )
-        for name in names
-    }
+    found = {}
+    for name in plan.placement_axes:
+        group = grid.group(name).group_name if grid.size(name) > 1 else ""
+        per_host = plan.expert_ranks_per_host if name in expert_axes() else 1
+        found[name] = MeshAxis(name, grid.size(name), grid.coord(name), group, per_host)
+    return found
 
 
 def _reshaped(workload: Workload, shapes: Mapping[str, tuple[int, ...]]) -> Workload:

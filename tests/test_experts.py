@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,16 @@ from distributed import run_ranks
 from torch import nn
 
 import shardwright
+from shardwright.costmodel.experts import goes_by_hosts
 from shardwright.costmodel.memory import StageState, StateBytes, state_memory
 from shardwright.errors import ShardwrightError
+from shardwright.ops.strategy import Strategy
 from shardwright.passes import expert_dispatch
-from shardwright.planner.sharding.expert_costs import copies_of_token, row_bytes
-from shardwright.planner.sharding.mesh import Sizes
+from shardwright.planner.sharding.expert_costs import copies_of_token, dispatch_s, row_bytes
+from shardwright.planner.sharding.mesh import Axis, Mesh, Sizes
 from shardwright.planner.space.candidates import enumerate_candidates
 from shardwright.planner.space.forcing import Forced
+from shardwright.plans.axes import expert_axes, role_of
 from shardwright.plans.document import Plan
 from shardwright.profiler.gates import traced_gate
 from shardwright.profiler.workload import OptimizerSpec
@@ -214,6 +218,59 @@ def test_what_cannot_be_is_refused_with_what_works(force: dict[str, Any], match:
     with pytest.raises(ShardwrightError, match=match) as caught:
         _planned("even", 4, force)
     assert caught.value.exit_code == 4 and caught.value.works == works
+
+
+@pytest.mark.parametrize("kind", ["even", "uneven", "biased"])
+def test_tokens_that_go_by_hosts_give_the_numbers_of_one_device(kind: str) -> None:
+    """Of four ranks on two hosts."""
+    plan = _planned(kind, 4, {"dp": 4, "ep": 4, "zero": 1}, layers=1)
+    assert plan.expert_ranks_per_host == 1  # one machine
+    _assert_as_on_one_device(kind, plan.model_copy(update={"expert_ranks_per_host": 2}), layers=1)
+
+
+def test_by_hosts_a_token_crosses_to_each_once() -> None:
+    """Experts of ranks 1 and 3, each on a host of two: rank 0 sends a token that chose both once to its own host, and
+    once to the other one; each sends it on to the one that has the expert."""
+    for rank, hosts, inside in ((0, [1, 0, 1, 0], [0, 1, 0, 0]), (3, [0, 1, 0, 1], [0, 0, 0, 1])):
+        place = expert_dispatch._Place([0, 1, 2, 3], [1, 1, 1, 1], rank, 2, "")
+        chosen = place.chosen(torch.tensor([[1, 3]]))
+        assert place.to_hosts(chosen)[:, 0].tolist() == hosts
+        assert place.in_host(chosen)[:, 0].tolist() == inside
+
+
+def test_tokens_go_by_hosts_where_that_sends_fewer_rows_between_them() -> None:
+    """Of 16 ranks on two hosts, 8 choices fall on 6.5 ranks, and on both hosts; one choice falls on one of either."""
+    assert goes_by_hosts(8, 16, 8) and not goes_by_hosts(1, 16, 8)
+    assert not goes_by_hosts(8, 16, 1) and not goes_by_hosts(8, 8, 8)  # hosts of one rank; one host
+    plans = [
+        shardwright.plan(_workload("even", 1)[0], hardware, force={"dp": 4, "ep": 4}, self_test=False)
+        for hardware in ("2x2xH100-80GB", "1x4xH100-80GB")
+    ]
+    assert [plan.expert_ranks_per_host for plan in plans] == [1, 1]  # two choices: 1.75 ranks, 1.5 hosts
+
+
+def test_two_hops_are_priced_by_the_rows_of_each() -> None:
+    """Of 16 ranks on two hosts, 10 tokens each with 8 choices: rows whole over the ranks that send to each other."""
+    sent: list[tuple[str, float]] = []
+
+    def link(name: str) -> Callable[[str, float], float]:
+        return lambda kind, num_bytes: sent.append((name, num_bytes)) or 0.0
+
+    (role,) = (role_of(name) for name in expert_axes())
+    hops = (2, 2, link("across")), (16, 8, link("inside"))
+    axis = Axis("ep", 16, link("counts"), role, hops)
+    mesh = Mesh((axis,), 1, 160, lambda *_: 0.0, lambda num_bytes: 0.0)
+    hidden, index, weight = (Sizes((160, n), (), 160.0 * n * size, True) for n, size in ((32, 2), (8, 8), (8, 2)))
+    dispatched = Strategy((0,) * 5, (0, 0), lowering="dispatch_experts", of_experts=True)
+    dispatch_s(mesh, [dispatched], [hidden, index, weight, *[Sizes((16, 1, 1), (), 0.0, True)] * 2])
+    there, back = 32 * 2 + 8 * 4 + 8 * 2, 32 * 2
+    across, inside = 2 * 10 * copies_of_token(8, 2), 8 * 10 * copies_of_token(8, 16)
+    expected = [("across", across * there), ("across", across * back), ("inside", inside * there)]
+    expected += [("inside", inside * back)]
+    found = [one for one in sent if one[0] != "counts"]
+    assert [name for name, _ in found] == [name for name, _ in expected]
+    assert [size for _, size in found] == pytest.approx([size for _, size in expected])
+    assert len(sent) == 6  # each hop exchanges counts of its own
 
 
 def test_a_token_goes_once_to_each_rank_that_it_needs() -> None:

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx
 
-from ...costmodel.experts import expert_scratch_bytes
+from ...costmodel.experts import copies_of_token, expert_scratch_bytes, goes_by_hosts
 from ...ops.expert_rules import is_dispatch, is_expert_op, weights_at
 from ...ops.placement import R
 from ...ops.strategy import Strategy
+from ...plans.axes import MeshShape, expert_axes
+from ...profiler.cluster import Cluster
+from ...profiler.device import GroupLink
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import is_getitem
 from ...profiler.op_view import is_op, origin, view_of
@@ -113,10 +116,19 @@ def _below(node: fx.Node) -> Iterator[Result]:
 # --------------------------------------------------------------------------- costs
 
 
-def copies_of_token(num_choices: int, ranks: int, parts: int = 1) -> float:
-    """Of `ranks`, to how many a token goes on average, whose choices fall on any expert alike. parts: of each rank's
-    experts, of which this rank sends to one."""
-    return ranks * (1.0 - (1.0 - 1.0 / (ranks * parts)) ** num_choices)
+def expert_ranks_per_host(graph: ModelGraph, cluster: Cluster, shape: MeshShape) -> int:
+    """How many ranks of the axis that cuts experts share a host, where tokens go to each host once; else 1."""
+    (axis,) = expert_axes()
+    if shape.size(axis) == 1:
+        return 1
+    return by_hosts(graph, cluster.axis_links(shape.within(cluster.num_devices, axis).factors, axis))
+
+
+def by_hosts(graph: ModelGraph, links: GroupLink) -> int:
+    """The same of a group with these links."""
+    choices = [view_of(node).inputs[weights_at(node).start - 2].shape[1] for node in _ops(graph)]
+    per_host = links.ranks_per_host
+    return per_host if choices and goes_by_hosts(min(choices), links.size, per_host) else 1
 
 
 def row_bytes(operands: Sequence[Sizes]) -> tuple[float, float]:
@@ -168,8 +180,12 @@ def dispatch_s(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Si
     shares = [s.inputs[at - 1] for s in strategies]
     others = mesh.shares(tuple(R if a is axis else p for a, p in zip(mesh.axes, shares, strict=True)))
     tokens, num_choices = operands[at].shape[0] / others, operands[at].shape[1]
-    sent = tokens * copies_of_token(num_choices, axis.size, parts) * mesh.imbalance
     there, back = row_bytes(operands)
-    counts = 8.0 * axis.size * axis.size
-    seconds = sum(axis.collective_s("all_to_all", num_bytes) for num_bytes in (counts, sent * there, sent * back))
-    return seconds + mesh.memory_s(2 * sent * (there + back) / axis.size)
+    seconds = 0.0
+    for ranks, group, collective_s in axis.hops or ((axis.size, axis.size, axis.collective_s),):
+        # what a rank sends on is what came to it: as many rows as go to `ranks` of those where the tokens are
+        sent = tokens * copies_of_token(num_choices, ranks, parts) * mesh.imbalance / (axis.size // group)
+        seconds += axis.collective_s("all_to_all", 8.0 * axis.size**2)  # counts
+        seconds += sum(collective_s("all_to_all", num_bytes) for num_bytes in (sent * there, sent * back))
+        seconds += mesh.memory_s(2 * sent * (there + back) / group)
+    return seconds

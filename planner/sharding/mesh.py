@@ -28,13 +28,15 @@ TIE_BREAK_S_PER_BYTE = 1e-16  # of two equal choices, the one that leaves fewer 
 class Axis:
     """collective_s: kind, bytes of the tensor whole on this axis -> seconds. role: one that carries the batch splits
     dimensions that do and no others, and each op that can runs on its shard of the batch; where parameters are whole on
-    it, ZeRO shards them outside the graph.
+    it, ZeRO shards them outside the graph. hops: where tokens go to experts by their hosts, (ranks that a token goes to
+    some of, ranks that send to each other, their collective_s) of each hop.
     """
 
     name: str
     size: int
     collective_s: Callable[[str, float], float]
     role: AxisRole = ANY
+    hops: tuple[tuple[int, int, Callable[[str, float], float]], ...] = ()
 
 
 class Sizes(NamedTuple):

@@ -25,6 +25,7 @@ from ...ops.placement import Places, R, shares
 from ...plans.axes import AxisRole, MeshShape, placement_axes, role_of
 from ...plans.document import ConservativeOp
 from ...plans.placements import AxisSolution, write_placements
+from ...profiler.device import GroupLink
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.nodes import source_of
 from ...profiler.op_view import view_of
@@ -33,7 +34,7 @@ from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..solver import Solution
 from .cost import evaluate, op_load
-from .expert_costs import expert_results, expert_scratch, least_dispatch_s
+from .expert_costs import by_hosts, expert_results, expert_scratch, least_dispatch_s
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
 from .pins import Pins, cannot_meet
 from .problem import STATE, Build, Catalog, Demands, build
@@ -283,8 +284,13 @@ class Sharder:
         cluster, size = self.cost_model.cluster, shape.size(role.name)
         if size == 1:
             return Axis(role.name, 1, lambda kind, num_bytes: 0.0, role)
-        links = cluster.axis_links(shape.within(cluster.num_devices, role.name).factors, role.name)
+        factors = shape.within(cluster.num_devices, role.name).factors
+        links = cluster.axis_links(factors, role.name)
+        per_host = by_hosts(self.graph, links) if role.cuts_experts else 1
+        hops = self._hops(role, factors, per_host) if per_host > 1 else ()
+        return Axis(role.name, size, self._collective_s(role, size, links), role, hops)
 
+    def _collective_s(self, role: AxisRole, size: int, links: GroupLink) -> Callable[[str, float], float]:
         def seconds(kind: str, num_bytes: float) -> float:
             held = num_bytes / size if kind == "all_to_all" else num_bytes  # what each rank has of the tensor
             cost = self.cost_model
@@ -292,7 +298,20 @@ class Sharder:
             by_links = timed(kind, held, links)
             return by_links if role.cost is None else role.cost(kind, num_bytes, by_links)
 
-        return Axis(role.name, size, seconds, role)
+        return seconds
+
+    def _hops(
+        self, role: AxisRole, factors: Mapping[str, int], per_host: int
+    ) -> tuple[tuple[int, int, Callable[[str, float], float]], ...]:
+        """Of tokens on their way to experts: to the host, between ranks in the same place on each, and inside it."""
+        hosts, digits = factors[role.name] // per_host, {}
+        for name, size in factors.items():
+            digits |= {"hosts": hosts, name: per_host} if name == role.name else {name: size}
+        across, inside = (self.cost_model.cluster.axis_links(digits, name) for name in ("hosts", role.name))
+        return (
+            (hosts, hosts, self._collective_s(role, hosts, across)),
+            (factors[role.name], per_host, self._collective_s(role, per_host, inside)),
+        )
 
     def dispatch_seconds(self, mesh: MeshShape, local_batch: int) -> tuple[float, float]:
         """Of a microbatch through the whole model, forward and backward: what sending tokens to experts takes at
