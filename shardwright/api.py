@@ -16,6 +16,7 @@ from .costmodel.model import CostModel
 from .costmodel.stacks import OWN_STACK, Stack, stack_named
 from .errors import ExitCode, ShardwrightError
 from .evaluation import fitting, make_evaluation, mesh_for, other_parts
+from .jobs import job_of
 from .ops.placement import Places, from_text
 from .passes.build import build_segment_programs
 from .passes.device_kernels import refuse_missing_kernels
@@ -30,7 +31,6 @@ from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.sharder import Sharder
 from .planner.sharding.training import Job
 from .planner.space.forcing import parse_forced
-from .planner.stages.setting import state_kinds
 from .plans.axes import expert_axes, placement_axes
 from .plans.document import MemoryPolicy, Plan, PlanningTime, SelfTest, ShardingProof, Stage
 from .profiler.as_captured import AsCaptured
@@ -192,7 +192,7 @@ def captured_for(workload: Workload, cost_model: CostModel) -> Captured:
 def _make_plan(asked: _Asked) -> Plan:
     started = time.perf_counter()
     choices = choices_of(asked.force)
-    forced = parse_forced(choices)  # a mistyped key is found before the model is traced
+    parse_forced(choices)  # a mistyped key is found before the model is traced
     pins = Pins.parse({key: value for key, value in asked.force.items() if is_pin(key, value)}, placement_axes())
     cluster = devices.cluster_for_this_job(asked.hardware)
     if asked.memory_limit_bytes is not None:
@@ -209,11 +209,7 @@ def _make_plan(asked: _Asked) -> Plan:
     refuse_missing_kernels(graph, devices.device_type_of(cluster), of_this_build=False)
     capture_s = time.perf_counter() - capture_started
     asked.say("searching")
-    zero = 3 if forced.zero is None else forced.zero
-    job = Job(
-        state_kinds(workload), workload.global_batch, zero, forced.prefer == "memory", forced.attention, forced.experts
-    )
-    placing = _Placing(cost_model, pins, job)
+    placing = _Placing(cost_model, pins, job_of(workload, workload.global_batch, asked.force))
     left_s = asked.left_s
     found = search(
         graph,

@@ -16,14 +16,13 @@ from .adapters import with_lora
 from .api import Captured, captured_for
 from .costmodel.model import CostModel
 from .errors import ExitCode, ShardwrightError
+from .jobs import job_of
 from .planner.search.does_not_fit import DoesNotFit
 from .planner.search.result import SearchResult
 from .planner.search.search import first_that_fits, search
 from .planner.sharding.pins import Pins, choices_of, is_pin
 from .planner.sharding.sharder import Sharder
-from .planner.sharding.training import Job
 from .planner.space.forcing import parse_forced
-from .planner.stages.setting import state_kinds
 from .plans.axes import placement_axes
 from .profiler.capture import no_collection
 from .profiler.cluster import Cluster
@@ -141,8 +140,7 @@ class Prober:
         cost_model = CostModel(cluster)
         captured = self._capture(cost_model, size)
         workload = dataclasses.replace(captured.workload, global_batch=size.global_batch)
-        zero = 3 if self.forced.zero is None else self.forced.zero
-        job = Job(state_kinds(workload), size.global_batch, zero, self.forced.prefer == "memory")
+        job = job_of(workload, size.global_batch, self.force)
         left_s = None if self.time_limit_s is None else max(0.0, self.deadline - time.monotonic())
         self.num_plans += 1
         find = first_that_fits if first_only else search

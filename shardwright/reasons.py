@@ -9,12 +9,11 @@ from . import api, hashes, trust
 from .costmodel.model import CostModel
 from .costmodel.stacks import stack_named
 from .errors import ExitCode, ShardwrightError
+from .jobs import job_of
 from .planner.report.diff import Difference, compare
 from .planner.report.explain import Explanation
 from .planner.report.explain import explain as explain_graph
 from .planner.sharding.sharder import Sharder
-from .planner.sharding.training import Job
-from .planner.stages.setting import state_kinds
 from .plans.document import Plan
 from .profiler.cluster import Cluster
 from .profiler.discovery import discover_local
@@ -44,7 +43,7 @@ def explain(plan: Plan, *, hardware: Cluster | str | None = None, trust_model: b
     workload = trust.workload_of(plan, trust_model)
     graph = api.capture_of(plan, workload)
     hashes.verify_model(plan, graph)
-    job = Job(state_kinds(workload), workload.global_batch)
+    job = job_of(workload, workload.global_batch, plan.forced)
     return explain_graph(plan, graph, Sharder(graph, CostModel(cluster, stack=stack_named(plan.stack)), job=job))
 
 

@@ -17,18 +17,25 @@ from distributed import run_ranks
 from torch import nn
 
 import shardwright
+from shardwright import api
 from shardwright.costmodel.experts import goes_by_hosts
 from shardwright.costmodel.memory import StageState, StateBytes, state_memory
+from shardwright.costmodel.model import CostModel
 from shardwright.errors import ShardwrightError
+from shardwright.evaluation import placed_anew
+from shardwright.jobs import job_of
 from shardwright.ops.strategy import Strategy
 from shardwright.passes import expert_dispatch
+from shardwright.planner.report.explain import explain as explain_graph
 from shardwright.planner.sharding.expert_costs import copies_of_token, dispatch_s, row_bytes
 from shardwright.planner.sharding.mesh import Axis, Mesh, Sizes
+from shardwright.planner.sharding.sharder import Sharder
 from shardwright.planner.space.candidates import enumerate_candidates
 from shardwright.planner.space.forcing import Forced
 from shardwright.plans.axes import expert_axes, role_of
 from shardwright.plans.document import Plan
 from shardwright.profiler.gates import traced_gate
+from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.workload import OptimizerSpec
 
 WIDTH, INNER, EXPERTS, CHOICES = 8, 6, 4, 2
@@ -289,9 +296,26 @@ def _short_step(rank: int, plan: str) -> Any:
     return evaluated, program.forward_backward(program.shard_batch(short)).item(), program.gradients()
 
 
-def test_samples_that_do_not_divide_are_counted_once() -> None:
-    """The last one is run whole by every rank, which has some of the experts."""
-    plan = _planned("even", 2, {"dp": 2, "ep": 2, "experts": "dispatch"}, layers=1)
+@pytest.mark.parametrize("form", ["dispatch", "gather"])
+def test_a_plan_is_taken_apart_and_placed_anew_in_the_form_that_was_forced(form: str) -> None:
+    plan = _planned("even", 2, {"dp": 2, "ep": 2, "experts": form}, layers=1)
+    workload, _ = _workload("even", 1)
+    graph = api.capture_of(plan, workload)
+    sharder = Sharder(graph, CostModel(parse_hardware("2xCPU")), job=job_of(workload, 8, plan.forced))
+    moved = [row for row in explain_graph(plan, graph, sharder).rows if "expert_mlp" in row.op]
+    assert moved and all(("dispatch" in row.placements["ep"]) is (form == "dispatch") for row in moved)
+    on_ep = plan.placement_axes.index("ep")
+    placed = placed_anew(plan, graph, {}, plan.microbatch.size).placements
+    for name, rows in plan.placements.items():
+        for key in rows:
+            if "expert_mlp" in key:
+                assert placed[name][key][on_ep] == rows[key][on_ep]
+
+
+@pytest.mark.parametrize("form", ["dispatch", "gather"])
+def test_samples_that_do_not_divide_are_counted_once(form: str) -> None:
+    """The last one is run whole by every rank, which has some of the experts or, where they are gathered, all."""
+    plan = _planned("even", 2, {"dp": 2, "ep": 2, "experts": form}, layers=1)
     workload, batch = _workload("even", 1)
     expected = workload.model(**{name: tensor[:7] for name, tensor in batch.items()})
     expected.backward()
