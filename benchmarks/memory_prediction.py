@@ -3,9 +3,9 @@
     python benchmarks/memory_prediction.py [--only gpt2] [--layout zero=3] [--detail] [--json PATH] [--write]
 
 Measured by a dispatch mode that shares no code with the ledger (tests/live_bytes.py), over the second step, in
-float32: the worst rank. It does not see what a kernel holds inside itself, which the ledger counts; `allocated` is what
-PyTorch's profiler says of the allocator over the third step, with that. Predicted: the plan's own peak of that rank,
-without reserve and slack. --write puts the table into benchmarks/results/memory_prediction.md.
+float32: the worst rank. It looks into ops of our own that are written in Python, not into compiled kernels; `allocated`
+is what PyTorch's profiler says of the allocator over the third step, with those. Predicted: the plan's own peak of that
+rank, without reserve and slack. --write puts the table into benchmarks/results/memory_prediction.md.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def build_segment_program(
     split: SplitBackward | None = None
     if backward is not None:
         dump(backward, f"{label}.backward.0-partition")
-        second = replace(first, phase="backward", module=backward, owned=_own_kept(forward.graph, kept))
+        second = replace(first, phase="backward", module=backward, owned=own_kept(forward.graph, kept))
         split = improve_backward(second, splits and not repeats)
         into_slots = second.into_slots
     collectives = verify(segment, context, forward, [backward] if backward is not None else [], repeats)
@@ -173,7 +173,7 @@ def build_segment_program(
     )
 
 
-def _own_kept(forward: fx.Graph, kept: list[str]) -> frozenset[str]:
+def own_kept(forward: fx.Graph, kept: list[str]) -> frozenset[str]:
     """Kept tensors whose memory the forward made and nothing else that it returns shares: the backward's to use up."""
     roots = memory_roots(forward)
     output = next(node for node in reversed(forward.nodes) if node.op == "output")

@@ -1,7 +1,8 @@
 """Live tensor bytes of running code, op by op: shares no code with what predicts them.
 
 A dispatch mode sees the results of every op that torch dispatches, and holds their storages by weak references. What
-exists already is found by the garbage collector. Not seen: what a kernel allocates inside itself.
+exists already is found by the garbage collector. Of ops that are written in Python it sees the ops inside. Not seen:
+what a compiled kernel allocates inside itself.
 """
 
 from __future__ import annotations
@@ -15,11 +16,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+OWN = "shardwright"  # the namespace of ops whose kernels are written in Python
+
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The rank's own part of a DTensor."""
     local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
     return local
+
+
+def _is_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _is_real(tensor: torch.Tensor) -> bool:
@@ -48,12 +55,23 @@ class LiveBytes(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self._looking_inside(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf, str(func))
         self._note(str(func))
         return result
+
+    def _looking_inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The kernel of an op of our own runs under this mode too, where its operands lie on the CPU."""
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if func.namespace != OWN or not operands or not all(type(t) is torch.Tensor and _is_cpu(t) for t in operands):
+            return func(*args, **kwargs)
+        super().__enter__()
+        try:
+            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
 
     def _add(self, tensor: torch.Tensor, origin: str) -> None:
         if not _is_real(tensor):

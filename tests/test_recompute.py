@@ -20,11 +20,13 @@ from shardwright.costmodel.segment import SegmentCost
 from shardwright.passes.build import build_segment_program
 from shardwright.passes.redistribute import MeshAxis
 from shardwright.passes.shard import ShardContext
+from shardwright.planner.memory.options import ladders
 from shardwright.planner.sharding import sharder as sharder_module
 from shardwright.planner.sharding.cost import evaluate
 from shardwright.planner.sharding.recompute_cut import Unit, Values
 from shardwright.planner.sharding.routes import Placed
 from shardwright.planner.sharding.sharder import Sharder
+from shardwright.planner.stages.chain import levels_of, model_shape
 from shardwright.plans.axes import MeshShape
 from shardwright.plans.document import Plan
 from shardwright.plans.placements import kept_key
@@ -69,6 +71,39 @@ def test_choices_are_those_of_all_that_nothing_beats_at_any_price() -> None:
         assert slopes == sorted(slopes, reverse=True), seed
         for each in found:
             assert not any(o.seconds < each.seconds and o.num_bytes <= each.num_bytes for o in every), seed
+
+
+def test_between_two_corners_stand_choices_that_make_some_of_what_the_next_does() -> None:
+    """Two products of one operand cost and free alike: at no price is one of them alone the best choice."""
+    units = {"cheap": Unit(1, ["given"]), "gate": Unit(50, ["given"]), "up": Unit(50, ["given"])}
+    num_bytes = {"given": 1.0, "cheap.0": 8.0, "gate.0": 8.0, "up.0": 8.0}
+    made_by = {f"{name}.0": name for name in units}
+    values = Values(units, num_bytes, made_by, ["given", *made_by])
+    counts = [len(choice) for choice in values.choices()]
+    assert counts == [1, 2, 3]
+
+
+def test_what_the_end_of_a_model_makes_again_at_once_comes_last_on_the_ladder() -> None:
+    """The loss's backward follows its forward: to make logits again frees nothing while they are not needed."""
+    graph = graph_of("tiny-llama", 4)
+    (solution, *_) = Sharder(graph, CostModel(parse_hardware("1xCPU"))).frontier(MeshShape.of({}), 4)
+    shape = model_shape(graph)
+    (ladder,) = ladders(shape, [solution], "auto")
+    levels = [levels_of(shape, rung) for rung in ladder.rungs]
+    heads = [level[-1] for level in levels]
+    first = next(k for k in range(1, len(heads)) if is_late(solution.costs[shape.segments[-1]], heads[k]))
+    assert all(level[1:-1] == levels[-1][1:-1] for level in levels[first:])
+    assert heads[first:] and heads == sorted(heads)
+
+
+def is_late(cost: SegmentCost, level: int) -> bool:
+    """Does it hold no less at once than with nothing made again?"""
+    if level < 0:
+        return False
+    point = cost.recompute_points[level]
+    held, plain = cost.held_at(point), cost.held_at(None)
+    at_once = point.saved_bytes + max(held.forward, held.backward)
+    return at_once >= cost.saved_bytes + max(plain.forward, plain.backward)
 
 
 def some_of(segment, solutions, seed: int) -> list[str]:

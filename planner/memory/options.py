@@ -2,7 +2,8 @@
 
 Each point of the sharding frontier has a ladder of what the backward makes again. Its rungs are points of the recompute
 frontier of each distinct segment: steps along these are taken in the order of bytes freed per second spent, which is
-the hull of all choices together. Each stage then stands on the lowest rung on which it fits (stage_recompute.py).
+the hull of all choices together; but last those that free nothing before it is needed again, at the chain's end. Each
+stage then stands on the lowest rung on which it fits (stage_recompute.py).
 
 Besides, an order of its own may be offered to let go of single activations: of one stage and one microbatch.
 """
@@ -18,12 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...costmodel.segment import SegmentCost
+from ...costmodel.segment import RecomputePoint, SegmentCost
 from ...costmodel.stage_times import StageTimes
 from ..interfaces import ShardingSolution
 from ..stages.chain import NOTHING, Chain, Recompute, Shape, everywhere, levels_of, points_of, whole_segments
 
 MAX_RUNGS = 12  # of a ladder whose every step is a rung
+ROUNDING = 1.0 + 1e-4  # bytes and seconds of steps on one edge of a hull
+DEARER = 3.0  # a step whose bytes cost so much more seconds than those before: a rung stands before it
 LEAST_STEP = 0.04  # of all bytes that recomputation can free: rungs of longer ladders are no nearer to each other
 
 
@@ -121,9 +124,12 @@ def _of_solution(shape: Shape, solution: ShardingSolution, forced: str) -> Ladde
         return Ladder(shape, solution, (NOTHING,), False)
     counts = Counter(shape.segments)
     steps = sorted(
-        (step for name in counts for step in _steps(name, solution.costs[name])),
-        key=lambda step: step.freed_per_s,
-        reverse=True,
+        (
+            step
+            for name in counts
+            for step in _steps(name, solution.costs[name], is_last=counts[name] == 1 and name == shape.segments[-1])
+        ),
+        key=lambda step: (step.is_late and forced != "selective", -step.freed_per_s),
     )
     all_bytes = sum(counts[step.segment] * step.freed_bytes for step in steps)
     if forced == "selective":
@@ -137,38 +143,51 @@ def _of_solution(shape: Shape, solution: ShardingSolution, forced: str) -> Ladde
 
 def _prefixes(counts: Counter[str], steps: Sequence[_Step], least: float, most: float) -> Iterator[dict[str, int]]:
     """Levels of each distinct segment after so many of the steps, where at least so many bytes were freed since the
-    last time, until most are freed; and at the end."""
+    last time or where freeing more becomes much dearer, until most are freed; and at the end."""
     taken: dict[str, int] = {}
     freed = freed_before = 0
-    for step in steps:
+    for step, then in zip(steps, [*steps[1:], None], strict=False):
         if freed >= most:
             break
         taken = taken | {step.segment: step.level}
         freed += counts[step.segment] * step.freed_bytes
-        if freed - freed_before >= least and step is not steps[-1] and freed < most:
+        is_corner = then is not None and then.freed_per_s * DEARER < step.freed_per_s
+        if (freed - freed_before >= least or is_corner) and then is not None and freed < most:
             yield taken
             freed_before = freed
     yield taken
 
 
 class _Step(NamedTuple):
-    """From one recompute point of a segment to the next, in one instance."""
+    """From one recompute point of a segment to the next, in one instance. is_late: after all steps that are not."""
 
     segment: str
     level: int
     freed_bytes: int
     freed_per_s: float
+    is_late: bool
 
 
-def _steps(name: str, cost: SegmentCost) -> Iterator[_Step]:
-    """As long as they free ever less a second."""
+def _steps(name: str, cost: SegmentCost, *, is_last: bool) -> Iterator[_Step]:
+    """As long as they free ever less a second. is_last: of the chain, so that its backward comes right after its
+    forward: what it makes again there is of use to other microbatches alone, if any are in flight."""
     seconds, num_bytes, most = 0.0, cost.saved_bytes, math.inf
+    is_late, at_once = False, _at_once(cost, None)
     for level, point in enumerate(cost.recompute_points):
         freed_bytes = num_bytes - point.saved_bytes
         freed_per_s = freed_bytes / max(point.seconds - seconds, 1e-12)
-        if 0 < freed_per_s <= most:
-            yield _Step(name, level, freed_bytes, freed_per_s)
-            seconds, num_bytes, most = point.seconds, point.saved_bytes, freed_per_s
+        if 0 < freed_per_s <= most * ROUNDING:
+            most = min(freed_per_s, most)  # so that sorting leaves levels in their order
+            is_late = is_late or (is_last and _at_once(cost, point) >= at_once)
+            at_once = min(at_once, _at_once(cost, point))
+            yield _Step(name, level, freed_bytes, most, is_late)
+            seconds, num_bytes = point.seconds, point.saved_bytes
+
+
+def _at_once(cost: SegmentCost, point: RecomputePoint | None) -> int:
+    """What the segment holds in its forward, or in a backward that comes right after it."""
+    held = cost.held_at(point)
+    return (cost.saved_bytes if point is None else point.saved_bytes) + max(held.forward, held.backward)
 
 
 def again_seconds(shape: Shape, solution: ShardingSolution, recompute: Recompute) -> float:

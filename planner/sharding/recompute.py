@@ -20,6 +20,8 @@ from .lifetimes import Result
 from .recompute_cut import Choice, Unit, Values
 from .routes import Placed, Route
 
+EDGE = 1e-6  # of a product of seconds and bytes: closer to the line is on it
+
 
 @dataclass
 class _Made(Unit):
@@ -146,7 +148,8 @@ class Recomputation:
 
 
 def hull(points: Collection[RecomputePoint]) -> Iterator[RecomputePoint]:
-    """Those on the lower convex hull of (seconds, bytes) that begins at nothing run again, nothing freed."""
+    """Those on the lower convex hull of (seconds, bytes) that begins at nothing run again, nothing freed; also those on
+    its edges."""
     kept: list[tuple[float, float, RecomputePoint | None]] = [(0.0, 0.0, None)]
     for point in sorted(points, key=lambda point: (point.seconds, point.saved_bytes)):
         if point.saved_bytes >= kept[-1][1]:
@@ -162,5 +165,6 @@ def _is_above(
     middle: tuple[float, float, RecomputePoint | None],
     last: RecomputePoint,
 ) -> bool:
+    """By more than rounding."""
     through = (last.saved_bytes - first[1]) * (middle[0] - first[0])
-    return (middle[1] - first[1]) * (last.seconds - first[0]) >= through
+    return (middle[1] - first[1]) * (last.seconds - first[0]) > through + EDGE * abs(through)

@@ -6,10 +6,14 @@ unit runs again where they are needed. With a price on a byte the best choice is
 hand, for a unit r = 1 where it runs again; a byte kept costs where a = 1 and r = 0, a second where r = 1; r = 1 asks
 for a = 1 of what the unit reads. The prices are the slopes between the points found so far, so that the points are
 those of the lower convex hull.
+
+Where one point makes several things again that have nothing to do with each other, as two products of the same operand
+are, those that do only some of it stand between: on the hull's edge, which no price tells apart.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +21,7 @@ from dataclasses import dataclass, field
 import networkx
 
 MAX_CHOICES = 6
+MAX_BETWEEN = 12  # with those on its edges
 WORTH = 0.02  # of the bytes that can be freed: a choice that frees less than this beyond its neighbour is left out
 SCALE = 1e15  # capacities are whole numbers, of this for all seconds and for all bytes together
 
@@ -85,7 +90,34 @@ class Values:
             if middle.choice not in found and below > 1e-6 * rise:
                 found[middle.choice] = middle
                 pairs += [(one, middle), (middle, other)]
-        return [each.choice for each in sorted(found.values(), key=lambda each: each.seconds) if each.choice]
+        corners = sorted(found.values(), key=lambda each: each.seconds)
+        least_bytes = WORTH * (first.num_bytes - least.num_bytes)
+        points = [point for pair in itertools.pairwise(corners) for point in self._along(*pair, least_bytes)]
+        return [each.choice for each in _thinned(points, corners) if each.choice]
+
+    def _along(self, one: Figures, other: Figures, least_bytes: float) -> list[Figures]:
+        """From one corner to the next, without the first: part by part of what the next makes again besides, those
+        first that free most for a second. least_bytes: freed by each step but the last."""
+        if not one.choice < other.choice:
+            return [other]
+        parts = [self.figures(one.choice | part) for part in self._parts(other.choice - one.choice)]
+        parts.sort(key=lambda each: (each.seconds - one.seconds) / max(one.num_bytes - each.num_bytes, 1e-9))
+        found, so_far = [one], one.choice
+        for part in parts:
+            so_far = so_far | part.choice
+            point = self.figures(so_far)
+            is_far = found[-1].num_bytes - point.num_bytes >= least_bytes
+            if is_far and point.num_bytes - other.num_bytes >= least_bytes and _is_between(found[-1], point, other):
+                found.append(point)
+        return [*found[1:], other]
+
+    def _parts(self, units: Choice) -> list[Choice]:
+        """Of units of which some read what others make, those that hang together."""
+        group = networkx.utils.UnionFind(sorted(units))
+        for name in sorted(units):
+            makers = {self.made_by.get(value) for value in self.units[name].reads}
+            group.union(name, *sorted(maker for maker in makers if maker in units))
+        return [frozenset(part) for part in group.to_sets()]
 
     def cut(self, *, seconds: float, per_byte: float) -> Choice:
         """The choice of least seconds * (seconds run again) + per_byte * (bytes kept)."""
@@ -105,3 +137,23 @@ class Values:
         graph.add_edges_from(("needed", ("at hand", value)) for value in self.needed)
         _, (side, _) = networkx.minimum_cut(graph, "needed", "spent")
         return frozenset(key[1] for key in side if key[0] == "again")
+
+
+def _is_between(one: Figures, middle: Figures, other: Figures) -> bool:
+    """On the line between two, or below it, by more than rounding."""
+    drop, rise = one.num_bytes - other.num_bytes, other.seconds - one.seconds
+    line = rise * (one.num_bytes - middle.num_bytes)
+    return 0 < middle.seconds - one.seconds <= rise and (middle.seconds - one.seconds) * drop <= line * (1 + 1e-9)
+
+
+def _thinned(points: list[Figures], corners: list[Figures]) -> list[Figures]:
+    """At most MAX_BETWEEN: all corners, and of the others those that lie farthest from what stands before them."""
+    first = corners[0].num_bytes
+    gaps = [
+        before - each.num_bytes for before, each in zip([first, *(p.num_bytes for p in points)], points, strict=False)
+    ]
+    fixed = {corner.choice for corner in corners}
+    others = [k for k in range(len(points)) if points[k].choice not in fixed]
+    others.sort(key=lambda k: gaps[k], reverse=True)
+    chosen = {points[k].choice for k in others[: max(0, MAX_BETWEEN - len(corners))]} | fixed
+    return [point for point in points if point.choice in chosen]

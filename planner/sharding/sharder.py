@@ -19,6 +19,7 @@ from torch import fx
 
 from ...costmodel.attention import AttentionCall
 from ...costmodel.model import CostModel
+from ...costmodel.norms import rms_norm_scratch_bytes
 from ...errors import ExitCode, ShardwrightError
 from ...ops.expert_rules import is_expert_op
 from ...ops.placement import Places, R, shares
@@ -27,7 +28,7 @@ from ...plans.document import ConservativeOp
 from ...plans.placements import AxisSolution, write_placements
 from ...profiler.device import GroupLink
 from ...profiler.graph import ModelGraph, Segment
-from ...profiler.nodes import source_of
+from ...profiler.nodes import named_arguments, source_of
 from ...profiler.op_view import view_of
 from ...profiler.slots import INPUT, OUTPUT, PARAM, slot_name
 from ...profiler.work import OpWork, op_work
@@ -245,9 +246,20 @@ class Sharder:
             return expert_scratch(node, share), 0.0
         call = self._attention_call(node)
         if call is None:
-            return 0.0, 0.0
+            return self._norm_scratch(node, bytes_of), 0.0
         mask_bytes = bytes_of(call.mask_node) if call.mask_node is not None else 0.0
         return self.cost_model.attention_scratch_bytes(call, share, mask_bytes)
+
+    def _norm_scratch(self, node: fx.Node, bytes_of: Callable[[fx.Node], float]) -> float:
+        """Of an RMSNorm that plain PyTorch computes."""
+        if "rms_norm" not in str(node.target) or self.cost_model.cluster.worst_device().kind != "cpu":
+            return 0.0
+        given = named_arguments(node)
+        source = given["sum"] if "grad_y" in given else given["x"]
+        size = source.meta["val"].element_size()
+        return rms_norm_scratch_bytes(
+            bytes_of(source) / size, size, cast_first=bool(given["cast_first"]), is_backward="grad_y" in given
+        )
 
     def _memory_s(self, num_bytes: float) -> float:
         if not num_bytes:
