@@ -27,6 +27,7 @@ from shardwright.profiler.workload import Workload
 
 NOT_CAPTURED = ("global_batch", "batch_dims", "optimizer")  # of a workload's spec: its graph is the same without them
 _captured: dict[tuple[Any, ...], ModelGraph] = {}  # of this process, and of the ranks forked from it
+_kept: list[torch.nn.Module] = []
 
 
 def _once(capture: Callable[..., ModelGraph]) -> Callable[..., ModelGraph]:
@@ -35,10 +36,13 @@ def _once(capture: Callable[..., ModelGraph]) -> Callable[..., ModelGraph]:
     def cached(workload: Workload, *fusions: Any) -> ModelGraph:
         shapes = ((name, tuple(t.shape), t.dtype) for name, t in workload.example_batch.items())
         named = sorted((key, str(value)) for key, value in workload.spec.items() if key not in NOT_CAPTURED)
-        settings = (workload.precision, str(workload.batch_dims), *map(tuple, fusions))
-        key = (capture.__name__, workload.name, *named, *settings, *shapes)
+        model = workload.name if "model" in workload.spec else id(workload.model)
+        modes = tuple(module.training for module in workload.model.modules())
+        settings = (workload.precision, workload.loss, str(workload.batch_dims), modes, *map(tuple, fusions))
+        key = (capture.__name__, model, *named, *settings, *shapes)
         if key not in _captured:
             _captured[key] = capture(workload, *fusions)
+            _kept.append(workload.model)  # so that no other model gets its id
         return _captured[key]
 
     return cached
@@ -46,7 +50,7 @@ def _once(capture: Callable[..., ModelGraph]) -> Callable[..., ModelGraph]:
 
 @contextlib.contextmanager
 def captured_once() -> Iterator[None]:
-    """Inside, plan and build share what they capture. For models that their workload's spec names."""
+    """Inside, plan and build share what they capture. For models that nothing changes between two captures."""
     kept = {name: _once(getattr(api, name)) for name in ("capture", "_capture_for_running")}
     with mock.patch.multiple(api, **kept):
         yield

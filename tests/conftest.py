@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("launch", "checking"):
         monkeypatch.setattr(f"shardwright.{module}.launch", forked_launch)
+
+
+@pytest.fixture
+def shared_captures() -> Iterator[None]:
+    """Plans share what is captured, over all tests of this process that ask for it."""
+    from compared import captured_once
+
+    with captured_once():
+        yield
 
 
 _left: set[str] = set()  # tests that are left to `make test-all`

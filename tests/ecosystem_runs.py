@@ -19,7 +19,7 @@ NAMES = ("plain_loop", "lora", "fabric", "trainer")
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "ecosystem"))
     found = {}
-    for name in NAMES:
+    for name in sys.argv[2:] or NAMES:
         example = importlib.import_module(name)
         found[name] = {"plain": example.train(plain=True), "ours": example.train(plain=False)}
     if os.environ.get("RANK", "0") == "0":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -25,6 +26,7 @@ from shardwright.planner.space.forcing import Forced
 from shardwright.plans.document import Plan
 from shardwright.profiler.batches import resize_batch
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 SEQ_LEN = 12
 
 
@@ -60,7 +62,13 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100), logits
 
 
-def _workload(kind: str, length: int = SEQ_LEN, width: int = 8) -> tuple[Any, dict[str, torch.Tensor]]:
+@functools.cache
+def _workload(kind: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What is planned here is captured once, for the ranks too."""
+    return _new_workload(kind)
+
+
+def _new_workload(kind: str, length: int = SEQ_LEN, width: int = 8) -> tuple[Any, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     batch = {name: torch.randint(16, (4, length)) for name in ("ids", "labels")}
     batch["labels"][1, :7] = -100
@@ -90,7 +98,7 @@ def _planned(kind: str, num_devices: int, force: dict[str, Any]) -> Plan:
 
 def _assert_as_on_one_device(kind: str, plan: Plan) -> None:
     results = run_ranks(plan.mesh.num_devices, _step, kind, plan.to_json())
-    workload, batch = _workload(kind)
+    workload, batch = _new_workload(kind)
     expected, _ = workload.model(**batch)
     expected.backward()
     for loss, gradients in results:
@@ -136,7 +144,7 @@ def test_causal_work_of_a_ring_is_balanced() -> None:
 
 def test_what_a_model_returns_is_whole_on_every_rank() -> None:
     results = run_ranks(2, _outputs, _planned("full", 2, {"cp": 2}).to_json())
-    workload, batch = _workload("full")
+    workload, batch = _new_workload("full")
     with torch.no_grad():
         loss, logits = workload.model.eval()(**batch)
     for evaluated, outputs in results:

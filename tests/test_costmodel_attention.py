@@ -26,6 +26,8 @@ from shardwright.profiler.models import load_workload
 from shardwright.profiler.work import attention_pairs, op_work
 from shardwright.units import GIB
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 
 def call_of(query, key=None, mask=None, dtype=torch.bfloat16, causal=False, window=0, dropout_p=0.0, **changes):
     key = key or query

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +39,7 @@ from shardwright.profiler.gates import traced_gate
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.workload import OptimizerSpec
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 WIDTH, INNER, EXPERTS, CHOICES = 8, 6, 4, 2
 expert_mlp = torch.ops.shardwright.expert_mlp
 
@@ -94,7 +96,13 @@ class Model(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
+@functools.cache
 def _workload(kind: str = "even", layers: int = 2) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What is planned here is captured once, for the ranks too."""
+    return _new_workload(kind, layers)
+
+
+def _new_workload(kind: str, layers: int) -> tuple[Any, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     batch = {name: torch.randint(16, (8, 3)) for name in ("ids", "labels")}
     return workload_of(Model(kind, layers), batch), batch
@@ -114,7 +122,7 @@ def _planned(kind: str, num_devices: int, force: dict[str, Any], layers: int = 2
 
 def _assert_as_on_one_device(kind: str, plan: Plan, layers: int = 2, axis: str = "ep") -> None:
     results = run_ranks(plan.mesh.num_devices, _step, kind, layers, plan.to_json())
-    workload, batch = _workload(kind, layers)
+    workload, batch = _new_workload(kind, layers)
     expected = workload.model(**batch)
     expected.backward()
     for loss, gradients, cuts in results:
@@ -316,7 +324,7 @@ def test_a_plan_is_taken_apart_and_placed_anew_in_the_form_that_was_forced(form:
 def test_samples_that_do_not_divide_are_counted_once(form: str) -> None:
     """The last one is run whole by every rank, which has some of the experts or, where they are gathered, all."""
     plan = _planned("even", 2, {"dp": 2, "ep": 2, "experts": form}, layers=1)
-    workload, batch = _workload("even", 1)
+    workload, batch = _new_workload("even", 1)
     expected = workload.model(**{name: tensor[:7] for name, tensor in batch.items()})
     expected.backward()
     for evaluated, loss, gradients in run_ranks(2, _short_step, plan.to_json()):

@@ -22,6 +22,8 @@ from shardwright.profiler.models import load_workload
 from shardwright.profiler.workload import Workload
 from shardwright.units import MIB
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 MLP = "preset:mlp"
 GPT2 = "preset:tiny-gpt2"  # one layer of it
 

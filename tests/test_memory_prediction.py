@@ -34,6 +34,7 @@ def test_live_bytes_are_counted_once_for_each_storage_until_it_is_freed() -> Non
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "all"])
+@pytest.mark.usefixtures("shared_captures")
 def test_the_prediction_is_what_a_program_holds_and_not_below(recompute: str) -> None:
     before = all_tensors()
     workload = load_workload("preset:tiny-llama", global_batch=16, seq_len=32, precision="fp32")

@@ -88,7 +88,7 @@ def compare(one: Recorded, found: dict[str, Any]) -> None:
             raise AssertionError(f"{one.segment.name} {key}: {error}") from None
 
 
-@pytest.mark.parametrize("preset", cells(PRESETS, [preset for preset in PRESETS if preset != "tiny-t5"]))
+@pytest.mark.parametrize("preset", cells(PRESETS, ["tiny-gpt2", "tiny-llama", "mlp", "tiny-unet", "tiny-mixtral"]))
 def test_any_placements_give_the_same_numbers(preset: str) -> None:
     for i, one in enumerate(recorded(preset)):
         sizes = MESHES[i % len(MESHES)]

@@ -15,6 +15,8 @@ from shardwright.profiler.models import load_workload
 from shardwright.schedules import build_schedule
 from shardwright.schedules.schedule import SYNTHESIZED
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 ASKED = {"pp": "4", "tp": "1", "dp": "2", "global_microbatch": "4"}
 
 

@@ -12,6 +12,8 @@ from shardwright.errors import ShardwrightError
 from shardwright.planner.report.diff import compare
 from shardwright.planner.sharding.sharder import Sharder
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 MODEL = dict(global_batch=32, seq_len=256, overrides={"num_layers": 2})
 HARDWARE = "8xH100-80GB"
 

@@ -11,6 +11,8 @@ from planner_fakes import LLAMA_8B, Case, Sizes
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.workload import OptimizerSpec, Precision
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 LOW = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16)
 OPTIONS = {
     "--state-dtype bf16": {"precision": LOW},

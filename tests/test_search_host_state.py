@@ -12,6 +12,8 @@ from shardwright.costmodel.memory import Extents, StageState, StateBytes
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.units import GIB
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 LLAMA_7B = Sizes(32, 4096, 11008, 4096, 32000, 2048)  # 6.74e9 parameters
 MIXED = StateBytes(compute=2, master=4, reduce=4, state_tensors=2, single_copy=False, step_tensors=0)
 STAGE = StageState(1000, 900, 10, 100, 60)

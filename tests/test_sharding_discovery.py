@@ -27,6 +27,8 @@ from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.models import load_workload
 from shardwright.profiler.workload import Precision, Workload
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
+
 SMALL_DECODER = {"num_layers": 4, "hidden_size": 512, "intermediate_size": 1536, "num_heads": 8, "num_kv_heads": 8}
 HOST = """
 [[hosts]]

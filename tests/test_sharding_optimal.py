@@ -19,8 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from shardwright.ops.catalog import strategies
 from shardwright.ops.placement import P, Places, R, can_shard, route, transition
 from shardwright.planner.sharding.mesh import Axis, Mesh, Sizes, compatible
-from shardwright.planner.sharding.problem import Demands, build
+from shardwright.planner.sharding.problem import build
 from shardwright.planner.sharding.solve.pbqp import solve
+from shardwright.planner.sharding.variables import Demands
 from shardwright.profiler.graph import ModelGraph, Segment, SegmentInstance, ValueInfo
 from shardwright.profiler.op_view import is_op, operands_of
 

@@ -10,7 +10,10 @@ from shardwright import api
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.planner.sharding.pins import Pin, Pins, is_pin
 from shardwright.plans.document import Plan
+from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.models import load_workload
+
+pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 @cache
@@ -19,9 +22,14 @@ def plan(model: str, *force: str) -> Plan:
     return api.plan(load_workload(f"preset:{model}", global_batch=8), "4xCPU", force=pairs)
 
 
+@cache
+def _graph(model: str) -> ModelGraph:
+    return api.capture_for_planning(load_workload(model, global_batch=8))
+
+
 def places(found: Plan, ending: str) -> set[str]:
     """How the parameters of this name lie over the tensor axis, in every segment that has one."""
-    graph = api.capture_for_planning(load_workload(f"preset:{found.workload['model'].split(':')[1]}", global_batch=8))
+    graph = _graph(found.workload["model"])
     return {
         found.placements[i.segment][f"param_{slot}"][1]
         for i in graph.instances

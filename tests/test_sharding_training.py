@@ -18,10 +18,10 @@ from shardwright.costmodel.model import CostModel
 from shardwright.errors import ShardwrightError
 from shardwright.ops.placement import R
 from shardwright.planner.search.search import search
-from shardwright.planner.sharding.problem import SUMS
 from shardwright.planner.sharding.sharder import Prices, Sharder
 from shardwright.planner.sharding.solve.pbqp import solve
 from shardwright.planner.sharding.training import Job
+from shardwright.planner.sharding.variables import SUMS
 from shardwright.planner.stages.setting import state_kinds
 from shardwright.plans.axes import MeshShape
 from shardwright.profiler.graph import ModelGraph

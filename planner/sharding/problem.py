@@ -2,10 +2,10 @@
 
 Every option is joint: one placement, or one strategy, for each axis of the mesh. Variables:
     op         one per op of each distinct segment's joint graph: which strategies it runs         (_add_ops)
-    param      one per distinct parameter slot; slots that ever hold the same parameter are one    (_add_params)
+    param      one per distinct parameter slot; slots that ever hold the same parameter are one    (add_params)
     value      one per class of boundary values: an instance's output and the input slots that
-               read it lie the same way, so a segment stored once is rewritten once                (_add_boundaries)
-    gradient   the same for gradients of boundary values                                           (_add_boundaries)
+               read it lie the same way, so a segment stored once is rewritten once                (add_boundaries)
+    gradient   the same for gradients of boundary values                                           (add_boundaries)
     copy       the form in which one result reaches several readers of a phase                     (_add_copy)
     kept       the form in which a result is kept for the backward: the producer's own, or that
                of the copy which the forward's readers share                                       (_add_kept)
@@ -14,7 +14,7 @@ Every option is joint: one placement, or one strategy, for each axis of the mesh
 
 Costs, in seconds per microbatch, times the number of instances of the segment:
     op         compute time of the local share                                                     (_op_costs)
-    param      the price of the bytes of training state on a rank                                  (_add_params)
+    param      the price of the bytes of training state on a rank                                  (add_params)
     edge       producer -> copy -> reader, reader -> boundary: the cheapest sequence of collectives
                between the two placements (mesh.Mesh.transfer_s)                                   (_join)
     kept       the price of the bytes kept from forward to backward                                (_weigh)
@@ -28,17 +28,15 @@ training state, seconds of the sums of gradients, which come once a step. Each c
 lower convex hull of seconds against bytes. Bounds on memory are the outer search's, which sees stages and microbatches
 in flight.
 
-An edge whose producer is a forward op and whose reader is a backward op redistributes in the backward.
+An edge whose producer is a forward op and whose reader is a backward op redistributes in the backward. What segments
+share (add_params, add_boundaries) stands in shared_values.py, what a variable is in variables.py.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from torch import fx
@@ -48,68 +46,18 @@ from ...ops.attention_rules import form_of, is_attention
 from ...ops.catalog import strategies
 from ...ops.expert_rules import form_of as form_of_experts
 from ...ops.expert_rules import is_expert_op
-from ...ops.placement import P, Places, R, to_text
+from ...ops.placement import P, Places, R
 from ...ops.strategy import Strategy
 from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
 from ...profiler.op_view import OpView, is_op, origin, storage_root, view_of
-from ...profiler.slots import INPUT, INPUT_GRAD, OUTPUT, PARAM, TANGENT, UPDATE, index_of, kind_of, slot_name
+from ...profiler.slots import INPUT, PARAM, TANGENT, UPDATE, index_of, kind_of, slot_name
 from ...profiler.work import is_view
 from .expert_costs import dispatch_s
 from .mesh import Mesh, Sizes
-from .pins import Demand, Resolved, cannot_meet
-from .solve.pbqp import Elimination, Problem, prepare
-
-Strategies = tuple[Strategy, ...]  # of one op, one per axis
-OWN, COPY = "own", "copy"
-SAVED, STATE, SUMS = range(3)  # columns of the weights
-
-
-@dataclass
-class Build:
-    """The problem and what its variables mean."""
-
-    problem: Problem = field(default_factory=Problem)
-    op_vars: dict[tuple[str, str], int] = field(default_factory=dict)  # (segment, node) -> variable
-    op_options: dict[int, list[Strategies]] = field(default_factory=dict)
-    place_options: dict[int, list[Places]] = field(default_factory=dict)  # param, value, gradient and copy variables
-    slot_vars: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (segment, in|out|gin|tan|param, slot)
-    copy_vars: dict[tuple[str, str, int, str], int] = field(default_factory=dict)  # (segment, node, output, phase)
-    kept_vars: dict[tuple[str, str, int], int] = field(default_factory=dict)  # (segment, node, output)
-    kept_options: dict[int, list[tuple[str, Places]]] = field(default_factory=dict)
-    unknown: list[tuple[str, fx.Node]] = field(default_factory=list)
-
-    @functools.cached_property
-    def prepared(self) -> Elimination:
-        return prepare(self.problem)
-
-
-@dataclass(frozen=True)
-class Demands:
-    """What the caller fixes. inputs: places of the model's inputs by name; other values that must lie so.
-
-    params: name of a parameter -> its places, None on the axes that are free, taken where the sizes allow it. pins: the
-    same, of parameters and of ops' first results, which must hold.
-    """
-
-    inputs: Callable[[str, Sizes], Places]
-    params: Mapping[str, Demand] = field(default_factory=dict)
-    pins: Resolved = field(default_factory=Resolved)
-
-
-class _Union:
-    def __init__(self) -> None:
-        self.parent: dict[Any, Any] = {}
-
-    def find(self, key: Any) -> Any:
-        self.parent.setdefault(key, key)
-        while self.parent[key] != key:
-            self.parent[key] = self.parent[self.parent[key]]
-            key = self.parent[key]
-        return key
-
-    def join(self, a: Any, b: Any) -> None:
-        self.parent[self.find(a)] = self.find(b)
+from .pins import cannot_meet
+from .shared_values import add_boundaries, add_params
+from .variables import COPY, OWN, SAVED, SUMS, Build, Demands, Strategies, add_weight, meets, place_variable, texts_of
 
 
 def build(graph: ModelGraph, mesh: Mesh, demands: Demands, catalog: Catalog | None = None) -> Build:
@@ -118,8 +66,8 @@ def build(graph: ModelGraph, mesh: Mesh, demands: Demands, catalog: Catalog | No
     counts: dict[str, int] = defaultdict(int)
     for instance in graph.instances:
         counts[instance.segment] += 1
-    _add_boundaries(graph, mesh, made, demands)
-    _add_params(graph, mesh, made, demands)
+    add_boundaries(graph, mesh, made, demands)
+    add_params(graph, mesh, made, demands)
     catalog = catalog if catalog is not None else Catalog()
     for segment in graph.segments.values():
         _SegmentBuilder(segment, mesh, made, demands, catalog, counts[segment.name]).run()
@@ -136,125 +84,6 @@ class Catalog:
         if id(node) not in self._known:
             self._known[id(node)] = (view_of(node), *strategies(node))
         return self._known[id(node)]
-
-
-# --------------------------------------------------------------------------- shared between segments
-
-
-def _placeholder(segment: Segment, name: str) -> fx.Node:
-    return next(n for n in segment.joint.graph.nodes if n.op == "placeholder" and n.name == name)
-
-
-def _add_boundaries(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) -> None:
-    """One variable for each class of values, and one for each class of their gradients."""
-    values, gradients = _Union(), _Union()
-    for instance in graph.instances:
-        segment = graph.segments[instance.segment]
-        for i, name in enumerate(instance.inputs):
-            values.join(("value", name), (segment.name, "in", i))
-            if graph.values[name].requires_grad:
-                gradients.join(("gradient", name), (segment.name, "gin", i))
-        for j, name in enumerate(instance.outputs):
-            values.join(("value", name), (segment.name, "out", j))
-            if graph.values[name].requires_grad:
-                gradients.join(("gradient", name), (segment.name, "tan", j))
-    whole = (R,) * len(mesh.axes)
-    inputs = {values.find(("value", name)): name for name in graph.input_names}
-    losses = {values.find(("value", graph.loss)), gradients.find(("gradient", graph.loss))}
-    for union, kinds in ((values, ("in", "out")), (gradients, ("gin", "tan"))):
-        classes: dict[Any, int] = {}
-        for key in list(union.parent):
-            if len(key) != 3 or key[1] not in kinds:
-                continue
-            root = union.find(key)
-            if root not in classes:
-                sizes = mesh.sizes(*origin(_boundary_node(graph, key)))
-                if root in losses:
-                    options = [whole]
-                elif root in inputs:
-                    options = [demands.inputs(inputs[root], sizes)]
-                else:
-                    options = mesh.domain(sizes, partial=kinds[0] == "gin")
-                classes[root] = _place_variable(made, options, ("boundary", key))
-            made.slot_vars[key] = classes[root]
-
-
-def _boundary_node(graph: ModelGraph, key: tuple[str, str, int]) -> fx.Node:
-    segment = graph.segments[key[0]]
-    if key[1] in ("in", "gin"):
-        return _placeholder(segment, slot_name(INPUT, key[2]))
-    if key[1] == "tan":
-        return _placeholder(segment, slot_name(TANGENT, segment.signature.tangents.index(key[2])))
-    return flatten_outputs(segment.joint.graph)[key[2]]
-
-
-def _place_variable(made: Build, options: list[Places], label: Any) -> int:
-    index = made.problem.add_variable(np.zeros(len(options)), label)
-    made.place_options[index] = options
-    return index
-
-
-def slot_key(segment: Segment, kind: str, slot: int) -> str:
-    """Where a slot variable stands in AxisSolution.places."""
-    if kind == "tan":
-        return slot_name(TANGENT, segment.signature.tangents.index(slot))
-    return slot_name({"in": INPUT, "out": OUTPUT, "gin": INPUT_GRAD, "param": PARAM}[kind], slot)
-
-
-def _add_weight(made: Build, variable: int, column: int, values: Sequence[float]) -> None:
-    if any(values):
-        weights = np.zeros((len(values), 3))
-        weights[:, column] = values
-        made.problem.add_weight(variable, weights)
-
-
-def _add_params(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands) -> None:
-    union = _Union()
-    names: dict[Any, list[str]] = defaultdict(list)
-    counts: dict[Any, int] = defaultdict(int)
-    for instance in graph.instances:
-        for i, name in enumerate(instance.params):
-            union.join(("param", name), (instance.segment, "param", i))
-    for key in list(union.parent):
-        if key[0] == "param" and len(key) == 2:
-            names[union.find(key)].append(key[1])
-            counts[union.find(key)] += 1
-    classes: dict[Any, int] = {}
-    for key in list(union.parent):
-        if len(key) != 3:
-            continue
-        root = union.find(key)
-        if root not in classes:
-            sizes = mesh.sizes(_placeholder(graph.segments[key[0]], slot_name(PARAM, key[2])))
-            options = mesh.domain(sizes, partial=False, is_param=True)
-            options = _demanded(options, names[root], demands)
-            classes[root] = _place_variable(made, options, ("param", key))
-            held = counts[root] * mesh.state_bytes(sizes, graph.segments[key[0]].param_requires_grad[key[2]])
-            _add_weight(made, classes[root], STATE, [held / mesh.shares(p) for p in options])
-        made.slot_vars[key] = classes[root]
-
-
-def _demanded(options: list[Places], names: list[str], demands: Demands) -> list[Places]:
-    """Places of a parameter that meet what is demanded; where a wish cannot be met, as where a dimension does not
-    divide, all; where a pin cannot, ShardwrightError."""
-    wishes = [demands.params[n] for n in names if n in demands.params]
-    options = [o for o in options if all(_meets(o, d) for d in wishes)] or options
-    pinned = [n for n in names if n in demands.pins.params]
-    met = [o for o in options if all(_meets(o, demands.pins.params[n]) for n in pinned)]
-    if not met:
-        raise cannot_meet(demands.pins.pins.get(pinned[0]), f"{pinned[0]} cannot lie so", _texts(options))
-    return met
-
-
-def _texts(options: list[Places]) -> str:
-    return "; ".join(dict.fromkeys(", ".join(map(to_text, places)) for places in options))
-
-
-def _meets(places: Places, demand: Sequence[int | None]) -> bool:
-    return all(wanted is None or place == wanted for place, wanted in zip(places, demand, strict=True))
-
-
-# --------------------------------------------------------------------------- one distinct segment
 
 
 class _SegmentBuilder:
@@ -286,9 +115,9 @@ class _SegmentBuilder:
             options = self._options(node, listed, operands, results)
             wanted = self.demands.pins.results.get((name, node.name))
             if wanted is not None:
-                met = [o for o in options if _meets(tuple(s.outputs[0] for s in o), wanted)]
+                met = [o for o in options if meets(tuple(s.outputs[0] for s in o), wanted)]
                 if not met:
-                    places = _texts([tuple(s.outputs[0] for s in o) for o in options])
+                    places = texts_of([tuple(s.outputs[0] for s in o) for o in options])
                     raise cannot_meet(
                         self.demands.pins.pins.get((name, node.name)),
                         f"the result of {node.name} cannot lie so",
@@ -387,7 +216,7 @@ class _SegmentBuilder:
             return self.made.slot_vars[(name, "tan", self.segment.signature.tangents[index_of(node.name)])]
         if node.name not in self.whole:  # buffers and the random key
             whole = [(R,) * len(self.mesh.axes)]
-            self.whole[node.name] = _place_variable(self.made, whole, ("whole", name, node.name))
+            self.whole[node.name] = place_variable(self.made, whole, ("whole", name, node.name))
         return self.whole[node.name]
 
     def _add_reads(self) -> None:
@@ -430,7 +259,7 @@ class _SegmentBuilder:
         """On each axis a copy lies as its producer or as one of its readers has it: another form never helps."""
         used = [set(axis) for axis in zip(*self._places(producer, output), *itertools.chain(*wanted), strict=True)]
         options = self.mesh.among(sizes, used)
-        index = _place_variable(self.made, options, ("copy", self.segment.name, source.name, output, phase))
+        index = place_variable(self.made, options, ("copy", self.segment.name, source.name, output, phase))
         self.made.copy_vars[(self.segment.name, source.name, output, phase)] = index
         self._join(producer, self._places(producer, output), index, options, sizes)
         return index
@@ -451,7 +280,7 @@ class _SegmentBuilder:
     def _weigh(self, variable: int, kept: list[Places], of: tuple[fx.Node, int]) -> None:
         """Bytes of a result from forward to backward under each option of a variable."""
         num_bytes = [self.count * self.mesh.local_bytes(*of, places) for places in kept]
-        _add_weight(self.made, variable, SAVED, num_bytes)
+        add_weight(self.made, variable, SAVED, num_bytes)
 
     def _add_results(self) -> None:
         """Outputs to their boundary, new buffer values whole, gradients to parameters and boundaries."""
@@ -467,7 +296,7 @@ class _SegmentBuilder:
                 self._end(source, output, self.made.slot_vars[(name, "out", k)])
             elif k < num_outputs + num_updates:
                 whole = [(R,) * len(self.mesh.axes)]
-                self._end(source, output, _place_variable(self.made, whole, ("whole", name, slot_name(UPDATE, k))))
+                self._end(source, output, place_variable(self.made, whole, ("whole", name, slot_name(UPDATE, k))))
             elif k < first_input:
                 slot = k - num_outputs - num_updates
                 self._add_param_gradient(source, output, self.made.slot_vars[(name, "param", slot)])
@@ -489,7 +318,7 @@ class _SegmentBuilder:
         before = self._places(producer, output)
         after = self.made.place_options[param]
         reached = list(dict.fromkeys(_unsummed(_padded(b, a, data), a) for b in before for a in after))
-        index = _place_variable(self.made, reached, ("sum", self.segment.name, source.name, output))
+        index = place_variable(self.made, reached, ("sum", self.segment.name, source.name, output))
         padded = [[_padded(b, r, data) for r in reached] for b in before]
         matrix = [
             [mesh.transfer_s(sizes, b, r) if _stays(b, r) else np.inf for b, r in zip(row, reached, strict=True)]
@@ -498,7 +327,7 @@ class _SegmentBuilder:
         self.problem.add_edge(producer, index, np.array(matrix) * self.count)
         ends = [[0.0 if _unsummed(r, a) == r else np.inf for a in after] for r in reached]
         self.problem.add_edge(index, param, np.array(ends))
-        _add_weight(self.made, index, SUMS, [self.count * mesh.sum_s(sizes, places) for places in reached])
+        add_weight(self.made, index, SUMS, [self.count * mesh.sum_s(sizes, places) for places in reached])
 
 
 def _no_such_attention(mesh: Mesh, query: Sizes) -> ShardwrightError:

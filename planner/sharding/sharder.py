@@ -38,12 +38,13 @@ from .cost import evaluate, op_load
 from .expert_costs import by_hosts, expert_results, expert_scratch, least_dispatch_s
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
 from .pins import Pins, cannot_meet
-from .problem import STATE, Build, Catalog, Demands, build
+from .problem import Catalog, build
 from .routes import Move, Placed, moves
 from .segment_facts import SegmentFacts
 from .solution import read_choice
 from .solve.pbqp import solve
 from .training import Job, Sums
+from .variables import STATE, Build, Demands
 
 # A tensor axis that splits less of the parameters, and less of the matrix products, is of no use as it is.
 MIN_SPLIT_PARAMS, MIN_SPLIT_FLOPS = 0.1, 0.5

@@ -12,7 +12,7 @@ from ...profiler.graph import ModelGraph, Segment
 from ...profiler.joint import flatten_outputs
 from ...profiler.op_view import origin
 from ...profiler.slots import PARAM, PARAM_GRAD, slot_name
-from .problem import COPY, Build, slot_key
+from .variables import COPY, Build, slot_key
 
 
 def read_choice(graph: ModelGraph, made: Build, choice: list[int], data_axes: Sequence[bool]) -> list[AxisSolution]:
