@@ -33,15 +33,22 @@ _kept: list[torch.nn.Module] = []
 def _once(capture: Callable[..., ModelGraph]) -> Callable[..., ModelGraph]:
     """The same capture, each model and shape once in this process."""
 
-    def cached(workload: Workload, *fusions: Any) -> ModelGraph:
+    def cached(workload: Workload, *fusions: Any, **options: Any) -> ModelGraph:
         shapes = ((name, tuple(t.shape), t.dtype) for name, t in workload.example_batch.items())
         named = sorted((key, str(value)) for key, value in workload.spec.items() if key not in NOT_CAPTURED)
         model = workload.name if "model" in workload.spec else id(workload.model)
         modes = tuple(module.training for module in workload.model.modules())
-        settings = (workload.precision, workload.loss, str(workload.batch_dims), modes, *map(tuple, fusions))
+        settings = (
+            workload.precision,
+            workload.loss,
+            str(workload.batch_dims),
+            modes,
+            *map(tuple, fusions),
+            *options.items(),
+        )
         key = (capture.__name__, model, *named, *settings, *shapes)
         if key not in _captured:
-            _captured[key] = capture(workload, *fusions)
+            _captured[key] = capture(workload, *fusions, **options)
             _kept.append(workload.model)  # so that no other model gets its id
         return _captured[key]
 
