@@ -239,3 +239,13 @@ def test_slots_of_joint_graphs_are_named_and_read_in_one_module():
         if spelled.search(line)
     ]
     assert not wrong
+
+
+def test_the_page_of_the_architecture_names_what_is_there_and_every_folder():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w/.*]+(?:\.py|\.toml|\.json|/))`", text))
+    folders = {path.parent.relative_to(ROOT) for path in python_files()}
+    for name in named:
+        assert any(list((ROOT / folder).glob(name)) for folder in {Path(), *folders}), name
+    for folder in map(Path.as_posix, folders):
+        assert f"`{folder}/`" in text or f"`{folder.partition('/')[2]}/`" in text or f"`{Path(folder).name}/`" in text
