@@ -388,6 +388,7 @@ def _describe(workload: Workload) -> dict[str, Any]:
     return {**described, **workload.spec, "global_batch": workload.global_batch, **dims}
 
 
+@no_collection()
 def build(
     plan: Plan,
     workload: Workload,

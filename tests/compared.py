@@ -16,7 +16,7 @@ from unittest import mock
 
 import numpy
 import torch
-from distributed import run_ranks
+from forked import fork_ranks
 
 from shardwright import api, hashes, tasks
 from shardwright.checking import TOLERANCE
@@ -76,7 +76,7 @@ def compared(plan: Plan, folder: Path) -> dict[str, Any]:
     with captured_once():
         workload = hashes.with_plans_dims(plan, tasks.check_workload(plan.workload))
         api._capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
-        return run_ranks(plan.mesh.num_devices, _compare, str(path))[0]
+        return fork_ranks(plan.mesh.num_devices, _compare, str(path))[0]
 
 
 def _compare(rank: int, path: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def forked_launch(
     task: Mapping[str, Any], num_processes: int, on_event: Callable[[dict[str, Any]], None], *, debug: bool = False
 ) -> None:
     """As shardwright.launch.launch, for tests of what a command makes of a run: its processes import nothing anew."""
-    for event in run_ranks(num_processes, _done, dict(task))[0]:
+    for event in fork_ranks(num_processes, _done, dict(task))[0]:
         on_event(json.loads(json.dumps(event)))
 
 

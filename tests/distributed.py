@@ -1,17 +1,16 @@
-"""Ranks for tests with several of them, forked from the test process.
+"""Worker processes for tests with several ranks, started once and used again.
 
     results = run_ranks(4, function, argument, ...)    # function(rank, *arguments) on 4 processes; results by rank
 
-A forked rank has what the test process has: its imports, and the models that it captured (captured.py), so that a call
-costs little more than what the ranks themselves do. Each call makes a fresh gloo process group of the size asked for
-(over the loopback interface), and its processes end with it. Where there is no fork, ranks are spawned: there the
-function must stand at the top level of a test module. A rank that fails ends the call, RankFailed with its traceback;
-ranks that still wait in a collective are killed.
+Each call makes a fresh gloo process group of the size asked for (over the loopback interface) and destroys it
+afterwards, so that tests share processes but no state of torch.distributed. Function and arguments travel by pickle:
+the function must stand at the top level of a test module. A rank that fails ends the call: RankFailed carries its
+traceback, and ranks that still wait in a collective are replaced.
 """
 
 from __future__ import annotations
 
-import gc
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -24,7 +23,6 @@ from multiprocessing.connection import wait
 from typing import Any
 
 GRACE_S = 2.0  # how long the other ranks may still take once one has failed
-_CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 class RankFailed(RuntimeError):
@@ -35,34 +33,43 @@ class RankFailed(RuntimeError):
         super().__init__("\n".join(f"rank {rank}:\n{text}" for rank, text in sorted(failures.items())))
 
 
-def _rank(connection: Any, rank: int, size: int, path: str, search_path: list[str], call: Any) -> None:
-    gc.freeze()  # what came with the fork is the test process's to collect
+def _worker(connection: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    sys.path.extend(folder for folder in search_path if folder not in sys.path)
-    try:
-        data = pickle.dumps((True, _run_in_group(rank, size, path, call)))
-    except BaseException:
-        data = pickle.dumps((False, traceback.format_exc()))
-    connection.send_bytes(data)
-
-
-def _run_in_group(rank: int, size: int, path: str, call: Any) -> Any:
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
-    _forget_meshes()
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        try:
+            reply = (True, _run_one(message))
+            data = pickle.dumps(reply)
+        except BaseException:
+            data = pickle.dumps((False, traceback.format_exc()))
+        connection.send_bytes(data)
+
+
+def _run_one(message: bytes) -> Any:
+    import torch.distributed as dist
+
+    rank, size, path, search_path, payload = pickle.loads(message)
+    for folder in search_path:
+        if folder not in sys.path:
+            sys.path.append(folder)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
     try:
-        function, arguments, keywords = call
+        function, arguments, keywords = pickle.loads(payload)
         return function(rank, *arguments, **keywords)
     finally:
         dist.destroy_process_group()
+        forget_meshes()
 
 
-def _forget_meshes() -> None:
-    """DTensor caches by the value of a mesh: one of the test process's may equal this rank's."""
+def forget_meshes() -> None:
+    """DTensor caches by the value of a mesh: an equal one of the next call would find this one's dead groups there."""
     from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()
@@ -70,56 +77,84 @@ def _forget_meshes() -> None:
     _redistribute.clear_redistribute_planner_cache()
 
 
+class _Worker:
+    def __init__(self, context: Any) -> None:
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_worker, args=(other,), daemon=True)
+        self.process.start()
+        other.close()
+
+    def stop(self, patience_s: float = 0.0) -> None:
+        """An idle worker ends when its connection closes; one that hangs is killed."""
+        self.connection.close()
+        self.process.join(patience_s)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(5)
+
+
+class Pool:
+    """Processes are forked from a server that has imported torch once, so that each starts in milliseconds."""
+
+    def __init__(self) -> None:
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        self.context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self.context.set_forkserver_preload(["shardwright.runtime.program", "torch.distributed.tensor"])
+        self.workers: list[_Worker] = []
+
+    def run(self, size: int, payload: bytes, timeout_s: float) -> list[Any]:
+        while len(self.workers) < size:
+            self.workers.append(_Worker(self.context))
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "store")
+            for rank in range(size):
+                self.workers[rank].connection.send_bytes(pickle.dumps((rank, size, path, sys.path, payload)))
+            return self._collect(size, timeout_s)
+
+    def _collect(self, size: int, timeout_s: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = {self.workers[rank].connection: rank for rank in range(size)}
+        deadline = time.monotonic() + timeout_s
+        while waiting and time.monotonic() < deadline:
+            for ready in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
+                rank = waiting.pop(ready)
+                try:
+                    good, value = pickle.loads(ready.recv_bytes())
+                except (EOFError, OSError):
+                    self.workers[rank].process.join(1)
+                    good, value = False, f"died with exit code {self.workers[rank].process.exitcode}"
+                (results if good else failures)[rank] = value
+                if not good:
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        for rank in waiting.values():
+            failures.setdefault(rank, f"still running when time was up ({timeout_s} s, or {GRACE_S} s after a failure)")
+        if failures:
+            # A worker that died or hangs is replaced in its place: a process always has the same rank, because DTensor
+            # caches coordinates by the value of the mesh.
+            for rank, worker in enumerate(self.workers):
+                if rank in waiting.values() or not worker.process.is_alive():
+                    worker.stop()
+                    self.workers[rank] = _Worker(self.context)
+            raise RankFailed(failures)
+        return [results[rank] for rank in range(size)]
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.stop(patience_s=5.0)
+        self.workers = []
+
+
+_pool: Pool | None = None
+
+
 def run_ranks(
     size: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120.0, **keywords: Any
 ) -> list[Any]:
     """function(rank, *arguments, **keywords) on `size` processes with a gloo process group; results by rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        call = (function, arguments, keywords)
-        shared = (size, os.path.join(folder, "store"), sys.path, call)
-        connections, ranks = [], []
-        try:
-            for rank in range(size):
-                receives, sends = _CONTEXT.Pipe(duplex=False)
-                ranks.append(_CONTEXT.Process(target=_rank, args=(sends, rank, *shared), daemon=True))
-                connections.append(receives)
-                ranks[-1].start()
-                sends.close()  # here and so in the ranks that follow: else nobody would see this one die
-            return _collect(connections, ranks, timeout_s)
-        finally:
-            _end(ranks)
-
-
-def _collect(connections: list[Any], ranks: list[Any], timeout_s: float) -> list[Any]:
-    results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
-    waiting = {connection: rank for rank, connection in enumerate(connections)}
-    deadline = time.monotonic() + timeout_s
-    while waiting and time.monotonic() < deadline:
-        for ready in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
-            rank = waiting.pop(ready)
-            try:
-                good, value = pickle.loads(ready.recv_bytes())
-            except (EOFError, OSError):
-                ranks[rank].join(1)
-                good, value = False, f"died with exit code {ranks[rank].exitcode}"
-            (results if good else failures)[rank] = value
-            if not good:
-                deadline = min(deadline, time.monotonic() + GRACE_S)
-    for rank in waiting.values():
-        failures.setdefault(rank, f"still running when time was up ({timeout_s} s, or {GRACE_S} s after a failure)")
-    if failures:
-        for rank in waiting.values():
-            ranks[rank].kill()
-        raise RankFailed(failures)
-    return [results[rank] for rank in range(len(ranks))]
-
-
-def _end(ranks: list[Any]) -> None:
-    """Those that have sent their result end by themselves, unless something holds them."""
-    for process in ranks:
-        if process.pid is not None:
-            process.join(GRACE_S)
-            if process.is_alive():
-                process.kill()
-                process.join(5)
+    global _pool
+    if _pool is None:
+        _pool = Pool()
+        atexit.register(_pool.close)
+    return _pool.run(size, pickle.dumps((function, arguments, keywords)), timeout_s)

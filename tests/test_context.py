@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from as_written import workload_of
-from distributed import run_ranks
+from forked import fork_ranks
 from torch import fx, nn
 
 import shardwright
@@ -97,7 +97,7 @@ def _planned(kind: str, num_devices: int, force: dict[str, Any]) -> Plan:
 
 
 def _assert_as_on_one_device(kind: str, plan: Plan) -> None:
-    results = run_ranks(plan.mesh.num_devices, _step, kind, plan.to_json())
+    results = fork_ranks(plan.mesh.num_devices, _step, kind, plan.to_json())
     workload, batch = _new_workload(kind)
     expected, _ = workload.model(**batch)
     expected.backward()
@@ -143,7 +143,7 @@ def test_causal_work_of_a_ring_is_balanced() -> None:
 
 
 def test_what_a_model_returns_is_whole_on_every_rank() -> None:
-    results = run_ranks(2, _outputs, _planned("full", 2, {"cp": 2}).to_json())
+    results = fork_ranks(2, _outputs, _planned("full", 2, {"cp": 2}).to_json())
     workload, batch = _new_workload("full")
     with torch.no_grad():
         loss, logits = workload.model.eval()(**batch)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from as_written import workload_of
-from distributed import run_ranks
+from forked import fork_ranks
 from torch import nn
 
 import shardwright
@@ -121,7 +121,7 @@ def _planned(kind: str, num_devices: int, force: dict[str, Any], layers: int = 2
 
 
 def _assert_as_on_one_device(kind: str, plan: Plan, layers: int = 2, axis: str = "ep") -> None:
-    results = run_ranks(plan.mesh.num_devices, _step, kind, layers, plan.to_json())
+    results = fork_ranks(plan.mesh.num_devices, _step, kind, layers, plan.to_json())
     workload, batch = _new_workload(kind, layers)
     expected = workload.model(**batch)
     expected.backward()
@@ -200,14 +200,14 @@ LAYOUTS = [
 @pytest.mark.parametrize("index", range(len(LAYOUTS)), ids=[str(layout) for layout in LAYOUTS])
 def test_a_checkpoint_goes_on_under_another_layout(index: int, tmp_path: Path) -> None:
     plans = [_planned("even", 2, LAYOUTS[k % len(LAYOUTS)], layers=1).to_json() for k in (index, index + 1)]
-    expected = run_ranks(2, _train, plans[0], str(tmp_path / "c"), False, True, 2)[0]
-    for losses in run_ranks(2, _train, plans[1], str(tmp_path / "c"), True, False, 2):
+    expected = fork_ranks(2, _train, plans[0], str(tmp_path / "c"), False, True, 2)[0]
+    for losses in fork_ranks(2, _train, plans[1], str(tmp_path / "c"), True, False, 2):
         assert losses == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_users_own_optimizer_steps_experts_and_the_rest() -> None:
     plan = _planned("even", 2, LAYOUTS[0], layers=1).to_json()
-    own, given = (run_ranks(2, _train, plan, "", False, False, 3, flag)[0] for flag in (True, False))
+    own, given = (fork_ranks(2, _train, plan, "", False, False, 3, flag)[0] for flag in (True, False))
     assert own == pytest.approx(given, rel=1e-9)
 
 
@@ -327,7 +327,7 @@ def test_samples_that_do_not_divide_are_counted_once(form: str) -> None:
     workload, batch = _new_workload("even", 1)
     expected = workload.model(**{name: tensor[:7] for name, tensor in batch.items()})
     expected.backward()
-    for evaluated, loss, gradients in run_ranks(2, _short_step, plan.to_json()):
+    for evaluated, loss, gradients in fork_ranks(2, _short_step, plan.to_json()):
         assert [evaluated, loss] == pytest.approx([expected.item()] * 2, rel=1e-9)
         for name, parameter in workload.model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)
@@ -356,7 +356,7 @@ def _bytes_sent(rank: int, kind: str, plan: str) -> list[int]:
 def test_what_is_sent_is_what_it_is_priced_at() -> None:
     """Where all tokens choose experts of one rank, each goes to one; that rank alone sends results."""
     plan = _planned("uneven", 2, {"dp": 2, "ep": 2, "experts": "dispatch"}, layers=1).to_json()
-    of_ranks = run_ranks(2, _bytes_sent, "uneven", plan)
+    of_ranks = fork_ranks(2, _bytes_sent, "uneven", plan)
     messages = [sum(pair) for pair in zip(*of_ranks, strict=True)]
     assert of_ranks[1][1] == of_ranks[1][3] == 0  # whose experts nobody chose
     tokens = 8 * 3

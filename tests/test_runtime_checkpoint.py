@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_ranks
+from matrix import cells
 from runtime_toy import make_batch, make_plan, make_program, make_toy
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemWriter
@@ -263,7 +264,7 @@ def _load_safetensors(rank: int, layout: dict, path: str) -> float:
 
 
 @pytest.mark.parametrize("layout", [{}, {"dp": 2, "zero": 3}, {"tp": 2}, {"pp": 2}, {"dp": 2, "tp": 2}], ids=str)
-@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize("prefix", cells(["", "model."], ["model."]))
 def test_safetensors_load_into_shards(layout: dict, prefix: str, tmp_path: Path) -> None:
     toy = make_toy()
     expected = float(make_program(toy, make_plan(toy)).step(make_batch(16)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrix import cells
 from planner_fakes import LLAMA_8B, LLAMA_70B, Case, Sizes
 
 from shardwright.errors import ExitCode, ShardwrightError
@@ -47,8 +48,10 @@ def brute_force(case: Case):
     return best
 
 
-@pytest.mark.parametrize("limit_mib", [None, 40, 16, 9])
-@pytest.mark.parametrize("vocab", [500, 4000])
+LIMITS = [(limit_mib, vocab) for limit_mib in (None, 40, 16, 9) for vocab in (500, 4000)]
+
+
+@pytest.mark.parametrize(("limit_mib", "vocab"), cells(LIMITS, [LIMITS[k] for k in (0, 3, 4, 7)]))
 def test_the_search_finds_what_brute_force_finds(limit_mib, vocab):
     case = Case(
         Sizes(layers=4, vocab=vocab), "4xCPU", 8, precision=FLOAT32,
