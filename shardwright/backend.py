@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .amounts import byte_amount, gib_amount
 from .backend_test import holds_collectives, tested_at_first_call
 from .costmodel.model import CostModel
-from .errors import ShardwrightError, near_matches
+from .errors import ExitCode, ShardwrightError, near_matches
 from .memory_budget import budget_of
 from .passes import _torch
 from .passes.activation_limit import Limits, partition_within, saved_bytes
@@ -104,6 +104,8 @@ def shardwright(
             works="options={'inductor': True}",
         )
     settings = BackendOptions.parse(options)
+    if torch.is_grad_enabled():
+        _refuse_frozen_checkpoints(graph_module, example_inputs)
     ranks = dist.get_world_size() if settings.data_parallel and dist.is_available() and dist.is_initialized() else 1
     parameters = {
         slot
@@ -153,6 +155,26 @@ def shardwright(
     if ranks == 1 or not settings.broadcast or not parameters:
         return run
     return _broadcast_first(run, static_slots)
+
+
+def _refuse_frozen_checkpoints(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """A reentrant checkpoint none of whose arguments takes a gradient gives its parameters none; Dynamo takes it for
+    one of the other kind, which does."""
+    placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
+    values = dict(zip(placeholders, example_inputs, strict=True))
+    for node in graph_module.graph.nodes:
+        if not node.kwargs.get("use_reentrant") or "checkpoint" not in str(node.target):
+            continue
+        found = [values.get(given, given.meta.get("example_value")) for given in node.all_input_nodes]
+        trained = [tensor for tensor in found if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
+        if trained and all(isinstance(tensor, torch.nn.Parameter) for tensor in trained):
+            raise ShardwrightError(
+                "a reentrant checkpoint has no argument that takes a gradient, so in eager its parameters get none",
+                means="torch.compile gives them gradients, under any backend: the compiled model would train otherwise",
+                change="torch.utils.checkpoint.checkpoint(..., use_reentrant=True)",
+                works="use_reentrant=False, by which they are trained in eager too",
+                exit_code=ExitCode.UNSUPPORTED_MODEL,
+            )
 
 
 def _fuse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings: BackendOptions) -> fx.GraphModule:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from distributed import run_ranks
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from shardwright import backend, backend_test
 from shardwright.errors import ShardwrightError
@@ -177,6 +178,25 @@ def test_fused_norms_give_the_same_numbers():
     assert "shardwright.add_rms_norm.default" in fused_ops
     assert losses == pytest.approx(expected[0], rel=1e-9)
     assert_same(state, expected[1])
+
+
+class Reentrant(nn.Module):
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.block, self.head = first, nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(checkpoint(self.block, self.first(x), use_reentrant=True))
+
+
+def test_a_checkpoint_that_freezes_its_block_in_eager_alone_is_refused():
+    x = torch.rand(4, 12)
+    with pytest.raises(Exception, match="reentrant checkpoint has no argument that takes a gradient"):
+        torch.compile(Reentrant(nn.Identity()), backend="shardwright")(x)
+    torch._dynamo.reset()
+    model = Reentrant(nn.Linear(12, 12))
+    torch.compile(model, backend="shardwright")(x).sum().backward()
+    assert model.block.weight.grad is not None
 
 
 def test_unknown_option_names_the_near_match():
