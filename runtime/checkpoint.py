@@ -168,7 +168,8 @@ def _bytes_written(program: Trained, state: Mapping[str, torch.Tensor]) -> int:
     """By all ranks: what several hold alike is written once."""
     store, grid = program.store, program.grid
     first = grid.is_zero([axis for axis in grid.sizes if axis not in stage_axes()])
-    of_parameters, whole = 0, {}
+    of_parameters = 0
+    whole: dict[str, int] = {}
     for key, tensor in state.items():
         name = _parameter_of(key)
         if name not in store.specs:
