@@ -28,6 +28,7 @@ from shardwright.planner.search.result import SearchResult
 from shardwright.planner.search.search import first_that_fits
 from shardwright.planner.sharding.sharder import Sharder
 from shardwright.planner.sharding.training import Job
+from shardwright.planner.space.forcing import parse_forced
 from shardwright.planner.stages.setting import state_kinds
 from shardwright.profiler.accelerators import find_link
 from shardwright.profiler.batch_dims import with_batch_dims
@@ -187,7 +188,7 @@ class PlannerPath:
         cuts = even_cuts(ready.graph, row.even_stages)
         if cuts:
             force["cuts"] = cuts
-        job = Job(state_kinds(workload), row.global_batch, int(row.force["zero"]), "prefer" in row.force)
+        job = Job.of(state_kinds(workload), row.global_batch, parse_forced(force))
         sharder = self.sharder(row, job, cost_model)
         return first_that_fits(ready.graph, cost_model, workload, sharder, force=force)
 

@@ -159,7 +159,7 @@ HABITS = {
     "nvidia_nemo": Habits("megatron", zero=1),
     "paper_korthikanti": Habits("megatron_2021", sums="", sequence=False, eager=True, dropout=True),
     "paper_llama3": Habits("megatron", zero=2),
-    "paper_zero_bubble": Habits("megatron", sums=""),
+    "paper_zero_bubble": Habits("megatron", sums="", eager=True, dropout=True),  # memory as published has scores in it
     "torchtitan": Habits("torchtitan_eager", zero=3),
     "vtrain": Habits("megatron_2021", sums="", sequence=False, eager=True, dropout=True),
 }
@@ -364,19 +364,22 @@ def _force(source: str, row: _Cells, habits: Habits, out: Row) -> None:
     if zero:
         out.force["zero_extent"] = str(extent)
     if tp > 1:
-        out.force["prefer"] = "memory"  # all cut weights over the tensor axis, where small models need not
+        out.force |= _tensor_force(source, row, habits)
     if cp > 1:
         out.force["cp"] = str(cp)
     out.force["recompute"] = _recompute(row, out)
     if pp > 1:
         _force_schedule(source, row, habits, out, pp)
-    sequence = habits.sequence or "sequence_parallel=True" in row["notes"] or "sequence parallel +" in row["notes"]
-    if tp > 1 and not sequence and row["flash_attention"] != "yes":
-        out.unlike.append("tensor parallelism without sequence parallelism")
-        if out.stack == "scaling":
-            out.stack = "scaling_without_sp"
     if "flash_attentionv1" in row["flash_attention"]:
         out.stack += "+flash1"
+
+
+def _tensor_force(source: str, row: _Cells, habits: Habits) -> dict[str, str]:
+    """All cut weights over the tensor axis, where small models need not."""
+    said = "sequence_parallel=True" in row["notes"] or "sequence parallel +" in row["notes"]
+    if habits.sequence or said or (source.startswith("megatron") and row["flash_attention"] == "yes"):
+        return {"prefer": "memory"}
+    return {"prefer": "state", "sequence_parallel": "off"}
 
 
 def _zero(source: str, row: _Cells, habits: Habits, dp: int) -> tuple[int, int]:

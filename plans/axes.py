@@ -67,6 +67,10 @@ class AxisRole:
         return self.carries is Carries.SEQUENCE
 
     @property
+    def carries_features(self) -> bool:
+        return self.carries is Carries.FEATURES
+
+    @property
     def splits_state(self) -> bool:
         """Does ZeRO split training state over it?"""
         return self.params_whole and self.grads_partial

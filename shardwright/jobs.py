@@ -18,7 +18,9 @@ def job_of(workload: Workload, global_batch: int, force: Mapping[str, str]) -> J
         kinds=state_kinds(workload),
         global_batch=global_batch,
         zero=3 if forced.zero is None else forced.zero,
+        state_first=forced.prefer != "time",
         memory_first=forced.prefer == "memory",
         attention=forced.attention,
         experts=forced.experts,
+        sequence_parallel=forced.sequence_parallel == "auto",
     )

@@ -61,7 +61,8 @@ class Mesh:
     bytes moved -> seconds. memory_s: bytes -> seconds of a local copy. scratch_of: node, share, bytes of an operand on
     a rank -> bytes that the op holds while it runs, and bytes that it leaves for the next. state_of: elements, their
     bytes, whether they are trained -> bytes of training state. sum_all_s: axes (one bool each), elements -> seconds of
-    the step's sum of their gradients; None: not counted. lengths: of the model's sequences. tie_break: seconds that a
+    the step's sum of their gradients; None: not counted. lengths: of the model's sequences. kept_whole: the same, where
+    axes that carry features divide no tokens, no samples and nothing that passes between segments. tie_break: seconds that a
     byte of an op's results is worth. attention: its form on axes that cut sequences. experts: their form on axes that
     may cut them; imbalance: work of the rank with most tokens over the mean; expert_results: tensors that hold experts.
     dispatch_s: that the host takes to start an op, ahead of the device. on_cpu: as CPUs run the programs.
@@ -76,6 +77,7 @@ class Mesh:
     sum_all_s: Callable[[tuple[bool, ...], float], float] | None = None
     scratch_of: Callable[[fx.Node, float, Callable[[fx.Node], float]], tuple[float, float]] = _no_scratch
     lengths: frozenset[int] = frozenset()
+    kept_whole: frozenset[int] | None = None
     tie_break: float = TIE_BREAK_S_PER_BYTE
     attention: str = "auto"
     experts: str = "auto"
@@ -142,7 +144,16 @@ class Mesh:
             return axis.role.cuts_experts and sizes.of_experts and can_shard(sizes.shape[dim], axis.size, even)
         if axis.role.carries_sequence and not (sizes.tokens and sizes.tokens[dim]):
             return False
+        if self.kept_whole is not None and axis.role.carries_features and self._is_row(sizes, dim):
+            return False
         return can_shard(sizes.shape[dim], axis.size, even)
+
+    def _is_row(self, sizes: Sizes, dim: int) -> bool:
+        """Does a dimension count samples, or tokens? Of several of a sequence's length the first does."""
+        if sizes.batched[dim] or not any(sizes.batched):
+            return sizes.batched[dim]
+        assert self.kept_whole is not None
+        return dim == next((d for d, size in enumerate(sizes.shape) if size in self.kept_whole), None)
 
     def domain(self, sizes: Sizes, *, partial: bool, is_param: bool = False) -> list[Places]:
         """Every way in which a tensor may lie."""
@@ -153,6 +164,14 @@ class Mesh:
             is_whole = is_param and axis.role.params_whole and not (axis.role.cuts_experts and sizes.of_experts)
             choices.append([R] if axis.size == 1 or is_whole else here)
         return self._joint(sizes, choices)
+
+    def between(self, sizes: Sizes, *, partial: bool) -> list[Places]:
+        """Every way in which a tensor may pass from one segment to another."""
+        found = self.domain(sizes, partial=partial)
+        if self.kept_whole is None:
+            return found
+        cut = [axis.role.carries_features for axis in self.axes]
+        return [places for places in found if not any(c and p >= 0 for c, p in zip(cut, places, strict=True))]
 
     def among(self, sizes: Sizes, used: Sequence[Collection[int]]) -> list[Places]:
         """Every way in which it may lie with these placements on each axis."""

@@ -145,7 +145,7 @@ class Sharder:
         if key not in self._frontiers:
             share = self.job.state_left(mesh.state_ranks)
             points = [self.solve(mesh, local_batch)]
-            if mesh.tensor_ranks * mesh.sequence_ranks == 1 or self.job.memory_first:  # there is nothing to choose
+            if mesh.tensor_ranks * mesh.sequence_ranks == 1 or self.job.state_first:  # there is nothing to choose
                 self._frontiers[key] = points
                 return points
             points.append(self._at_price(key, self._dear(share)))
@@ -291,6 +291,7 @@ class Sharder:
             dispatch_s=self.cost_model.stack.figures.dispatch_s,
             on_cpu=self.cost_model.cluster.worst_device().kind == "cpu",
             lengths=self._lengths if shape.sequence_ranks > 1 else frozenset(),
+            kept_whole=None if self.job.sequence_parallel else self._lengths,
         )
 
     def _axis(self, role: AxisRole, shape: MeshShape) -> Axis:
@@ -401,8 +402,9 @@ class Sharder:
             figures = self._figures(key, other, started)
             if seconds(figures) < seconds(found):
                 solved, found = other, figures
-        if has_choice and (self.job.memory_first or not self._is_of_use(solved, found)):
-            solved = self._solved(mesh, made, replace(LEAST_STATE, sums=once.sums))
+        if has_choice and (self.job.state_first or not self._is_of_use(solved, found)):
+            saved = LEAST_STATE.saved if self.job.memory_first or not self.job.state_first else 0.0
+            solved = self._solved(mesh, made, replace(LEAST_STATE, saved=saved, sums=once.sums))
             found = self._figures(key, solved, started)
         self.moves[key] = {name: moves(self._placed(segment, solved)) for name, segment in self.graph.segments.items()}
         return replace(found, lower_bound_s=min(least_s, found.objective_s))

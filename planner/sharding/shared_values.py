@@ -68,7 +68,7 @@ def add_boundaries(graph: ModelGraph, mesh: Mesh, made: Build, demands: Demands)
                 elif root in inputs:
                     options = [demands.inputs(inputs[root], sizes)]
                 else:
-                    options = mesh.domain(sizes, partial=kinds[0] == "gin")
+                    options = mesh.between(sizes, partial=kinds[0] == "gin")
                 classes[root] = place_variable(made, options, ("boundary", key))
             made.slot_vars[key] = classes[root]
 

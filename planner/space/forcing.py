@@ -16,12 +16,13 @@ from ...profiler.near import near_matches
 from ...schedules.published.library import SCHEDULES, canonical_name
 
 CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
-           "offload", "optimizer_state", "prefer", "attention", "experts")  # fmt: skip
+           "offload", "optimizer_state", "prefer", "attention", "experts", "sequence_parallel")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
 RECOMPUTE_CHOICES = ("auto", "none", "selective", "all")
 OFFLOAD_CHOICES = ("none", "auto")
 STATE_CHOICES = ("device", "host")
-PREFER_CHOICES = ("time", "memory")
+PREFER_CHOICES = ("time", "state", "memory")
+SEQUENCE_PARALLEL_CHOICES = ("auto", "off")
 ATTENTION_CHOICES = ("auto", *FORMS)
 EXPERT_CHOICES = ("auto", *EXPERT_FORMS)
 
@@ -43,9 +44,11 @@ class Forced:
     zero_extent: tuple[int, int] | None = None  # ranks that share parameters, ranks that share other state
     offload: bool = False  # an order of the plan's own may send activations to host memory
     optimizer_state: str | None = None  # with the copies that the optimizer steps over
-    prefer: str = "time"  # of placements: "memory" splits all training state that can be split, whatever it takes
+    prefer: str = "time"  # of placements: "state" splits all training state that can be split, whatever it takes; "memory"
+    # besides what is kept for the backward
     attention: str = "auto"  # where sequences are cut
     experts: str = "auto"  # how their work is shared on an expert axis
+    sequence_parallel: str = "auto"  # may tensor ranks divide tokens between the products that they cut?
 
     @property
     def axes(self) -> dict[str, int]:
@@ -110,6 +113,8 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = _one_of(name, text.lower(), ATTENTION_CHOICES)
         elif name == "experts":
             values[name] = _one_of(name, text.lower(), EXPERT_CHOICES)
+        elif name == "sequence_parallel":
+            values[name] = _one_of(name, text.lower(), SEQUENCE_PARALLEL_CHOICES)
         elif name == "cuts":
             values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
         elif name == "zero_extent":
@@ -137,6 +142,7 @@ def _example(key: str) -> str:
         "prefer": "memory",
         "attention": "gather",
         "experts": "dispatch",
+        "sequence_parallel": "off",
     }.get(key, "2")
 
 
