@@ -23,13 +23,12 @@ from shardwright.api import capture_for_planning, captured_for
 from shardwright.costmodel.model import CostModel
 from shardwright.costmodel.stacks import Stack, stack_named
 from shardwright.errors import ShardwrightError
+from shardwright.jobs import job_of
 from shardwright.planner.search.does_not_fit import DoesNotFit
 from shardwright.planner.search.result import SearchResult
 from shardwright.planner.search.search import first_that_fits
 from shardwright.planner.sharding.sharder import Sharder
 from shardwright.planner.sharding.training import Job
-from shardwright.planner.space.forcing import parse_forced
-from shardwright.planner.stages.setting import state_kinds
 from shardwright.profiler.accelerators import find_link
 from shardwright.profiler.batch_dims import with_batch_dims
 from shardwright.profiler.cluster import Cluster
@@ -188,7 +187,7 @@ class PlannerPath:
         cuts = even_cuts(ready.graph, row.even_stages)
         if cuts:
             force["cuts"] = cuts
-        job = Job.of(state_kinds(workload), row.global_batch, parse_forced(force))
+        job = job_of(workload, row.global_batch, force)
         sharder = self.sharder(row, job, cost_model)
         return first_that_fits(ready.graph, cost_model, workload, sharder, force=force)
 

@@ -23,7 +23,7 @@ TUNING = re.compile(r"\b(LoRA|SFT)\b|finetun", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Model:
-    """kind: llama or gpt2. eager: attention as its formula writes it, with its scores in memory. dropout: after
+    """kind: llama or gpt. eager: attention as its formula writes it, with its scores in memory. dropout: after
     attention and each half of a layer. fused_norm: one kernel for each norm."""
 
     kind: str
@@ -41,19 +41,20 @@ class Model:
 
     def config(self, layers: int) -> dict[str, Any]:
         """Of transformers, with another number of layers."""
-        if self.kind == "gpt2":
+        if self.kind == "gpt":
             drop = 0.1 if self.dropout else 0.0
             return {
-                "model_type": "gpt2",
-                "n_embd": self.hidden,
-                "n_layer": layers,
-                "n_head": self.heads,
-                "n_inner": self.ffn,
+                "model_type": "opt",  # projections apart, as tensor ranks cut the publishers' own by heads
+                "hidden_size": self.hidden,
+                "word_embed_proj_dim": self.hidden,
+                "num_hidden_layers": layers,
+                "num_attention_heads": self.heads,
+                "ffn_dim": self.ffn,
                 "vocab_size": self.vocab,
-                "n_positions": self.seq_len,
-                "attn_pdrop": 0.0 if not self.eager else drop,
-                "resid_pdrop": drop,
-                "embd_pdrop": drop,
+                "max_position_embeddings": self.seq_len,
+                "attention_dropout": 0.0 if not self.eager else drop,
+                "dropout": drop,
+                "layerdrop": 0.0,
                 "activation_function": "gelu",  # one kernel, as the publishers' own
                 "tie_word_embeddings": self.tied,
             }
@@ -300,7 +301,7 @@ def _model(source: str, row: _Cells, habits: Habits) -> Model | None:
     if not layers or not hidden or not row.number("seq_len"):
         return None
     name = row["model"].lower()
-    kind = "llama" if any(word in name for word in ("llama", "qwen", "mistral", "internlm")) else "gpt2"
+    kind = "llama" if any(word in name for word in ("llama", "qwen", "mistral", "internlm")) else "gpt"
     heads = row.number("heads") or row.number("kv_heads") or max(1, hidden // 128)
     if hidden % heads:
         heads = max(1, hidden // 128)
@@ -315,10 +316,10 @@ def _model(source: str, row: _Cells, habits: Habits) -> Model | None:
         hidden=hidden,
         ffn=row.number("ffn_hidden") or 4 * hidden,
         heads=heads,
-        kv_heads=heads if kind == "gpt2" else row.number("kv_heads") or heads,
+        kv_heads=heads if kind == "gpt" else row.number("kv_heads") or heads,
         vocab=vocab,
         seq_len=row.number("seq_len"),
-        tied=(kind == "gpt2" and "untied embeddings" not in row["notes"]) or "tie_embeddings=True" in row["notes"],
+        tied=(kind == "gpt" and "untied embeddings" not in row["notes"]) or "tie_embeddings=True" in row["notes"],
         eager=eager,
         dropout=habits.dropout and kernel != "yes",
         fused_norm=not source.startswith("aleph") or "RMS" in kernel,
@@ -377,7 +378,12 @@ def _force(source: str, row: _Cells, habits: Habits, out: Row) -> None:
 def _tensor_force(source: str, row: _Cells, habits: Habits) -> dict[str, str]:
     """All cut weights over the tensor axis, where small models need not."""
     said = "sequence_parallel=True" in row["notes"] or "sequence parallel +" in row["notes"]
-    if habits.sequence or said or (source.startswith("megatron") and row["flash_attention"] == "yes"):
+    if (
+        habits.sequence
+        or said
+        or _again_only_attention(source, row)
+        or (source.startswith("megatron") and row["flash_attention"] == "yes")
+    ):
         return {"prefer": "memory"}
     return {"prefer": "state", "sequence_parallel": "off"}
 

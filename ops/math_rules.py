@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..profiler.op_view import OpView
 from .placement import P, R
-from .rules import aten, pointwise, rule_for, same_everywhere, wrap
+from .rules import RULES, aten, pointwise, rule_for, same_everywhere, wrap
 from .strategy import Strategy
 
 # --------------------------------------------------------------------------- matrix products
@@ -41,6 +43,20 @@ def bmm(view: OpView) -> list[Strategy]:
         Strategy((0, 0), (0,)), Strategy((1, R), (1,)), Strategy((R, 2), (2,)), Strategy((2, 1), (P,)),
         Strategy((P, R), (P,)), Strategy((R, P), (P,)),
     ]  # fmt: skip
+
+
+def matmul(view: OpView) -> list[Strategy]:
+    """Of stacks of matrices in the same leading dimensions."""
+    rows = view.inputs[0].dim() - 2
+    columns = rows + 1
+    return [
+        *(Strategy((d, d), (d,)) for d in range(rows)),
+        Strategy((rows, R), (rows,)), Strategy((R, columns), (columns,)), Strategy((columns, rows), (P,)),
+        Strategy((P, R), (P,)), Strategy((R, P), (P,)),
+    ]  # fmt: skip
+
+
+RULES[torch.ops.shardwright.matmul] = matmul
 
 
 @rule_for("baddbmm")

@@ -21,6 +21,7 @@ Every pass takes an fx.Graph and changes it in place; they run in the order of `
     replace_global_pool   a pool to one value as the mean that it is: torch's own kernel restrides its result in place
     replace_embedding_bag bags of embeddings as lookups and sums, whose tables can be split
     dense_embeddings      no gradients of tables in sparse layout: their values are the same
+    replace_batched_products  matmul of stacks in several dimensions as one op, which they do not merge for
     replace_attention     scaled_dot_product_attention as one op of ours (attention_ops.py)
 """
 
@@ -36,6 +37,7 @@ from torch import fx
 from ..errors import ExitCode, ShardwrightError
 from .attention_ops import replace_attention
 from .batch_norms import replace_batch_norm
+from .batched_products import replace_batched_products
 from .embedding_bags import replace_embedding_bag
 from .global_loss import split_mean_losses
 from .loss_precision import widen_losses
@@ -99,6 +101,7 @@ def normalize(
     replace_global_pool(graph)
     replace_embedding_bag(graph)
     dense_embeddings(graph)
+    replace_batched_products(graph)
     replace_attention(graph, key)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     output.args = ((*output.args[0], *mutated.values()),)  # so that what buffers become is not dead code

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from .batched_products import copied_bytes
 from .graph import OpCost, Segment
 from .nodes import named_arguments, source_of
 
@@ -73,6 +74,8 @@ def op_work(node: fx.Node) -> OpWork:
     val = node.meta.get("val")
     results = [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, torch.Tensor)]
     moved = float(sum(map(size_bytes, operands)) + sum(map(size_bytes, results)))
+    if node.target is torch.ops.shardwright.matmul.default:
+        moved += 2.0 * copied_bytes(operands)
     return OpWork(_flops(node, operands, results), moved, _launches(node, operands))
 
 

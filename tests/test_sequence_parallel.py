@@ -14,10 +14,9 @@ import transformers
 from shardwright import api
 from shardwright.costmodel.model import CostModel
 from shardwright.errors import ShardwrightError
+from shardwright.jobs import job_of
 from shardwright.planner.sharding.sharder import Sharder
-from shardwright.planner.sharding.training import Job
 from shardwright.planner.space.forcing import parse_forced
-from shardwright.planner.stages.setting import state_kinds
 from shardwright.plans.axes import MeshShape
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.models import load_workload
@@ -44,7 +43,7 @@ def kept_bytes():
     captured = api.captured_for(workload, cost_model)
 
     def found(ranks: int, **force: str) -> float:
-        job = Job.of(state_kinds(workload), BATCH, parse_forced(force))
+        job = job_of(workload, BATCH, force)
         solution = Sharder(captured.graph, cost_model, job=job).solve(MeshShape.of({"tp": ranks}), BATCH)
         layer = next(i.segment for i in captured.graph.instances if i.module_path == "model.decoder.layers.0")
         return solution.costs[layer].saved_bytes / (BATCH * LENGTH * WIDTH)

@@ -163,6 +163,7 @@ for bias in (randn(4), randn(6, 4), randn(6, 1), randn(1, 4), randn(1)):
     case(aten.addmm.default, bias, randn(6, 5), randn(5, 4))
 case(aten.addmm.default, randn(4), randn(6, 5), randn(5, 4), beta=2)
 case(aten.bmm.default, randn(6, 5, 3), randn(6, 3, 4))
+case(experts.matmul.default, randn(4, 6, 5, 3), randn(4, 6, 3, 8))
 case(aten.baddbmm.default, randn(6, 5, 4), randn(6, 5, 3), randn(6, 3, 4))
 case(aten.baddbmm.default, randn(4), randn(6, 5, 3), randn(6, 3, 4))
 case(aten.dot.default, randn(5), randn(5))

@@ -62,7 +62,8 @@ class Mesh:
     a rank -> bytes that the op holds while it runs, and bytes that it leaves for the next. state_of: elements, their
     bytes, whether they are trained -> bytes of training state. sum_all_s: axes (one bool each), elements -> seconds of
     the step's sum of their gradients; None: not counted. lengths: of the model's sequences. kept_whole: the same, where
-    axes that carry features divide no tokens, no samples and nothing that passes between segments. tie_break: seconds that a
+    axes that carry features divide no tokens, no samples and nothing that passes between segments.
+    weighs_vectors: do biases and the like count as training state? tie_break: seconds that a
     byte of an op's results is worth. attention: its form on axes that cut sequences. experts: their form on axes that
     may cut them; imbalance: work of the rank with most tokens over the mean; expert_results: tensors that hold experts.
     dispatch_s: that the host takes to start an op, ahead of the device. on_cpu: as CPUs run the programs.
@@ -78,6 +79,7 @@ class Mesh:
     scratch_of: Callable[[fx.Node, float, Callable[[fx.Node], float]], tuple[float, float]] = _no_scratch
     lengths: frozenset[int] = frozenset()
     kept_whole: frozenset[int] | None = None
+    weighs_vectors: bool = True
     tie_break: float = TIE_BREAK_S_PER_BYTE
     attention: str = "auto"
     experts: str = "auto"
@@ -276,6 +278,8 @@ class Mesh:
 
     def state_bytes(self, sizes: Sizes, is_trained: bool) -> float:
         """Of training state that a whole parameter of these sizes stands for."""
+        if not self.weighs_vectors and len(sizes.shape) < 2:
+            return 0.0
         return self.state_of(math.prod(sizes.shape), sizes.num_bytes, is_trained)
 
     # ------------------------------------------------------------------ seconds

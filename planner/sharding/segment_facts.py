@@ -81,7 +81,16 @@ def saved_tensors(segment: Segment) -> list[Result]:
 def matrix_flops(node: fx.Node) -> float:
     """What counts as model FLOPs: matrix products, convolutions and attention."""
     name = str(getattr(node.target, "overloadpacket", ""))
-    if name.split(".")[-1] in ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_grouped_mm"):
+    if name.split(".")[-1] in (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "matmul",
+        "convolution",
+        "convolution_backward",
+        "_grouped_mm",
+    ):
         return op_work(node).flops
     if name.startswith("shardwright.expert_mlp"):
         return op_work(node).flops

@@ -74,6 +74,7 @@ class Prices:
 
 
 LEAST_STATE = Prices(LEAST_PRICE, HIGHEST_PRICE)
+STATE_FIRST = Prices(0.0, LEAST_PRICE)  # low enough for seconds to be seen beside it
 
 
 @dataclass
@@ -291,6 +292,7 @@ class Sharder:
             dispatch_s=self.cost_model.stack.figures.dispatch_s,
             on_cpu=self.cost_model.cluster.worst_device().kind == "cpu",
             lengths=self._lengths if shape.sequence_ranks > 1 else frozenset(),
+            weighs_vectors=self.job.memory_first or not self.job.state_first,
             kept_whole=None if self.job.sequence_parallel else self._lengths,
         )
 
@@ -403,8 +405,8 @@ class Sharder:
             if seconds(figures) < seconds(found):
                 solved, found = other, figures
         if has_choice and (self.job.state_first or not self._is_of_use(solved, found)):
-            saved = LEAST_STATE.saved if self.job.memory_first or not self.job.state_first else 0.0
-            solved = self._solved(mesh, made, replace(LEAST_STATE, saved=saved, sums=once.sums))
+            prices = STATE_FIRST if self.job.state_first and not self.job.memory_first else LEAST_STATE
+            solved = self._solved(mesh, made, replace(prices, sums=once.sums))
             found = self._figures(key, solved, started)
         self.moves[key] = {name: moves(self._placed(segment, solved)) for name, segment in self.graph.segments.items()}
         return replace(found, lower_bound_s=min(least_s, found.objective_s))

@@ -44,8 +44,8 @@ class Forced:
     zero_extent: tuple[int, int] | None = None  # ranks that share parameters, ranks that share other state
     offload: bool = False  # an order of the plan's own may send activations to host memory
     optimizer_state: str | None = None  # with the copies that the optimizer steps over
-    prefer: str = "time"  # of placements: "state" splits all training state that can be split, whatever it takes; "memory"
-    # besides what is kept for the backward
+    prefer: str = "time"  # of placements: "state" splits all weights but vectors, whatever it takes; "memory" all
+    # training state that can be split, and then what is kept for the backward
     attention: str = "auto"  # where sequences are cut
     experts: str = "auto"  # how their work is shared on an expert axis
     sequence_parallel: str = "auto"  # may tensor ranks divide tokens between the products that they cut?
