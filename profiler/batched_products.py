@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def copied_bytes(operands: Sequence[torch.Tensor]) -> int:
 
 def _is_one_stack(tensor: torch.Tensor) -> bool:
     leading = [(size, stride) for size, stride in zip(tensor.shape[:-2], tensor.stride()[:-2], strict=True) if size > 1]
-    return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(leading, leading[1:], strict=False))
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(leading))
 
 
 def replace_batched_products(graph: fx.Graph) -> None:

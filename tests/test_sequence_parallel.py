@@ -19,7 +19,6 @@ from shardwright.planner.sharding.sharder import Sharder
 from shardwright.planner.space.forcing import parse_forced
 from shardwright.plans.axes import MeshShape
 from shardwright.profiler.hardware import parse_hardware
-from shardwright.profiler.models import load_workload
 from shardwright.profiler.workload import Precision, Workload
 
 BATCH, LENGTH, WIDTH, LAYERS = 4, 96, 512, 2
