@@ -14,7 +14,7 @@ import functools
 import inspect
 import linecache
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 from unittest import mock
@@ -188,7 +188,7 @@ def _computed(test: ast.expr, names: Mapping[str, Any]) -> Any:
     return found.reshape(()) != 0
 
 
-def _combined(parts: list[ast.expr], is_or: bool, names: Mapping[str, Any]) -> Any:
+def _combined(parts: Sequence[ast.expr], is_or: bool, names: Mapping[str, Any]) -> Any:
     whole: Any = not is_or
     for part in parts:
         found = _computed(part, names)
