@@ -160,7 +160,7 @@ HABITS = {
     "nvidia_nemo": Habits("megatron", zero=1),
     "paper_korthikanti": Habits("megatron_2021", sums="", sequence=False, eager=True, dropout=True),
     "paper_llama3": Habits("megatron", zero=2),
-    "paper_zero_bubble": Habits("megatron", sums="", eager=True, dropout=True),  # memory as published has scores in it
+    "paper_zero_bubble": Habits("megatron_2021", sums="", eager=True, dropout=True),  # memory as published has scores in it
     "torchtitan": Habits("torchtitan_eager", zero=3),
     "vtrain": Habits("megatron_2021", sums="", sequence=False, eager=True, dropout=True),
 }
@@ -371,6 +371,8 @@ def _force(source: str, row: _Cells, habits: Habits, out: Row) -> None:
     out.force["recompute"] = _recompute(row, out)
     if pp > 1:
         _force_schedule(source, row, habits, out, pp)
+    if out.stack == "scaling" and not out.model.fused_norm:
+        out.stack = "scaling_unfused"
     if "flash_attentionv1" in row["flash_attention"]:
         out.stack += "+flash1"
 
