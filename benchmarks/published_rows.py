@@ -160,7 +160,9 @@ HABITS = {
     "nvidia_nemo": Habits("megatron", zero=1),
     "paper_korthikanti": Habits("megatron_2021", sums="", sequence=False, eager=True, dropout=True),
     "paper_llama3": Habits("megatron", zero=2),
-    "paper_zero_bubble": Habits("megatron_2021", sums="", eager=True, dropout=True),  # memory as published has scores in it
+    "paper_zero_bubble": Habits(
+        "megatron_2021", sums="", eager=True, dropout=True
+    ),  # memory as published has scores in it
     "torchtitan": Habits("torchtitan_eager", zero=3),
     "vtrain": Habits("megatron_2021", sums="", sequence=False, eager=True, dropout=True),
 }
