@@ -44,18 +44,19 @@ class Model:
         if self.kind == "gpt":
             drop = 0.1 if self.dropout else 0.0
             return {
-                "model_type": "opt",  # projections apart, as tensor ranks cut the publishers' own by heads
+                # projections apart, as tensor ranks cut the publishers' own by heads; softmax in the scores' dtype
+                "model_type": "biogpt",
                 "hidden_size": self.hidden,
-                "word_embed_proj_dim": self.hidden,
                 "num_hidden_layers": layers,
                 "num_attention_heads": self.heads,
-                "ffn_dim": self.ffn,
+                "intermediate_size": self.ffn,
                 "vocab_size": self.vocab,
                 "max_position_embeddings": self.seq_len,
-                "attention_dropout": 0.0 if not self.eager else drop,
-                "dropout": drop,
+                "attention_probs_dropout_prob": 0.0 if not self.eager else drop,
+                "hidden_dropout_prob": drop,
+                "activation_dropout": 0.0,
                 "layerdrop": 0.0,
-                "activation_function": "gelu",  # one kernel, as the publishers' own
+                "hidden_act": "gelu",  # one kernel, as the publishers' own
                 "tie_word_embeddings": self.tied,
             }
         return {
