@@ -125,7 +125,8 @@ def run_experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [N, H], and what the first product gives for the choices in the order of experts: all, or `count` of them.
     experts: gate_up and down, and their biases where they have any."""
-    gate_up, down, up_bias, down_bias = (*experts, None, None)[:4]
+    gate_up, down, *biases = experts
+    up_bias, down_bias = biases or (None, None)
     groups = _Groups(index, gate_up.shape[0], count)
     both = groups.products(hidden[groups.tokens], gate_up, up_bias)
     out = groups.products(gate_of(activation).forward(both), down, down_bias)
@@ -145,7 +146,8 @@ def run_experts_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of hidden, weight and the experts. pre: what run_experts gave with the same count; computed again
     without."""
-    gate_up, down, up_bias, down_bias = (*experts, None, None)[:4]
+    gate_up, down, *biases = experts
+    up_bias, down_bias = biases or (None, None)
     groups = _Groups(index, gate_up.shape[0], count)
     rows, grad = hidden[groups.tokens], grad_out[groups.tokens]
     if pre is None:

@@ -114,7 +114,7 @@ def _named_backward(activation: str, both: torch.Tensor, grad: torch.Tensor) -> 
 
 def _program(graph: fx.Graph) -> dict[str, Any] | None:
     places: dict[fx.Node, int] = {}
-    steps = []
+    steps: list[list[Any]] = []
     for node in graph.nodes:
         if node.op == "output":
             out = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]

@@ -84,15 +84,15 @@ def test_an_expert_op_holds_no_more_than_is_counted_beside_its_results(is_backwa
     weight = torch.rand(tokens, choices, generator=generator)
     gate_up = torch.randn(experts, 2 * inner, hidden, generator=generator)
     down = torch.randn(experts, hidden, inner, generator=generator)
-    out, pre = run_experts(x, index, weight, gate_up, down, "silu")
+    out, pre = run_experts(x, index, weight, [gate_up, down], "silu")
     before = all_tensors()
     results: list[torch.Tensor] = []
 
     def work() -> None:
         if is_backward:
-            results.extend(run_experts_backward(out, x, index, weight, gate_up, down, pre, "silu"))
+            results.extend(run_experts_backward(out, x, index, weight, [gate_up, down], pre, "silu"))
         else:
-            results.extend(run_experts(x, index, weight, gate_up, down, "silu"))
+            results.extend(run_experts(x, index, weight, [gate_up, down], "silu"))
 
     live = peak_of(work, before)
     beside = live.peak_bytes - live.begun_bytes - sum(t.numel() * t.element_size() for t in results)

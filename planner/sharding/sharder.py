@@ -320,7 +320,8 @@ class Sharder:
         self, role: AxisRole, factors: Mapping[str, int], per_host: int
     ) -> tuple[tuple[int, int, Callable[[str, float], float]], ...]:
         """Of tokens on their way to experts: to the host, between ranks in the same place on each, and inside it."""
-        hosts, digits = factors[role.name] // per_host, {}
+        hosts = factors[role.name] // per_host
+        digits: dict[str, int] = {}
         for name, size in factors.items():
             digits |= {"hosts": hosts, name: per_host} if name == role.name else {name: size}
         across, inside = (self.cost_model.cluster.axis_links(digits, name) for name in ("hosts", role.name))
