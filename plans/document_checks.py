@@ -79,14 +79,26 @@ def _check_names(document: Document) -> str:
             return f"workload.{key}: {value!r} is no text"
         if key in _TABLES and not isinstance(value, dict):
             return f"workload.{key}: {value!r} is no table"
-    if not isinstance(document["hardware"].get("name", ""), str):
+    return ""
+
+
+def _check_hardware(document: Document) -> str:
+    hardware = document["hardware"]
+    if not isinstance(hardware.get("name", ""), str):
         return "hardware.name: not a name"
-    hosts = document["hardware"].get("hosts", [])
+    hosts = hardware.get("hosts", [])
     if not isinstance(hosts, list) or not all(isinstance(host, dict) for host in hosts):
         return "hardware.hosts: not a list of hosts"
-    limit = document["hardware"].get("memory_limit_bytes")
+    if not all(isinstance(host.get("device", ""), str) for host in hosts):
+        return "hardware.hosts: a device that is no name"
+    limit = hardware.get("memory_limit_bytes")
     if limit is not None and (type(limit) is not int or not 0 < limit < 1 << 62):
         return f"hardware.memory_limit_bytes: {limit!r}"
+    sources, notes = hardware.get("sources", {}), hardware.get("notes", [])
+    if not isinstance(sources, dict) or not all(type(count) is int for count in sources.values()):
+        return "hardware.sources: no counts of figures by kind"
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        return "hardware.notes: not a list of texts"
     return ""
 
 
@@ -210,6 +222,6 @@ def _check_experts(document: Document) -> str:
 
 
 _CHECKS: tuple[Callable[[Document], str], ...] = (
-    _check_sizes, _check_names, _check_stages, _check_schedule, _check_placements, _check_state, _check_experts,
-    _check_predicted,
+    _check_sizes, _check_names, _check_hardware, _check_stages, _check_schedule, _check_placements, _check_state,
+    _check_experts, _check_predicted,
 )  # fmt: skip

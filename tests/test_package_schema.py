@@ -6,6 +6,7 @@ import json
 from importlib import resources
 
 import jsonschema
+import pytest
 
 from shardwright.plans.document import MemoryPolicy, Plan, plan_json_schema
 from shardwright.plans.document_checks import problem_of, seal
@@ -54,3 +55,20 @@ def test_a_policy_of_an_instance_that_is_not_there_is_refused(hand_made_plan):
     document = json.loads(hand_made_plan.to_json())
     document["memory_policy"]["instances"] = {"99": "all"}
     assert "instances.99" in problem_of(document)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", 1),
+        ("hosts", [1]),
+        ("hosts", [{"device": 1}]),
+        ("sources", {"measured": "two"}),
+        ("notes", ["slow", True]),
+        ("memory_limit_bytes", -1),
+    ],
+)
+def test_hardware_that_cannot_be_read_is_refused(hand_made_plan, key, value):
+    document = json.loads(hand_made_plan.to_json())
+    document["hardware"][key] = value
+    assert problem_of(document).startswith(f"hardware.{key}: ")
