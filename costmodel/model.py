@@ -51,6 +51,10 @@ class CostModel:
             factor = figures.product_factor * (figures.hopper_factor if device.name.startswith(HOPPER) else 1.0)
         return seconds * factor + figures.op_s
 
+    def misaligned_factor(self) -> float:
+        """Arithmetic of a product whose rows are no whole vectors, as if tensor cores did it, over what it does."""
+        return self.table.get("misaligned_product_factor", self.cluster.worst_device().kind)
+
     def attention_seconds(self, call: AttentionCall, share: float) -> float | None:
         """Where attention runs as a formula on the cluster's worst device; None where a fused kernel does it."""
         device, figures = self.cluster.worst_device(), self.stack.figures

@@ -33,14 +33,19 @@ FREE = {
 }  # fmt: skip
 
 
+VECTOR_BYTES = 16  # that tensor cores load at once
+_STACKED = {aten.bmm, torch.ops.shardwright.matmul}
+
+
 @dataclass(frozen=True)
 class OpWork:
     """flops: multiply and add count as two. bytes: read and written; 0 for views, which move nothing. launches: kernels
-    that follow each other on an accelerator."""
+    that follow each other on an accelerator. is_aligned: are the rows of a product's stacked matrices whole vectors?"""
 
     flops: float
     bytes_moved: float
     launches: int = 1
+    is_aligned: bool = True
 
 
 def is_view(node: fx.Node) -> bool:
@@ -76,7 +81,15 @@ def op_work(node: fx.Node) -> OpWork:
     moved = float(sum(map(size_bytes, operands)) + sum(map(size_bytes, results)))
     if node.target is torch.ops.shardwright.matmul.default:
         moved += 2.0 * copied_bytes(operands)
-    return OpWork(_flops(node, operands, results), moved, _launches(node, operands))
+    return OpWork(_flops(node, operands, results), moved, _launches(node, operands), _is_aligned(node, results))
+
+
+def _is_aligned(node: fx.Node, results: list[torch.Tensor]) -> bool:
+    """Of stacks of matrices in 16 bits: do rows of both operands and of the result begin at whole vectors?"""
+    if getattr(node.target, "overloadpacket", None) not in _STACKED or results[0].element_size() != 2:
+        return True
+    first, second = (operand.meta["val"] for operand in node.args[:2])  # type: ignore[union-attr]
+    return all(size * 2 % VECTOR_BYTES == 0 for size in (first.shape[-1], second.shape[-1]))
 
 
 # kernels of a step of shardwright::recurrence (recurrence_ops.py): its matmul, gates and what is kept

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from as_written import workload_of
 from distributed import run_ranks
-from torch import nn
+from torch import fx, nn
 
 import shardwright
 from shardwright import api
+from shardwright.costmodel.model import CostModel
 from shardwright.plans.document import Plan
 from shardwright.profiler.batched_products import copied_bytes
+from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.work import op_work
 
 HEADS, WIDTH, LENGTH = 4, 16, 6
@@ -73,3 +75,24 @@ def test_work_counts_the_copies_that_torch_makes():
     assert op_work(first).bytes_moved == each * (2 * operand + scores + 2 * 2 * operand)
     assert op_work(second).bytes_moved == each * (2 * operand + scores + 2 * operand)
     assert copied_bytes([torch.empty(2, 3, 4, 5)]) == 0 and copied_bytes([torch.empty(2, 4, 3, 5).transpose(1, 2)]) > 0
+
+
+@pytest.mark.parametrize(("head", "dtype", "is_aligned"), [
+    (64, torch.bfloat16, True),
+    (104, torch.float16, True),
+    (108, torch.bfloat16, False),
+    (150, torch.float16, False),
+    (150, torch.float32, True),
+])  # fmt: skip
+def test_rows_of_heads_that_are_no_whole_vectors_keep_tensor_cores_out(head, dtype, is_aligned):
+    """On GPUs their products take as long as published runs with heads of 108 and 150 numbers say; not on CPUs."""
+    graph = fx.Graph()
+    operands = [graph.placeholder(name) for name in ("queries", "keys")]
+    shapes = [(2, 4, 128, head), (2, 4, head, 128)]
+    for operand, shape in zip(operands, shapes, strict=True):
+        operand.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
+    product = graph.call_function(torch.ops.shardwright.matmul.default, tuple(operands))
+    product.meta["val"] = torch.empty(2, 4, 128, 128, dtype=dtype, device="meta")
+    assert op_work(product).is_aligned == is_aligned
+    assert CostModel(parse_hardware("8xA100-80GB")).misaligned_factor() > 1
+    assert CostModel(parse_hardware("2xCPU")).misaligned_factor() == 1

@@ -236,6 +236,8 @@ class Sharder:
         if seconds is not None:
             return seconds
         flops = work.flops * share * (self.cost_model.attention_work(call) if call is not None else 1.0)
+        if not work.is_aligned:
+            flops *= self.cost_model.misaligned_factor()
         return self.cost_model.op_seconds(str(node.target), flops, moved, self._dtypes[key], launches=work.launches)
 
     def _attention_call(self, node: fx.Node) -> AttentionCall | None:
