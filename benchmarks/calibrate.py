@@ -21,6 +21,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from published_statistics import quantile
 from published_tables import table
 from published_validation import CALIBRATION
 
-from shardwright.costmodel.stacks import STACKS_FILE, StackFigures
+from shardwright.costmodel.stacks import OWN_STACK, STACKS_FILE, StackFigures
 
 FOLDS = 5
 # Least and most that a fit may say of each figure.
@@ -132,12 +133,14 @@ def by_stack(rows: Sequence[Parts]) -> dict[str, list[Parts]]:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Of one stack. errors: median of all its rows, k-fold. lines: source, rows, and median and 90th percentile of the
-    error before the fit, fitted and k-fold."""
+    """Of one stack. error: median of all its rows, k-fold. spread, order_error: as Stack has them. lines: source, rows,
+    and median and 90th percentile of the error before the fit, fitted and k-fold."""
 
     figures: dict[str, float]
     num_rows: int
     error: float
+    spread: tuple[float, float]
+    order_error: float
     lines: list[tuple[object, ...]]
 
 
@@ -154,8 +157,30 @@ def fit_stacks(rows: Sequence[Parts]) -> dict[str, Fitted]:
             held = [errors[k] for k in mine]
             shown = [f"{quantile(e, share):.1%}" for e in (before, fitted, held) for share in (0.5, 0.9)]
             lines.append((stack, source, len(mine), *shown))
-        found[stack] = Fitted(figures, len(here), quantile(errors, 0.5), lines)
+        found[stack] = Fitted(
+            figures, len(here), quantile(errors, 0.5), spread(ratios), order_error(here, ratios), lines
+        )
     return found
+
+
+def spread(ratios: Sequence[float]) -> tuple[float, float]:
+    """10th and 90th percentile of measured over predicted."""
+    return quantile([1 / ratio for ratio in ratios], 0.1), quantile([1 / ratio for ratio in ratios], 0.9)
+
+
+def order_error(rows: Sequence[Parts], ratios: Sequence[float]) -> float:
+    """Median error of the ratio of two rows' steps, of all pairs of a group."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row, ratio in zip(rows, ratios, strict=True):
+        groups[row.group].append(ratio)
+    pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
+    return quantile([max(a / b, b / a) - 1 for a, b in pairs], 0.5) if pairs else 0.0
+
+
+def neutral(rows: Sequence[Parts]) -> tuple[tuple[float, float], float]:
+    """(spread, order_error) of all rows with neutral figures: of a stack of which no run is published."""
+    ratios = [predicted(row, {}) / row.measured_s for row in rows]
+    return spread(ratios), order_error(rows, ratios)
 
 
 def report(found: Mapping[str, Fitted]) -> str:
@@ -169,8 +194,9 @@ def _says(name: str, value: float) -> bool:
     return float(f"{value:.3g}") != getattr(NEUTRAL, name) and value >= least
 
 
-def write(found: Mapping[str, Fitted]) -> None:
-    """Into each stack's table, in place of the figures that it has; and the errors."""
+def write(found: Mapping[str, Fitted], own: tuple[tuple[float, float], float]) -> None:
+    """Into each stack's table, in place of the figures that it has; and the errors. own: of plans that this package
+    runs, for which there are no figures."""
     text = STACKS_FILE.read_text()
     month = f"{datetime.date.today():%Y-%m}"
     for stack, one in found.items():
@@ -179,11 +205,20 @@ def write(found: Mapping[str, Fitted]) -> None:
             f'source = "{one.num_rows} published runs (benchmarks/calibrate.py): median error {one.error:.1%}, k-fold"',
             'kind = "fitted"',
             f'date = "{month}"',
+            *_uncertainty(one.spread, one.order_error),
             *(f"{name} = {value:.3g}" for name, value in one.figures.items() if _says(name, value)),
         ]
         text = re.sub(pattern, lambda old, lines=lines: old[1] + "\n".join(lines) + "\n", text, flags=re.DOTALL)
+    table = re.search(rf"\[stacks\.{OWN_STACK}\]\n.*?(?=\n\[)", text, flags=re.DOTALL)
+    assert table is not None
+    kept = [line for line in table[0].rstrip().split("\n") if not line.startswith(("spread", "order_error"))]
+    text = text.replace(table[0], "\n".join([*kept, *_uncertainty(*own)]) + "\n")
     STACKS_FILE.write_text(text)
     CALIBRATION.write_text(f"# Errors of stacks that calibrate.py fits\n\n{CAPTION}\n\n{report(found)}\n")
+
+
+def _uncertainty(spread: tuple[float, float], order_error: float) -> list[str]:
+    return [f"spread = [{spread[0]:.3g}, {spread[1]:.3g}]", f"order_error = {order_error:.2g}"]
 
 
 def _read_parts(path: Path) -> list[Parts]:
@@ -224,7 +259,7 @@ def main() -> int:
     for stack, one in found.items():
         print(f"{stack}: " + ", ".join(f"{name} {value:.4g}" for name, value in one.figures.items()))
     if args.write:
-        write(found)
+        write(found, neutral([row for here in by_stack(rows).values() for row in here]))
     return 0
 
 

@@ -192,6 +192,8 @@ class RankMemory(_Document):
 
 class Predicted(_Document):
     step_s: float
+    # between which eight of ten published runs of the stack were that are predicted so; empty where nothing is known
+    step_range_s: list[float] = Field(default_factory=list)
     tokens_per_s_per_device: float
     mfu: float
     peak_bytes: list[int]  # the worst rank of each stage

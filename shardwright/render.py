@@ -362,6 +362,7 @@ def _trust(plan: Plan) -> RenderableType:
         *([("placements", _sharding_proof(certificate.sharding))] if certificate.sharding else []),
         *([("self-test", _self_test(plan.self_test))] if plan.self_test and plan.self_test.status in _SAID else []),
         ("hardware figures", _sources(plan)),
+        *([("step time", _range(plan))] if plan.predicted.step_range_s else []),
         *([("software stack", plan.stack)] if plan.stack != OWN_STACK else []),
         (
             "planning took",
@@ -383,6 +384,12 @@ def _self_test(found: SelfTest) -> str:
         f"the captured graph gives the model's loss, gradients, buffers and step ({found.dtype}, "
         f"{found.samples} samples, largest difference {worst}), in {format_seconds(found.seconds)}"
     )
+
+
+def _range(plan: Plan) -> str:
+    low, high = (format_seconds(seconds) for seconds in plan.predicted.step_range_s)
+    runs = "published runs" if plan.stack == OWN_STACK else f"published runs of {plan.stack}"
+    return f"{low} to {high}: as far off are eight of ten {runs}"
 
 
 def _sharding_proof(proof: ShardingProof) -> str:

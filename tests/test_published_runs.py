@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import shardwright
 from shardwright.cli import main
 from shardwright.costmodel.constants import default_constants
 from shardwright.costmodel.model import CostModel
@@ -25,6 +26,7 @@ from shardwright.costmodel.stacks import (
 )
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.hardware import parse_hardware
+from shardwright.profiler.models import load_workload
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 COLUMNS = """source,model,params_b,layers,hidden,ffn_hidden,heads,kv_heads,vocab,seq_len,gpu,num_gpus,gpus_per_node,
@@ -212,3 +214,31 @@ def test_an_unknown_stack_is_refused_with_near_names():
     with pytest.raises(ShardwrightError, match="flahs3"):
         stack_named("megatron+flahs3")
     assert stack_named("megatron+flash3").figures.attention_factor < stack_named("megatron").figures.attention_factor
+
+
+def test_what_a_fit_leaves_open_is_said_of_runs_that_it_did_not_see(benchmark_modules):
+    from calibrate import order_error, spread
+    from calibrate_parts import MOVES, Parts
+
+    ratios = [0.8, 1.0, 1.25]  # predicted over measured
+    low, high = spread(ratios)
+    assert low == pytest.approx(0.8 + 0.2 * 0.2) and high == pytest.approx(1.0 + 0.8 * 0.25)
+    zero = dict.fromkeys(MOVES, 0.0)
+    rows = [Parts("s", k, group, "x", 1.0, 1.0, zero, zero) for k, group in enumerate("aab")]
+    assert order_error(rows, ratios) == pytest.approx(0.25), "the third has no other of its group"
+    assert order_error(rows[1:], ratios[1:]) == 0.0
+
+
+def test_a_plan_for_gpus_says_between_which_times_published_runs_were():
+    workload = load_workload("preset:tiny-llama", global_batch=8)
+    low, high = stack_named("megatron").spread
+    plan = shardwright.plan(workload, "2xA100-80GB", stack="megatron", self_test=False)
+    step_s = plan.predicted.step_s
+    assert plan.predicted.step_range_s == pytest.approx([low * step_s, high * step_s])
+    assert low < 1 < high or low < high
+    noise = stack_named("megatron").order_error
+    for other in plan.considered:
+        if other.step_s is not None and other.step_s > step_s * 1.001:
+            assert other.reason.endswith(", a tie") == (other.step_s / step_s - 1 <= noise), other.reason
+    on_cpu = shardwright.plan(workload, "2xCPU", self_test=False)
+    assert on_cpu.predicted.step_range_s == [] and not any("a tie" in other.reason for other in on_cpu.considered)

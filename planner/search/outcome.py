@@ -58,7 +58,7 @@ def is_preferable(outcome: Outcome, other: Outcome) -> bool:
     return outcome.step_s < other.step_s * FASTER and outcome.peak_bytes <= other.peak_bytes
 
 
-def _reason(outcome: Outcome, best: Outcome, interrupted: str) -> str:
+def _reason(outcome: Outcome, best: Outcome, interrupted: str, order_error: float) -> str:
     assert best.step_s is not None
     if outcome.unsharded:
         return f"{outcome.candidate.mesh.inner_part.text(inner_axes())} cannot shard this model"
@@ -67,7 +67,9 @@ def _reason(outcome: Outcome, best: Outcome, interrupted: str) -> str:
         return f"needs {format_bytes(outcome.peak_bytes or 0)} of {format_bytes(outcome.limit_bytes)}{of}"
     if outcome.step_s is not None:
         slower = outcome.step_s / best.step_s - 1
-        return f"slower by {100 * slower:.1f} %" if slower > 5e-4 else "as fast, not better"
+        if slower <= 5e-4:
+            return "as fast, not better"
+        return f"slower by {100 * slower:.1f} %" + (", a tie" if slower <= order_error else "")
     if outcome.note:
         return outcome.note
     bound_s = max(outcome.bound_s, outcome.search_bound_s)
@@ -79,10 +81,15 @@ def _reason(outcome: Outcome, best: Outcome, interrupted: str) -> str:
 
 
 def considered_rows(
-    candidates: Iterable[Candidate], outcomes: Mapping[Candidate, Outcome], best: Outcome, interrupted: str
+    candidates: Iterable[Candidate],
+    outcomes: Mapping[Candidate, Outcome],
+    best: Outcome,
+    interrupted: str,
+    order_error: float = 0.0,
 ) -> list[plan_document.Considered]:
     """The best of each mesh, the nearest that do not fit, then the best of the rest; the chosen one left out.
-    Candidates that come to the same plan, as all schedules of one microbatch do, are one row."""
+    Candidates that come to the same plan, as all schedules of one microbatch do, are one row. order_error: what two
+    predicted steps may differ by and still be a tie."""
     known = [outcomes[c] if c in outcomes else Outcome(c) for c in candidates if c != best.candidate]
 
     def rank(outcome: Outcome) -> tuple[int, float]:
@@ -107,7 +114,7 @@ def considered_rows(
     chosen += misfits
     taken |= {outcome.candidate for outcome in misfits}
     chosen += [outcome for outcome in single if outcome.candidate not in taken][: MAX_ROWS - len(chosen)]
-    return [_row(outcome, best, interrupted) for outcome in sorted(chosen, key=rank)]
+    return [_row(outcome, best, interrupted, order_error) for outcome in sorted(chosen, key=rank)]
 
 
 def _figures(outcome: Outcome) -> tuple[object, ...]:
@@ -123,7 +130,7 @@ def _seen(figures: tuple[object, ...], known: set[tuple[object, ...]]) -> bool:
     return before
 
 
-def _row(outcome: Outcome, best: Outcome, interrupted: str) -> plan_document.Considered:
+def _row(outcome: Outcome, best: Outcome, interrupted: str, order_error: float) -> plan_document.Considered:
     c = outcome.candidate
     chunks = f" x{c.virtual_stages}" if c.virtual_stages > 1 else ""
     return plan_document.Considered(
@@ -136,5 +143,5 @@ def _row(outcome: Outcome, best: Outcome, interrupted: str) -> plan_document.Con
         recompute=outcome.recompute_label,
         step_s=outcome.step_s,
         peak_bytes=outcome.peak_bytes,
-        reason=_reason(outcome, best, interrupted),
+        reason=_reason(outcome, best, interrupted, order_error),
     )

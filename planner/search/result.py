@@ -98,6 +98,7 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
         memory_policy=_memory_policy(setting, chosen),
         predicted=plan_document.Predicted(
             step_s=step_s,
+            step_range_s=step_range_s(setting, step_s),
             tokens_per_s_per_device=tokens / step_s / setting.cluster.num_devices,
             mfu=setting.cost_model.model_flops_utilization(flops, step_s, workload.precision.compute),
             peak_bytes=[max(peaks[rank] for rank in ranks) for ranks in zip(*placements_of(candidate), strict=True)],
@@ -120,7 +121,7 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
             gap_fraction=gap,
             not_searched=not_searched(state),
         ),
-        considered=considered_rows(state.candidates, state.outcomes, chosen.outcome, interrupted),
+        considered=considered_rows(state.candidates, state.outcomes, chosen.outcome, interrupted, order_error(setting)),
         solution=chosen.solution,
         timeline=timeline,
         seconds=time.monotonic() - started,
@@ -128,6 +129,22 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
         num_candidates=len(state.candidates),
         interrupted=interrupted,
     )
+
+
+def step_range_s(setting: Setting, step_s: float) -> list[float]:
+    """Between which times eight of ten published runs were, of those predicted to take this long; empty where nothing
+    is known, as of CPUs."""
+    spread = setting.cost_model.stack.spread
+    return [step_s * share for share in spread] if spread and _is_accelerated(setting) else []
+
+
+def order_error(setting: Setting) -> float:
+    """What two steps may differ by, as predicted, that measured ones do not."""
+    return setting.cost_model.stack.order_error if _is_accelerated(setting) else 0.0
+
+
+def _is_accelerated(setting: Setting) -> bool:
+    return setting.cost_model.cluster.worst_device().kind != "cpu"
 
 
 def _schedule(candidate: Candidate, own: PipelineSchedule | None) -> plan_document.Schedule:
