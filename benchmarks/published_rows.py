@@ -285,7 +285,7 @@ def read_row(source: str, number: int, cells: dict[str, str]) -> Row:
 def _not_expressible(row: _Cells) -> list[str]:
     found = []
     if row.number("ep", 1) > 1 or EXPERTS.search(row["model"]):
-        found.append("experts have no axis")
+        found.append("sizes of experts are not read from tables")
     if NARROW.search(row["dtype"]):
         found.append("fp8 or fp4 products")
     if row["dtype"] == "unknown":
