@@ -77,7 +77,10 @@ def test_rows_are_predicted_and_those_left_out_have_a_reason(tmp_path, benchmark
         {"micro_batch": 4096, "global_batch": 16384, "seq_len": 65536, "outcome": "oom", "step_time_s": ""},
     )
     rows = list(read_rows(folder))
-    assert [row.left_out for row in rows if row.left_out] == [["fp8 or fp4 products"], ["sizes of experts are not read from tables"]]
+    assert [row.left_out for row in rows if row.left_out] == [
+        ["fp8 or fp4 products"],
+        ["sizes of experts are not read from tables"],
+    ]
     path = PlannerPath()
     judged = [Judged(row, path.predict(row)) for row in rows if not row.left_out]
     assert not any(one.found.error for one in judged)
