@@ -336,6 +336,7 @@ def test_all_force_keys_parse():
         "prefer": "memory",
         "attention": "gather",
         "experts": "dispatch",
+        "sequence_parallel": "off",
     }
     forced = parse_forced(values)
     assert forced.cuts == (3, 5) and forced.schedule == "gpipe"

@@ -21,31 +21,33 @@ from shardwright.plans.axes import MeshShape
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.workload import Precision, Workload
 
-BATCH, LENGTH, WIDTH, LAYERS = 4, 96, 512, 2
+BATCH, WIDTH, LAYERS = 4, 512, 2
+LENGTHS = (96, WIDTH, 4 * WIDTH)  # two of them are also a number of features
 
 
-def gpt() -> Workload:
+def gpt(length: int) -> Workload:
     """Its projections of queries, keys and values are three parameters."""
     sizes = dict(hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=4 * WIDTH, num_hidden_layers=LAYERS)
-    others = dict(num_attention_heads=8, vocab_size=1024, max_position_embeddings=LENGTH, use_cache=False)
+    others = dict(num_attention_heads=8, vocab_size=1024, max_position_embeddings=length, use_cache=False)
     quiet = dict(dropout=0.0, attention_dropout=0.0, layerdrop=0.0, activation_function="gelu")
     with torch.device("meta"):
         model = transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, **others, **quiet)).to(torch.bfloat16)
-    batch = {name: torch.empty(BATCH, LENGTH, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
+    batch = {name: torch.empty(BATCH, length, dtype=torch.int64, device="meta") for name in ("input_ids", "labels")}
     return Workload(model, batch, BATCH, precision=Precision(torch.bfloat16, torch.float32, torch.float32))
 
 
-@pytest.fixture(scope="module")
-def kept_bytes():
+@pytest.fixture(scope="module", params=LENGTHS)
+def kept_bytes(request):
     """(ranks of the tensor axis, what is forced) -> bytes that a layer keeps on each rank, over s b h."""
-    workload, cost_model = gpt(), CostModel(parse_hardware("8xA100-80GB"))
+    length = request.param
+    workload, cost_model = gpt(length), CostModel(parse_hardware("8xA100-80GB"))
     captured = api.captured_for(workload, cost_model)
 
     def found(ranks: int, **force: str) -> float:
         job = job_of(workload, BATCH, force)
         solution = Sharder(captured.graph, cost_model, job=job).solve(MeshShape.of({"tp": ranks}), BATCH)
         layer = next(i.segment for i in captured.graph.instances if i.module_path == "model.decoder.layers.0")
-        return solution.costs[layer].saved_bytes / (BATCH * LENGTH * WIDTH)
+        return solution.costs[layer].saved_bytes / (BATCH * length * WIDTH)
 
     return found
 

@@ -151,10 +151,14 @@ class Mesh:
         return can_shard(sizes.shape[dim], axis.size, even)
 
     def _is_row(self, sizes: Sizes, dim: int) -> bool:
-        """Does a dimension count samples, or tokens? Of several of a sequence's length the first does."""
+        """Does a dimension count samples, or tokens? Of several of a sequence's length the first does, unless tokens
+        are counted together with samples."""
         if sizes.batched[dim] or not any(sizes.batched):
             return sizes.batched[dim]
         assert self.kept_whole is not None
+        each = [size // self.run_batch for size, batched in zip(sizes.shape, sizes.batched, strict=True) if batched]
+        if any(size % length == 0 for size in each for length in self.kept_whole):
+            return False
         return dim == next((d for d, size in enumerate(sizes.shape) if size in self.kept_whole), None)
 
     def domain(self, sizes: Sizes, *, partial: bool, is_param: bool = False) -> list[Places]:
