@@ -206,6 +206,25 @@ def running_trace() -> tuple[Any, Any] | None:
     return None if mode is None else (mode.tracer.graph, getattr(mode.tracer, "root", None))
 
 
+def undo_of_trace() -> Callable[[], None]:
+    """Call what this gives, and nothing made since stays in the running trace. An op may give back the tensor that it
+    was given (`x.to(x.dtype)`), which then stands for the op's node: it stands for what it stood for again."""
+    mode = proxy_tensor.get_proxy_mode()
+    assert mode is not None
+    tracer, known = mode.tracer, set(mode.tracer.graph.nodes)
+    stood_for: list[tuple[Any, Any]] = list(tracer.tensor_tracker.items())
+
+    def undo() -> None:
+        for node in reversed(tracer.graph.nodes):
+            if node not in known:
+                tracer.graph.erase_node(node)
+        for tensor, proxy in stood_for:
+            if tracer.tensor_tracker.get(tensor) is not proxy:
+                tracer.tensor_tracker[tensor] = proxy
+
+    return undo
+
+
 def has_sizes_of_data(made: Any) -> bool:
     """Is any of the tensors that an op gave as large as data say, or any of its numbers one of data?"""
     return bool(symbolic_shapes.free_unbacked_symbols(made)) if made is not None else False

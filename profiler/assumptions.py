@@ -66,7 +66,7 @@ class Assumptions(TorchFunctionMode):
         if func in _QUESTIONS and isinstance(args[0], torch.Tensor) and not kwargs:
             found = self._answer(args[0])
             check = check_asked() if func is torch.Tensor.__bool__ and (found is None or found[1]) else None
-            whole = None if check is None else self._whole(check)
+            whole = None if check is None else self._whole(check, args[0])
             if check is not None and (whole is not None or (found is None and check.test is None)):
                 self.held.append((_is(args[0], check.answer) if whole is None else whole, users_line()))
                 return check.answer
@@ -93,20 +93,20 @@ class Assumptions(TorchFunctionMode):
                 return in_rows[0]
         return func(*args, **(kwargs or {}))
 
-    def _whole(self, check: Check) -> torch.Tensor | None:
+    def _whole(self, check: Check, asked: torch.Tensor) -> torch.Tensor | None:
         """Does the whole check pass? None where each part is for itself, or only its shortcuts make it possible; of the
         attempt then nothing stays in the trace."""
         running = _torch.running_trace()
         if check.test is None or running is None:
             return None
         graph, _ = running
-        before = set(graph.nodes)
-        holds = check.holds()
-        made = [node for node in graph.nodes if node not in before]
-        if holds is not None and not any(_torch.has_sizes_of_data(value(node)) for node in made):
-            return holds
-        for node in reversed(made):
-            graph.erase_node(node)
+        for known in (asked, None):
+            before, undo = set(graph.nodes), _torch.undo_of_trace()
+            holds = check.holds(known)
+            made = [node for node in graph.nodes if node not in before]
+            if holds is not None and not any(_writes_or_draws(n) or _torch.has_sizes_of_data(value(n)) for n in made):
+                return holds
+            undo()
         return None
 
     def _assumed(self, func: Any, asked: torch.Tensor, answer: torch.Tensor, hangs_on_data: bool) -> Any:
@@ -162,6 +162,10 @@ class Assumptions(TorchFunctionMode):
         for holds, line in self.held:
             loss = torch.ops.shardwright.assumed(loss, holds, line)
         return loss
+
+
+def _writes_or_draws(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and (node.target._schema.is_mutable or draws(node))
 
 
 def _require_fitting_masks(tensor: torch.Tensor, indices: Any) -> None:

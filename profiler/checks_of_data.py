@@ -3,7 +3,8 @@
 Such a check does not choose a path. It is taken to pass, whatever it asks of, and that it passes is verified as the
 program runs. Where each part must have one answer (`if a or b: raise`), each is verified when it is asked. Where one of
 the parts is enough to pass (`if a and b: raise`, `if a < b < c: raise`), either may be so in a good batch: the whole
-test is computed once more, without its shortcuts, and that is verified.
+test is computed without its shortcuts, and that is verified. The part that is asked is taken as it is; the others are
+computed once more, where that does nothing but give their values (pure_expressions.py).
 """
 
 from __future__ import annotations
@@ -21,26 +22,42 @@ from unittest import mock
 
 import torch
 
+from .pure_expressions import NotPure, computed, is_true
+
 GAUSSIAN_NLL = torch.nn.functional.gaussian_nll_loss
 _gaussian_nll_arguments = inspect.signature(GAUSSIAN_NLL)
 
 
-class Check(NamedTuple):
+class _Found(NamedTuple):
     """answer: to the question that is asked, as the check passes. test: what is to be `passes` as a whole, where that
-    leaves the single parts open; None where each must have its answer."""
+    leaves the single parts open; None where each must have its answer. part: of the test, the one whose value is asked;
+    None where that cannot be said for sure."""
 
     answer: bool
     test: ast.expr | None
     passes: bool
-    names: Mapping[str, Any]  # what the test reads
+    part: ast.expr | None
 
-    def holds(self) -> torch.Tensor | None:
-        """Does the whole test pass? None where it cannot be computed without its shortcuts."""
-        if self.test is None:
+
+class Check(NamedTuple):
+    """A question in a check, as _Found, and what the test reads."""
+
+    answer: bool
+    test: ast.expr | None
+    passes: bool
+    part: ast.expr | None
+    names: Mapping[str, Any]
+
+    def holds(self, asked: torch.Tensor | None) -> torch.Tensor | None:
+        """Does the whole test pass? None where it cannot be computed without its shortcuts, or might do more than that
+        when computed once more. asked: the value of the part that is asked, where that is not to be computed again."""
+        if self.test is None or (asked is not None and self.part is None):
             return None
+        whole = _Whole(self.names, self.part, asked)
         try:
-            found = _computed(self.test, self.names)
-        except Exception:  # of the user's own code, of which an earlier part may be the condition of a later one
+            found = whole.computed(self.test)
+            whole.require_known_is_reached()
+        except Exception:  # NotPure, or of an op, as an earlier part may be the condition of a later one
             return None
         return found == self.passes if isinstance(found, torch.Tensor) else torch.tensor(found == self.passes)
 
@@ -52,7 +69,7 @@ def check_asked() -> Check | None:
     found = None if frame is None else _check(frame.f_code, frame.f_lineno, frame.f_lasti)
     if frame is None or found is None:
         return None
-    return Check(*found, {**frame.f_globals, **frame.f_locals} if found[1] is not None else {})
+    return Check(*found, names={**frame.f_globals, **frame.f_locals} if found.test is not None else {})
 
 
 def _asker() -> FrameType | None:
@@ -69,8 +86,7 @@ _MACHINERY = ("__torch_function__", "__bool__", "handle_torch_function", "wrappe
 
 
 @functools.lru_cache(maxsize=256)
-def _check(code: CodeType, line: int, instruction: int) -> tuple[bool, ast.expr | None, bool] | None:
-    """(answer, test where its parts are open, what it is as it passes)."""
+def _check(code: CodeType, line: int, instruction: int) -> _Found | None:
     asked = _asked(code, instruction)
     if asked is None:
         return None
@@ -82,16 +98,24 @@ def _check(code: CodeType, line: int, instruction: int) -> tuple[bool, ast.expr 
         if isinstance(node, ast.If) and (len(node.body) != 1 or not isinstance(node.body[0], ast.Raise) or node.orelse):
             return None
         passes = isinstance(node, ast.Assert)
-        answer = _answer(_answers(test, passes), asked)
-        return None if answer is None else (answer, test if _is_open(test, passes) else None, passes)
+        answers = _answers(test, passes)
+        answer = _answer(answers, asked)
+        if answer is None:
+            return None
+        part = next((part for part, _ in answers if _is_value(part, asked)), None)
+        return _Found(answer, test if _is_open(test, passes) else None, passes, part)
     return None
 
 
 class _Asked(NamedTuple):
-    """called: by a builtin such as bool, not by the branch itself. place: (line, column, last line, last column) of the
-    expression that is asked, or of the call; None before Python 3.11."""
+    """called: by a builtin such as bool, not by the branch itself. compared: by a comparison, which asks for its branch
+    (Python 3.13), and of lists for each two entries as well. decides: does a branch hang on the result of the call?
+    place: (line, column, last line, last column) of the expression that is asked, or of the call; None before Python
+    3.11."""
 
     called: bool
+    compared: bool
+    decides: bool
     place: tuple[int | None, ...] | None
 
 
@@ -100,19 +124,24 @@ _BETWEEN = ("STORE", "COPY", "TO_BOOL", "CACHE", "EXTENDED_ARG", "NOP", "DUP_TOP
 
 def _asked(code: CodeType, instruction: int) -> _Asked | None:
     """What makes a tensor a truth value; None where it is neither a branch nor a call (`==` of lists does, too)."""
-    before = [found for found in dis.get_instructions(code) if found.offset <= instruction]
+    instructions = list(dis.get_instructions(code))
+    before = [found for found in instructions if found.offset <= instruction]
     name = before[-1].opname if before else ""
     called = name.startswith(("CALL", "PRECALL"))
-    if not called and "JUMP" not in name and name != "TO_BOOL":
+    compared = name == "COMPARE_OP" and before[-1].argrepr.startswith("bool(")
+    if not called and not compared and "JUMP" not in name and name != "TO_BOOL":
         return None
     found = before[-1]
-    if not called:  # the branch has the place of its statement; what was computed last, that of its expression
+    if (
+        not called and not compared
+    ):  # the branch has the place of its statement; what was computed last, that of its test
         found = next((i for i in before[-2::-1] if not i.opname.startswith(_BETWEEN)), found)
+    after = next((i.opname for i in instructions[len(before) :] if not i.opname.startswith(_BETWEEN)), "")
     positions = getattr(code, "co_positions", None)
     if positions is None:
-        return _Asked(called, None)
+        return _Asked(called, compared, "JUMP" in after, None)
     first, last, column, last_column = list(positions())[found.offset // 2]
-    return _Asked(called, (first, column, last, last_column))
+    return _Asked(called, compared, "JUMP" in after, (first, column, last, last_column))
 
 
 _BRANCHING = (ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -124,16 +153,40 @@ def _answer(answers: list[tuple[ast.expr, bool]], asked: _Asked) -> bool | None:
     branches = any(isinstance(inner, _BRANCHING) for part, _ in answers for inner in ast.walk(part))
     if not asked.called and one_answer and not branches:
         return answers[0][1]
+    if asked.place is None:
+        part, answer = answers[0]
+        single = asked.called and asked.decides and len(answers) == 1
+        return answer if single and _asks_each(_unnamed(part), answer) else None
     for part, answer in answers:
-        whole = part.value if isinstance(part, ast.NamedExpr) else part
-        if asked.place == (whole.lineno, whole.col_offset, whole.end_lineno, whole.end_col_offset):
-            return answer if not asked.called or _asks_each(whole, answer) else None
+        if _is_at(part, asked):
+            return answer if not asked.called or _asks_each(_unnamed(part), answer) else None
     return None
+
+
+def _unnamed(part: ast.expr) -> ast.expr:
+    return part.value if isinstance(part, ast.NamedExpr) else part
+
+
+def _is_at(part: ast.expr, asked: _Asked) -> bool:
+    whole = _unnamed(part)
+    return asked.place == (whole.lineno, whole.col_offset, whole.end_lineno, whole.end_col_offset)
+
+
+def _is_value(part: ast.expr, asked: _Asked) -> bool:
+    """Is the tensor that is asked the value of the part, or what bool(...) makes one of?"""
+    whole = _unnamed(part)
+    if asked.compared or not _is_at(part, asked) or (isinstance(whole, ast.Compare) and len(whole.ops) > 1):
+        return False
+    return not asked.called or (isinstance(whole, ast.Call) and _name(whole) == "bool")
+
+
+def _name(call: ast.expr) -> str:
+    return call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
 
 
 def _asks_each(call: ast.expr, answer: bool) -> bool:
     """Has each tensor that a builtin makes a truth value the answer of the whole?"""
-    name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
+    name = _name(call)
     return name == "bool" or (name, answer) in (("any", False), ("all", True))
 
 
@@ -163,43 +216,55 @@ def _is_open(test: ast.expr, passes: bool) -> bool:
     return isinstance(test, ast.Compare) and len(test.ops) > 1 and not passes
 
 
-def _computed(test: ast.expr, names: Mapping[str, Any]) -> Any:
-    """The truth value of a test, a tensor where any part of it that decides is one."""
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        found = _computed(test.operand, names)
-        return ~found if isinstance(found, torch.Tensor) else not found
-    if isinstance(test, ast.BoolOp):
-        return _combined(test.values, isinstance(test.op, ast.Or), names)
-    if isinstance(test, ast.Compare) and len(test.ops) > 1:  # `a < b < c` is `a < b and b < c`
-        sides = [test.left, *test.comparators]
-        pairs = zip(sides, test.ops, sides[1:], strict=False)
-        parts = [ast.copy_location(ast.Compare(a, [op], [b]), test) for a, op, b in pairs]
-        return _combined(parts, False, names)
-    if (
-        isinstance(test, ast.Call)
-        and isinstance(test.func, ast.Name)
-        and test.func.id == "bool"
-        and len(test.args) == 1
-    ):
-        return _computed(test.args[0], names)
-    found = eval(compile(ast.Expression(test), "<a check of data>", "eval"), dict(names))
-    if not isinstance(found, torch.Tensor):
-        return bool(found)
-    return found.reshape(()) != 0
+class _Whole:
+    """A whole test, of which one part, if any, is known.
 
+    The known part may have written to what the parts before it read. Those led to it, so that each that is a Python
+    object left the test open, whatever it would be now; if one is a tensor, none of this is used.
+    """
 
-def _combined(parts: Sequence[ast.expr], is_or: bool, names: Mapping[str, Any]) -> Any:
-    whole: Any = not is_or
-    for part in parts:
-        found = _computed(part, names)
-        if isinstance(found, bool):
-            if found is is_or:  # decides, and what follows is not asked
-                return found
-        elif isinstance(whole, bool):
-            whole = found
-        else:
-            whole = whole | found if is_or else whole & found
-    return whole
+    def __init__(self, names: Mapping[str, Any], part: ast.expr | None, value: torch.Tensor | None) -> None:
+        self._names, self._part, self._value = names, part, value
+        self._is_reached = value is None
+
+    def require_known_is_reached(self) -> None:
+        if not self._is_reached:
+            raise NotPure
+
+    def computed(self, test: ast.expr) -> Any:
+        """The truth value of a test, a tensor where any part of it that decides is one."""
+        if test is self._part and self._value is not None:
+            self._is_reached = True
+            return self._value.reshape(()) != 0
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            found = self.computed(test.operand)
+            return ~found if isinstance(found, torch.Tensor) else not found
+        if isinstance(test, ast.BoolOp):
+            return self._combined(test.values, isinstance(test.op, ast.Or))
+        if isinstance(test, ast.Compare) and len(test.ops) > 1:  # `a < b < c` is `a < b and b < c`
+            sides = [test.left, *test.comparators]
+            pairs = zip(sides, test.ops, sides[1:], strict=False)
+            return self._combined([ast.copy_location(ast.Compare(a, [op], [b]), test) for a, op, b in pairs], False)
+        if isinstance(test, ast.Call) and _name(test) == "bool" and len(test.args) == 1 and "bool" not in self._names:
+            return self.computed(test.args[0])
+        found = computed(test, self._names)
+        if not isinstance(found, torch.Tensor):
+            return is_true(found)
+        self.require_known_is_reached()
+        return found.reshape(()) != 0
+
+    def _combined(self, parts: Sequence[ast.expr], is_or: bool) -> Any:
+        whole: Any = not is_or
+        for part in parts:
+            found = self.computed(part)
+            if isinstance(found, bool):
+                if found is is_or:  # decides, and what follows is not asked
+                    return found
+            elif isinstance(whole, bool):
+                whole = found
+            else:
+                whole = whole | found if is_or else whole & found
+        return whole
 
 
 def gaussian_nll(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

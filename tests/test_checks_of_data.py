@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -155,3 +156,112 @@ def test_a_part_that_only_its_condition_makes_possible_is_not_asked() -> None:
     program.forward_backward(program.shard_batch(entries(1e6)))
     with pytest.raises(ShardwrightError, match="the question at"):
         program.forward_backward(program.shard_batch(entries(1.0, 2)))
+
+
+class Writes(nn.Module):
+    """Its checks count calls, write to activations or draw numbers, and eager skips some of that."""
+
+    def __init__(self, check: str) -> None:
+        super().__init__()
+        self.linear, self.check, self.steps = nn.Linear(6, 5), check, 0
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def step(self) -> bool:
+        self.steps += 1
+        return self.steps > 99
+
+    def counted(self, h: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        return h.max() > 1e3
+
+    @property
+    def stepped(self) -> bool:
+        return self.step()
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        h = self.linear(x) * (1 + self.calls)
+        getattr(self, self.check)(h, ids)
+        return (h.square().mean(1) * ids).mean() * (1 + self.calls)
+
+    def counts(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if self.training and self.calls.add_(1) > 99:
+            raise ValueError("too many")
+
+    def counts_large_ones(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if h.max() > 1e6 and self.calls.add_(1) > 99:
+            raise ValueError("too many")
+
+    def counts_large_whole_numbers(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if ids.max() > 5 and self.calls.add_(1) > 99:
+            raise ValueError("too many")
+
+    def counts_in_between(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if 99 < self.calls.add_(1) < 999:
+            raise ValueError("too many")
+
+    def writes(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if h.max() > 1e6 and h.mul_(2).max() > 3e6:
+            raise ValueError("large")
+
+    def writes_to_given(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if h.max() > 1e6 and torch.add(h, 1, out=h).max() > 3e6:
+            raise ValueError("large")
+
+    def draws(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if self.training and torch.rand(()) > 2:
+            raise ValueError("unlucky")
+
+    def draws_for_large_ones(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if h.max() > 1e6 and torch.rand(()) > 0.5:
+            raise ValueError("unlucky")
+
+    def steps_for_large_ones(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if h.max() > 1e6 and self.step():
+            raise ValueError("too many")
+
+    def property_for_large_ones(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if h.max() > 1e6 and self.stepped:
+            raise ValueError("too many")
+
+    def uses_up_an_iterator(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        rest = iter([False, True])
+        if h.max() > 1e6 and any(rest):
+            raise ValueError("large")
+        h.mul_(len(list(rest)))
+
+    def decides_by_what_it_then_changes(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if self.steps < 1 and self.counted(h):
+            raise ValueError("large")
+        self.steps = 0
+
+    def casts_to_the_same(self, h: torch.Tensor, ids: torch.Tensor) -> None:
+        if ids.max() > 5 and h.to(h.dtype).max() > 1e6 and self.calls.add_(1) > 99:
+            raise ValueError("large")
+
+
+# Which part of a test is asked is known where instructions have places, and a comparison does not ask by itself.
+KNOWN_PARTS = ["counts", "draws"] if (3, 11) <= sys.version_info < (3, 13) else []
+AS_IN_EAGER = ["counts_large_whole_numbers", "casts_to_the_same", *KNOWN_PARTS]
+REFUSED = [
+    "counts_large_ones", "counts_in_between", "writes", "writes_to_given", "draws_for_large_ones",
+    "steps_for_large_ones", "property_for_large_ones", "uses_up_an_iterator", "decides_by_what_it_then_changes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", AS_IN_EAGER)
+def test_a_check_that_writes_or_draws_does_so_as_often_as_in_eager(check: str) -> None:
+    workload = workload_of(Writes(check), entries())
+    program = shardwright.build(shardwright.plan(workload, "1xCPU", self_test=False), workload, self_test=False)
+    for _ in range(2):
+        expected = workload.model(**entries()).item()  # type: ignore[operator]
+        found = program.forward_backward(program.shard_batch(entries())).item()
+        assert found == pytest.approx(expected, rel=1e-9)
+    assert program.state_dict()["buffer.calls"] == workload.model.calls  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("check", REFUSED)
+def test_what_may_do_more_than_give_a_value_is_not_run_again(check: str) -> None:
+    workload = workload_of(Writes(check), entries())
+    with pytest.raises(ShardwrightError, match=r"data") as refused:
+        capture(workload)
+    assert "test_checks_of_data.py" in str(refused.value)
