@@ -112,6 +112,7 @@ def _sent(
         routes = _routes(legs(place.chosen(rows[-2])), place.group)
         rows = _exchange(routes, [t[routes.tokens] for t in rows])
         way.append(routes)
+    # Only the last way's `choices` is used: on the way to the hosts it counts what all ranks of this host compute.
     *rows, chosen, scale = rows
     return way, rows, chosen.long() - place.firsts[place.rank], scale
 

@@ -97,17 +97,18 @@ def _files_at(path: Path) -> list[Path]:
 
 def verify_sums(path: Path, rank: int, num_ranks: int) -> None:
     """Compare the files with the checksums in a SHA256SUMS beside them, as sha256sum writes it, where there is one;
-    the ranks share the reading. Raises ShardwrightError where one differs, or is left out."""
+    the ranks share the reading. Of files that it does not name nothing is known, and they are taken as they are. Raises
+    ShardwrightError where one differs."""
     paths = _files_at(path)
     folder = paths[0].parent
     if not (folder / _SUMS).is_file():
         return
     lines = (folder / _SUMS).read_text(errors="replace").splitlines()
     split = (line.partition(" ") for line in lines)
-    sums = {name.strip().removeprefix("*"): digest.lower() for digest, _, name in split}
-    if left_out := [file.name for file in paths if file.name not in sums]:
-        raise damaged(folder, f"{_SUMS} does not name {left_out[0]}")
-    if problem := first_difference(folder, {file.name: sums[file.name] for file in paths}, rank, num_ranks):
+    # "*" marks a file read as binary; "./" is how `sha256sum ./*` names those of its own folder
+    sums = {name.strip().removeprefix("*").removeprefix("./"): digest.lower() for digest, _, name in split}
+    named = {file.name: sums[file.name] for file in paths if file.name in sums}
+    if problem := first_difference(folder, named, rank, num_ranks):
         raise damaged(folder, problem)
 
 
