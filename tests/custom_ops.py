@@ -25,6 +25,19 @@ twice_plus.register_autograd(
 )
 
 
+@torch.library.custom_op("shardwright_tests::rms_norm", mutates_args=())
+def rms_norm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """It has the name of an op of the kernels, and other arguments."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * w
+
+
+rms_norm.register_fake(lambda x, w: torch.empty_like(x))
+rms_norm.register_autograd(
+    lambda ctx, grad: (torch.ops.shardwright_tests.rms_norm(grad, grad[0]), grad.sum(0)),
+    setup_context=lambda ctx, inputs, output: None,
+)
+
+
 @torch.library.custom_op("shardwright_tests::cube", mutates_args=())
 def cube(x: torch.Tensor) -> torch.Tensor:
     return x**3

@@ -9,6 +9,7 @@ import pytest
 import torch
 from compared import assert_same_numbers, compared, plan_once
 from custom_ops import KINDS, cube, twice_plus
+from torch import nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 import shardwright
@@ -34,6 +35,21 @@ def test_an_op_without_a_rule_is_planned_whole_and_listed_with_its_cost_and_line
     rows = [row for row in plan_of("library").conservative_ops if "twice_plus" in row.op]
     assert rows and all(row.cost_s > 0 for row in rows)
     assert any("custom_ops.py" in row.source for row in rows)
+
+
+def test_an_op_with_the_name_of_one_of_the_kernels_is_planned_as_any_other() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(8, 8), nn.RMSNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            return self.norm(torch.ops.shardwright_tests.rms_norm(h, self.first.bias)).square().mean()
+
+    workload = shardwright.Workload(Normed(), {"x": torch.randn(8, 8)}, global_batch=8)
+    plan = shardwright.plan(workload, "2xCPU", force={"dp": 1, "pp": 1, "tp": 2})
+    assert any(row.op.startswith("shardwright_tests.rms_norm") for row in plan.conservative_ops)
 
 
 @pytest.fixture

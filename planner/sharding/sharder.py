@@ -46,6 +46,9 @@ from .solve.pbqp import solve
 from .training import Job, Sums
 from .variables import STATE, Build, Demands
 
+# shardwright's own: a user's op may have any of these names in a namespace of its own
+_NORMS = {f"shardwright.{name}" for name in ("rms_norm", "add_rms_norm", "add_rms_norm_backward")}
+
 # A tensor axis that splits less of the parameters, and less of the matrix products, is of no use as it is.
 MIN_SPLIT_PARAMS, MIN_SPLIT_FLOPS = 0.1, 0.5
 MAX_FRONTIER = 3  # points between which the hull is looked for, the ends among them
@@ -256,7 +259,8 @@ class Sharder:
 
     def _norm_scratch(self, node: fx.Node, bytes_of: Callable[[fx.Node], float]) -> float:
         """Of an RMSNorm that plain PyTorch computes."""
-        if "rms_norm" not in str(node.target) or self.cost_model.cluster.worst_device().kind != "cpu":
+        is_norm = str(node.target).removesuffix(".default") in _NORMS
+        if not is_norm or self.cost_model.cluster.worst_device().kind != "cpu":
             return 0.0
         given = named_arguments(node)
         source = given["sum"] if "grad_y" in given else given["x"]
