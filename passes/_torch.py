@@ -200,3 +200,35 @@ def aot_compile(
         keep_inference_input_mutations=True,
     )
     return compiler(graph_module, example_inputs)
+
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+ARGUMENT_TAKES_GRADIENT = "shardwright_argument_takes_gradient"
+
+
+@functools.cache
+def note_checkpoint_arguments() -> None:
+    """Has Dynamo note in a checkpoint's node whether any argument of it takes a gradient where gradients are recorded:
+    among the node's operands, arguments and what the function uses beside them come in any order."""
+    from torch._dynamo.variables.higher_order_ops import CheckpointHigherOrderVariable as Checkpoint
+
+    called = Checkpoint._call_function
+
+    def call_noted(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        result = called(self, tx, args, kwargs)
+        takes_gradient = not torch.is_grad_enabled() or any(map(_takes_gradient, args[1:]))
+        nodes = reversed(tx.output.current_tracer.graph.nodes)
+        node = next((node for node in nodes if node.target is CHECKPOINT), None)
+        if node is not None:
+            node.meta[ARGUMENT_TAKES_GRADIENT] = takes_gradient
+        return result
+
+    Checkpoint._call_function = call_noted  # type: ignore[method-assign]
+
+
+def _takes_gradient(variable: Any) -> bool:
+    """Only tensors themselves: in eager those in lists and dicts pass nothing on."""
+    from torch._dynamo.variables import TensorVariable
+
+    variable = variable.realize()
+    return isinstance(variable, TensorVariable) and variable.as_proxy().node.meta["example_value"].requires_grad

@@ -30,6 +30,8 @@ from .passes.fuse_norm import Wins, fuse_add_rms_norm
 from .profiler.hardware import parse_hardware
 from .units import MIB
 
+_torch.note_checkpoint_arguments()  # before Dynamo traces what this backend is to compile
+
 
 @dataclass(frozen=True)
 class BackendOptions:
@@ -105,7 +107,7 @@ def shardwright(
         )
     settings = BackendOptions.parse(options)
     if torch.is_grad_enabled():
-        _refuse_frozen_checkpoints(graph_module, example_inputs)
+        _refuse_frozen_checkpoints(graph_module)
     ranks = dist.get_world_size() if settings.data_parallel and dist.is_available() and dist.is_initialized() else 1
     parameters = {
         slot
@@ -157,24 +159,32 @@ def shardwright(
     return _broadcast_first(run, static_slots)
 
 
-def _refuse_frozen_checkpoints(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """A reentrant checkpoint none of whose arguments takes a gradient gives its parameters none; Dynamo takes it for
-    one of the other kind, which does."""
-    placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
-    values = dict(zip(placeholders, example_inputs, strict=True))
-    for node in graph_module.graph.nodes:
-        if not node.kwargs.get("use_reentrant") or "checkpoint" not in str(node.target):
+def _refuse_frozen_checkpoints(graph_module: fx.GraphModule) -> None:
+    """A reentrant checkpoint none of whose arguments takes a gradient gives none to what its function uses beside them;
+    Dynamo takes it for one of the other kind, which does."""
+    graphs = [module.graph for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
+    for node in (node for graph in graphs for node in graph.nodes):
+        if not node.kwargs.get("use_reentrant") or node.target is not _torch.CHECKPOINT:
             continue
-        found = [values.get(given, given.meta.get("example_value")) for given in node.all_input_nodes]
-        trained = [tensor for tensor in found if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
-        if trained and all(isinstance(tensor, torch.nn.Parameter) for tensor in trained):
-            raise ShardwrightError(
-                "a reentrant checkpoint has no argument that takes a gradient, so in eager its parameters get none",
-                means="torch.compile gives them gradients, under any backend: the compiled model would train otherwise",
-                change="torch.utils.checkpoint.checkpoint(..., use_reentrant=True)",
-                works="use_reentrant=False, by which they are trained in eager too",
-                exit_code=ExitCode.UNSUPPORTED_MODEL,
+        found = [given.meta.get("example_value") for given in node.all_input_nodes]
+        if not any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in found):
+            continue
+        takes_gradient = node.meta.get(_torch.ARGUMENT_TAKES_GRADIENT)
+        if takes_gradient:
+            continue
+        what = "has no argument that takes a gradient, so in eager what its function uses beside them gets none"
+        if takes_gradient is None:  # traced before Dynamo was asked to note it
+            what = (
+                "may have no argument that takes a gradient: the graph does not tell its arguments, which pass "
+                "gradients on in eager, from what its function uses beside them, which then gets none"
             )
+        raise ShardwrightError(
+            f"a reentrant checkpoint {what}",
+            means="torch.compile gives gradients to both, under any backend: the compiled model may train otherwise",
+            change="torch.utils.checkpoint.checkpoint(..., use_reentrant=True)",
+            works="use_reentrant=False, by which both are trained in eager too",
+            exit_code=ExitCode.UNSUPPORTED_MODEL,
+        )
 
 
 def _fuse(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings: BackendOptions) -> fx.GraphModule:

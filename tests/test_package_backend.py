@@ -199,6 +199,48 @@ def test_a_checkpoint_that_freezes_its_block_in_eager_alone_is_refused():
     assert model.block.weight.grad is not None
 
 
+class Closing(nn.Module):
+    """A reentrant checkpoint, whose function takes or finds a weight, or what is computed of one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.rand(12, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        derived = 2 * self.weight
+        if self.kind == "explicit":
+            return checkpoint(lambda w, x: (x @ w).relu() @ w, self.weight, x, use_reentrant=True)
+        if self.kind == "explicit, with a closure before it":
+            return checkpoint(lambda x, w: x @ derived @ w, x, self.weight, use_reentrant=True)
+        if self.kind == "derived":
+            return checkpoint(lambda x: (x @ derived).relu(), x, use_reentrant=True) + self.weight.sum()
+        if self.kind == "nested":
+            inner = lambda x: checkpoint(lambda x: x @ derived, x.detach(), use_reentrant=True) + x  # noqa: E731
+            return checkpoint(inner, derived[0] * x, use_reentrant=True)
+        return checkpoint(lambda x: x @ self.weight, x, use_reentrant=True) + self.weight.sum()
+
+
+@pytest.mark.parametrize("kind", ["explicit", "explicit, with a closure before it"])
+def test_a_checkpoint_that_is_given_a_parameter_trains_it_as_in_eager(kind):
+    torch._dynamo.reset()
+    model, x = Closing(kind), torch.rand(4, 12)
+    compiled = torch.compile(model, backend="shardwright")(x)
+    compiled.sum().backward()
+    assert model.weight.grad is not None
+    torch.testing.assert_close(compiled, model(x))
+
+
+@pytest.mark.parametrize("kind", ["derived", "nested", "plain"])
+def test_a_checkpoint_without_a_trained_argument_is_refused_whatever_it_finds(kind):
+    torch._dynamo.reset()
+    model, x = Closing(kind), torch.rand(4, 12)
+    with pytest.raises(Exception, match="reentrant checkpoint has no argument that takes a gradient"):
+        torch.compile(model, backend="shardwright")(x)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="shardwright")(x), model(x))
+
+
 def test_unknown_option_names_the_near_match():
     from shardwright.backend import BackendOptions
 
