@@ -212,7 +212,9 @@ def note_checkpoint_arguments() -> None:
     among the node's operands, arguments and what the function uses beside them come in any order."""
     from torch._dynamo.variables.higher_order_ops import CheckpointHigherOrderVariable as Checkpoint
 
-    called = Checkpoint._call_function
+    called = getattr(Checkpoint, "_call_function", None)
+    if called is None:  # by another name in this torch: nodes then carry no note, and are refused where that matters
+        return
 
     def call_noted(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         result = called(self, tx, args, kwargs)
@@ -231,4 +233,7 @@ def _takes_gradient(variable: Any) -> bool:
     from torch._dynamo.variables import TensorVariable
 
     variable = variable.realize()
-    return isinstance(variable, TensorVariable) and variable.as_proxy().node.meta["example_value"].requires_grad
+    if not isinstance(variable, TensorVariable):
+        return False
+    example = variable.as_proxy().node.meta.get("example_value")
+    return isinstance(example, torch.Tensor) and example.requires_grad
