@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
 
-def expert_scratch_bytes(rows: float, hidden: int, inner: int, element_bytes: int, *, is_backward: bool) -> float:
+import torch
+
+from ..profiler.gates import gate_scratch_bytes
+
+
+class ExpertSizes(NamedTuple):
+    hidden: int  # of a token
+    both: int  # of the first product
+    inner: int  # of what the second product takes
+    dtype: torch.dtype
+    activation: str  # as shardwright::expert_mlp has it
+    has_biases: bool
+
+
+_ORDER_BYTES = 32  # of a choice: its place, token and expert in the order of experts, and in the order that was given
+
+
+def expert_scratch_bytes(rows: float, sizes: ExpertSizes, *, is_backward: bool) -> float:
     """Bytes of shardwright::expert_mlp at its worst moment, beside operands and results.
 
-    rows: choices of experts that are computed here, K of each token; hidden, inner: widths of a token and of an expert.
-    Counted in profiler/expert_ops.py. Forward: activated gate and its product with up, and either the tokens' rows or
-    what comes out for them. Backward: rows of tokens and of their gradients, gate and up in the order of experts,
-    activated gate, product, their gradients before and after the scale, and that of both joined.
+    rows: choices of experts that are computed here, K of each token. Counted in profiler/expert_ops.py, of which each
+    line here is a moment.
     """
-    of_row = 2 * hidden + 9 * inner if is_backward else hidden + 2 * inner
-    return rows * of_row * element_bytes
+    hidden, both, inner = (width * sizes.dtype.itemsize for width in sizes[:3])
+    bias = int(sizes.has_biases)
+    of_gate = gate_scratch_bytes(sizes.activation, sizes.both, sizes.dtype, is_backward=is_backward)
+    if not is_backward:
+        moments = [
+            hidden + bias * both,  # rows of tokens, biases of rows; the product is a result
+            of_gate,
+            inner + (1 + bias) * hidden,  # what the second product takes and gives
+            3 * hidden,  # that, in the order of tokens, and times their weights
+            both,  # in the order of experts, beside the result
+        ]
+        return rows * (max(moments) + _ORDER_BYTES)
+    wide = 4 if sizes.dtype.itemsize < 4 else 0  # biases' gradients are summed in float32
+    moments = [
+        both + 2 * inner + of_gate,  # gradient of what the second product took, before and after the scale
+        both + inner + 2 * hidden,  # gradients of rows, and in the order of tokens
+        both + inner + 3 * hidden * bias,  # scaled gradients, biases of rows, their product
+        both + inner + (hidden + wide * max(sizes.both, sizes.hidden)) * bias,
+    ]
+    return rows * (2 * hidden + max(moments) + _ORDER_BYTES)  # rows of tokens and of their gradients all the while
 
 
 def copies_of_token(num_choices: int, ranks: int, parts: int = 1) -> float:

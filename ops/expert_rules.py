@@ -41,7 +41,7 @@ def makes_again(node: fx.Node, output: int, places: Places) -> bool:
 
 def num_weights(node: fx.Node) -> int:
     """How many operands of an expert op hold experts: they stand one after the other."""
-    return expert_ops.WEIGHTS[node.target._overloadname]  # type: ignore[union-attr]
+    return expert_ops.WEIGHTS["bias" if node.target in (_FORWARD.bias, _BACKWARD.bias) else "default"]
 
 
 def weights_at(node: fx.Node) -> range:

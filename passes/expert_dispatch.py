@@ -214,4 +214,5 @@ def dispatch_experts_backward(
 
 
 def _overload_of(packet: Any, node: fx.Node) -> Any:
-    return getattr(packet, node.target._overloadname)  # type: ignore[union-attr]
+    with_biases = (torch.ops.shardwright.expert_mlp.bias, torch.ops.shardwright.expert_mlp_backward.bias)
+    return packet.bias if node.target in with_biases else packet.default

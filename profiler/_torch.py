@@ -191,6 +191,11 @@ def decompositions_of(*names: str) -> dict[Any, Callable[..., Any]]:
     return {op: function for op, function in table.items() if not op._schema.is_mutable}
 
 
+def writes_operands(op: Any) -> bool:
+    """Does an op write into what it is given?"""
+    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
+
+
 def traced_node(tensor: torch.Tensor) -> tuple[Any, Any] | None:
     """(node, what holds its graph's attributes) of a tensor of the running trace; None of any other."""
     mode = proxy_tensor.get_proxy_mode()

@@ -158,6 +158,7 @@ def run_experts_backward(
     grad_product = groups.products(grad, down.transpose(-2, -1))
     product, grad_both = gate_of(activation).backward(both, grad_product * scale)
     grad_weight = (grad_product * product).sum(-1)
+    del both, grad_product
     grad_hidden = groups.of_tokens(groups.products(grad_both, gate_up.transpose(-2, -1))).to(hidden.dtype)
     grad_scaled = grad * scale
     of_experts = [groups.outer(grad_both, rows), groups.outer(grad_scaled, product)]

@@ -10,7 +10,6 @@ an argument of shardwright::expert_mlp like any other, so that a graph holds all
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import operator
@@ -22,19 +21,36 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ._torch import engine_restored, outside_trace_and_fakes
+from ._torch import engine_restored, outside_trace_and_fakes, writes_operands
 
 aten = torch.ops.aten
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")  # of one half, times the other: forms that have a name
 
-_ROWS = 8191  # of the traced example: a prime, which no other size or number of a gate is a multiple of
+# numbers of rows that a gate is traced with. What it does must not depend on how many there are: not by a number made
+# of it, nor by a decision, be it on one row, on odd and even, or on few and many
+_ROWS = (2, 2**31 - 1, 1)
 _STRUCTURAL = {
-    aten.slice.Tensor, aten.slice_backward.default, aten.split.Tensor, aten.split_with_sizes.default, aten.cat.default,
     aten.clone.default, aten._to_copy.default, aten.detach.default, aten.alias.default, aten.full.default,
     aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, aten.new_zeros.default,
-    aten.scalar_tensor.default, operator.getitem,
+    aten.scalar_tensor.default, aten.zeros.default, aten.ones.default, aten.empty_like.default, operator.getitem,
 }  # fmt: skip
-_DTYPES = {str(t).split(".")[1]: t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool)}
+# ops on each entry that torch does not mark as such
+_OF_ENTRIES = {
+    aten.elu_backward.default, aten.fill_.Scalar, aten.hardshrink_backward.default, aten.hardsigmoid_backward.default,
+    aten.hardswish.default, aten.hardswish_backward.default, aten.hardtanh_backward.default,
+    aten.leaky_relu_backward.default, aten.log_sigmoid_backward.default, aten.log_sigmoid_forward.default,
+    aten.masked_fill_.Scalar, aten.softplus_backward.default, aten.softshrink_backward.default,
+}  # fmt: skip
+# (where ops that cut or join take the dimension, which is this one where it is not given)
+_DIMENSIONS = {
+    aten.slice.Tensor: (1, 0), aten.slice_backward.default: (2, 0), aten.split.Tensor: (2, 0), aten.cat.default: (1, 0),
+    aten.split_with_sizes.default: (2, 0), aten.glu.default: (1, -1), aten.glu_backward.default: (2, -1),
+}  # fmt: skip
+# where ops that make a tensor take its sizes, the first of which may be the number of rows
+_SIZES = {
+    aten.full.default: 0, aten.zeros.default: 0, aten.ones.default: 0, aten.new_zeros.default: 1,
+    aten.slice_backward.default: 1,
+}  # fmt: skip
 Function = Callable[..., Any]
 
 
@@ -48,12 +64,32 @@ def gate_of(text: str) -> Gate:
     """The function that a name of ACTIVATIONS, or the text of a traced gate, stands for."""
     if text in ACTIVATIONS:
         return Gate(functools.partial(_named, text), functools.partial(_named_backward, text))
-    programs = json.loads(text)
-    return Gate(functools.partial(_run, programs["forward"]), functools.partial(_run, programs["backward"]))
+    forward, backward = _programs(text)
+    return Gate(functools.partial(_run, forward), functools.partial(_run, backward))
 
 
 def traced_gate(function: Function, width: int, dtype: torch.dtype) -> str | None:
     """The text of a function of [M, width] that looks at each row alone; None where it cannot be told to."""
+    texts = []
+    for rows in _ROWS:
+        texts.append(_text_at(rows, function, width, dtype))
+        if texts[-1] is None:
+            return None
+    few, many, one = texts
+    return few if few == many and few.replace('["rows"]', "1") == one else None
+
+
+def _text_at(rows: int, function: Function, width: int, dtype: torch.dtype) -> str | None:
+    """The text as it is traced with this number of rows."""
+    graphs = _graphs_at(rows, function, width, dtype)
+    programs = [_program(graph, rows) for graph in graphs]
+    if not programs or None in programs:
+        return None
+    return json.dumps(dict(zip(("forward", "backward"), programs, strict=True)), separators=(",", ":"))
+
+
+def _graphs_at(rows: int, function: Function, width: int, dtype: torch.dtype) -> list[fx.Graph]:
+    """Of the function, and of it with its gradient; none where it gives no row for each, or cannot be traced."""
 
     def backward(both: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
@@ -62,18 +98,53 @@ def traced_gate(function: Function, width: int, dtype: torch.dtype) -> str | Non
             (found,) = torch.autograd.grad(product, both, grad)
         return product.detach(), found
 
-    # tensors of the function's own lie elsewhere, and a decision on data cannot be made: torch refuses either
-    with contextlib.suppress(RuntimeError), outside_trace_and_fakes(), engine_restored():
-        both = torch.empty(_ROWS, width, dtype=dtype, device="meta")
-        with torch.no_grad():
-            grad = torch.empty_like(function(both))
-        if grad.dim() != 2 or grad.shape[0] != _ROWS:
-            return None
-        forward = _program(make_fx(lambda rows: function(rows))(both).graph)
-        joint = None if forward is None else _program(make_fx(backward)(both, grad).graph)
-        if joint is not None:
-            return json.dumps({"forward": forward, "backward": joint}, separators=(",", ":"))
-    return None
+    with outside_trace_and_fakes(), engine_restored():
+        both = torch.empty(rows, width, dtype=dtype, device="meta")
+        try:
+            with torch.no_grad():
+                grad = torch.empty_like(function(both))
+            if grad.dim() != 2 or grad.shape[0] != rows:
+                return []
+            return [make_fx(lambda rows: function(rows))(both).graph, make_fx(backward)(both, grad).graph]
+        except Exception:  # whatever the user's code raises where rows have no data: it then runs as it is written
+            return []
+
+
+def gate_scratch_bytes(text: str, width: int, dtype: torch.dtype, *, is_backward: bool) -> int:
+    """Bytes that a gate holds for a row at its worst moment beside what it is given, its results among them. width: of
+    what it is given."""
+    if text not in ACTIVATIONS:
+        return _replayed_bytes(text, width, dtype, is_backward)
+    # backward: what is activated, its gradient, the gradient of either half, and both of these joined
+    return (5 if is_backward else 2) * (width // 2) * dtype.itemsize
+
+
+@functools.lru_cache(maxsize=256)
+def _replayed_bytes(text: str, width: int, dtype: torch.dtype, is_backward: bool) -> int:
+    forward, backward = _programs(text)
+    with outside_trace_and_fakes(), torch.no_grad():
+        row = torch.zeros(1, width, dtype=dtype)
+        live = _Live([row])
+        product = _run(forward, row, watch=live.see)
+        if is_backward:
+            grad = torch.zeros_like(product)
+            live = _Live([row, grad])
+            _run(backward, row, grad, watch=live.see)
+    return live.peak_bytes
+
+
+class _Live:
+    """The most bytes that are held at once beside those that are given."""
+
+    def __init__(self, given: list[torch.Tensor]) -> None:
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.peak_bytes = 0
+
+    def see(self, values: list[Any]) -> None:
+        tensors = [t for value in values for t in (value if isinstance(value, (list, tuple)) else (value,))]
+        storages = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        self.peak_bytes = max(self.peak_bytes, sum(n for at, n in held.items() if at not in self._given))
 
 
 # --------------------------------------------------------------------------- gates with a name
@@ -112,7 +183,7 @@ def _named_backward(activation: str, both: torch.Tensor, grad: torch.Tensor) -> 
 # ["value", k]: an input or the result of a step, counted together; ["rows"]; ["dtype", name]; ["list", ...].
 
 
-def _program(graph: fx.Graph) -> dict[str, Any] | None:
+def _program(graph: fx.Graph, rows: int) -> dict[str, Any] | None:
     places: dict[fx.Node, int] = {}
     steps: list[list[Any]] = []
     for node in graph.nodes:
@@ -123,7 +194,7 @@ def _program(graph: fx.Graph) -> dict[str, Any] | None:
             if not _works_on_rows(node):
                 return None
             try:
-                given = [_written(a, places) for a in node.args], {k: _written(v, places) for k, v in _kept(node)}
+                given = _arguments(node, places, rows), {k: _written(v, places) for k, v in _kept(node)}
             except ValueError:
                 return None
             steps.append([_name_of(node.target), *given])
@@ -135,24 +206,25 @@ def _program(graph: fx.Graph) -> dict[str, Any] | None:
 
 def _works_on_rows(node: fx.Node) -> bool:
     """Is it an op on each entry, or one that cuts and joins rows within themselves?"""
-    if node.target not in _STRUCTURAL:
-        return _is_pointwise(node.target) and (not _writes(node.target) or _is_new(node.args[0]))
-    at = {aten.slice.Tensor: 1, aten.slice_backward.default: 2, aten.split.Tensor: 2, aten.cat.default: 1,
-          aten.split_with_sizes.default: 2}.get(node.target)  # type: ignore[call-overload]  # fmt: skip
-    return at is None or (len(node.args) > at and node.args[at] in (1, -1))
+    if node.target in _DIMENSIONS:
+        at, default = _DIMENSIONS[node.target]  # type: ignore[index]
+        return (node.args[at] if len(node.args) > at else default) in (1, -1)
+    if node.target in _STRUCTURAL:
+        return True
+    return _is_pointwise(node.target) and (not writes_operands(node.target) or _is_new(node.args[0]))
 
 
 def _is_pointwise(op: Any) -> bool:
-    return torch.Tag.pointwise in getattr(op, "tags", ())
-
-
-def _writes(op: Any) -> bool:
-    return bool(op._schema.is_mutable)
+    return op in _OF_ENTRIES or torch.Tag.pointwise in getattr(op, "tags", ())
 
 
 def _is_new(value: Any) -> bool:
     """Has it memory of its own, which is no input's, so that a write into it is seen nowhere else?"""
-    return value.op == "call_function" and _is_pointwise(value.target) and not _writes(value.target)
+    while value.op == "call_function" and writes_operands(value.target):
+        value = value.args[0]  # what it gives is what it wrote into
+    if value.op != "call_function":
+        return False
+    return value.target is aten.empty_like.default or _is_pointwise(value.target)
 
 
 def _kept(node: fx.Node) -> list[tuple[str, Any]]:
@@ -164,6 +236,14 @@ def _name_of(target: Any) -> str:
     return "getitem" if target is operator.getitem else str(target).removeprefix("aten.")
 
 
+def _arguments(node: fx.Node, places: dict[fx.Node, int], rows: int) -> list[Any]:
+    written = [_written(value, places) for value in node.args]
+    at = _SIZES.get(node.target)  # type: ignore[arg-type]
+    if at is not None and rows > 1 and written[at][1:2] == [rows]:
+        written[at][1] = ["rows"]
+    return written
+
+
 def _written(value: Any, places: dict[fx.Node, int]) -> Any:
     if isinstance(value, fx.Node):
         return ["value", places[value]]
@@ -171,13 +251,7 @@ def _written(value: Any, places: dict[fx.Node, int]) -> Any:
         return ["list", *(_written(v, places) for v in value)]
     if isinstance(value, torch.dtype):
         return ["dtype", str(value).split(".")[1]]
-    if isinstance(value, bool) or value is None or isinstance(value, (float, str)):
-        return value
-    if isinstance(value, int):
-        if value and value % _ROWS == 0:
-            if value != _ROWS:
-                raise ValueError
-            return ["rows"]
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ValueError
 
@@ -190,7 +264,7 @@ def _read(value: Any, values: Sequence[Any], rows: int) -> Any:
         return values[rest[0]]
     if kind == "rows":
         return rows
-    return _DTYPES[rest[0]] if kind == "dtype" else [_read(v, values, rows) for v in rest]
+    return getattr(torch, rest[0]) if kind == "dtype" else [_read(v, values, rows) for v in rest]
 
 
 @functools.lru_cache(maxsize=256)
@@ -201,16 +275,51 @@ def _op(name: str) -> Any:
     return getattr(getattr(aten, packet), overload)
 
 
-_CREATES = {"full.default", "scalar_tensor.default"}
+_CREATES = {"full.default", "ones.default", "scalar_tensor.default", "zeros.default"}
 
 
-def _run(program: dict[str, Any], *inputs: torch.Tensor) -> Any:
-    rows = inputs[0].shape[0]
+class _Program(NamedTuple):
+    steps: list[list[Any]]
+    frees: list[list[int]]  # places of values that no step behind this one reads
+    out: list[int]
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(text: str) -> tuple[_Program, _Program]:
+    """Forward and backward."""
+    told = json.loads(text)
+    return _with_frees(told["forward"], 1), _with_frees(told["backward"], 2)
+
+
+def _with_frees(told: dict[str, Any], num_inputs: int) -> _Program:
+    last = {num_inputs + step: step for step in range(len(told["steps"]))}  # place -> the step that reads it last
+    for step, (_, args, kwargs) in enumerate(told["steps"]):
+        last.update(dict.fromkeys(_places_in([args, list(kwargs.values())]), step))
+    frees: list[list[int]] = [[] for _ in told["steps"]]
+    for place, step in last.items():
+        if place not in told["out"]:
+            frees[step].append(place)
+    return _Program(told["steps"], frees, told["out"])
+
+
+def _places_in(value: Any) -> list[int]:
+    if not isinstance(value, list):
+        return []
+    return [value[1]] if value[:1] == ["value"] else [place for inner in value for place in _places_in(inner)]
+
+
+def _run(program: _Program, *inputs: torch.Tensor, watch: Callable[[list[Any]], None] | None = None) -> Any:
+    """Results of a program; its values go when they have been read for the last time. watch: called with those held."""
+    rows, device = inputs[0].shape[0], inputs[0].device
     values: list[Any] = list(inputs)
-    for name, args, kwargs in program["steps"]:
+    for (name, args, kwargs), frees in zip(program.steps, program.frees, strict=True):
         given = {key: _read(value, values, rows) for key, value in kwargs.items()}
         if name in _CREATES:
-            given["device"] = inputs[0].device
+            given["device"] = device
         values.append(_op(name)(*(_read(a, values, rows) for a in args), **given))
-    found = [values[place] for place in program["out"]]
+        if watch is not None:
+            watch(values)
+        for place in frees:
+            values[place] = None
+    found = [values[place] for place in program.out]
     return found[0] if len(found) == 1 else tuple(found)

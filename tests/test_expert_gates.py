@@ -36,10 +36,29 @@ def _written_in_place(both: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(2.0) * up.tanh()
 
 
+def _cast_to_integers(both: torch.Tensor) -> torch.Tensor:
+    return both * (both > 0).to(torch.int64) + both.to(torch.int32)
+
+
+def _with_rows_made(both: torch.Tensor) -> torch.Tensor:
+    return both + torch.zeros(both.shape[0], both.shape[1], dtype=both.dtype, device=both.device)
+
+
 GATES = [(_clamped, 2 * INNER), (_squared, INNER), (_written_in_place, 2 * INNER)]
+OTHERS = [
+    F.glu, F.relu6, F.hardtanh, F.mish, F.softplus, F.leaky_relu, F.elu, F.celu, F.hardswish, F.hardsigmoid,
+    F.logsigmoid, F.softshrink, F.hardshrink, F.tanhshrink, _cast_to_integers, _with_rows_made,
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("function", "width"), GATES, ids=[f.__name__ for f, _ in GATES])
+def _larger_half(both: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(*both.chunk(2, -1))
+
+
+ALL_GATES = [*GATES, *((function, 4) for function in (*OTHERS, _larger_half))]
+
+
+@pytest.mark.parametrize(("function", "width"), ALL_GATES, ids=[f.__name__ for f, _ in ALL_GATES])
 def test_a_gate_is_text_that_computes_the_same_forward_and_backward(function: Callable, width: int) -> None:
     text = traced_gate(function, width, torch.float64)
     assert text is not None
@@ -61,8 +80,35 @@ def test_a_gate_is_text_that_computes_the_same_forward_and_backward(function: Ca
         lambda both: F.dropout(both, 0.5),
         lambda both: both.sum(),
         lambda both: both if both.max() > 1 else -both,
+        lambda both: both * float(both.shape[0]),
+        lambda both: both * both.shape[0],
+        lambda both: both / both.shape[0] ** 0.5,
+        lambda both: both * 2 if both.shape[0] > 100 else both,
+        lambda both: both * 2 if both.shape[0] == 1 else both,
+        lambda both: both * 2 if both.shape[0] % 2 else both,
+        lambda both: both[:, : both.shape[0]],
+        lambda both: F.glu(both, 0),
+        lambda both: both * {}["scale"],  # type: ignore[index]
+        lambda both: both * float("no number"),
     ],
-    ids=["batch", "in place", "other op", "random", "shape", "decision"],
+    ids=[
+        "batch",
+        "in place",
+        "other op",
+        "random",
+        "shape",
+        "decision",
+        "rows as a number",
+        "rows",
+        "root of rows",
+        "many rows",
+        "one row",
+        "odd rows",
+        "as many columns",
+        "halves of rows",
+        "KeyError",
+        "ValueError",
+    ],
 )
 def test_what_is_no_function_of_each_row_alone_is_not_taken_for_one(function: Callable) -> None:
     assert traced_gate(function, 4, torch.float64) is None

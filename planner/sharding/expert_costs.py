@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx
 
-from ...costmodel.experts import copies_of_token, expert_scratch_bytes, goes_by_hosts
+from ...costmodel.experts import ExpertSizes, copies_of_token, expert_scratch_bytes, goes_by_hosts
 from ...ops.expert_rules import is_dispatch, is_expert_op, weights_at
 from ...ops.placement import R
 from ...ops.strategy import Strategy
@@ -53,9 +53,10 @@ def expert_scratch(node: fx.Node, share: float) -> float:
     operands = view_of(node).operands
     is_backward = weights_at(node).start > 3
     hidden, index = (operand.meta["val"] for operand in operands[is_backward : is_backward + 2])
-    inner = _weights(node)[1].meta["val"].shape[-1]  # down: [E, H, I]
-    rows = share * index.numel()
-    return expert_scratch_bytes(rows, hidden.shape[-1], inner, hidden.element_size(), is_backward=is_backward)
+    first, down, *biases = (weight.meta["val"] for weight in _weights(node))  # [E, A, H], [E, H, I]
+    activation = str(node.args[-1])
+    sizes = ExpertSizes(hidden.shape[-1], first.shape[1], down.shape[2], hidden.dtype, activation, bool(biases))
+    return expert_scratch_bytes(share * index.numel(), sizes, is_backward=is_backward)
 
 
 def _of_segment(segment: Segment) -> set[Result]:
