@@ -70,11 +70,12 @@ def gate_of(text: str) -> Gate:
 
 def traced_gate(function: Function, width: int, dtype: torch.dtype) -> str | None:
     """The text of a function of [M, width] that looks at each row alone; None where it cannot be told to."""
-    texts = []
+    texts: list[str] = []
     for rows in _ROWS:
-        texts.append(_text_at(rows, function, width, dtype))
-        if texts[-1] is None:
+        text = _text_at(rows, function, width, dtype)
+        if text is None:
             return None
+        texts.append(text)
     few, many, one = texts
     return few if few == many and few.replace('["rows"]', "1") == one else None
 
@@ -238,7 +239,7 @@ def _name_of(target: Any) -> str:
 
 def _arguments(node: fx.Node, places: dict[fx.Node, int], rows: int) -> list[Any]:
     written = [_written(value, places) for value in node.args]
-    at = _SIZES.get(node.target)  # type: ignore[arg-type]
+    at = _SIZES.get(node.target)  # type: ignore[call-overload]
     if at is not None and rows > 1 and written[at][1:2] == [rows]:
         written[at][1] = ["rows"]
     return written

@@ -175,7 +175,8 @@ def _attribute(owner: Any, name: str) -> Any:
         if not _is_torchs(owner) or name not in _ATTRIBUTES:
             raise NotPure
         return getattr(owner, name)
-    if type(owner).__getattribute__ not in (object.__getattribute__, type.__getattribute__):
+    usual: tuple[Any, ...] = (object.__getattribute__, type.__getattribute__)
+    if type(owner).__getattribute__ not in usual:
         raise NotPure
     if isinstance(owner, nn.Module) and type(owner).__getattr__ is nn.Module.__getattr__:
         for stored in (vars(owner), owner._parameters, owner._buffers, owner._modules):
