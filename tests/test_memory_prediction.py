@@ -111,4 +111,4 @@ def test_an_expert_op_holds_no_more_than_is_counted_beside_its_results(
     beside = live.peak_bytes - live.begun_bytes - sum(t.numel() * t.element_size() for t in results)
     sizes = ExpertSizes(hidden, 2 * inner, inner, torch.float32, activation, has_biases)
     said = expert_scratch_bytes(tokens * choices, sizes, is_backward=is_backward)
-    assert beside <= said <= 1.6 * beside
+    assert beside <= said <= (1.5 if activation == "silu" else 1.6) * beside
