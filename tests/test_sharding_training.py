@@ -110,9 +110,7 @@ def test_what_fits_under_some_placement_is_found(hidden):
 
     def least(wishes: Mapping[str, int]) -> int:
         split = on_tensor_ranks(wishes)
-        lean = Sharder(
-            graph, cost_model, split, job=Job(job.kinds, job.global_batch, state_first=True, memory_first=True)
-        )
+        lean = Sharder(graph, cost_model, split, job=Job(job.kinds, job.global_batch, prefer="memory"))
         return min(
             plan_peak(graph, workload, lean, None, recompute=recompute, microbatch=microbatch)
             for recompute in ("all", "none")

@@ -149,7 +149,7 @@ class Sharder:
         if key not in self._frontiers:
             share = self.job.state_left(mesh.state_ranks)
             points = [self.solve(mesh, local_batch)]
-            if mesh.tensor_ranks * mesh.sequence_ranks == 1 or self.job.state_first:  # there is nothing to choose
+            if mesh.tensor_ranks * mesh.sequence_ranks == 1 or self.job.prefer != "time":  # there is nothing to choose
                 self._frontiers[key] = points
                 return points
             points.append(self._at_price(key, self._dear(share)))
@@ -298,7 +298,7 @@ class Sharder:
             dispatch_s=self.cost_model.stack.figures.dispatch_s,
             on_cpu=self.cost_model.cluster.worst_device().kind == "cpu",
             lengths=self._lengths if shape.sequence_ranks > 1 else frozenset(),
-            weighs_vectors=self.job.memory_first or not self.job.state_first,
+            weighs_vectors=self.job.prefer != "state",
             kept_whole=None if self.job.sequence_parallel else self._lengths,
         )
 
@@ -411,8 +411,8 @@ class Sharder:
             figures = self._figures(key, other, started)
             if seconds(figures) < seconds(found):
                 solved, found = other, figures
-        if has_choice and (self.job.state_first or not self._is_of_use(solved, found)):
-            prices = STATE_FIRST if self.job.state_first and not self.job.memory_first else LEAST_STATE
+        if has_choice and (self.job.prefer != "time" or not self._is_of_use(solved, found)):
+            prices = STATE_FIRST if self.job.prefer == "state" else LEAST_STATE
             solved = self._solved(mesh, made, replace(prices, sums=once.sums))
             found = self._figures(key, solved, started)
         self.moves[key] = {name: moves(self._placed(segment, solved)) for name, segment in self.graph.segments.items()}

@@ -21,16 +21,15 @@ SAMPLE_BYTES = 1 << 30  # of a copy
 @dataclass(frozen=True)
 class Job:
     """global_batch: sequences of a step; 0: one microbatch. zero: the highest ZeRO stage that may split state.
-    state_first: placements that split all weights but vectors, whatever they take. memory_first: of least training
-    state, and then of least bytes kept. attention: its form where sequences are cut (ops/attention_rules.FORMS).
-    experts: their form on an expert axis (ops/expert_rules.FORMS). sequence_parallel: may axes that carry heads and
-    features divide what lies between the products that they cut, by tokens say?"""
+    prefer: "time"; "state", placements that split all weights but vectors, whatever they take; "memory", those of
+    least training state, and then of least bytes kept. attention: its form where sequences are cut
+    (ops/attention_rules.FORMS). experts: their form on an expert axis (ops/expert_rules.FORMS). sequence_parallel: may
+    axes that carry heads and features divide what lies between the products that they cut, by tokens say?"""
 
     kinds: StateBytes = field(default_factory=lambda: StateBytes(2, 4, 4, 2, False))
     global_batch: int = 0
     zero: int = 3
-    state_first: bool = False
-    memory_first: bool = False
+    prefer: str = "time"
     attention: str = "auto"
     experts: str = "auto"
     sequence_parallel: bool = True
