@@ -93,6 +93,30 @@ class _Worker:
             self.process.join(5)
 
 
+def collect(
+    connections: list[Any], processes: list[Any], timeout_s: float
+) -> tuple[dict[int, Any], dict[int, str], set[int]]:
+    """(results, failures, ranks that were still running when time was up) of ranks that each send (good, value)."""
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    waiting = {connection: rank for rank, connection in enumerate(connections)}
+    deadline = time.monotonic() + timeout_s
+    while waiting and time.monotonic() < deadline:
+        for ready in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
+            rank = waiting.pop(ready)
+            try:
+                good, value = pickle.loads(ready.recv_bytes())
+            except (EOFError, OSError):
+                processes[rank].join(1)
+                good, value = False, f"died with exit code {processes[rank].exitcode}"
+            (results if good else failures)[rank] = value
+            if not good:
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    for rank in waiting.values():
+        failures.setdefault(rank, f"still running when time was up ({timeout_s} s, or {GRACE_S} s after a failure)")
+    return results, failures, set(waiting.values())
+
+
 class Pool:
     """Processes are forked from a server that has imported torch once, so that each starts in milliseconds."""
 
@@ -113,28 +137,15 @@ class Pool:
             return self._collect(size, timeout_s)
 
     def _collect(self, size: int, timeout_s: float) -> list[Any]:
-        results: dict[int, Any] = {}
-        failures: dict[int, str] = {}
-        waiting = {self.workers[rank].connection: rank for rank in range(size)}
-        deadline = time.monotonic() + timeout_s
-        while waiting and time.monotonic() < deadline:
-            for ready in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
-                rank = waiting.pop(ready)
-                try:
-                    good, value = pickle.loads(ready.recv_bytes())
-                except (EOFError, OSError):
-                    self.workers[rank].process.join(1)
-                    good, value = False, f"died with exit code {self.workers[rank].process.exitcode}"
-                (results if good else failures)[rank] = value
-                if not good:
-                    deadline = min(deadline, time.monotonic() + GRACE_S)
-        for rank in waiting.values():
-            failures.setdefault(rank, f"still running when time was up ({timeout_s} s, or {GRACE_S} s after a failure)")
+        mine = self.workers[:size]
+        results, failures, left = collect(
+            [worker.connection for worker in mine], [worker.process for worker in mine], timeout_s
+        )
         if failures:
             # A worker that died or hangs is replaced in its place: a process always has the same rank, because DTensor
             # caches coordinates by the value of the mesh.
             for rank, worker in enumerate(self.workers):
-                if rank in waiting.values() or not worker.process.is_alive():
+                if rank in left or not worker.process.is_alive():
                     worker.stop()
                     self.workers[rank] = _Worker(self.context)
             raise RankFailed(failures)

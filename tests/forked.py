@@ -17,13 +17,11 @@ import os
 import pickle
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from typing import Any
 
-from distributed import GRACE_S, RankFailed, forget_meshes
+from distributed import GRACE_S, RankFailed, collect, forget_meshes
 
 _CONTEXT: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
@@ -75,25 +73,9 @@ def fork_ranks(
 
 
 def _collect(connections: list[Any], ranks: list[Any], timeout_s: float) -> list[Any]:
-    results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
-    waiting = {connection: rank for rank, connection in enumerate(connections)}
-    deadline = time.monotonic() + timeout_s
-    while waiting and time.monotonic() < deadline:
-        for ready in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
-            rank = waiting.pop(ready)
-            try:
-                good, value = pickle.loads(ready.recv_bytes())
-            except (EOFError, OSError):
-                ranks[rank].join(1)
-                good, value = False, f"died with exit code {ranks[rank].exitcode}"
-            (results if good else failures)[rank] = value
-            if not good:
-                deadline = min(deadline, time.monotonic() + GRACE_S)
-    for rank in waiting.values():
-        failures.setdefault(rank, f"still running when time was up ({timeout_s} s, or {GRACE_S} s after a failure)")
+    results, failures, left = collect(connections, ranks, timeout_s)
     if failures:
-        for rank in waiting.values():
+        for rank in left:
             ranks[rank].kill()
         raise RankFailed(failures)
     return [results[rank] for rank in range(len(ranks))]
