@@ -69,13 +69,31 @@ def plan_once(spec: Mapping[str, Any], hardware: str, force: Mapping[str, Any], 
         return api.plan(tasks.check_workload(spec), hardware, force=chosen, **options)
 
 
+def capture_for(plan: Plan, workload: Workload) -> None:
+    """What a rank builds from, kept for the ranks that are forked from here. Inside captured_once()."""
+    workload = hashes.with_plans_dims(plan, workload)
+    api._capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
+
+
+def planned_and_ran(
+    workload: Workload, num_ranks: int, force: Mapping[str, Any], function: Callable[..., Any], *arguments: Any
+) -> list[Any]:
+    """function(rank, plan, workload, *arguments) on that many ranks; results by rank. Planned and captured here, once;
+    one rank is this process."""
+    with captured_once():
+        plan = api.plan(workload, f"{num_ranks}xCPU", force=force)
+        if num_ranks == 1:
+            return [function(0, plan, workload, *arguments)]
+        capture_for(plan, workload)
+        return fork_ranks(num_ranks, function, plan, workload, *arguments)
+
+
 def compared(plan: Plan, folder: Path) -> dict[str, Any]:
     """What rank 0 of `shardwright check` reports."""
     path = folder / "plan.json"
     plan.save(path)
     with captured_once():
-        workload = hashes.with_plans_dims(plan, tasks.check_workload(plan.workload))
-        api._capture_for_running(resize_batch(workload, plan.microbatch.size), plan.fusions)
+        capture_for(plan, tasks.check_workload(plan.workload))
         return fork_ranks(plan.mesh.num_devices, _compare, str(path))[0]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import run_ranks
+from compared import planned_and_ran
 from global_losses import CLASSES, EACH, LOSSES, OVER, SAMPLES, Small, batch_of
 from matrix import cells
 from torch import nn
@@ -26,15 +27,21 @@ from shardwright.reference import forward_backward
 DOUBLE = Precision(torch.float64, torch.float64, torch.float64)
 
 
-def workload_of(*names: str, batch: Any = None) -> Workload:
+@functools.cache
+def workload_of(*names: str) -> Workload:
     dims = {"x": 0, "t": 0, "m": 0, "c": None, "n": None}
-    example = batch_of() if batch is None else batch
-    return Workload(model=Small(*names), example_batch=example, global_batch=SAMPLES, precision=DOUBLE, batch_dims=dims)
+    model, batch = Small(*names), batch_of()
+    return Workload(model=model, example_batch=batch, global_batch=SAMPLES, precision=DOUBLE, batch_dims=dims)
 
 
-def _step(rank: int, force: dict[str, Any], *names: str, empty: bool = False, evaluates: bool = True) -> Any:
-    workload = workload_of(*names)
-    plan = shardwright.plan(workload, f"{2 if 'dp' in force or 'pp' in force else 1}xCPU", force=force)
+def _step(force: dict[str, Any], *names: str, empty: bool = False, evaluates: bool = True) -> list[Any]:
+    """(plan, loss, gradients, loss of an evaluation) of each rank; all have what was captured here."""
+    return planned_and_ran(
+        workload_of(*names), 2 if "dp" in force or "pp" in force else 1, force, _ran, empty, evaluates
+    )
+
+
+def _ran(rank: int, plan: Plan, workload: Workload, empty: bool, evaluates: bool) -> Any:
     program = shardwright.build(plan, workload)
     batch = program.shard_batch(batch_of(1, empty))
     evaluated = program.evaluate(batch).item() if evaluates else None
@@ -60,7 +67,7 @@ HERE = [row for k, row in enumerate(EVERY) if row[1] == "trained" or k % 8 == 1]
 
 @pytest.mark.parametrize(("name", "what"), cells(EVERY, HERE))
 def test_a_loss_over_microbatches_is_that_of_the_batch(name: str, what: str) -> None:
-    found = _step(0, {"microbatch": 2}, name, evaluates=what == "evaluated")
+    (found,) = _step({"microbatch": 2}, name, evaluates=what == "evaluated")
     assert found[0].loss_over == OVER[name]
     assert_is_the_whole_batchs(found, name)
 
@@ -70,16 +77,12 @@ MEANS = ["ignored", "class_weights", "clamped", "means", "two"]
 
 @pytest.mark.parametrize("force", [{"dp": 2, "zero": 2, "microbatch": 2}, {"pp": 2, "microbatch": 2}])
 def test_losses_count_over_data_ranks_and_stages(force: dict[str, Any]) -> None:
-    for found in run_ranks(2, _step, force, *MEANS):
+    for found in _step(force, *MEANS):
         assert_is_the_whole_batchs(found, *MEANS)
 
 
-def _step_empty(rank: int, force: dict[str, Any]) -> Any:
-    return _step(rank, force, "ignored", "counted", empty=True)
-
-
 def test_a_rank_and_a_microbatch_without_a_label_count_nothing() -> None:
-    for found in run_ranks(2, _step_empty, {"dp": 2, "microbatch": 1}):
+    for found in _step({"dp": 2, "microbatch": 1}, "ignored", "counted", empty=True):
         assert_is_the_whole_batchs(found, "ignored", "counted", empty=True)
 
 
@@ -106,8 +109,7 @@ def _of_microbatches(size: int) -> Any:
     "force", [{"microbatch": 2}, {"dp": 2, "zero": 2, "microbatch": 2}, {"pp": 2, "microbatch": 2}]
 )
 def test_in_a_loss_of_each_microbatch_every_mean_is_the_microbatchs_own(force: dict[str, Any]) -> None:
-    ranks = run_ranks(2, _step, force, *MIXED) if len(force) > 1 else [_step(0, force, *MIXED)]
-    for plan, loss, gradients, evaluated in ranks:
+    for plan, loss, gradients, evaluated in _step(force, *MIXED):
         assert plan.loss_over == "each" and plan.microbatch.count > 1
         expected, wanted = _of_microbatches(plan.microbatch.size)
         assert loss == pytest.approx(expected, rel=1e-9) and evaluated == pytest.approx(expected, rel=1e-9)
