@@ -32,7 +32,7 @@ from published_statistics import quantile
 from published_tables import table
 from published_validation import CALIBRATION
 
-from shardwright.costmodel.stacks import OWN_STACK, STACKS_FILE, StackFigures
+from shardwright.costmodel.stacks import OWN_STACK, STACKS_FILE, StackFigures, stacks
 
 FOLDS = 5
 # Least and most that a fit may say of each figure.
@@ -200,12 +200,14 @@ def write(found: Mapping[str, Fitted], own: tuple[tuple[float, float], float]) -
     text = STACKS_FILE.read_text()
     month = f"{datetime.date.today():%Y-%m}"
     for stack, one in found.items():
+        known = stacks()[stack]
         pattern = rf'(\[stacks\.{stack}\]\nmeaning = "[^"]*"\n).*?(?=\n\[|\Z)'
         lines = [
             f'source = "{one.num_rows} published runs (benchmarks/calibrate.py): median error {one.error:.1%}, k-fold"',
             'kind = "fitted"',
             f'date = "{month}"',
             *_uncertainty(one.spread, one.order_error),
+            *([f"memory_error = {known.memory_error:g}"] if known.memory_error is not None else []),
             *(f"{name} = {value:.3g}" for name, value in one.figures.items() if _says(name, value)),
         ]
         text = re.sub(pattern, lambda old, lines=lines: old[1] + "\n".join(lines) + "\n", text, flags=re.DOTALL)

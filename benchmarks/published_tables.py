@@ -43,6 +43,8 @@ def tables(judged: Sequence[Judged], rows: Sequence[Row]) -> str:
              "ran", "false alarms"),
             [line for name, here in sources.items() for line in _memory_line(name, here)],
         ),
+        "\n## Memory by stack\n",
+        table(("stack", "rows", "measured / predicted, median", "80th percentile", "most"), _memory_by_stack(judged)),
         "\n## Rows left out\n",
         table(("source", "rows", "reason"), _left_out(judged, rows)),
     ]  # fmt: skip
@@ -70,6 +72,19 @@ def _memory_line(name: str, judged: Sequence[Judged]) -> list[tuple[object, ...]
         (name, len(ratios), _percent(quantile(errors, 0.5)), _percent(quantile(errors, 0.9)),
          _number(quantile(ratios, 0.5)), fit.failed, _percent(fit.recall), fit.ran, _percent(fit.false_alarms))
     ]  # fmt: skip
+
+
+def _memory_by_stack(judged: Sequence[Judged]) -> list[tuple[object, ...]]:
+    """The 80th percentile, less 1, is memory_error of costmodel/stacks.toml; that of all rows, of constants.toml."""
+    found: dict[str, list[float]] = {}
+    for one in judged:
+        if one.memory_ratio is not None and one.row.quiet:
+            for name in (one.row.stack, "all"):
+                found.setdefault(name, []).append(1 / one.memory_ratio)
+    return [
+        (name, len(ratios), *(_number(quantile(ratios, share)) for share in (0.5, 0.8, 1.0)))
+        for name, ratios in sorted(found.items())
+    ]
 
 
 def _left_out(judged: Sequence[Judged], rows: Sequence[Row]) -> list[tuple[object, ...]]:

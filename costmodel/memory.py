@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .constants import assumed
+from .stacks import Stack
 
 ITEMS = (
     "parameters",
@@ -244,8 +245,21 @@ def slack_factor(device_kind: str) -> float:
 
 
 def usable_bytes(memory_bytes: int) -> int:
-    """Of a device's memory, what a plan may fill where nobody sets a limit."""
+    """Of memory that other processes use too, a host's or a CPU's, what a plan may fill where nobody sets a limit."""
     return int(memory_bytes * assumed("usable_memory_fraction"))
+
+
+def memory_error(device_kind: str, stack: Stack) -> float:
+    """What measured memory may take beyond the predicted peak, as a share of it: of memory_sure() of runs no more. A
+    CPU's tensors are counted alike under every stack."""
+    if device_kind == "cpu" or stack.memory_error is None:
+        return assumed("memory_error", device_kind)
+    return stack.memory_error
+
+
+def memory_sure(device_kind: str) -> float:
+    """Of how many runs memory stayed within the error that is stated, as a share."""
+    return assumed("memory_sure", device_kind)
 
 
 def boundary_bytes(cut_bytes: Any, device_kind: str) -> Any:

@@ -45,7 +45,8 @@ class StackFigures:
 class Stack:
     """name: as `--stack` takes it. kind: fitted or assumed. spread: between which shares of the predicted step eight
     of ten published runs took, with figures that were fitted without them. order_error: median error of the predicted
-    ratio of two layouts' steps, of one model on as many devices. None and 0: nothing is known."""
+    ratio of two layouts' steps, of one model on as many devices. memory_error: what eight of ten runs took beyond the
+    predicted peak, as a share of it, or less. None and 0: nothing is known."""
 
     name: str
     figures: StackFigures = StackFigures()
@@ -55,6 +56,7 @@ class Stack:
     date: str = ""
     spread: tuple[float, float] | None = None
     order_error: float = 0.0
+    memory_error: float | None = None
 
     def with_figures(self, **figures: float) -> Stack:
         return replace(self, figures=replace(self.figures, **figures))
@@ -90,6 +92,7 @@ def stacks() -> Mapping[str, Stack]:
             entry["date"],
             (low, high) if high else None,
             entry.get("order_error", 0.0),
+            entry.get("memory_error"),
         )
     return found
 

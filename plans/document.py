@@ -203,6 +203,10 @@ class Predicted(_Document):
         default_factory=dict
     )  # worst rank: parameters, gradients, optimizer, activations, ...
     memory_limit_bytes: int = 0
+    memory_margin_bytes: int = 0  # of that, what the plan's peak leaves free on purpose
+    # of memory_sure of runs, memory was at most memory_error more than predicted, as a share of the peak
+    memory_error: float = 0.0
+    memory_sure: float = 0.0
     host_bytes: int = 0  # of host memory, on the rank that needs most: optimizer state and what it is stepped by
     host_limit_bytes: int = 0  # of that rank's share; 0: not known
     stage_s: list[StageSeconds] = Field(default_factory=list)

@@ -53,7 +53,9 @@ class Size:
 @dataclass(frozen=True)
 class Verdict:
     """Of one plan, or of the nearest where none fits. memory: bytes of the worst rank by kind; they sum to peak_bytes,
-    0 where nothing is known. reason: why there is none. plan: its mesh and sizes, in words."""
+    0 where nothing is known. limit_bytes: of the peak as predicted; kept_free_bytes beyond it are left to the
+    prediction's error, which was no larger in memory_sure of runs. reason: why there is none. plan: its mesh and sizes,
+    in words."""
 
     fits: bool
     peak_bytes: int = 0
@@ -66,6 +68,8 @@ class Verdict:
     recomputes: bool = False
     host_bytes: int = 0
     step_s: float | None = None
+    kept_free_bytes: int = 0
+    memory_sure: float = 0.0
 
     @property
     def margin_bytes(self) -> int:
@@ -180,7 +184,9 @@ class Prober:
         return Verdict(
             True,
             peak_bytes=sum(predicted.memory.values()),
-            limit_bytes=predicted.memory_limit_bytes,
+            limit_bytes=predicted.memory_limit_bytes - predicted.memory_margin_bytes,
+            kept_free_bytes=predicted.memory_margin_bytes,
+            memory_sure=predicted.memory_sure,
             memory=dict(predicted.memory),
             plan=f"{candidate}" + (f", recomputing in {', '.join(recomputed)}" if recomputed else ""),
             batch_ranks=candidate.batch_ranks,
@@ -197,6 +203,8 @@ def _refused(error: DoesNotFit) -> Verdict:
         False,
         peak_bytes=error.peak_bytes,
         limit_bytes=error.limit_bytes,
+        kept_free_bytes=error.kept_free_bytes,
+        memory_sure=error.memory_sure,
         memory=error.memory,
         reason=f"{format_bytes(error.peak_bytes - error.limit_bytes)} missing",
         plan=str(candidate),

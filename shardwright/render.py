@@ -263,15 +263,19 @@ def _memory(plan: Plan) -> RenderableType:
     where = f"stage {worst}"
     if worst < len(plan.stages) and plan.stages[worst].ranks:
         where += f", ranks {_ranges(plan.stages[worst].ranks)}"
-    table = memory_table(predicted.memory, peak, predicted.memory_limit_bytes)
+    free, sure = predicted.memory_margin_bytes, predicted.memory_sure
+    table = memory_table(predicted.memory, peak, predicted.memory_limit_bytes, free, sure)
     if predicted.host_bytes:
         share = f"of {format_bytes(predicted.host_limit_bytes)}" if predicted.host_limit_bytes else ""
         table.add_row("host memory", format_bytes(predicted.host_bytes), Text(share, "dim"))
     return Group(Text(where, "dim"), table)
 
 
-def memory_table(memory: Mapping[str, int], peak: int, limit: int) -> Table:
-    """Bytes by kind, their peak, and the margin to the limit where there is one."""
+def memory_table(
+    memory: Mapping[str, int], peak: int, limit: int, kept_free: int = 0, memory_sure: float = 0.0
+) -> Table:
+    """Bytes by kind, their peak, and the margin to the limit where there is one. kept_free: of the limit, left to the
+    prediction's error, which was no larger in memory_sure of runs."""
     whole = max(limit, peak, 1)
     parts = sorted(((name, size) for name, size in memory.items() if size > 0), key=lambda item: -item[1])
     table = Table.grid(padding=(0, 2))
@@ -283,9 +287,12 @@ def memory_table(memory: Mapping[str, int], peak: int, limit: int) -> Table:
         table.add_row(name.replace("_", " ").removesuffix(" bytes"), format_bytes(size), _bar(size / whole, color))
     table.add_row(Text("peak", "bold"), Text(format_bytes(peak), "bold"), _bar(peak / whole, "bold"))
     if limit:
-        margin = limit - peak
+        margin = limit - kept_free - peak
         style = "green" if margin > 0.05 * limit else "yellow" if margin >= 0 else "bold red"
         table.add_row("limit", format_bytes(limit), "")
+        if kept_free:
+            why = f"{_share(kept_free, limit)} of the limit: {10 * memory_sure:.2g} of 10 runs took no more beyond"
+            table.add_row("kept free", format_bytes(kept_free), Text(why, "dim"))
         table.add_row("margin", Text(format_bytes(margin), style), Text(_share(margin, limit) + " of the limit", style))
     return table
 

@@ -21,7 +21,7 @@ def print_answer(found: Answer, model: str, cluster: Cluster, console: Console |
         title = (
             "Memory of the worst rank" if verdict.fits else "Memory of the worst rank, of the plan that comes nearest"
         )
-        parts.append(section(title, memory_table(verdict.memory, verdict.peak_bytes, verdict.limit_bytes)))
+        parts.append(section(title, _memory(verdict)))
     sizes = _sizes(found)
     if sizes or found.notes:
         rows: list[RenderableType] = [pairs(sizes)] if sizes else []
@@ -38,6 +38,11 @@ def _headline(found: Answer) -> RenderableType:
     if verdict.step_s is not None:
         rows.append(("predicted step", format_seconds(verdict.step_s)))
     return pairs(rows)
+
+
+def _memory(verdict: Verdict) -> RenderableType:
+    whole = verdict.limit_bytes + verdict.kept_free_bytes
+    return memory_table(verdict.memory, verdict.peak_bytes, whole, verdict.kept_free_bytes, verdict.memory_sure)
 
 
 def _samples(count: int) -> str:

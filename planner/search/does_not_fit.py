@@ -35,7 +35,11 @@ WIDER = (2, 8)
 
 
 class DoesNotFit(ShardwrightError):
-    """Nothing fits. memory: bytes of the worst rank of the nearest candidate, by kind; they sum to peak_bytes."""
+    """Nothing fits. memory: bytes of the worst rank of the nearest candidate, by kind; they sum to peak_bytes.
+    kept_free_bytes: beyond limit_bytes, left to the prediction's error, which was no larger in memory_sure of runs."""
+
+    kept_free_bytes: int = 0
+    memory_sure: float = 0.0
 
     def __init__(self, what: str, nearest: Outcome, memory: Mapping[str, int], **parts: Any) -> None:
         super().__init__(what, exit_code=ExitCode.DOES_NOT_FIT, **parts)
@@ -69,7 +73,18 @@ def does_not_fit(state: SearchState) -> ShardwrightError:
     if not state.first_only:
         change, works = _nearest_change(setting, forced, nearest, state.solutions, state.solve_for)
     means = f"the nearest of {len(outcomes)} candidates is {candidate}, recompute={nearest_recompute(forced)}"
-    return DoesNotFit(what, nearest, _memory_of(setting, nearest), means=means, change=change, works=works)
+    free = 0 if nearest.lacks_host else _kept_free(setting, nearest)
+    if free:
+        means += f"; {format_bytes(free)} more are kept free, as memory is predicted no closer"
+    error = DoesNotFit(what, nearest, _memory_of(setting, nearest), means=means, change=change, works=works)
+    error.kept_free_bytes, error.memory_sure = free, setting.memory_sure(device)
+    return error
+
+
+def _kept_free(setting: Setting, nearest: Outcome) -> int:
+    """Of the limit of its worst rank."""
+    candidate, rank = nearest.candidate, nearest.worst_rank
+    return setting.whole_limit(candidate, rank) - setting.limit(candidate, rank)
 
 
 def _memory_of(setting: Setting, outcome: Outcome) -> dict[str, int]:
@@ -108,8 +123,10 @@ def _nearest_change(
         if found is not None:
             value = default or value_of(name, found)  # the leanest recomputation may be one in part
             return f"--force {name}", f"--force {name}={value}" if value is not None else f"no --force {name}"
+    if not nearest.lacks_host and nearest.missing_bytes <= _kept_free(setting, nearest):
+        return "--force memory_margin", "--force memory_margin=0"
     if setting.memory_limit_bytes is not None or setting.cluster.memory_limit_bytes is not None:
-        need = nearest.peak_bytes or 0
+        need = (nearest.peak_bytes or 0) / (1.0 - setting.margin(nearest.candidate, nearest.worst_rank))
         return "--memory-limit", f"--memory-limit {need / GIB + 0.05:.1f}GiB"
     tensor = next(axis for axis in searched_axes() if axis in tensor_axes())
     for size in WIDER:  # more devices could also share a layer

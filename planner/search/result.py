@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from ...costmodel.stage_times import Hop, StageTimes
 from ...costmodel.timeline import Timeline
@@ -105,7 +105,8 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
             bubble_fraction=max(0.0, timeline.bubble_fraction),
             exposed_comm_s=max(timeline.exposed_comm_s),
             memory=breakdowns[worst],
-            memory_limit_bytes=setting.limit(candidate, worst),
+            memory_limit_bytes=setting.whole_limit(candidate, worst),
+            **_memory_error(setting, candidate, worst),
             host_bytes=host.needed_bytes,
             host_limit_bytes=host.limit_bytes if candidate.on_host else 0,
             stage_s=_stage_seconds(chosen.stages, hops(setting, candidate, chain, bounds)),
@@ -129,6 +130,16 @@ def build_result(state: SearchState, chosen: Chosen, started: float, interrupted
         num_candidates=len(state.candidates),
         interrupted=interrupted,
     )
+
+
+def _memory_error(setting: Setting, candidate: Candidate, rank: int) -> dict[str, Any]:
+    """What is left free of the rank's limit, and how far off the prediction may be."""
+    device = setting.mesh(candidate).devices[rank]
+    return {
+        "memory_margin_bytes": setting.whole_limit(candidate, rank) - setting.limit(candidate, rank),
+        "memory_error": setting.memory_error(device),
+        "memory_sure": setting.memory_sure(device),
+    }
 
 
 def step_range_s(setting: Setting, step_s: float) -> list[float]:

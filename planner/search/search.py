@@ -282,6 +282,7 @@ def _begin(
     num_instances = len(setting.shape.instances)
     num_experts = most_experts(setting.graph)
     check_forced(forced, cluster, workload.global_batch, num_instances, num_experts)
+    setting.memory_margin = forced.memory_margin
     space = (
         forced,
         cluster.num_devices,

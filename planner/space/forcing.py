@@ -16,7 +16,8 @@ from ...profiler.near import near_matches
 from ...schedules.published.library import SCHEDULES, canonical_name
 
 CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
-           "offload", "optimizer_state", "prefer", "attention", "experts", "sequence_parallel")  # fmt: skip
+           "offload", "optimizer_state", "prefer", "attention", "experts", "sequence_parallel",
+           "memory_margin")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
 RECOMPUTE_CHOICES = ("auto", "none", "selective", "all")
 OFFLOAD_CHOICES = ("none", "auto")
@@ -49,6 +50,7 @@ class Forced:
     attention: str = "auto"  # where sequences are cut
     experts: str = "auto"  # how their work is shared on an expert axis
     sequence_parallel: str = "auto"  # may tensor ranks divide tokens between the products that they cut?
+    memory_margin: float | None = None  # share of the memory limit that is left free; None: as the memory error asks
 
     @property
     def axes(self) -> dict[str, int]:
@@ -115,6 +117,8 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = _one_of(name, text.lower(), EXPERT_CHOICES)
         elif name == "sequence_parallel":
             values[name] = _one_of(name, text.lower(), SEQUENCE_PARALLEL_CHOICES)
+        elif name == "memory_margin":
+            values[name] = _share(name, text)
         elif name == "cuts":
             values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
         elif name == "zero_extent":
@@ -143,6 +147,7 @@ def _example(key: str) -> str:
         "attention": "gather",
         "experts": "dispatch",
         "sequence_parallel": "off",
+        "memory_margin": "0",
     }.get(key, "2")
 
 
@@ -154,6 +159,23 @@ def _integer(key: str, text: str, least: int) -> int:
     if value < least:
         raise ShardwrightError(
             f"--force {key}={text}: {key} takes a whole number, {least} or more",
+            change=f"--force {key}",
+            works=f"--force {key}={_example(key)}",
+        )
+    return value
+
+
+def _share(key: str, text: str) -> float:
+    """0.1, 10 and 10% are the same: numbers from 1 on are percentages."""
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = -1.0
+    value = number / 100 if text.endswith("%") or number >= 1 else number
+    if not 0 <= value < 1:
+        raise ShardwrightError(
+            f"--force {key}={text}: {key} takes a share of the limit below 1, or a percentage from 1 to less than 100",
+            means="so much of each device's memory is to be left free",
             change=f"--force {key}",
             works=f"--force {key}={_example(key)}",
         )

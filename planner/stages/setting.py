@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ...costmodel.memory import StateBytes, usable_bytes
+from ...costmodel.memory import StateBytes, memory_error, memory_sure, usable_bytes
 from ...costmodel.model import CostModel
 from ...plans.axes import MeshShape
 from ...profiler.cluster import Cluster
@@ -31,13 +31,15 @@ def state_kinds(workload: Workload) -> StateBytes:
 
 @dataclass
 class Setting:
-    """What stays the same through a search, with the caches that it needs."""
+    """What stays the same through a search, with the caches that it needs. memory_margin: share of each limit that
+    plans leave free; None: as much as the memory model's stated error asks for."""
 
     graph: ModelGraph
     cluster: Cluster
     cost_model: CostModel
     workload: Workload
     memory_limit_bytes: int | None = None
+    memory_margin: float | None = None
     shape: Shape = field(init=False)
     kinds: StateBytes = field(init=False)
     _meshes: dict[MeshShape, MeshCosts] = field(default_factory=dict, init=False)
@@ -61,15 +63,30 @@ class Setting:
         return self._chains[key][1]
 
     def limit(self, candidate: Candidate, rank: int) -> int:
-        """What a plan may use of the rank's memory: the user's limit, or the device's less some headroom."""
+        """What a plan may be predicted to use of the rank's memory: its limit less the margin."""
+        return int(self.whole_limit(candidate, rank) * (1.0 - self.margin(candidate, rank)))
+
+    def whole_limit(self, candidate: Candidate, rank: int) -> int:
+        """The user's limit, or the device's memory; of a CPU's what other processes leave."""
         device = self.mesh(candidate).devices[rank]
-        if self.memory_limit_bytes is None and self.cluster.memory_limit_bytes is None:
-            return usable_bytes(device.memory_bytes)
-        return (
-            device.memory_bytes
-            if self.memory_limit_bytes is None
-            else min(device.memory_bytes, self.memory_limit_bytes)
-        )
+        if self.memory_limit_bytes is not None:
+            return min(device.memory_bytes, self.memory_limit_bytes)
+        is_free = self.cluster.memory_limit_bytes is None and device.kind == "cpu"
+        return usable_bytes(device.memory_bytes) if is_free else device.memory_bytes
+
+    def margin(self, candidate: Candidate, rank: int) -> float:
+        """Share of the limit that is left free: a peak that is higher than predicted by the stated error then still
+        stays within the limit."""
+        if self.memory_margin is not None:
+            return self.memory_margin
+        error = self.memory_error(self.mesh(candidate).devices[rank])
+        return error / (1.0 + error)
+
+    def memory_error(self, device: Device) -> float:
+        return memory_error(device.kind, self.cost_model.stack)
+
+    def memory_sure(self, device: Device) -> float:
+        return memory_sure(device.kind)
 
     def once(self, make: Callable[..., T], key: Hashable, *arguments: Any) -> T:
         """make(*arguments), worked out once for each key until forget(). The key names all of the arguments that the
