@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,3 +64,41 @@ def goes_by_hosts(num_choices: int, ranks: int, per_host: int) -> bool:
     if per_host < 2 or per_host >= ranks or ranks % per_host:
         return False
     return copies_of_token(num_choices, ranks) >= FEWER_ROWS * copies_of_token(num_choices, ranks // per_host)
+
+
+class Work(NamedTuple):
+    """Of one chunk. way: what does it, one thing at a time: the links of a hop, or the device. is_waited_for: does what
+    follows need it?"""
+
+    way: str
+    seconds: float
+    is_waited_for: bool = True
+
+
+DEVICE = "device"
+CHUNKS = (1, 2, 4)  # in which tokens may go to experts
+
+
+def in_turns_s(chunk: Sequence[Work], count: int) -> float:
+    """Seconds until `count` equal chunks are done, whose works are started in turns: each until it waits for a message,
+    as passes/expert_routes.py starts them. Ways do what was started first."""
+    free: dict[str, float] = {}
+    done = [0.0] * count
+    for turn in _turns(chunk):
+        for k in range(count):
+            for work in turn:
+                ready = done[k] if work.is_waited_for else 0.0  # else it needs what this way did for the chunk before
+                free[work.way] = max(free.get(work.way, 0.0), ready) + work.seconds
+                if work.is_waited_for:
+                    done[k] = free[work.way]
+    return max(*done, *free.values())
+
+
+def _turns(chunk: Sequence[Work]) -> list[list[Work]]:
+    """Each up to a message and what is done beside it."""
+    turns: list[list[Work]] = [[]]
+    for work in chunk:
+        if turns[-1] and work.is_waited_for and any(before.way != DEVICE for before in turns[-1]):
+            turns.append([])
+        turns[-1].append(work)
+    return turns

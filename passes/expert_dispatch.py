@@ -9,154 +9,80 @@ backward sends tokens again, with the gradients of their results.
 What the experts had before their activation stays on their rank for the backward: as many rows as choices came there.
 Its size in the graph is that of the rank's own choices, [N, K, 2 I], which is what comes to a rank on average.
 
-firsts, counts: of each rank of the group, its first expert and how many it has. A choice of an expert that no rank of
-the group has adds nothing, so that a tensor axis may cut experts beside. per_host: how many ranks, next to each other,
-share a host. Where that is more than one, a token crosses once to each host that has an expert which it chose, to the
-rank in its own rank's place there, which sends it on; results are summed on each host before they go back.
+What follows it in the arguments is where experts lie and how tokens go there (expert_routes.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx
 
 from ..ops.placement import shard_size, shard_start
 from ..profiler.expert_ops import (
     BIASES,
     INPUTS,
+    ExpertsBackward,
     backward_fake,
     forward_fake,
     results,
     run_experts,
-    run_experts_backward,
 )
-from . import _torch
+from .expert_routes import Chunk, Place, UnderWay, bring_back, chunks_of, round_robin, send
 from .redistribute import Emitter, MeshAxis
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
-_PLACE = "int[] firsts, int[] counts, int rank, int per_host, str group"
-
-
-class _Place(NamedTuple):
-    """Where experts lie, as _PLACE says."""
-
-    firsts: Sequence[int]
-    counts: Sequence[int]
-    rank: int
-    per_host: int
-    group: str
-
-    def chosen(self, index: torch.Tensor) -> torch.Tensor:
-        """[N, K] -> [ranks, N]: how many experts of each rank each token chose."""
-        placed = zip(self.firsts, self.counts, strict=True)
-        return torch.stack([((index >= first) & (index < first + count)).sum(1) for first, count in placed])
-
-    def to_hosts(self, chosen: torch.Tensor) -> torch.Tensor:
-        """The same of all ranks of each host, as if one of them had their experts: the one in this rank's place."""
-        found = torch.zeros_like(chosen)
-        found[self.rank % self.per_host :: self.per_host] = chosen.unflatten(0, (-1, self.per_host)).sum(1)
-        return found
-
-    def in_host(self, chosen: torch.Tensor) -> torch.Tensor:
-        """The same without ranks of other hosts."""
-        first = self.rank - self.rank % self.per_host
-        found = torch.zeros_like(chosen)
-        found[first : first + self.per_host] = chosen[first : first + self.per_host]
-        return found
-
-
-class _Routes(NamedTuple):
-    """tokens: own tokens in the order in which they are sent, by the rank that they go to. sent, received: how many to
-    and from each rank. choices: of this rank's experts, among what is received. num_tokens: own ones, sent or not."""
-
-    tokens: torch.Tensor
-    sent: list[int]
-    received: list[int]
-    choices: int
-    group: Any
-    num_tokens: int = 0
-
-
-def _routes(chosen: torch.Tensor, group: str) -> _Routes:
-    """chosen: [ranks, N], of each rank's experts."""
-    goes, ranks = chosen > 0, _torch.group_by_name(group)
-    own = torch.stack([goes.sum(1), chosen.sum(1)], 1)
-    other = torch.empty_like(own)
-    dist.all_to_all_single(other, own, group=ranks)
-    sent, received, choices = torch.stack([own[:, 0], other[:, 0], other[:, 1]]).tolist()
-    return _Routes(goes.nonzero()[:, 1], sent, received, sum(choices), ranks, chosen.shape[1])
-
-
-def _exchange(routes: _Routes, columns: Sequence[torch.Tensor], *, back: bool = False) -> list[torch.Tensor]:
-    """Rows of several tensors, in one message to each rank. back: of what came, to where it came from."""
-    rows = [_as_type(t, torch.uint8) for t in columns]
-    packed = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
-    go, come = (routes.received, routes.sent) if back else (routes.sent, routes.received)
-    out = packed.new_empty(sum(come), packed.shape[1])
-    dist.all_to_all_single(out, packed, come, go, group=routes.group)
-    parts = torch.split(out, [row.shape[1] for row in rows], 1)
-    return [_as_type(part, t.dtype) for part, t in zip(parts, columns, strict=True)]
-
-
-def _sent(
-    place: _Place, columns: Sequence[torch.Tensor], index: torch.Tensor, weight: torch.Tensor
-) -> tuple[list[_Routes], list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """(the way, rows of the columns, choices counted from this rank's first expert, their weights) of the tokens that
-    come: at once, or to each host and from there to its ranks."""
-    way, rows = [], [*columns, index.to(torch.int32), weight]
-    for legs in (place.to_hosts, place.in_host) if place.per_host > 1 else (lambda chosen: chosen,):
-        routes = _routes(legs(place.chosen(rows[-2])), place.group)
-        rows = _exchange(routes, [t[routes.tokens] for t in rows])
-        way.append(routes)
-    # Only the last way's `choices` is used: on the way to the hosts it counts what all ranks of this host compute.
-    *rows, chosen, scale = rows
-    return way, rows, chosen.long() - place.firsts[place.rank], scale
-
-
-def _back(way: Sequence[_Routes], parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Results of the tokens that came, summed where they came from."""
-    for routes in reversed(way):
-        parts = [_summed(routes, part) for part in _exchange(routes, parts, back=True)]
-    return parts
-
-
-def _as_type(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The same bytes. A part of one row, or of none, counts as contiguous with the offset and the stride of the rows
-    that it is cut from, which need be no multiple of what an entry of another type takes."""
-    if not rows.is_contiguous() or min(rows.shape) < 2:
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    return rows.view(dtype)
-
-
-def _summed(routes: _Routes, part: torch.Tensor) -> torch.Tensor:
-    """What came back for each token, added up in the order of ranks, in float32 at least."""
-    wide = torch.promote_types(part.dtype, torch.float32)
-    total = torch.zeros(routes.num_tokens, part.shape[1], dtype=wide, device=part.device)
-    of_ranks = torch.split(routes.tokens, routes.sent), torch.split(part, routes.sent)
-    for tokens, rows in zip(*of_ranks, strict=True):
-        total.index_add_(0, tokens, rows.to(wide))
-    return total.to(part.dtype)
+_PLACE = "int[] firsts, int[] counts, int rank, int per_host, int chunks, str group, str across, str inside"
+_NUM_PLACE = len(Place._fields)
 
 
 def _forward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, index, weight, *experts, activation, firsts, counts, rank, per_host, group = operands
-    way, (rows,), here, scale = _sent(_Place(firsts, counts, rank, per_host, group), [hidden], index, weight)
-    out, pre = run_experts(rows, here, scale, experts, activation, way[-1].choices)
-    return _back(way, [out])[0], pre
+    *tensors, activation = operands[:-_NUM_PLACE]
+    hidden, index, weight, *experts = tensors
+    place = Place(*operands[-_NUM_PLACE:])
+
+    def of_chunk(chunk: Chunk) -> UnderWay[tuple[torch.Tensor, torch.Tensor]]:
+        orders, (rows,), here, scale = yield from send(place, chunk, [hidden], index, weight)
+        out, pre = run_experts(rows, here, scale, experts, activation, chunk.choices)
+        del rows
+        (out,) = yield from bring_back(chunk, orders, [out])
+        return out, pre
+
+    outs, pres = zip(*round_robin([of_chunk(chunk) for chunk in chunks_of(place, index)]), strict=True)
+    return _joined(outs), _joined(pres)
 
 
 def _backward(*operands: Any) -> tuple[torch.Tensor, ...]:
-    grad_out, hidden, index, weight, *experts, activation, firsts, counts, rank, per_host, group, pre = operands
-    place = _Place(firsts, counts, rank, per_host, group)
-    way, (grad_rows, rows), here, scale = _sent(place, [grad_out, hidden], index, weight)
-    grad_hidden, grad_weight, *of_experts = run_experts_backward(
-        grad_rows, rows, here, scale, experts, pre, activation, way[-1].choices
-    )
-    return *_back(way, [grad_hidden, grad_weight]), *of_experts
+    *given, pre = operands
+    *tensors, activation = given[:-_NUM_PLACE]
+    grad_out, hidden, index, weight, *experts = tensors
+    place = Place(*given[-_NUM_PLACE:])
+    chunks = chunks_of(place, index)
+    pres = [None] * len(chunks) if pre is None else pre.split([chunk.choices for chunk in chunks])
+
+    def of_chunk(chunk: Chunk, kept: torch.Tensor | None) -> UnderWay[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        orders, (grad, rows), here, scale = yield from send(place, chunk, [grad_out, hidden], index, weight)
+        work = ExpertsBackward(grad, rows, here, scale, experts, kept, activation, chunk.choices)
+        del grad, rows
+        back = bring_back(chunk, orders, work.of_inputs())
+        next(back)
+        of_experts = work.of_experts()  # beside the message
+        yield
+        of_inputs = yield from back
+        return of_inputs, of_experts
+
+    parts = round_robin([of_chunk(chunk, kept) for chunk, kept in zip(chunks, pres, strict=True)])
+    of_inputs = [_joined(of_chunks) for of_chunks in zip(*(part[0] for part in parts), strict=True)]
+    of_experts = parts[0][1]
+    for _, others in parts[1:]:
+        of_experts = [total.add_(other) for total, other in zip(of_experts, others, strict=True)]
+    return *of_inputs, *of_experts
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 for _overload, _operands in (("default", INPUTS), ("bias", f"{INPUTS}, {BIASES}")):
@@ -192,12 +118,20 @@ def experts_of(num_experts: int, axis: MeshAxis, inner: MeshAxis | None) -> tupl
     return firsts, counts
 
 
+def _where(axis: MeshAxis, num_experts: int, inner: MeshAxis | None) -> tuple[Any, ...]:
+    """As the ops take it."""
+    ways = axis.experts
+    return Place(
+        *experts_of(num_experts, axis, inner), axis.index, ways.per_host, ways.chunks, axis.group, *ways.hop_groups
+    )
+
+
 def dispatch_experts(
     emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis, inner: MeshAxis | None = None
 ) -> fx.Node:
     """(hidden, index, weight, experts..., activation) -> out, pre"""
-    place = experts_of(node.args[3].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
-    return emit.call(_overload_of(expert_dispatch, node), *args, *place, axis.index, axis.per_host, axis.group)
+    place = _where(axis, node.args[3].meta["val"].shape[0], inner)  # type: ignore[union-attr]
+    return emit.call(_overload_of(expert_dispatch, node), *args, *place)
 
 
 def dispatch_experts_backward(
@@ -206,11 +140,9 @@ def dispatch_experts_backward(
     """(grad_out, hidden, index, weight, experts..., pre, activation); without pre where the experts are cut twice: the
     plan counts on its being computed again there."""
     *operands, pre, activation = args
-    place = experts_of(node.args[4].meta["val"].shape[0], axis, inner)  # type: ignore[union-attr]
+    place = _where(axis, node.args[4].meta["val"].shape[0], inner)  # type: ignore[union-attr]
     op = _overload_of(expert_dispatch_backward, node)
-    return emit.call(
-        op, *operands, activation, *place, axis.index, axis.per_host, axis.group, pre if inner is None else None
-    )
+    return emit.call(op, *operands, activation, *place, pre if inner is None else None)
 
 
 def _overload_of(packet: Any, node: fx.Node) -> Any:

@@ -20,15 +20,25 @@ c10d = torch.ops._c10d_functional
 
 
 @dataclass(frozen=True)
+class ExpertWays:
+    """How tokens go to experts along an axis. per_host: how many neighbours on it share a host, where a token goes to
+    each host once. chunks: in which a rank's tokens go. hop_groups: names of the groups of the ranks in the same place
+    on each host, and of those of a host."""
+
+    per_host: int = 1
+    chunks: int = 1
+    hop_groups: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True)
 class MeshAxis:
-    """One axis of the mesh as this rank sees it. index: this rank's coordinate. group: name of the process group.
-    per_host: how many neighbours on it share a host, where what is sent along it goes to each host once."""
+    """One axis of the mesh as this rank sees it. index: this rank's coordinate. group: name of the process group."""
 
     name: str
     size: int
     index: int
     group: str
-    per_host: int = 1
+    experts: ExpertWays = ExpertWays()
 
 
 class Emitter:

@@ -29,6 +29,7 @@ class ShardingSolution:
     state_bytes: float = 0.0  # of training state, of all instances, before ZeRO
     exposed_s: float = 0.0  # of the sums of gradients, once a step: what the last backward does not hide
     split_shares: dict[str, dict[str, float]] = field(default_factory=dict)  # axis -> "parameters", "activations"
+    expert_chunks: int = 1  # in which tokens go to experts
 
     @property
     def proven_share(self) -> float:

@@ -306,6 +306,8 @@ class Plan(_Document):
     # of the ranks of the experts' axis, next to each other, that share a host: a token crosses to each host once, and
     # goes on to its ranks from there; 1: it goes to each rank by itself
     expert_ranks_per_host: int = Field(default=1, ge=1)
+    # in how many parts, one after the other, a rank's tokens go to experts, so that messages pass beside products
+    expert_chunks: int = Field(default=1, ge=1)
     memory_policy: MemoryPolicy
     fusions: list[str] = Field(default_factory=list)  # fused kernels that the cost model says win
     forced: dict[str, str] = Field(default_factory=dict)

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._torch import grouped_product, takes_groups
 from .gates import ACTIVATIONS, gate_of
 
-__all__ = ["ACTIVATIONS", "BIASES", "INPUTS", "WEIGHTS", "run_experts", "run_experts_backward"]
+__all__ = ["ACTIVATIONS", "BIASES", "INPUTS", "WEIGHTS", "ExpertsBackward", "run_experts", "run_experts_backward"]
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 INPUTS = "Tensor hidden, Tensor index, Tensor weight, Tensor gate_up, Tensor down"
@@ -134,38 +134,59 @@ def run_experts(
     return out, both if groups.few else groups.back(both)
 
 
-def run_experts_backward(
-    grad_out: torch.Tensor,
-    hidden: torch.Tensor,
-    index: torch.Tensor,
-    weight: torch.Tensor,
-    experts: Sequence[torch.Tensor],
-    pre: torch.Tensor | None,
-    activation: str,
-    count: int | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of hidden, weight and the experts. pre: what run_experts gave with the same count; computed again
-    without."""
-    gate_up, down, *biases = experts
-    up_bias, down_bias = biases or (None, None)
-    groups = _Groups(index, gate_up.shape[0], count)
-    rows, grad = hidden[groups.tokens], grad_out[groups.tokens]
-    if pre is None:
-        both = groups.products(rows, gate_up, up_bias)
-    else:
-        both = pre if groups.few else pre.flatten(0, 1)[groups.order]
-    scale = weight.reshape(-1, 1)[groups.order].to(grad.dtype)
-    grad_product = groups.products(grad, down.transpose(-2, -1))
-    product, grad_both = gate_of(activation).backward(both, grad_product * scale)
-    grad_weight = (grad_product * product).sum(-1)
-    del both, grad_product
-    grad_hidden = groups.of_tokens(groups.products(grad_both, gate_up.transpose(-2, -1))).to(hidden.dtype)
-    grad_scaled = grad * scale
-    of_experts = [groups.outer(grad_both, rows), groups.outer(grad_scaled, product)]
-    if down_bias is not None:
-        grad_weight += (grad * groups.of_rows(down_bias)).sum(-1)
-        of_experts += [groups.sums(grad_both, len(gate_up)), groups.sums(grad_scaled, len(gate_up))]
-    return grad_hidden, groups.back(grad_weight.to(weight.dtype)), *of_experts
+class ExpertsBackward:
+    """Gradients of tokens and choices' weights, and then, of what these leave, those of the experts."""
+
+    def __init__(
+        self,
+        grad_out: torch.Tensor,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weight: torch.Tensor,
+        experts: Sequence[torch.Tensor],
+        pre: torch.Tensor | None,
+        activation: str,
+        count: int | None = None,
+    ) -> None:
+        """pre: what run_experts gave with the same count; computed again without."""
+        self.gate_up, self.down, *biases = experts
+        self.up_bias, self.down_bias = biases or (None, None)
+        self.groups = _Groups(index, self.gate_up.shape[0], count)
+        self.rows, self.grad = hidden[self.groups.tokens], grad_out[self.groups.tokens]
+        self.pre, self.activation, self.weight = pre, activation, weight
+
+    def of_inputs(self) -> list[torch.Tensor]:
+        """[N, H], [N, K]"""
+        groups, grad = self.groups, self.grad
+        if self.pre is None:
+            both = groups.products(self.rows, self.gate_up, self.up_bias)
+        else:
+            both = self.pre if groups.few else self.pre.flatten(0, 1)[groups.order]
+        self.pre = None
+        scale = self.weight.reshape(-1, 1)[groups.order].to(grad.dtype)
+        grad_product = groups.products(grad, self.down.transpose(-2, -1))
+        self.product, self.grad_both = gate_of(self.activation).backward(both, grad_product * scale)
+        grad_weight = (grad_product * self.product).sum(-1)
+        if self.down_bias is not None:
+            grad_weight += (grad * groups.of_rows(self.down_bias)).sum(-1)
+        del both, grad_product
+        grad_hidden = groups.of_tokens(groups.products(self.grad_both, self.gate_up.transpose(-2, -1)))
+        self.grad = grad * scale
+        return [grad_hidden.to(grad.dtype), groups.back(grad_weight.to(self.weight.dtype))]
+
+    def of_experts(self) -> list[torch.Tensor]:
+        """Of gate_up and down, and of their biases where they have any."""
+        groups = self.groups
+        found = [groups.outer(self.grad_both, self.rows), groups.outer(self.grad, self.product)]
+        if self.down_bias is not None:
+            found += [groups.sums(self.grad_both, len(self.gate_up)), groups.sums(self.grad, len(self.gate_up))]
+        return found
+
+
+def run_experts_backward(*operands: Any) -> tuple[torch.Tensor, ...]:
+    """Gradients of hidden, weight and the experts. operands: of ExpertsBackward."""
+    work = ExpertsBackward(*operands)
+    return *work.of_inputs(), *work.of_experts()
 
 
 def _run(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -217,5 +217,18 @@ class RankGrid:
                 if self.rank in ranks:
                     self._subset_groups[subset, axes] = group
 
+    def make_hop_groups(self, axis: str, per_host: int) -> tuple[str, str]:
+        """Names of the groups that this rank's index on an axis falls into: of the ranks in the same place on each host
+        of `per_host` neighbours, and of those of one host. Collective."""
+        rows = self.ranks.movedim(list(self.sizes).index(axis), -1).reshape(-1, self.sizes[axis])
+        found: list[str] = []
+        for digits in (rows.unflatten(1, (-1, per_host)).transpose(1, 2), rows.unflatten(1, (-1, per_host))):
+            for ranks in digits.reshape(-1, digits.shape[2]).tolist():
+                group = dist.new_group(ranks)
+                if self.rank in ranks:
+                    found.append(group.group_name)
+        across, inside = found
+        return across, inside
+
     def pipeline_subgroup(self, subset: Sequence[int], axes: tuple[str, ...] = ()) -> Any:
         return self._subset_groups[tuple(sorted(subset)), axes]

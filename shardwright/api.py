@@ -22,7 +22,7 @@ from .passes.build import build_segment_programs
 from .passes.device_kernels import refuse_missing_kernels
 from .passes.fuse import fuse_model
 from .passes.program import SegmentProgram
-from .passes.redistribute import MeshAxis
+from .passes.redistribute import ExpertWays, MeshAxis
 from .planner.interfaces import ShardingSolution
 from .planner.search.result import SearchResult
 from .planner.search.search import search
@@ -245,6 +245,7 @@ def _make_plan(asked: _Asked) -> Plan:
         zero=found.zero,
         zero_extents=found.zero_extents,
         expert_ranks_per_host=expert_ranks_per_host(placed.graph, cluster, found.mesh.shape),
+        expert_chunks=placed.solution.expert_chunks,
         memory_policy=placed.memory_policy,
         fusions=fusions,
         forced=dict(asked.force),
@@ -467,8 +468,12 @@ def _mesh_axes(grid: RankGrid, plan: Plan) -> dict[str, MeshAxis]:
     found = {}
     for name in plan.placement_axes:
         group = grid.group(name).group_name if grid.size(name) > 1 else ""
-        per_host = plan.expert_ranks_per_host if name in expert_axes() else 1
-        found[name] = MeshAxis(name, grid.size(name), grid.coord(name), group, per_host)
+        ways = ExpertWays()
+        if name in expert_axes() and grid.size(name) > 1:
+            per_host = plan.expert_ranks_per_host
+            hop_groups = grid.make_hop_groups(name, per_host) if per_host > 1 else ("", "")
+            ways = ExpertWays(per_host, plan.expert_chunks, hop_groups)
+        found[name] = MeshAxis(name, grid.size(name), grid.coord(name), group, ways)
     return found
 
 

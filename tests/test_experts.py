@@ -19,14 +19,14 @@ from torch import nn
 
 import shardwright
 from shardwright import api
-from shardwright.costmodel.experts import goes_by_hosts
+from shardwright.costmodel.experts import DEVICE, Work, goes_by_hosts, in_turns_s
 from shardwright.costmodel.memory import StageState, StateBytes, state_memory
 from shardwright.costmodel.model import CostModel
 from shardwright.errors import ShardwrightError
 from shardwright.evaluation import placed_anew
 from shardwright.jobs import job_of
 from shardwright.ops.strategy import Strategy
-from shardwright.passes import expert_dispatch
+from shardwright.passes import expert_routes
 from shardwright.planner.report.explain import explain as explain_graph
 from shardwright.planner.sharding.expert_costs import copies_of_token, dispatch_s, row_bytes
 from shardwright.planner.sharding.mesh import Axis, Mesh, Sizes
@@ -240,14 +240,22 @@ def test_tokens_that_go_by_hosts_give_the_numbers_of_one_device(kind: str) -> No
     """Of four ranks on two hosts."""
     plan = _planned(kind, 4, {"dp": 4, "ep": 4, "zero": 1}, layers=1)
     assert plan.expert_ranks_per_host == 1  # one machine
-    _assert_as_on_one_device(kind, plan.model_copy(update={"expert_ranks_per_host": 2}), layers=1)
+    update = {"expert_ranks_per_host": 2, "expert_chunks": 1 if kind == "even" else 2}
+    _assert_as_on_one_device(kind, plan.model_copy(update=update), layers=1)
+
+
+@pytest.mark.parametrize(("kind", "chunks"), [("even", 2), ("uneven", 4), ("biased", 3)])
+def test_tokens_that_go_in_chunks_give_the_numbers_of_one_device(kind: str, chunks: int) -> None:
+    plan = _planned(kind, 2, {"dp": 2, "ep": 2, "experts": "dispatch"}, layers=1)
+    assert plan.expert_chunks == 1  # on CPUs nothing passes beside products
+    _assert_as_on_one_device(kind, plan.model_copy(update={"expert_chunks": chunks}), layers=1)
 
 
 def test_by_hosts_a_token_crosses_to_each_once() -> None:
     """Experts of ranks 1 and 3, each on a host of two: rank 0 sends a token that chose both once to its own host, and
     once to the other one; each sends it on to the one that has the expert."""
-    for rank, hosts, inside in ((0, [1, 0, 1, 0], [0, 1, 0, 0]), (3, [0, 1, 0, 1], [0, 0, 0, 1])):
-        place = expert_dispatch._Place([0, 1, 2, 3], [1, 1, 1, 1], rank, 2, "")
+    for rank, hosts, inside in ((0, [True, True], [False, True]), (3, [True, True], [False, True])):
+        place = expert_routes.Place([0, 1, 2, 3], [1, 1, 1, 1], rank, 2)
         chosen = place.chosen(torch.tensor([[1, 3]]))
         assert place.to_hosts(chosen)[:, 0].tolist() == hosts
         assert place.in_host(chosen)[:, 0].tolist() == inside
@@ -277,7 +285,7 @@ def test_two_hops_are_priced_by_the_rows_of_each() -> None:
     mesh = Mesh((axis,), 1, 160, lambda *_: 0.0, lambda num_bytes: 0.0)
     hidden, index, weight = (Sizes((160, n), (), 160.0 * n * size, True) for n, size in ((32, 2), (8, 8), (8, 2)))
     dispatched = Strategy((0,) * 5, (0, 0), lowering="dispatch_experts", of_experts=True)
-    dispatch_s(mesh, [dispatched], [hidden, index, weight, *[Sizes((16, 1, 1), (), 0.0, True)] * 2])
+    dispatch_s(mesh, [dispatched], [hidden, index, weight, *[Sizes((16, 1, 1), (), 0.0, True)] * 2], 0.0)
     there, back = 32 * 2 + 8 * 4 + 8 * 2, 32 * 2
     across, inside = 2 * 10 * copies_of_token(8, 2), 8 * 10 * copies_of_token(8, 16)
     expected = [("across", across * there), ("across", across * back), ("inside", inside * there)]
@@ -285,7 +293,24 @@ def test_two_hops_are_priced_by_the_rows_of_each() -> None:
     found = [one for one in sent if one[0] != "counts"]
     assert [name for name, _ in found] == [name for name, _ in expected]
     assert [size for _, size in found] == pytest.approx([size for _, size in expected])
-    assert len(sent) == 6  # each hop exchanges counts of its own
+    assert len(sent) == 5  # counts of both hops are exchanged at once
+
+
+def test_messages_of_a_chunk_pass_beside_products_of_others() -> None:
+    """There 2, products 3, back 2: of two chunks the second one's way there and the first one's way back are hidden."""
+    chunk = [Work("link", 2.0), Work(DEVICE, 3.0), Work("link", 2.0)]
+    assert in_turns_s(chunk, 1) == 7.0
+    assert in_turns_s(chunk, 2) == 2 + 3 + 3 + 2
+    beside = [Work("link", 2.0), Work(DEVICE, 1.5), Work("link", 2.0), Work(DEVICE, 1.5, False)]
+    assert in_turns_s(beside, 1) == 5.5  # what nobody waits for passes beside the way back
+    hops = [Work("hop 0", 2.0), Work("hop 1", 2.0), Work(DEVICE, 1.0)]
+    assert in_turns_s(hops, 3) == 3 * 2 + 2 + 1  # one chunk's second hop beside the next one's first
+
+
+def test_links_that_take_as_long_as_products_have_tokens_go_in_chunks() -> None:
+    """Of wide experts over a network; not of small ones inside a host, whose messages are mostly latency."""
+    small = shardwright.plan(_workload("even", 1)[0], "1x4xH100-80GB", force={"dp": 4, "ep": 4}, self_test=False)
+    assert small.expert_chunks == 1
 
 
 def test_a_token_goes_once_to_each_rank_that_it_needs() -> None:
@@ -338,18 +363,18 @@ def _bytes_sent(rank: int, kind: str, plan: str) -> list[int]:
     workload, batch = _workload(kind, 1)
     program = shardwright.build(Plan.model_validate_json(plan), workload, self_test=False)
     found: list[int] = []
-    whole = expert_dispatch.dist
+    whole = expert_routes.dist
 
-    def counted(out: torch.Tensor, given: torch.Tensor, *sizes: Any, group: Any) -> None:
+    def counted(out: torch.Tensor, given: torch.Tensor, *sizes: Any, **options: Any) -> Any:
         if sizes:
             found.append(given.nbytes)
-        whole.all_to_all_single(out, given, *sizes, group=group)
+        return whole.all_to_all_single(out, given, *sizes, **options)
 
-    expert_dispatch.dist = SimpleNamespace(all_to_all_single=counted)  # type: ignore[assignment]
+    expert_routes.dist = SimpleNamespace(all_to_all_single=counted)  # type: ignore[assignment]
     try:
         program.forward_backward(program.shard_batch(batch))
     finally:
-        expert_dispatch.dist = whole
+        expert_routes.dist = whole
     return found
 
 
@@ -373,15 +398,16 @@ def test_any_number_of_rows_comes_as_it_was_sent(
     choices: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four bytes of each choice lie before its weight, which takes eight: of one row and of none as of more."""
-    alone = SimpleNamespace(all_to_all_single=lambda out, given, *_, group: out.copy_(given))
-    monkeypatch.setattr(expert_dispatch, "dist", alone)
-    routes = expert_dispatch._Routes(torch.arange(num_tokens), [num_tokens], [num_tokens], num_tokens, None)
+    done = SimpleNamespace(wait=lambda: None)
+    alone = SimpleNamespace(all_to_all_single=lambda out, given, *_, **__: out.copy_(given) is None or done)
+    monkeypatch.setattr(expert_routes, "dist", alone)
+    leg = expert_routes.Leg([num_tokens], [num_tokens], None)
     index = torch.randint(EXPERTS, (num_tokens, choices), dtype=torch.int32)
     sent = [torch.randn(num_tokens, WIDTH).bfloat16(), index, torch.randn(num_tokens, choices, dtype=torch.float64)]
     sent += [torch.randn(num_tokens, WIDTH, dtype=torch.float64), torch.randn(choices, num_tokens).t()]
     for columns in (sent, sent[1:], sent[4:]):
         for back in (False, True):
-            came = expert_dispatch._exchange(routes, columns, back=back)
+            (came,) = expert_routes.round_robin([expert_routes.exchange(leg, columns, back=back)])
             assert all(torch.equal(here, there) for here, there in zip(came, columns, strict=True))
 
 

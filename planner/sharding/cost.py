@@ -44,7 +44,7 @@ def evaluate(placed: Placed) -> SegmentCost:
 
     asked = routes(placed)
     comm: dict[str, float] = defaultdict(float, rings_s)
-    for phase, dispatched_s in _dispatches(placed):
+    for phase, dispatched_s in _dispatches(placed, op_s):
         comm[phase] += dispatched_s
     for route in asked:
         comm[route.phase] += collective_s(route)
@@ -108,12 +108,12 @@ def _rings_s(placed: Placed, phase: str, op_s: Mapping[fx.Node, float]) -> float
     return seconds
 
 
-def _dispatches(placed: Placed) -> Iterator[tuple[str, float]]:
+def _dispatches(placed: Placed, op_s: Mapping[fx.Node, float]) -> Iterator[tuple[str, float]]:
     """(phase, seconds) of what sends tokens to experts inside its own program."""
     for node, view in placed.facts.views.items():
         if is_expert_op(node):
             operands = [placed.mesh.sizes(*origin(n)) for n in view.operands]
-            seconds = dispatch_s(placed.mesh, placed.strategies(node), operands)
+            seconds = dispatch_s(placed.mesh, placed.strategies(node), operands, op_s[node])
             yield node.meta.get("phase", "forward"), seconds
 
 

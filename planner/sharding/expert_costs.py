@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from torch import fx
 
-from ...costmodel.experts import ExpertSizes, copies_of_token, expert_scratch_bytes, goes_by_hosts
+from ...costmodel.experts import (
+    CHUNKS,
+    DEVICE,
+    ExpertSizes,
+    Work,
+    copies_of_token,
+    expert_scratch_bytes,
+    goes_by_hosts,
+    in_turns_s,
+)
 from ...ops.expert_rules import is_dispatch, is_expert_op, weights_at
 from ...ops.placement import R
 from ...ops.strategy import Strategy
@@ -163,30 +173,72 @@ def dispatched(mesh: Mesh, strategies: Sequence[Strategy]) -> tuple[Axis, int] |
 def least_dispatch_s(mesh: Mesh, node: fx.Node, listed: Sequence[Strategy]) -> float:
     """Of an expert op whose tokens are sent, whatever else is chosen: tokens split over all axes that may split them,
     experts over all others. listed: its strategies."""
+    option = _least_option(mesh, listed)
+    view = view_of(node)
+    operands = [mesh.sizes(*origin(n)) for n in view.operands]
+    results = [mesh.sizes(node, k) for k in range(len(view.outputs))]
+    moved = sum(
+        sizes.num_bytes / mesh.shares(tuple(s.inputs[k] for s in option)) for k, sizes in enumerate(operands)
+    ) + mesh.moved_bytes(node, option, results)
+    batched = any(any(sizes.batched) for sizes in (*operands, *results))
+    return dispatch_s(mesh, option, operands, mesh.op_s(node, mesh.share(option, batched), moved))
+
+
+def _least_option(mesh: Mesh, listed: Sequence[Strategy]) -> list[Strategy]:
     tokens = next(s for s in listed if not s.lowering and s.inputs[0] >= 0)
     sent = next(s for s in listed if is_dispatch(s))
     cut = next(s for s in listed if s.lowering.startswith("own_experts"))
-    option = [sent if axis.role.cuts_experts else cut if axis.role.cuts_params else tokens for axis in mesh.axes]
-    return dispatch_s(mesh, option, [mesh.sizes(*origin(n)) for n in view_of(node).operands])
+    return [sent if axis.role.cuts_experts else cut if axis.role.cuts_params else tokens for axis in mesh.axes]
 
 
-def dispatch_s(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes]) -> float:
-    """Of the all-to-alls inside an op that sends tokens to experts: of counts, of rows, and of rows back. The rank that
-    most tokens go to has the others wait."""
+def dispatch_s(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes], compute_s: float) -> float:
+    """What sending tokens to experts and back adds to the seconds of the experts' products. The rank that most tokens
+    go to has the others wait. compute_s: of those products, which pass beside messages of other chunks."""
     found = dispatched(mesh, strategies)
     if found is None:
         return 0.0
-    axis, parts = found
+    axis, _ = found
+    chunks = mesh.expert_chunks
+    there, back = _messages(mesh, strategies, operands)
+    each_s = compute_s / chunks
+    if _has_gradient(operands):  # half of the products are of the experts' own gradients, which nobody waits for
+        products = [Work(DEVICE, each_s / 2), back[0], Work(DEVICE, each_s / 2, False), *back[1:]]
+    else:
+        products = [Work(DEVICE, each_s), *back]
+    experts = [sizes.num_bytes / axis.size for sizes in operands if sizes.of_experts]
+    again_s = (chunks - 1) * mesh.memory_s((1 + 2 * _has_gradient(operands)) * sum(experts))
+    counts_s = axis.collective_s("all_to_all", 8.0 * chunks * axis.size**2 * (2 if axis.hops else 1))
+    return counts_s + in_turns_s([*there, *products], chunks) - compute_s + again_s
+
+
+def _messages(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes]) -> tuple[list[Work], list[Work]]:
+    """Of a chunk on its way to experts, and back: each packed or summed on the device, and sent."""
+    axis, parts = dispatched(mesh, strategies)  # type: ignore[misc]
     at = 1 + _has_gradient(operands)
     shares = [s.inputs[at - 1] for s in strategies]
     others = mesh.shares(tuple(R if a is axis else p for a, p in zip(mesh.axes, shares, strict=True)))
-    tokens, num_choices = operands[at].shape[0] / others, operands[at].shape[1]
-    there, back = row_bytes(operands)
-    seconds = 0.0
-    for ranks, group, collective_s in axis.hops or ((axis.size, axis.size, axis.collective_s),):
+    tokens, num_choices = operands[at].shape[0] / others / mesh.expert_chunks, operands[at].shape[1]
+    bytes_there, bytes_back = row_bytes(operands)
+    there: list[Work] = []
+    back: list[Work] = []
+    for k, (ranks, group, collective_s) in enumerate(axis.hops or ((axis.size, axis.size, axis.collective_s),)):
         # what a rank sends on is what came to it: as many rows as go to `ranks` of those where the tokens are
         sent = tokens * copies_of_token(num_choices, ranks, parts) * mesh.imbalance / (axis.size // group)
-        seconds += axis.collective_s("all_to_all", 8.0 * axis.size**2)  # counts
-        seconds += sum(collective_s("all_to_all", num_bytes) for num_bytes in (sent * there, sent * back))
-        seconds += mesh.memory_s(2 * sent * (there + back) / group)
-    return seconds
+        memory_s = [mesh.memory_s(2 * sent * num_bytes / group) for num_bytes in (bytes_there, bytes_back)]
+        message_s = [collective_s("all_to_all", sent * num_bytes) for num_bytes in (bytes_there, bytes_back)]
+        link = DEVICE if mesh.on_cpu else f"hop {k}"  # messages of CPUs take what products do
+        there += [Work(DEVICE, memory_s[0]), Work(link, message_s[0])]
+        back[:0] = [Work(link, message_s[1]), Work(DEVICE, memory_s[1])]
+    return there, back
+
+
+def chunks_of_tokens(mesh: Mesh, ops: Iterable[tuple[fx.Node, Sequence[Strategy], int]]) -> int:
+    """Of CHUNKS, that by which expert ops take least, where their tokens are sent. ops: with their strategies, and how
+    often each runs."""
+    listed = list(ops)
+
+    def seconds(chunks: int) -> float:
+        on = replace(mesh, expert_chunks=chunks)
+        return sum(count * least_dispatch_s(on, node, strategies) for node, strategies, count in listed)
+
+    return min(CHUNKS, key=seconds)

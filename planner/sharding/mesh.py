@@ -65,7 +65,8 @@ class Mesh:
     axes that carry features divide no tokens, no samples and nothing that passes between segments.
     weighs_vectors: do biases and the like count as training state? tie_break: seconds that a
     byte of an op's results is worth. attention: its form on axes that cut sequences. experts: their form on axes that
-    may cut them; imbalance: work of the rank with most tokens over the mean; expert_results: tensors that hold experts.
+    may cut them; imbalance: work of the rank with most tokens over the mean; expert_chunks: in which tokens go to them;
+    expert_results: tensors that hold experts.
     dispatch_s: that the host takes to start an op, ahead of the device. on_cpu: as CPUs run the programs.
     """
 
@@ -84,6 +85,7 @@ class Mesh:
     attention: str = "auto"
     experts: str = "auto"
     imbalance: float = 1.0
+    expert_chunks: int = 1
     expert_results: frozenset[tuple[fx.Node, int]] = frozenset()
     dispatch_s: float = 0.0
     on_cpu: bool = False

@@ -175,7 +175,7 @@ class _SegmentBuilder:
             costs[i] = known[key] + mesh.tie_break * kept
             if any(s.lowering for s in option):
                 costs[i] += mesh.lowering_s(option, operands[0]) + mesh.ring_s(option, operands, results, known[key])
-                costs[i] += dispatch_s(mesh, option, operands)
+                costs[i] += dispatch_s(mesh, option, operands, known[key])
         return costs
 
     # ----- edges

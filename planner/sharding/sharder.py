@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from ...costmodel.norms import rms_norm_scratch_bytes
 from ...errors import ExitCode, ShardwrightError
 from ...ops.expert_rules import is_expert_op
 from ...ops.placement import Places, R, shares
+from ...ops.strategy import Strategy
 from ...plans.axes import AxisRole, MeshShape, placement_axes, role_of
 from ...plans.document import ConservativeOp
 from ...plans.placements import AxisSolution, write_placements
@@ -35,7 +36,7 @@ from ...profiler.work import OpWork, op_work
 from ..interfaces import ShardingSolution
 from ..solver import Solution
 from .cost import evaluate, op_load
-from .expert_costs import by_hosts, expert_results, expert_scratch, least_dispatch_s
+from .expert_costs import by_hosts, chunks_of_tokens, expert_results, expert_scratch, least_dispatch_s
 from .mesh import TIE_BREAK_S_PER_BYTE, Axis, Mesh, Sizes, is_split
 from .pins import Pins, cannot_meet
 from .problem import Catalog, build
@@ -129,6 +130,7 @@ class Sharder:
         self._leanest: dict[tuple[Key, float], ShardingSolution] = {}
         self._least_states: dict[Key, float] = {}
         self._sums: dict[MeshShape, Sums] = {}
+        self._expert_chunks: dict[Key, int] = {}
         self._dispatches: dict[Key, tuple[float, float]] = {}
         self.moves: dict[Key, dict[str, list[Move]]] = {}
 
@@ -282,6 +284,21 @@ class Sharder:
 
     def mesh(self, shape: MeshShape, local_batch: int) -> Mesh:
         shape = shape.of_stage
+        mesh = self._mesh(shape, local_batch)
+        if shape.expert_ranks == 1 or self.job.experts == "gather":
+            return mesh
+        key = shape, local_batch
+        if key not in self._expert_chunks:
+            self._expert_chunks[key] = chunks_of_tokens(mesh, self._expert_ops())
+        return replace(mesh, expert_chunks=self._expert_chunks[key])
+
+    def _expert_ops(self) -> Iterator[tuple[fx.Node, Sequence[Strategy], int]]:
+        """With their strategies, and how often each runs."""
+        for name, segment in self.graph.segments.items():
+            for node in filter(is_expert_op, segment.joint.graph.nodes):
+                yield node, self._catalog.of(node)[1], self.counts[name]
+
+    def _mesh(self, shape: MeshShape, local_batch: int) -> Mesh:
         return Mesh(
             axes=tuple(self._axis(role_of(name), shape) for name in self._axes or placement_axes(shape)),
             batch=self.batch,
@@ -344,10 +361,8 @@ class Sharder:
         key = mesh.of_stage, local_batch
         if key not in self._dispatches:
             on, sums = self.mesh(*key), {"forward": 0.0, "backward": 0.0}
-            for name, segment in self.graph.segments.items():
-                for node in filter(is_expert_op, segment.joint.graph.nodes):
-                    seconds = least_dispatch_s(on, node, self._catalog.of(node)[1])
-                    sums[node.meta.get("phase", "forward")] += self.counts[name] * seconds
+            for node, listed, count in self._expert_ops():
+                sums[node.meta.get("phase", "forward")] += count * least_dispatch_s(on, node, listed)
             self._dispatches[key] = sums["forward"], sums["backward"]
         return self._dispatches[key]
 
@@ -442,6 +457,7 @@ class Sharder:
             state_bytes=trained * self.job.kinds.of_trained + frozen * self.job.kinds.compute,
             exposed_s=self.sums(key[0]).exposed_s(trained, total("summed_elements"), backward_s),
             split_shares=self._split_shares(solved),
+            expert_chunks=solved.mesh.expert_chunks,
         )
 
     def _split_shares(self, solved: _Solved) -> dict[str, dict[str, float]]:
