@@ -28,7 +28,7 @@ _TENSORS_OF_SCORES = {False: 3, True: 5}  # alive at once in a block, forward an
 _TENSORS_OF_DROPOUT = {"cpu": {False: 3, True: 2}}  # of the generator's words beside them, as PyTorch's ops draw them
 _MAX_GRID = 65535
 # compute capabilities of the catalog's NVIDIA parts that differ from a data-center part of today
-_CAPABILITY = ((r"V100", (7, 0)), (r"A100", (8, 0)), (r"RTX4090|L40S?|L4", (8, 9)), (r"G?B[23]00", (10, 0)))
+_CAPABILITY = ((r"V100", (7, 0)), (r"A[18]00", (8, 0)), (r"RTX4090|L40S?|L4", (8, 9)), (r"G?B[23]00", (10, 0)))
 _HALF = (torch.float16, torch.bfloat16)
 
 

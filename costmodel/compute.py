@@ -28,7 +28,7 @@ OP_CLASSES: tuple[tuple[str, str], ...] = (
     (r".*(attention|sdpa).*", "attention"),
     (r"mm|bmm|addmm|baddbmm|matmul|linear|_scaled_mm|_grouped_mm|einsum|dot|mv|_int_mm|addbmm|linear_backward|gemm"
      r"|_scaled_grouped_mm|inner|outer|expert_mlp(_backward)?"
-     r"|recurrence(_backward)?", "matmul"),
+     r"|recurrence(_backward)?|linear_cross_entropy(_backward)?", "matmul"),
     (r".*conv.*", "convolution"),
     (r".*(layer_norm|rms_norm|rmsnorm|group_norm|batch_norm|instance_norm).*", "normalization"),
     (r"embedding.*|gather|index|index_select|index_put.*|_unsafe_index.*|scatter.*|index_add.*|take.*|nll_loss.*|sort|topk"

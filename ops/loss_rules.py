@@ -1,9 +1,12 @@
-"""Sharding rules of losses that stay one op: margins over classes, and connectionist temporal classification."""
+"""Sharding rules of losses that stay one op: margins over classes, connectionist temporal classification, and the cross
+entropy of a linear layer's rows."""
 
 from __future__ import annotations
 
 import torch
 
+from ..kernels.linear_cross_entropy import linear_cross_entropy as forward_op
+from ..kernels.linear_cross_entropy import linear_cross_entropy_backward as backward_op
 from ..profiler import assumptions  # noqa: F401  defines the operator
 from ..profiler.op_view import OpView
 from .placement import P, R
@@ -56,3 +59,27 @@ def assumed(view: OpView) -> list[Strategy]:
 
 
 RULES[torch.ops.shardwright.assumed] = assumed
+
+
+def linear_cross_entropy(view: OpView) -> list[Strategy]:
+    """(hidden [N, H], weight [V, H], bias?, target [N], ...) -> (loss [N], lse [N]): rows, or classes."""
+    bias = len(view.inputs) - 3
+    return [
+        Strategy((0, R, *(R,) * bias, 0), (0, 0)),
+        Strategy((R, 0, *(0,) * bias, R), (R, R), lowering="linear_cross_entropy_cols"),
+    ]
+
+
+def linear_cross_entropy_backward(view: OpView) -> list[Strategy]:
+    """(grad [N], hidden, weight, bias?, target, lse, ...) -> gradients of hidden, weight, bias"""
+    bias = len(view.inputs) - 5
+    rows, cols = ((0, P, P), (P, 0, 0)) if bias else ((0, P, R), (P, 0, R))
+    return [
+        Strategy((0, 0, R, *(R,) * bias, 0, 0), rows),
+        Strategy((R, R, 0, *(0,) * bias, R, R), cols, lowering="linear_cross_entropy_cols_backward"),
+        Strategy((P, R, R, *(R,) * bias, R, R), (P, P, P if bias else R)),
+    ]
+
+
+RULES[forward_op.overloadpacket] = linear_cross_entropy
+RULES[backward_op.overloadpacket] = linear_cross_entropy_backward

@@ -13,21 +13,26 @@ from torch import fx
 from ..profiler.graph import ModelGraph
 from ..profiler.joint import retrace
 from .fuse_gelu import fuse_gelu
+from .fuse_loss import Asked, fuse_linear_losses
 from .fuse_norm import Wins, fuse_add_rms_norm
 
 _OF_NORMS = ", of norms "
 FUSED_OPS = ("shardwright::add_rms_norm", "shardwright::rms_norm")
+_LOSS = "chunked_loss"
 
 
 def fuse_model(
-    graph: ModelGraph, wins: Callable[[torch.dtype], Wins], only: Collection[str] | None = None
+    graph: ModelGraph,
+    wins: Callable[[torch.dtype], Wins],
+    only: Collection[str] | None = None,
+    chunks_loss: Asked | None = None,
 ) -> tuple[ModelGraph, list[str]]:
     """The model with kernels fused where they win, and what was fused, as 'segment3: add_rms_norm x2'; where norms were
     left, 'segment3: add_rms_norm x2, of norms 0, 2'.
 
-    wins(dtype) answers for norms on operands of that dtype; a fused GELU does less of everything. only: what this gave
-    before, for another size of the batch: the same norms are fused. A segment in which nothing is fused is kept as it
-    is.
+    wins(dtype) answers for norms on operands of that dtype; a fused GELU does less of everything. chunks_loss:
+    answers for losses of a linear layer's rows; None: none is taken some rows at a time. only: what this gave before,
+    for another size of the batch: the same are fused. A segment in which nothing is fused is kept as it is.
     """
     chosen = None if only is None else dict(map(_read_fusion, only))
     segments, done = dict(graph.segments), []
@@ -44,6 +49,11 @@ def fuse_model(
         gelus = fuse_gelu(fused.graph)
         if gelus:
             counts["gelu"] = gelus
+        asked = chunks_loss if chosen is None else _loss_as_before(name, only or ())
+        losses = fuse_linear_losses(fused.graph, asked) if asked is not None else 0
+        if losses:
+            counts[_LOSS] = losses
+        if gelus or losses:
             fused.recompile()
         if counts:
             segments[name] = retrace(segment, fused)
@@ -66,6 +76,12 @@ def _read_fusion(text: str) -> tuple[str, frozenset[int] | None]:
     name, _, numbers = text.partition(_OF_NORMS)
     found = frozenset(int(number) for number in numbers.split(",") if number.strip()) if _OF_NORMS in text else None
     return name.split(":")[0], found
+
+
+def _loss_as_before(segment: str, texts: Collection[str]) -> Asked | None:
+    """All losses of a segment are alike in that, or none."""
+    chosen = any(text.split(":")[0] == segment and f" {_LOSS} x" in text for text in texts)
+    return (lambda rows, classes, itemsize: True) if chosen else None
 
 
 def _as_before(numbers: frozenset[int] | None) -> Wins:

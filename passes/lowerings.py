@@ -11,6 +11,7 @@ Arguments: emitter, the captured node, its arguments with tensors replaced by lo
     log_softmax_cols          softmax over a split dimension: maximum and sum over ranks
     softmax_cols
     softmax_cols_backward, log_softmax_cols_backward
+    linear_cross_entropy_cols, ..._backward     classes split: maximum, sum and the target's logit over ranks
     own_experts, own_experts_backward   experts split: choices of others' experts left out
     dispatch_experts, ..._backward      experts and tokens split: tokens sent to experts (passes/expert_dispatch.py)
     attention_rows, attention_rows_backward   queries split, each with the keys that it sees (passes/attention_rows.py)
@@ -143,6 +144,36 @@ def softmax_cols_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: M
     return emit.call(aten._to_copy.default, emit.call(aten.mul.Tensor, out, centred), dtype=dtype)
 
 
+def linear_cross_entropy_cols(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> tuple[fx.Node, fx.Node]:
+    """(hidden, weight, bias, target, ignore, dtype) -> (loss, lse), whole on every rank."""
+    target = _target_at(emit, args[3], args[4], node.args[1].meta["val"].shape[0], axis)  # type: ignore[union-attr]
+    both = emit.call(node.target, *args[:3], target, -100, args[5])
+    loss, lse = emit.call(operator.getitem, both, 0), emit.call(operator.getitem, both, 1)
+    others = emit.call(aten.eq.Scalar, target, -100)
+    own = emit.call(aten.masked_fill.Scalar, emit.call(aten.sub.Tensor, lse, loss), others, 0.0)
+    top = emit.all_reduce(lse, axis, "max")
+    share = emit.call(aten.exp.default, emit.call(aten.sub.Tensor, lse, top))
+    whole = emit.call(aten.add.Tensor, top, emit.call(aten.log.default, emit.all_reduce(share, axis)))
+    rows = emit.call(aten.sub.Tensor, whole, emit.all_reduce(own, axis))
+    ignored = emit.call(aten.eq.Scalar, args[3], args[4])
+    return emit.call(aten.masked_fill.Scalar, rows, ignored, 0.0), whole
+
+
+def linear_cross_entropy_cols_backward(
+    emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis
+) -> tuple[fx.Node, ...]:
+    """(grad, hidden, weight, bias, target, lse, ignore): rows whose target is another rank's have their share of the
+    gradient too, so that targets are told from ignored ones by a row of grad that is zero."""
+    start, count = _range(node.args[2].meta["val"].shape[0], axis)  # type: ignore[union-attr]
+    grad = emit.call(aten.masked_fill.Scalar, args[0], emit.call(aten.eq.Scalar, args[4], args[6]), 0.0)
+    target, outside = _own(emit, args[4], start, count)
+    target = emit.call(aten.masked_fill.Scalar, target, outside, -1)
+    both = emit.call(node.target, grad, *args[1:4], target, args[5], -100)
+    return tuple(emit.call(operator.getitem, both, k) for k in range(3 if args[3] is not None else 2)) + (
+        () if args[3] is not None else (None,)
+    )
+
+
 def own_experts(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:
     """(hidden, index, weight, experts..., activation), the experts split: numbers counted from this rank's first."""
     start, _ = _range(node.args[3].meta["val"].shape[0], axis)  # type: ignore[union-attr]
@@ -170,7 +201,8 @@ LOWERINGS: dict[str, Lowering] = _ATTENTION | {
     function.__name__: function
     for function in (
         embedding_rows, embedding_rows_backward, nll_rows, nll_cols, nll_cols_backward, log_softmax_cols, softmax_cols,
-        log_softmax_cols_backward, softmax_cols_backward, own_experts, own_experts_backward,
+        log_softmax_cols_backward, softmax_cols_backward, linear_cross_entropy_cols,
+        linear_cross_entropy_cols_backward, own_experts, own_experts_backward,
         dispatch_experts, dispatch_experts_backward,
     )
 }  # fmt: skip

@@ -187,6 +187,8 @@ class _Implied:
                 sizes = self._loss_sums(node)
             elif strategy.lowering in ("softmax_cols", "log_softmax_cols"):  # maximum and sum
                 sizes = [self._row_bytes(node, strategies, _tensor(node, 0), 1)] * 2
+            elif strategy.lowering == "linear_cross_entropy_cols":  # maximum, sum, the target's logit
+                sizes = [self._row_bytes(node, strategies, _tensor(node, 1), None)] * 3
             elif strategy.lowering in ("softmax_cols_backward", "log_softmax_cols_backward"):
                 sizes = [self._row_bytes(node, strategies, view_of(node).inputs[0], 2)]
             else:
@@ -223,11 +225,13 @@ class _Implied:
         weight = 1 in read or (0 in read and node.args[3] == 1)
         return [_tensor(node, k).element_size() for k, needed in ((0, 0 in read), (1, weight)) if needed]
 
-    def _row_bytes(self, node: fx.Node, strategies: Sequence[Strategy], like: torch.Tensor, dim_at: int) -> int:
-        """Of one value for each row of a softmax. dim_at: position of the argument that says what a row is."""
-        shape = list(like.shape)
-        dim = int(node.args[dim_at]) % len(shape)  # type: ignore[arg-type]
-        shape[dim] = 1
+    def _row_bytes(self, node: fx.Node, strategies: Sequence[Strategy], like: torch.Tensor, dim_at: int | None) -> int:
+        """Of one value for each row of a softmax. dim_at: position of the argument that says what a row is; None: like
+        has one value for each."""
+        shape, dim = list(like.shape), len(like.shape)
+        if dim_at is not None:
+            dim = int(node.args[dim_at]) % len(shape)  # type: ignore[arg-type]
+            shape[dim] = 1
         places = tuple(R if s.outputs[0] == dim else s.outputs[0] for s in strategies)
         return math.prod(local_shape(shape, places, self.axes)) * like.element_size()
 

@@ -57,6 +57,7 @@ from .stage_moves import moved_policy, moved_stages
 __all__ = ["Progress", "build", "capture_for_planning", "load_workload", "plan"]
 
 Progress = Callable[[str], None]
+LARGE_LOGITS = 0.5  # of a device's memory
 # Kinds of models whose ops are known to be the same for every size of the batch but one.
 STEADY_KINDS = ("causal-lm", "masked-lm", "seq2seq", "image-classification", "small")
 # Samples in the batch that planning captures: a prime that is no other dimension's divisor, so that a dimension that
@@ -179,13 +180,26 @@ class Captured:
     loss_over: LossOver
 
 
-def captured_for(workload: Workload, cost_model: CostModel) -> Captured:
-    """The same for every global batch, and on every cluster of the same devices."""
+def captured_for(workload: Workload, cost_model: CostModel, loss: str = "auto") -> Captured:
+    """The same for every global batch, and on every cluster of the same devices. loss: as --force loss says."""
     workload = with_batch_dims(workload)
     graph = capture_for_planning(workload)
     tell("fusing kernels")
-    fused, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype))
+    asked = None if loss == "whole" else _chunks_loss(graph, cost_model, always=loss == "chunked")
+    fused, fusions = fuse_model(graph, lambda dtype: _fusing_wins(cost_model, dtype), chunks_loss=asked)
     return Captured(workload, fused, fusions, graph.loss_over)
+
+
+def _chunks_loss(graph: ModelGraph, cost_model: CostModel, *, always: bool) -> Callable[[int, int, int], bool]:
+    """Some rows at a time, where the logits of one sample, in their own dtype, as the loss has them and as what is kept
+    of it, would take more than LARGE_LOGITS of a device."""
+    memory_bytes = cost_model.cluster.worst_device().memory_bytes
+
+    def asked(rows: int, classes: int, itemsize: int) -> bool:
+        of_a_sample = rows / max(1, graph.batch_size) * classes * 2.5 * itemsize
+        return always or of_a_sample > LARGE_LOGITS * memory_bytes
+
+    return asked
 
 
 @no_collection()
@@ -201,7 +215,7 @@ def _make_plan(asked: _Asked) -> Plan:
     capture_started = time.perf_counter()
     cost_model = CostModel(cluster, stack=asked.stack)
     with asked.stopped_at(asked.deadline), telling(asked.progress):
-        captured = captured_for(asked.workload, cost_model)
+        captured = captured_for(asked.workload, cost_model, parse_forced(choices).loss)
     workload, graph, fusions = captured.workload, captured.graph, captured.fusions
     again_s = 2 * (time.perf_counter() - capture_started)  # what another capture may take, to complete a plan
     with asked.stopped_at(asked.deadline, "compared with its graph"):

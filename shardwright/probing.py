@@ -165,7 +165,8 @@ class Prober:
             try:
                 with stop_at(self.deadline), telling(self.tell):
                     workload = self.workload(size.seq_len, size.lora)
-                    self._captured[key] = captured_for(workload, cost_model)
+                    loss = parse_forced(choices_of(self.force)).loss
+                    self._captured[key] = captured_for(workload, cost_model, loss)
             except TimeUp:
                 raise ShardwrightError(
                     f"the time limit of {self.time_limit_s:g} s passed while the model was captured",

@@ -407,4 +407,5 @@ _UNEVEN = ("attention_rows", "attention_rows_backward")
 # lowering -> number of all-reduces (passes/lowerings.py), and whether of one value per row of the first operand
 _LOWERING_REDUCES = {"nll_rows": (2, False), "nll_cols": (2, False),
                      "log_softmax_cols": (2, True), "softmax_cols": (2, True),
+                     "linear_cross_entropy_cols": (3, True),
                      "log_softmax_cols_backward": (1, True), "softmax_cols_backward": (1, True)}  # fmt: skip

@@ -157,7 +157,8 @@ def _feature_dim(segment: Segment, slot: int, form: str) -> int | None:
     node = next(n for n in segment.joint.graph.nodes if n.op == "placeholder" and n.name == slot_name(PARAM, slot))
     for user in (u for u in node.users if u.meta.get("phase") == "forward"):
         packet = getattr(user.target, "overloadpacket", None)
-        if packet in (aten.t, aten.permute, aten.transpose, aten.linear):  # nn.Linear: [out, in]
+        of_loss = torch.ops.shardwright.linear_cross_entropy
+        if packet in (aten.t, aten.permute, aten.transpose, aten.linear, of_loss):  # nn.Linear: [out, in]
             return 0 if form == "colwise" else 1
         if packet in (aten.embedding, aten.mm, aten.addmm):  # a table [rows, features], or a weight [in, out]
             return 1 if form == "colwise" else 0

@@ -94,6 +94,8 @@ def matrix_flops(node: fx.Node) -> float:
         return op_work(node).flops
     if name.startswith("shardwright.expert_mlp"):
         return op_work(node).flops
+    if name.startswith("shardwright.linear_cross_entropy"):  # whose backward makes the logits again
+        return op_work(node).flops * (2 / 3 if name.endswith("backward") else 1.0)
     if name.startswith("shardwright.attention"):
         return attention_flops(node, recomputed=False)
     return 0.0

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from ...costmodel.attention import AttentionCall
+from ...costmodel.losses import LossCall
 from ...costmodel.model import CostModel
 from ...costmodel.norms import rms_norm_scratch_bytes
 from ...errors import ExitCode, ShardwrightError
@@ -243,7 +244,12 @@ class Sharder:
         flops = work.flops * share * (self.cost_model.attention_work(call) if call is not None else 1.0)
         if not work.is_aligned:
             flops *= self.cost_model.misaligned_factor()
-        return self.cost_model.op_seconds(str(node.target), flops, moved, self._dtypes[key], launches=work.launches)
+        name, dtype = str(node.target), self._dtypes[key]
+        seconds = self.cost_model.op_seconds(name, flops, moved, dtype, launches=work.launches)
+        loss = LossCall.read(node)
+        if loss is not None:
+            seconds += self.cost_model.op_seconds("aten._log_softmax", 0.0, loss.traffic_bytes(share), dtype)
+        return seconds
 
     def _attention_call(self, node: fx.Node) -> AttentionCall | None:
         if id(node) not in self._attention:
@@ -254,6 +260,10 @@ class Sharder:
         if is_expert_op(node):
             return expert_scratch(node, share), 0.0
         call = self._attention_call(node)
+        loss = LossCall.read(node)
+        if loss is not None:
+            kind = self.cost_model.cluster.worst_device().kind
+            return loss.scratch(bytes_of(loss.hidden), bytes_of(loss.weight), kind), 0.0
         if call is None:
             return self._norm_scratch(node, bytes_of), 0.0
         mask_bytes = bytes_of(call.mask_node) if call.mask_node is not None else 0.0

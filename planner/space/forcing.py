@@ -17,7 +17,7 @@ from ...schedules.published.library import SCHEDULES, canonical_name
 
 CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
            "offload", "optimizer_state", "prefer", "attention", "experts", "sequence_parallel",
-           "memory_margin")  # fmt: skip
+           "memory_margin", "loss")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
 RECOMPUTE_CHOICES = ("auto", "none", "selective", "all")
 OFFLOAD_CHOICES = ("none", "auto")
@@ -25,6 +25,7 @@ STATE_CHOICES = ("device", "host")
 PREFER_CHOICES = ("time", "state", "memory")
 SEQUENCE_PARALLEL_CHOICES = ("auto", "off")
 ATTENTION_CHOICES = ("auto", *FORMS)
+LOSS_CHOICES = ("auto", "chunked", "whole")
 EXPERT_CHOICES = ("auto", *EXPERT_FORMS)
 
 
@@ -49,6 +50,7 @@ class Forced:
     # training state that can be split, and then what is kept for the backward
     attention: str = "auto"  # where sequences are cut
     experts: str = "auto"  # how their work is shared on an expert axis
+    loss: str = "auto"  # "chunked": some rows of a linear layer's logits at a time; "whole": all of them
     sequence_parallel: str = "auto"  # may tensor ranks divide tokens between the products that they cut?
     memory_margin: float | None = None  # share of the memory limit that is left free; None: as the memory error asks
 
@@ -115,6 +117,8 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = _one_of(name, text.lower(), ATTENTION_CHOICES)
         elif name == "experts":
             values[name] = _one_of(name, text.lower(), EXPERT_CHOICES)
+        elif name == "loss":
+            values[name] = _one_of(name, text.lower(), LOSS_CHOICES)
         elif name == "sequence_parallel":
             values[name] = _one_of(name, text.lower(), SEQUENCE_PARALLEL_CHOICES)
         elif name == "memory_margin":
@@ -146,6 +150,7 @@ def _example(key: str) -> str:
         "prefer": "memory",
         "attention": "gather",
         "experts": "dispatch",
+        "loss": "chunked",
         "sequence_parallel": "off",
         "memory_margin": "0",
     }.get(key, "2")
