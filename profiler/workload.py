@@ -54,9 +54,14 @@ class OptimizerSpec:
 
     @property
     def is_fused(self) -> bool:
-        """Torch's fused update is taken where nothing else is asked: it writes in place, parameters and state alike."""
+        """Torch's fused update is taken where nothing else is asked: it writes in place, parameters and state alike. A
+        rate that is a tensor is computed with in its own dtype by the others alone."""
         named = [way for way in _WAYS if way in self.options]
-        return bool(self.options.get("fused")) if named else self.factory in _FUSED
+        return bool(self.options.get("fused")) if named else self.factory in _FUSED and not self._has_tensors
+
+    @property
+    def _has_tensors(self) -> bool:
+        return any(isinstance(option, torch.Tensor) for option in self.options.values())
 
     @property
     def step_tensors(self) -> int:

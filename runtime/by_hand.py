@@ -28,15 +28,17 @@ class ByHand:
         self.store, self.graph, self.model = store, graph, model
         self._before = {name: p.requires_grad for name, p in model.named_parameters()}
         self._names = list(graph.params)
-        self._group = host_group()
+        self.group = host_group()
 
-    def follow(self) -> None:
+    def follow(self, stepped: bool = False) -> bool:
         """Raises ShardwrightError, on all ranks, where a parameter is to train that was planned frozen, or rests on one
-        rank and trains on another. Every rank calls it."""
+        rank and trains on another. Every rank calls it. stepped: the user has stepped the optimizer of this rank; the
+        result is whether that is so on any."""
+        self.store.take_new_tensors()
         own = self._flags()
         rests = [name in own and not own[name] for name in self._names]
         trains = [name in own and own[name] for name in self._names]
-        rests, trains, (written,) = self._together(rests, trains, [self.store.were_written()])
+        rests, trains, (written, stepped) = self._together(rests, trains, [self.store.were_written(), stepped])
         rows = list(zip(self._names, rests, trains, strict=True))
         if thawed := [name for name, _, train in rows if train and not self._can(name)]:
             raise _thawed(sorted(thawed))
@@ -46,13 +48,14 @@ class ByHand:
         self.store.frozen = resting & self.store.parameters.keys()
         if written:
             self.store.refresh()
+        return stepped
 
     def _together(self, *lists: list[bool]) -> list[list[bool]]:
         """What is true on any rank. Said on the host: no device is waited for."""
-        if self._group is None:
+        if self.group is None:
             return list(lists)
         table = torch.tensor([flag for flags in lists for flag in flags], dtype=torch.uint8)
-        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self.group)
         found = iter(table.bool().tolist())
         return [[next(found) for _ in flags] for flags in lists]
 

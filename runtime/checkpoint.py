@@ -4,7 +4,7 @@ Keys of the flat state:
 
     model.NAME              the parameter as the optimizer steps over it (the master copy)
     buffer.NAME             a buffer
-    optimizer.NAME.STATE    one entry of the optimizer's state for that parameter
+    optimizer.NAME.STATE    one entry of the optimizer's state for that parameter; more in optimizer_state.py
     loss_scale.state        under float16: [scale, finite steps since it changed]
 
 Beside DCP's files stands program.json: {"format", "step", "groups": parameters and options of each group, "files":
@@ -31,14 +31,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 
 from ..errors import ExitCode, ShardwrightError
 from ..plans.axes import stage_axes
 from ..units import format_bytes
+from . import optimizer_state
 from .checkpoint_files import SafeReader, damaged, digests, document_digest, file_names, first_difference
 from .parameter_groups import merged, options_for, options_of, set_options
 from .parameters import local_tensor
+from .state_keys import by_our_keys
 from .together import num_ranks, of_all_ranks, on_every_rank, on_rank_0
 from .trained import Trained
 
@@ -53,39 +54,30 @@ def state_dict(program: Trained) -> dict[str, torch.Tensor]:
     state.update({f"buffer.{name}": tensor for name, tensor in program.named_buffers()})
     if program.scaler is not None:
         state[_LOSS_SCALE] = program.scaler.state
-    optimizer = program.optimizer
-    if optimizer is not None:
-        for parameter, entries in optimizer.state.items():
-            name = program.store.name_of(parameter)
-            for key, value in entries.items():
-                if isinstance(value, torch.Tensor):
-                    state[f"optimizer.{name}.{key}"] = _as_parameter(program, name, value)
-    return state
-
-
-def _as_parameter(program: Trained, name: str, value: torch.Tensor) -> torch.Tensor:
-    """Optimizer state that lies as its parameter does; a count of steps is the same everywhere."""
-    shape = program.store.local_parameters[name].shape
-    same = value.shape == shape and not isinstance(value, DTensor)
-    return program.store.as_dtensor(name, value) if same else value
+    return {**state, **optimizer_state.entries(program)}
 
 
 @torch.no_grad()
-def load_state_dict(program: Trained, state: Mapping[str, torch.Tensor]) -> None:
-    """Copy values in. Each may be laid out as here, or be a whole tensor, of which each rank takes its shard."""
+def load_state_dict(program: Trained, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
+    """Copy values in. Each may be laid out as here, or be a whole tensor, of which each rank takes its shard; keys are
+    those above, or the model's own names. strict: all parameters that the rank holds must be there."""
     program.settle()
-    with _new_optimizer_state(program, any(key.startswith("optimizer.") for key in state)):
-        pairs = on_every_rank(
-            lambda: [
+    state = on_every_rank(lambda: by_our_keys(program, state, strict=strict))
+    with optimizer_state.new_state(program, any(map(optimizer_state.is_state, state))):
+
+        def paired() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+            optimizer_state.make_what_is_missing(program, optimizer_state.saved_shapes(state.items()))
+            return [
                 (key, local_tensor(target), _own_part(program, key, state[key], local_tensor(target)))
                 for key, target in state_dict(program).items()
                 if key in state
-            ],
-            others="another rank could not load: ",
-        )
+            ]
+
+        pairs = on_every_rank(paired, others="another rank could not load: ")
     with program.half_loaded.watched([key for key, _, _ in pairs]):
         for _, here, given in pairs:
             here.copy_(given)
+        optimizer_state.put_numbers(program, {key: here for key, here, _ in pairs})
     program.store.refresh()
 
 
@@ -106,50 +98,13 @@ def _own_part(program: Trained, key: str, given: torch.Tensor, here: torch.Tenso
     return source
 
 
-@contextmanager
-def _new_optimizer_state(program: Trained, wanted: bool) -> Iterator[None]:
-    """Where the optimizer has no state yet, inside it has what it makes on its first step. It is dropped if the block
-    fails."""
-    optimizer = program.optimizer if wanted else None
-    is_new = optimizer is not None and not optimizer.state
-    if is_new:
-        make_optimizer_state(program)
-    try:
-        yield
-    except BaseException:
-        if is_new and optimizer is not None:
-            optimizer.state.clear()
-        raise
-
-
-@torch.no_grad()
-def make_optimizer_state(program: Trained) -> None:
-    """Give the optimizer the state that it makes on its first step, without moving a parameter."""
-    optimizer = program.optimizer
-    if optimizer is None or optimizer.state:
-        return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    held = (program.store.parameters, program.store.local_parameters)
-    grads = [{name: p.grad for name, p in row.items()} for row in held]
-    for row in held:
-        for name, parameter in row.items():
-            parameter.grad = torch.zeros_like(parameter) if program.store.specs[name].has_grad else None
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for row, before in zip(held, grads, strict=True):
-        for name, parameter in row.items():
-            parameter.grad = before[name]
-
-
 def save(program: Trained, path: str | Path) -> None:
     """Every rank calls it. Written beside the path and renamed at the end: an old checkpoint survives a failure."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
+    on_every_rank(lambda: optimizer_state.refuse_more_than_state(program.optimizer))
+    state = on_every_rank(lambda: state_dict(program))
     on_rank_0(lambda: _writing(lambda: _clear(partial, path)))
-    state = state_dict(program)
     num_bytes = _bytes_written(program, state)
     try:
         with _quiet():
@@ -181,9 +136,8 @@ def _bytes_written(program: Trained, state: Mapping[str, torch.Tensor]) -> int:
 
 
 def _parameter_of(key: str) -> str:
-    """Of a parameter, a buffer, or the optimizer's state of a parameter."""
-    name = key.split(".", 1)[1]
-    return name.rsplit(".", 1)[0] if key.startswith("optimizer.") else name
+    """Of a parameter, a buffer, or what the optimizer keeps of a parameter."""
+    return optimizer_state.parameter_of(key) or key.split(".", 1)[1]
 
 
 def _finish(
@@ -253,16 +207,18 @@ def load(program: Trained, path: str | Path) -> None:
     program.settle()
     document, reader = on_every_rank(lambda: _verified(path, program.grid.rank))
     found = reader.read_metadata().state_dict_metadata
-    with_optimizer = any(key.startswith("optimizer.") for key in found)
+    with_optimizer = any(map(optimizer_state.is_state, found))
     state = _loaded_state(program, found, with_optimizer=False)
     on_every_rank(lambda: _check_shapes(path, found, state))
-    with _new_optimizer_state(program, with_optimizer):
+    with optimizer_state.new_state(program, with_optimizer):
+        on_every_rank(lambda: optimizer_state.make_what_is_missing(program, _saved_shapes(found)))
         state = _loaded_state(program, found, with_optimizer=with_optimizer)
         on_every_rank(lambda: _check_shapes(path, found, state))
         options = on_every_rank(lambda: options_for(program, document["groups"]) if with_optimizer else [])
         _read(path, state, reader, _Rehearsal())
     with program.half_loaded.watched(state):
         _read(path, state, reader, DefaultLoadPlanner())
+        optimizer_state.put_numbers(program, state)
     program.step_index = document["step"]
     if with_optimizer:
         set_options(program, options)
@@ -288,10 +244,16 @@ def _read(path: Path, state: dict[str, torch.Tensor], reader: SafeReader, planne
 
 def _loaded_state(program: Trained, found: Mapping[str, Any], *, with_optimizer: bool) -> dict[str, torch.Tensor]:
     """What is to come from a checkpoint that has these entries. One made in another dtype has no loss scale."""
-    state = {k: tensor for k, tensor in state_dict(program).items() if with_optimizer or not k.startswith("optimizer.")}
+    whole = state_dict(program)
+    state = {k: tensor for k, tensor in whole.items() if with_optimizer or not optimizer_state.is_state(k)}
     if _LOSS_SCALE not in found:
         state.pop(_LOSS_SCALE, None)
     return state
+
+
+def _saved_shapes(found: Mapping[str, Any]) -> optimizer_state.Shapes:
+    tensors = {key: entry for key, entry in found.items() if isinstance(entry, TensorStorageMetadata)}
+    return {key: (tuple(entry.size), entry.properties.dtype) for key, entry in tensors.items()}
 
 
 def _verified(path: Path, rank: int) -> tuple[dict[str, Any], SafeReader]:

@@ -103,7 +103,9 @@ class MemoryMeter:
 def optimizer_bytes(optimizer: torch.optim.Optimizer | None) -> int:
     if optimizer is None:
         return 0
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    kept = optimizer.state.values()
+    values = [v for state in kept for v in (state.values() if isinstance(state, dict) else [state])]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return sum(local.numel() * local.element_size() for local in map(local_tensor, tensors))
 
 

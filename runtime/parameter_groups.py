@@ -53,7 +53,9 @@ def set_options(program: Trained, options: Sequence[Mapping[str, Any]]) -> None:
     """options: of each group, from options_for."""
     groups = program.optimizer.param_groups if program.optimizer is not None else []
     for group, own in zip(groups, options, strict=True):
-        group.update(own)
+        for key, value in own.items():
+            here = group.get(key)
+            group[key] = torch.full_like(here, value) if isinstance(here, torch.Tensor) else value
 
 
 def _without_names(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..errors import ShardwrightError
 from ..passes.gradients import Into
 from ..plans.axes import stage_axes, state_axes
 from ..profiler.workload import Precision
@@ -102,6 +103,9 @@ class ParameterStore:
         self._unsummed: list[Unit] = []
         self.frozen: set[str] = set()  # by the user, since: they get no gradient
         self._versions: dict[str, tuple[int, ...]] = {}
+        held = (*self.parameters.items(), *self.local_parameters.items())
+        # held on to, so that no other storage comes to lie where one of them was
+        self._storages = [(name, parameter, parameter.untyped_storage()) for name, parameter in held]
 
     def _make_units(
         self,
@@ -278,6 +282,19 @@ class ParameterStore:
         """In place, by anyone, since the segments' tensors were last brought up to date?"""
         return self._versions != self._versions_now()
 
+    @torch.no_grad()
+    def take_new_tensors(self) -> None:
+        """Values that were given by `parameter.data = tensor` come to where the segments read them. Raises
+        ShardwrightError where that does nothing, as with DTensors."""
+        for name, parameter, storage in self._storages:
+            if parameter.untyped_storage()._cdata == storage._cdata:
+                continue
+            if isinstance(parameter, DTensor):
+                raise _data_of_dtensor(name)
+            master = self._unit_of[name].masters[name]
+            master.copy_(parameter)
+            parameter.data = master
+
     # use by the segments
 
     def prefetch(self, index: int) -> None:
@@ -428,6 +445,15 @@ class ParameterStore:
     def host_bytes(self) -> int:
         """What the optimizer steps over in host memory, and the gradients there."""
         return sum(unit.host_bytes() for unit in self.units)
+
+
+def _data_of_dtensor(name: str) -> ShardwrightError:
+    return ShardwrightError(
+        f"{name}.data was given another tensor",
+        means="the parameter is a DTensor, whose values that does not change",
+        change="parameter.data = tensor",
+        works="with torch.no_grad(): parameter.copy_(tensor)",
+    )
 
 
 def local_tensor(tensor: Any) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from .buffers import Buffers, SecondDirection, buffer_names, written_buffers
 from .by_hand import ByHand
 from .collectives import Summing
 from .conditions import Conditions
+from .coupling import maker_of, refuse_coupled
 from .evaluation import Evaluator, MakeEvaluation
 from .extents import DataCut
+from .gradients_by_hand import GradientsByHand
 from .half_loaded import HalfLoaded
 from .host_link import HostLink
 from .loss_scaling import loss_scaler
@@ -168,6 +170,9 @@ class Program:
         self._by_hand = ByHand(self.store, graph, workload.model)
         self.scaler = loss_scaler(workload.precision)
         self._stepper = Stepper(workload.optimizer, self.store, self.scaler)
+        self._gradients_by_hand = GradientsByHand(self.store, self._by_hand.group)
+        make = lambda parameters: workload.optimizer.factory(parameters, **workload.optimizer.options)  # noqa: E731
+        refuse_coupled(workload.optimizer.name, make, self.grid.size("pp"))
 
     def _make_buffers(self) -> None:
         counted = [self._counting] if self._counting is not None else []
@@ -267,9 +272,11 @@ class Program:
         self.half_loaded.refuse()
         return checkpoint.state_dict(self)
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Of the same layout, or of whole tensors."""
-        checkpoint.load_state_dict(self, state)
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], strict: bool = True) -> None:
+        """Of the same layout, or of whole tensors; by our keys, or those of the model's own state_dict().
+
+        strict: raise ShardwrightError where a parameter is missing. A key that the model lacks always does."""
+        checkpoint.load_state_dict(self, state, strict=strict)
 
     # batches
 
@@ -290,18 +297,22 @@ class Program:
         same on every rank.
         """
         loss = self._forward_backward(batch)
-        self.optimizer_step()
+        self._gradients_by_hand.stepped()
+        self._optimizer_step()
         return loss.wait()
 
     def forward_backward(self, batch: Any) -> torch.Tensor:
-        """Loss and gradients; the gradients are in .grad of the parameters."""
-        return self._forward_backward(batch).wait()
+        """Loss and gradients, which are in .grad of the parameters, in the place of those of an earlier call."""
+        self._gradients_by_hand.replaced()
+        loss = self._forward_backward(batch)
+        self._gradients_by_hand.made()
+        return loss.wait()
 
     @torch.no_grad()
     def _forward_backward(self, batch: Any) -> Summing:
         self.half_loaded.refuse()
         self.settle()
-        self._by_hand.follow()
+        self._follow()
         self.recorder.begin()
         self.memory.begin(self._optimizer)
         self.store.clear_gradients()
@@ -334,14 +345,38 @@ class Program:
             raise
         return self._mean_loss(results, weights, self.graph)
 
+    def _follow(self) -> None:
+        """What the user has changed by hand since."""
+        asked, self._stepper.was_asked = self._stepper.was_asked, False
+        if asked:
+            self._gradients_by_hand.stepped()
+        self.step_index += self._by_hand.follow(asked)
+
     @torch.no_grad()
     def optimizer_step(self) -> None:
-        """Clip, step, bring the new parameters to where the segments read them, free the gradients."""
+        """Clip, step, bring the new parameters to where the segments read them, free the gradients.
+
+        Raises ShardwrightError where gradients of several forward_backward() were to be added up for it."""
+        self._gradients_by_hand.refuse()
+        self._gradients_by_hand.stepped()
+        self._optimizer_step()
+
+    def zero_grad(self) -> None:
+        """Let the gradients of the last forward_backward() go."""
+        self.store.clear_gradients()
+        self._gradients_by_hand.stepped()
+
+    @torch.no_grad()
+    def _optimizer_step(self) -> None:
         with self.recorder.action("optimizer", resource=COMPUTE):
             self._stepper.step(self.optimizer)
             self.memory.end(self.optimizer, self._stepper.kept_bytes())
             self.store.clear_gradients()
         self.step_index += 1
+
+    def not_a_step(self) -> AbstractContextManager[None]:
+        """Inside, steps of the optimizer are no steps of the training."""
+        return self._stepper.ours()
 
     def settle(self) -> None:
         """With post-validation: see the last step to its end. Whatever reads or writes parameters through the program
@@ -364,7 +399,7 @@ class Program:
     def _evaluated(self, batch: Any) -> tuple[list[MicrobatchPart], dict[int, dict[str, torch.Tensor]], ModelGraph]:
         self.half_loaded.refuse()
         self.settle()
-        self._by_hand.follow()
+        self._follow()
         if self._make_evaluation is None:
             parts = self.microbatches.split(batch)
             results = self._run(parts, self._eval_runners, None, training=False)
@@ -387,7 +422,7 @@ class Program:
         if self._make_evaluation is not None:
             self.half_loaded.refuse()
             self.settle()
-            self._by_hand.follow()
+            self._follow()
             return self._evaluation().outputs(batch)
         _, results, _ = self._evaluated(batch)
         return [{name: results[k][name] for name in self.graph.outputs} for k in sorted(results)]
@@ -500,6 +535,7 @@ class Program:
         self.settle()
         self._optimizer, self._has_optimizer = optimizer, True
         if optimizer is not None:
+            refuse_coupled(type(optimizer).__name__, maker_of(optimizer), self.grid.size("pp"))
             self._stepper.follow(optimizer)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -16,11 +16,14 @@ while the next is stepped.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from ..errors import ExitCode, ShardwrightError
 from ..profiler.workload import OptimizerSpec
 from ._torch import num_step_hooks
 from .collectives import Summing
@@ -42,10 +45,35 @@ class Stepper:
         self._trial: _Trial | None = None
         self._was_clipped = False
         self._in_parts = False  # of a step under way parameters are refreshed part by part
+        self._is_ours = False  # of a step under way: the program makes it
+        self.was_asked = False  # the user has called the optimizer's own step()
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """What it steps over is brought to where it is computed with, after each of its steps."""
-        optimizer.register_step_post_hook(lambda *_: None if self._in_parts else self.store.refresh())
+        """What it steps over is brought to where it is computed with, after each of its steps; a step that the user
+        asks it for counts as one of the program's."""
+        optimizer.register_step_pre_hook(lambda *_: self._before())
+        optimizer.register_step_post_hook(lambda *_: self._after())
+
+    def _before(self) -> None:
+        if self._is_ours:
+            return
+        if self.spec.needs_norm:
+            raise _leaves_out_norm(self.spec)
+        self.store.take_gradients()
+
+    def _after(self) -> None:
+        if not self._in_parts:
+            self.store.refresh()
+        self.was_asked |= not self._is_ours
+
+    @contextmanager
+    def ours(self) -> Iterator[None]:
+        """Steps inside are not the user's."""
+        before, self._is_ours = self._is_ours, True
+        try:
+            yield
+        finally:
+            self._is_ours = before
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -114,14 +142,15 @@ class Stepper:
             self.store.refresh()
         else:
             self.store.take_gradients()
-            if self.store.link is not None and self._may_divide(optimizer):
-                self._step_in_parts(optimizer)
-            else:
-                optimizer.step()
+            with self.ours(), refusals_of(optimizer):
+                if self.store.link is not None and self._may_divide(optimizer):
+                    self._step_in_parts(optimizer)
+                else:
+                    optimizer.step()
 
     def _may_divide(self, optimizer: torch.optim.Optimizer) -> bool:
         """Is a step of some parameters after the others the same as one of all? Hooks are called once a step."""
-        own_hooks = 1
+        own_hooks = 2
         return (
             type(optimizer) is self.spec.factory and self.spec.is_elementwise and num_step_hooks(optimizer) == own_hooks
         )
@@ -144,6 +173,39 @@ class Stepper:
             self._in_parts = False
             for parameter, grad in grads.items():
                 parameter.grad = grad
+
+
+@contextmanager
+def refusals_of(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """What an optimizer raises on its way, said in our way: over parts of parameters not each can step."""
+    try:
+        yield
+    except ShardwrightError:
+        raise
+    except Exception as error:  # anybody's code, which may raise anything
+        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        cut = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+        raise ShardwrightError(
+            f"{type(optimizer).__name__}.step() failed: {type(error).__name__}: {said}",
+            means="it steps over DTensors here, of which this rank holds a part, and uses an op that those lack"
+            if cut
+            else "the step is the optimizer's own, over the parameters as plain tensors",
+            change="the optimizer, or the layout" if cut else "the optimizer",
+            works="an optimizer of torch.optim such as AdamW, or --force pp=N, by which ranks hold parameters whole"
+            if cut
+            else "an optimizer whose step() takes no arguments and that these parameters suit, such as AdamW",
+            exit_code=ExitCode.UNSUPPORTED_MODEL,
+        ) from error
+
+
+def _leaves_out_norm(spec: OptimizerSpec) -> ShardwrightError:
+    asks = "clipping" if spec.max_grad_norm is not None else "leaving out steps that are not finite"
+    return ShardwrightError(
+        f"optimizer.step() was called, and the program's steps ask for {asks}",
+        means="the optimizer alone does not do that",
+        change="optimizer.step()",
+        works="program.optimizer_step()",
+    )
 
 
 def _leaves_gradients(optimizer: torch.optim.Optimizer | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -46,6 +47,8 @@ class Trained(Protocol):
     def schedule(self, num_microbatches: int, training: bool = True) -> PipelineSchedule: ...
 
     def settle(self) -> None: ...
+
+    def not_a_step(self) -> AbstractContextManager[None]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
