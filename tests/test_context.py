@@ -22,7 +22,7 @@ from shardwright.passes.attention_rows import attention_rows, attention_rows_bac
 from shardwright.passes.build import build_segment_programs
 from shardwright.passes.redistribute import Emitter, MeshAxis
 from shardwright.planner.space.candidates import enumerate_candidates, widest_sequence_axis
-from shardwright.planner.space.forcing import Forced
+from shardwright.planner.space.choices import Choices
 from shardwright.plans.document import Plan
 from shardwright.profiler.batches import resize_batch
 
@@ -221,7 +221,7 @@ def test_microbatches_of_several_sequences_are_refused() -> None:
 def test_widths_of_the_context_axis_are_tried_where_sequences_are_long() -> None:
     def widths(tokens: int) -> set[int]:
         most = widest_sequence_axis(tokens, 8)
-        found = enumerate_candidates(Forced(), 8, 8, 4, max_tensor=8, max_sequence=most)
+        found = enumerate_candidates(Choices(), 8, 8, 4, max_tensor=8, max_sequence=most)
         return {candidate.mesh.sequence_ranks for candidate in found}
 
     assert widths(8192) == {1} and widths(16384) == {1, 2, 4} and widths(131072) == {1, 2, 4, 8}

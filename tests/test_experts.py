@@ -32,7 +32,7 @@ from shardwright.planner.sharding.expert_costs import copies_of_token, dispatch_
 from shardwright.planner.sharding.mesh import Axis, Mesh, Sizes
 from shardwright.planner.sharding.sharder import Sharder
 from shardwright.planner.space.candidates import enumerate_candidates
-from shardwright.planner.space.forcing import Forced
+from shardwright.planner.space.choices import Choices
 from shardwright.plans.axes import expert_axes, role_of
 from shardwright.plans.document import Plan
 from shardwright.profiler.gates import traced_gate
@@ -213,7 +213,7 @@ def test_the_users_own_optimizer_steps_experts_and_the_rest() -> None:
 
 def test_widths_of_the_expert_axis_are_tried_for_models_with_experts_alone() -> None:
     def widths(num_experts: int) -> set[int]:
-        found = enumerate_candidates(Forced(), 8, 8, 4, max_tensor=8, num_experts=num_experts)
+        found = enumerate_candidates(Choices(), 8, 8, 4, max_tensor=8, num_experts=num_experts)
         return {candidate.mesh.expert_ranks for candidate in found}
 
     assert widths(0) == {1} and widths(4) == {1, 2, 4} and widths(6) == {1, 2} and widths(64) == {1, 2, 4, 8}

@@ -15,7 +15,8 @@ from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.planner.memory.rank_bytes import rank_breakdown
 from shardwright.planner.search.step_time import lower_bound, run_timeline
 from shardwright.planner.space.candidates import enumerate_candidates
-from shardwright.planner.space.forcing import Forced, divisors, force_keys, parse_forced
+from shardwright.planner.space.choices import Choices
+from shardwright.planner.space.forcing import divisors, force_keys, parse_forced
 from shardwright.planner.stages.chain import whole_segments
 from shardwright.planner.stages.setting import Setting
 from shardwright.plans import document as plan_document
@@ -32,7 +33,7 @@ def brute_force(case: Case):
     setting = Setting(case.graph, case.cluster, case.cost_model, case.workload)
     n = len(setting.shape.instances)
     best = (math.inf, None)
-    for candidate in enumerate_candidates(Forced(), case.cluster.num_devices, case.workload.global_batch, n, 8):
+    for candidate in enumerate_candidates(Choices(), case.cluster.num_devices, case.workload.global_batch, n, 8):
         solution = case.sharder.solve(candidate.mesh, candidate.local_batch)
         for recompute in ((), ("block",), ("block", "head"), ("block", "head", "embed")):
             chain = setting.chain(solution, whole_segments(setting.shape, solution, recompute))

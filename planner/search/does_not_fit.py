@@ -15,8 +15,8 @@ from ...units import GIB, format_bytes
 from ..interfaces import ShardingSolution
 from ..memory.limits import fits
 from ..memory.rank_bytes import rank_breakdown
-from ..space.candidates import Candidate, enumerate_candidates, value_of
-from ..space.forcing import Forced
+from ..space.candidates import Candidate, enumerate_candidates, force_text
+from ..space.choices import Choices
 from ..stages.chain import NOTHING, leanest_segments
 from ..stages.setting import Setting
 from .host_candidates import may_use_host
@@ -95,12 +95,12 @@ def _memory_of(setting: Setting, outcome: Outcome) -> dict[str, int]:
     return rank_breakdown(setting, outcome.candidate, chain, outcome.bounds, outcome.worst_rank)
 
 
-def nearest_recompute(forced: Forced) -> str:
+def nearest_recompute(forced: Choices) -> str:
     return "none" if forced.recompute == "none" else "all"
 
 
 def _nearest_change(
-    setting: Setting, forced: Forced, nearest: Outcome, solutions: Solutions, solve: Solve
+    setting: Setting, forced: Choices, nearest: Outcome, solutions: Solutions, solve: Solve
 ) -> tuple[str, str]:
     """(setting to change, value that fits)."""
     known = {(mesh.inner_part, batch): found for (mesh, batch), found in solutions.items() if found is not None}
@@ -121,8 +121,8 @@ def _nearest_change(
         free = forced.without(name) if default is None else replace(forced, **{name: default})
         found = first_fit(setting, free, known)
         if found is not None:
-            value = default or value_of(name, found)  # the leanest recomputation may be one in part
-            return f"--force {name}", f"--force {name}={value}" if value is not None else f"no --force {name}"
+            # the leanest recomputation may be one in part
+            return f"--force {name}", f"--force {name}={default}" if default else force_text(name, found)
     if not nearest.lacks_host and nearest.missing_bytes <= _kept_free(setting, nearest):
         return "--force memory_margin", "--force memory_margin=0"
     if setting.memory_limit_bytes is not None or setting.cluster.memory_limit_bytes is not None:
@@ -146,14 +146,14 @@ def _nearest_change(
     return "the model, or --seq-len", "a shorter sequence"
 
 
-def first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | None:
+def first_fit(setting: Setting, forced: Choices, known: Known) -> Candidate | None:
     """A candidate that fits with most recomputation, the leanest first."""
     places = (forced.optimizer_state,) if forced.optimizer_state or not may_use_host(setting) else ("device", "host")
     tries = (_first_fit(setting, replace(forced, optimizer_state=place), known) for place in places)
     return next((found for found in tries if found is not None), None)
 
 
-def _first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | None:
+def _first_fit(setting: Setting, forced: Choices, known: Known) -> Candidate | None:
     num_instances = len(setting.shape.instances)
     options: Iterable[Candidate] = (
         candidate
@@ -175,7 +175,7 @@ def _first_fit(setting: Setting, forced: Forced, known: Known) -> Candidate | No
     return None
 
 
-def _first_cluster_that_fits(setting: Setting, forced: Forced, known: Known, clusters: Iterable[str]) -> str | None:
+def _first_cluster_that_fits(setting: Setting, forced: Choices, known: Known, clusters: Iterable[str]) -> str | None:
     free = forced.without(*names(), "cuts", "optimizer_state")
     for name in clusters:
         try:

@@ -13,14 +13,14 @@ from ...costmodel.segment import Workspace
 from ...plans.axes import MeshShape
 from ..interfaces import ShardingSolution
 from ..space.candidates import Candidate
-from ..space.forcing import Forced
+from ..space.choices import Choices
 from ..stages.setting import Setting
 
 SHORTER = (2, 4, 8, 16, 32)
 LEAST_TOKENS = 128
 ACTIVATIONS = ("saved_bytes", "input_bytes", "output_bytes", "workspace_bytes")
 Known = Mapping[tuple[MeshShape, int], ShardingSolution]  # axes that cut parameters, local batch
-FirstFit = Callable[[Setting, Forced, Known], Candidate | None]
+FirstFit = Callable[[Setting, Choices, Known], Candidate | None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Job:
         return " ".join(self.options)
 
 
-def smaller_jobs(setting: Setting, forced: Forced, known: Known, first_fit: FirstFit) -> list[str]:
+def smaller_jobs(setting: Setting, forced: Choices, known: Known, first_fit: FirstFit) -> list[str]:
     """Options of the command line under which a plan was found on this hardware, mildest first, at most one of each
     kind: a shorter sequence, leaner state, and both with no optimizer state if it takes that."""
     found: list[str] = []
@@ -69,7 +69,7 @@ def _jobs(setting: Setting) -> Iterator[_Job]:
         yield _Job(replace(setting, workload=replace(workload, optimizer=optimizer)), (*options, "--optimizer SGD"))
 
 
-def _fitting_tokens(job: _Job, forced: Forced, known: Known, first_fit: FirstFit) -> int | None:
+def _fitting_tokens(job: _Job, forced: Choices, known: Known, first_fit: FirstFit) -> int | None:
     whole = job.setting.workload.spec.get("seq_len")
     if not isinstance(whole, int):
         return None

@@ -15,7 +15,7 @@ from ...profiler.watch import TimeUp
 from ..interfaces import Sharder, ShardingSolution
 from ..memory.options import Ladder, ladders
 from ..space.candidates import Candidate
-from ..space.forcing import Forced
+from ..space.choices import Choices
 from ..stages.setting import Setting
 from .outcome import Outcome
 
@@ -40,7 +40,7 @@ class SearchState:
 
     setting: Setting
     sharder: Sharder
-    forced: Forced
+    forced: Choices
     candidates: list[Candidate]
     deadline: float
     progress: Progress

@@ -23,7 +23,8 @@ from ...plans.axes import (
     stage_axes,
 )
 from ...schedules.published.library import SCHEDULES, SEARCHED
-from .forcing import Forced, contradiction, divisors, nearest_multiple
+from .choices import Choices
+from .forcing import contradiction, divisors, nearest_multiple
 
 VIRTUAL_STAGES = (2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16)
 MAX_PP = 64
@@ -79,6 +80,20 @@ class Candidate:
         return Extents.of(self.zero, *(self.split or (self.state_ranks, self.state_ranks)))
 
     @property
+    def choices(self) -> Choices:
+        """What it decides; cuts and recomputation are open."""
+        return Choices.of(
+            self.mesh.named,
+            zero=self.zero,
+            schedule=self.schedule,
+            microbatch=self.local_batch,
+            global_microbatch=self.microbatch,
+            virtual_stages=self.virtual_stages,
+            zero_extent=self.split,
+            optimizer_state=self.optimizer_state,
+        )
+
+    @property
     def on_host(self) -> bool:
         """Is the optimizer's state in host memory?"""
         return self.optimizer_state == "host"
@@ -120,7 +135,7 @@ class Candidate:
 
 
 def enumerate_candidates(
-    forced: Forced,
+    forced: Choices,
     num_devices: int,
     global_batch: int,
     num_instances: int,
@@ -142,7 +157,7 @@ def enumerate_candidates(
             microbatch = local_batch * ranks
             if mesh.sequence_ranks > 1 and local_batch > 1:  # sequences that are cut come one at a time
                 continue
-            if forced.microbatch not in (None, local_batch) or forced.global_microbatch not in (None, microbatch):
+            if not forced.allows(Choices(microbatch=local_batch, global_microbatch=microbatch)):
                 continue
             count = global_batch // microbatch
             for schedule, chunks in _schedules(forced, mesh.pipeline_ranks, num_instances):
@@ -157,7 +172,7 @@ def widest_sequence_axis(tokens: int, num_devices: int) -> int:
 
 
 def _meshes(
-    forced: Forced, num_devices: int, num_instances: int, limits: Mapping[str, int], num_experts: int
+    forced: Choices, num_devices: int, num_instances: int, limits: Mapping[str, int], num_experts: int
 ) -> Iterator[MeshShape]:
     """Widths of the axes that have a limit, those that are searched and, where sequences are long, those that cut them;
     the free one takes the devices that the others leave. What has none is as wide as it is forced to be."""
@@ -181,7 +196,7 @@ def _meshes(
         yield from widen([axis for axis in limits if axis != free_axis()], left, given)
 
 
-def _expert_widths(forced: Forced, data_ranks: int, num_experts: int) -> Iterator[dict[str, int]]:
+def _expert_widths(forced: Choices, data_ranks: int, num_experts: int) -> Iterator[dict[str, int]]:
     """Of the data ranks, how many hold different experts: powers of two that divide both, up to all."""
     (axis,) = expert_axes()
     wanted = forced.size(axis)
@@ -196,13 +211,13 @@ def _expert_widths(forced: Forced, data_ranks: int, num_experts: int) -> Iterato
         width *= 2
 
 
-def _zeros(forced: Forced, ranks: int) -> Sequence[int]:
+def _zeros(forced: Choices, ranks: int) -> Sequence[int]:
     if forced.zero is not None:
         return (forced.zero,)
     return (0,) if ranks == 1 else (0, 1, 2, 3)
 
 
-def _splits(forced: Forced, zero: int, ranks: int, near: int) -> Iterator[tuple[int, int] | None]:
+def _splits(forced: Choices, zero: int, ranks: int, near: int) -> Iterator[tuple[int, int] | None]:
     """How far each kind of state is split: over all data-parallel ranks, or inside a fast domain of `near` of them;
     parameters inside and the rest over all is the third way."""
     if zero == 0 or ranks == 1:
@@ -221,7 +236,7 @@ def _splits(forced: Forced, zero: int, ranks: int, near: int) -> Iterator[tuple[
             yield near, ranks
 
 
-def _schedules(forced: Forced, pp: int, num_instances: int) -> Iterator[tuple[str, int]]:
+def _schedules(forced: Choices, pp: int, num_instances: int) -> Iterator[tuple[str, int]]:
     if pp == 1:
         name = forced.schedule or "1f1b"
         if SCHEDULES[name].chunks[0] == 1 and forced.virtual_stages in (None, 1):
@@ -245,7 +260,7 @@ MAX_BATCHES = 1024  # looked at
 
 
 def nothing_divides(
-    forced: Forced,
+    forced: Choices,
     num_devices: int,
     global_batch: int,
     num_instances: int,
@@ -256,7 +271,7 @@ def nothing_divides(
 ) -> ShardwrightError:
     """No candidate at all: names the forced value without which there is one, else the nearest batch that has one."""
 
-    def first(of: Forced, batch: int) -> Candidate | None:
+    def first(of: Choices, batch: int) -> Candidate | None:
         space = num_devices, batch, num_instances, max_tensor, domain, max_sequence, num_experts
         return next(enumerate_candidates(of, *space), None)
 
@@ -268,7 +283,7 @@ def nothing_divides(
     near = (
         batch for d in range(1, min(num_devices, MAX_BATCHES) + 1) for batch in (global_batch + d, global_batch - d)
     )
-    axes_alone = Forced(sizes=forced.sizes)
+    axes_alone = Choices(sizes=forced.sizes)
     if first(axes_alone, global_batch) is None:
         works = next((batch for batch in near if batch > 0 and first(forced, batch) is not None), None)
         if works is not None:
@@ -286,7 +301,7 @@ def nothing_divides(
                 f"{global_batch}" + (f", with {named}" if len(values) > 1 else ""),
                 _why_not(name, values[name]),
                 f"--force {name}",
-                f"--force {name}={value_of(name, found)}" if value_of(name, found) else f"no --force {name}",
+                force_text(name, found),
             )
     return contradiction(
         f"{under} cannot be divided over a model of {num_instances} segments and a global batch of {global_batch}",
@@ -295,6 +310,12 @@ def nothing_divides(
         "--global-batch",
         f"--global-batch {nearest_multiple(global_batch, num_devices)}",
     )
+
+
+def force_text(name: str, found: Candidate) -> str:
+    """What forces a candidate's own choice; or that nothing does."""
+    text = found.choices.texts().get(name)
+    return f"no --force {name}" if text is None else f"--force {name}={text}"
 
 
 def _text(value: object) -> str:
@@ -314,12 +335,3 @@ def _why_not(name: str, value: object) -> str:
     if name == "global_microbatch":
         return f"{value} sequences must divide over {axis}, for a {axis} that divides the devices"
     return "no candidate has it"
-
-
-def value_of(name: str, candidate: Candidate) -> int | str | None:
-    """The candidate's own value of a forced key."""
-    if name == "microbatch":
-        return candidate.local_batch
-    if name in candidate.mesh.axes:
-        return candidate.mesh.named[name]
-    return getattr(candidate, "microbatch" if name == "global_microbatch" else name, None)

@@ -4,80 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ExitCode, ShardwrightError
 from ...ops.attention_rules import FORMS
 from ...ops.expert_rules import FORMS as EXPERT_FORMS
-from ...plans.axes import easiest_first, expert_axes, free_axis, names, role_of, sequence_axes, stage_axes
+from ...plans.axes import easiest_first, expert_axes, free_axis, names, role_of, sequence_axes
 from ...profiler.cluster import Cluster
 from ...profiler.near import near_matches
 from ...schedules.published.library import SCHEDULES, canonical_name
+from .choices import Choices
 
 CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
            "offload", "optimizer_state", "prefer", "attention", "experts", "sequence_parallel",
            "memory_margin", "loss")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
-RECOMPUTE_CHOICES = ("auto", "none", "selective", "all")
-OFFLOAD_CHOICES = ("none", "auto")
-STATE_CHOICES = ("device", "host")
-PREFER_CHOICES = ("time", "state", "memory")
-SEQUENCE_PARALLEL_CHOICES = ("auto", "off")
-ATTENTION_CHOICES = ("auto", *FORMS)
-LOSS_CHOICES = ("auto", "chunked", "whole")
-EXPERT_CHOICES = ("auto", *EXPERT_FORMS)
-
-
-@dataclass(frozen=True)
-class Forced:
-    """What the user fixed; None: the search decides. sizes: of axes of the mesh. microbatch: sequences on each
-    data-parallel rank; global_microbatch: on all of them together."""
-
-    sizes: tuple[tuple[str, int], ...] = ()
-    zero: int | None = None
-    schedule: str | None = None
-    synthesize: bool = False  # an order of the plan's own, however little it saves
-    microbatch: int | None = None
-    global_microbatch: int | None = None
-    virtual_stages: int | None = None
-    recompute: str = "auto"
-    cuts: tuple[int, ...] | None = None  # segment instance at which each next stage begins
-    zero_extent: tuple[int, int] | None = None  # ranks that share parameters, ranks that share other state
-    offload: bool = False  # an order of the plan's own may send activations to host memory
-    optimizer_state: str | None = None  # with the copies that the optimizer steps over
-    prefer: str = "time"  # of placements: "state" splits all weights but vectors, whatever it takes; "memory" all
-    # training state that can be split, and then what is kept for the backward
-    attention: str = "auto"  # where sequences are cut
-    experts: str = "auto"  # how their work is shared on an expert axis
-    loss: str = "auto"  # "chunked": some rows of a linear layer's logits at a time; "whole": all of them
-    sequence_parallel: str = "auto"  # may tensor ranks divide tokens between the products that they cut?
-    memory_margin: float | None = None  # share of the memory limit that is left free; None: as the memory error asks
-
-    @property
-    def axes(self) -> dict[str, int]:
-        return dict(self.sizes)
-
-    @property
-    def factors(self) -> dict[str, int]:
-        """Those whose product is the number of devices."""
-        return {axis: size for axis, size in self.sizes if role_of(axis).is_factor}
-
-    @property
-    def pp(self) -> int | None:
-        return self.size(stage_axes()[0])
-
-    def size(self, axis: str) -> int | None:
-        return self.axes.get(axis)
-
-    def value(self, name: str) -> Any:
-        """Of an axis, or of another choice."""
-        return self.size(name) if name in names() else getattr(self, name)
-
-    def without(self, *choices: str) -> Forced:
-        """The same, with these left to the search: axes, or choices that are None where they are free."""
-        free: dict[str, Any] = {name: None for name in choices if name not in names()}
-        return replace(self, sizes=tuple(pair for pair in self.sizes if pair[0] not in choices), **free)
+WORDS = {
+    "recompute": ("auto", "none", "selective", "all"),
+    "optimizer_state": ("device", "host"),
+    "prefer": ("time", "state", "memory"),
+    "attention": ("auto", *FORMS),
+    "experts": ("auto", *EXPERT_FORMS),
+    "loss": ("auto", "chunked", "whole"),
+    "sequence_parallel": ("auto", "off"),
+}
 
 
 def force_keys() -> tuple[str, ...]:
@@ -85,9 +35,9 @@ def force_keys() -> tuple[str, ...]:
     return (*sorted(names(), key=lambda name: not role_of(name).is_searched), *CHOICES)
 
 
-def parse_forced(force: Mapping[str, str]) -> Forced:
+def parse_forced(force: Mapping[str, str]) -> Choices:
     """Raises ShardwrightError: unknown keys with near matches, values that are not what the key takes."""
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     sizes: dict[str, int] = {}
     known = force_keys()
     for key, text in force.items():
@@ -105,22 +55,10 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values["synthesize"] = True
         elif name == "schedule":
             values[name] = canonical_name(text)
-        elif name == "recompute":
-            values[name] = _one_of(name, text.lower(), RECOMPUTE_CHOICES)
+        elif name in WORDS:
+            values[name] = _one_of(name, text.lower(), WORDS[name])
         elif name == "offload":
-            values[name] = _one_of(name, text.lower(), OFFLOAD_CHOICES) == "auto"
-        elif name == "optimizer_state":
-            values[name] = _one_of(name, text.lower(), STATE_CHOICES)
-        elif name == "prefer":
-            values[name] = _one_of(name, text.lower(), PREFER_CHOICES)
-        elif name == "attention":
-            values[name] = _one_of(name, text.lower(), ATTENTION_CHOICES)
-        elif name == "experts":
-            values[name] = _one_of(name, text.lower(), EXPERT_CHOICES)
-        elif name == "loss":
-            values[name] = _one_of(name, text.lower(), LOSS_CHOICES)
-        elif name == "sequence_parallel":
-            values[name] = _one_of(name, text.lower(), SEQUENCE_PARALLEL_CHOICES)
+            values[name] = _one_of(name, text.lower(), ("none", "auto")) == "auto"
         elif name == "memory_margin":
             values[name] = _share(name, text)
         elif name == "cuts":
@@ -134,8 +72,7 @@ def parse_forced(force: Mapping[str, str]) -> Forced:
             values[name] = int(_one_of(name, text, ("0", "1", "2", "3")))
         else:
             values[name] = _integer(name, text, 1)
-    ordered = tuple((name, sizes[name]) for name in names() if name in sizes)
-    return Forced(sizes=ordered, **values)  # type: ignore[arg-type]
+    return Choices.of(sizes, **values)
 
 
 def _example(key: str) -> str:
@@ -206,7 +143,9 @@ def contradiction(what: str, means: str, change: str, works: str) -> Shardwright
     return ShardwrightError(what, means=means, change=change, works=works, exit_code=ExitCode.CONTRADICTION)
 
 
-def check_forced(forced: Forced, cluster: Cluster, global_batch: int, num_instances: int, num_experts: int = 0) -> None:
+def check_forced(
+    forced: Choices, cluster: Cluster, global_batch: int, num_instances: int, num_experts: int = 0
+) -> None:
     """Raises ShardwrightError (exit 4) where forced values exclude each other, the devices, the batch or the model."""
     num_devices = cluster.num_devices
     _check_axes(forced, num_devices)
@@ -225,7 +164,7 @@ def check_forced(forced: Forced, cluster: Cluster, global_batch: int, num_instan
         )
 
 
-def _check_offload(forced: Forced, cluster: Cluster) -> None:
+def _check_offload(forced: Choices, cluster: Cluster) -> None:
     """Is there anything that offloading could be part of?"""
     device = cluster.worst_device()
     if device.kind == "cpu":
@@ -251,7 +190,7 @@ def _check_offload(forced: Forced, cluster: Cluster) -> None:
         )
 
 
-def _check_axes(forced: Forced, num_devices: int) -> None:
+def _check_axes(forced: Choices, num_devices: int) -> None:
     axes = forced.factors
     product = math.prod(axes.values())
     named = " ".join(f"{name}={size}" for name, size in axes.items())
@@ -274,7 +213,7 @@ def _check_axes(forced: Forced, num_devices: int) -> None:
     )
 
 
-def _check_batch(forced: Forced, num_devices: int, global_batch: int) -> None:
+def _check_batch(forced: Choices, num_devices: int, global_batch: int) -> None:
     if global_batch < 1:
         raise ShardwrightError(f"a global batch of {global_batch} is no batch", change="--global-batch", works="8")
     _check_microbatch(forced, global_batch)
@@ -290,7 +229,7 @@ def _check_batch(forced: Forced, num_devices: int, global_batch: int) -> None:
     _check_microbatch_of_ranks(forced, global_batch)
 
 
-def _check_sequences(forced: Forced) -> None:
+def _check_sequences(forced: Choices) -> None:
     """Cut sequences come one at a time: the tokens of one lie together in memory, those of several do not."""
     cut = [(axis, size) for axis, size in forced.axes.items() if role_of(axis).carries_sequence and size > 1]
     if cut and (forced.microbatch or 1) > 1:
@@ -309,7 +248,7 @@ def _check_sequences(forced: Forced) -> None:
         )
 
 
-def _check_experts(forced: Forced, num_experts: int) -> None:
+def _check_experts(forced: Choices, num_experts: int) -> None:
     """An axis that cuts experts divides the data ranks, and has experts to cut."""
     (axis,) = expert_axes()
     size, whole = forced.size(axis) or 1, forced.size(free_axis())
@@ -344,18 +283,18 @@ def _check_experts(forced: Forced, num_experts: int) -> None:
         )
 
 
-def _batch_ranks(forced: Forced) -> int | None:
+def _batch_ranks(forced: Choices) -> int | None:
     """Ranks that together hold a microbatch, where that is forced."""
     if forced.size(free_axis()) is None:
         return None
     return math.prod(size for axis, size in forced.factors.items() if role_of(axis).carries_batch)
 
 
-def _batch_text(forced: Forced) -> str:
+def _batch_text(forced: Choices) -> str:
     return " ".join(f"{axis}={size}" for axis, size in forced.factors.items() if role_of(axis).carries_batch)
 
 
-def _check_microbatch(forced: Forced, global_batch: int) -> None:
+def _check_microbatch(forced: Choices, global_batch: int) -> None:
     """Does the global batch divide into microbatches, however many ranks hold one?"""
     for name, on in (("microbatch", " on each data-parallel rank"), ("global_microbatch", "")):
         size = getattr(forced, name)
@@ -369,7 +308,7 @@ def _check_microbatch(forced: Forced, global_batch: int) -> None:
             )
 
 
-def _check_microbatch_of_ranks(forced: Forced, global_batch: int) -> None:
+def _check_microbatch_of_ranks(forced: Choices, global_batch: int) -> None:
     """Does it divide over the data-parallel ranks, as far as those are known?"""
     ranks, local, whole = _batch_ranks(forced), forced.microbatch, forced.global_microbatch
     named = _batch_text(forced)
@@ -403,7 +342,7 @@ def nearest_multiple(number: int, of: int) -> int:
     return max(of, round(number / of) * of)
 
 
-def _check_stages(forced: Forced, num_devices: int, num_instances: int) -> None:
+def _check_stages(forced: Choices, num_devices: int, num_instances: int) -> None:
     pp, chunks, schedule = forced.pp, forced.virtual_stages, forced.schedule
     if schedule is not None and chunks is not None and chunks not in SCHEDULES[schedule].chunks:
         taken = SCHEDULES[schedule].chunks
