@@ -26,39 +26,55 @@ from shardwright.profiler.graph import ModelGraph
 from shardwright.profiler.workload import Workload
 
 NOT_CAPTURED = ("global_batch", "batch_dims", "optimizer")  # of a workload's spec: its graph is the same without them
-_captured: dict[tuple[Any, ...], ModelGraph] = {}  # of this process, and of the ranks forked from it
-_kept: list[torch.nn.Module] = []
+Graphs = dict[tuple[Any, ...], tuple[ModelGraph, torch.nn.Module]]  # with the model, so that no other gets its id
+_captured: Graphs = {}  # of this process, and of the ranks forked from it
 
 
-def _once(capture: Callable[..., ModelGraph]) -> Callable[..., ModelGraph]:
-    """The same capture, each model and shape once in this process."""
+def _once(capture: Callable[..., ModelGraph], captured: Graphs, by_name: bool) -> Callable[..., ModelGraph]:
+    """The same capture, each model and shape once."""
 
     def cached(workload: Workload, *fusions: Any, **options: Any) -> ModelGraph:
-        shapes = ((name, tuple(t.shape), t.dtype) for name, t in workload.example_batch.items())
-        named = sorted((key, str(value)) for key, value in workload.spec.items() if key not in NOT_CAPTURED)
-        model = workload.name if "model" in workload.spec else id(workload.model)
-        modes = tuple(module.training for module in workload.model.modules())
-        settings = (
-            workload.precision,
-            workload.loss,
-            str(workload.batch_dims),
-            modes,
-            *map(tuple, fusions),
-            *options.items(),
-        )
-        key = (capture.__name__, model, *named, *settings, *shapes)
-        if key not in _captured:
-            _captured[key] = capture(workload, *fusions, **options)
-            _kept.append(workload.model)  # so that no other model gets its id
-        return _captured[key]
+        key = (capture.__name__, *_key(workload, by_name), *map(tuple, fusions), *options.items())
+        if key not in captured:
+            captured[key] = capture(workload, *fusions, **options), workload.model
+        return captured[key][0]
 
     return cached
 
 
+def _key(workload: Workload, by_name: bool) -> tuple[Any, ...]:
+    named = sorted((key, str(value)) for key, value in workload.spec.items() if key not in NOT_CAPTURED)
+    shapes = [(name, tuple(t.shape), t.dtype) for name, t in workload.example_batch.items()]
+    settings = workload.precision, workload.loss, str(workload.batch_dims)
+    modes = tuple(module.training for module in workload.model.modules())
+    if by_name and "model" in workload.spec:
+        return (workload.name, *named, *settings, modes, *shapes)
+    values = [t.flatten()[:1000].tolist() for t in workload.example_batch.values() if t.device.type != "meta"]
+    return (*_state(workload.model), *named, *settings, modes, *shapes, str(workload.call), str(values))
+
+
+def _state(model: torch.nn.Module) -> tuple[Any, ...]:
+    """What tells that a model was changed between two captures."""
+    tensors = [(id(t), t._version, t.requires_grad) for t in (*model.parameters(), *model.buffers())]
+    held = [
+        (name, value if isinstance(value, (int, float, str)) else (id(value), len(value) if _is_filled(value) else 0))
+        for module in model.modules()
+        for name, value in vars(module).items()
+    ]
+    return (id(model), *tensors, *held)
+
+
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, (dict, list, set))
+
+
 @contextlib.contextmanager
-def captured_once() -> Iterator[None]:
-    """Inside, plan and build share what they capture. For models that nothing changes between two captures."""
-    kept = {name: _once(getattr(api, name)) for name in ("capture", "_capture_for_running")}
+def captured_once(by_name: bool = True) -> Iterator[None]:
+    """Inside, plan and build share what they capture. For models that nothing changes between two captures.
+
+    by_name: over all calls, models of one spec are one; otherwise only a model with itself, while this lasts."""
+    captured = _captured if by_name else {}
+    kept = {name: _once(getattr(api, name), captured, by_name) for name in ("capture", "_capture_for_running")}
     with mock.patch.multiple(api, **kept):
         yield
 

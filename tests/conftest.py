@@ -77,6 +77,15 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"shardwright.{module}.launch", forked_launch)
 
 
+@pytest.fixture(autouse=True)
+def captured_once_a_test() -> Iterator[None]:
+    """What one test plans, builds and runs of one model is captured once for each shape."""
+    from compared import captured_once
+
+    with captured_once(by_name=False):
+        yield
+
+
 @pytest.fixture
 def shared_captures() -> Iterator[None]:
     """Plans share what is captured, over all tests of this process that ask for it."""
