@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,25 +80,30 @@ CHUNKS = (1, 2, 4)  # in which tokens may go to experts
 
 
 def in_turns_s(chunk: Sequence[Work], count: int) -> float:
-    """Seconds until `count` equal chunks are done, whose works are started in turns: each until it waits for a message,
-    as passes/expert_routes.py starts them. Ways do what was started first."""
+    """Seconds until `count` equal chunks are done, whose works are started in turns(): each up to where it waits for a
+    message. Ways do what was started first."""
     free: dict[str, float] = {}
     done = [0.0] * count
-    for turn in _turns(chunk):
-        for k in range(count):
-            for work in turn:
-                ready = done[k] if work.is_waited_for else 0.0  # else it needs what this way did for the chunk before
-                free[work.way] = max(free.get(work.way, 0.0), ready) + work.seconds
-                if work.is_waited_for:
-                    done[k] = free[work.way]
+    pieces = _up_to_messages(chunk)
+    for k, turn in turns(count, len(pieces)):
+        for work in pieces[turn]:
+            ready = done[k] if work.is_waited_for else 0.0  # else it needs what this way did for the chunk before
+            free[work.way] = max(free.get(work.way, 0.0), ready) + work.seconds
+            if work.is_waited_for:
+                done[k] = free[work.way]
     return max(*done, *free.values())
 
 
-def _turns(chunk: Sequence[Work]) -> list[list[Work]]:
-    """Each up to a message and what is done beside it."""
-    turns: list[list[Work]] = [[]]
+def turns(count: int, each: int) -> Iterator[tuple[int, int]]:
+    """(chunk, its turn), in order: each chunk is a turn behind the one before, and sends before that waits."""
+    for step in range(count + each - 1):
+        yield from ((k, step - k) for k in reversed(range(count)) if 0 <= step - k < each)
+
+
+def _up_to_messages(chunk: Sequence[Work]) -> list[list[Work]]:
+    found: list[list[Work]] = [[]]
     for work in chunk:
-        if turns[-1] and work.is_waited_for and any(before.way != DEVICE for before in turns[-1]):
-            turns.append([])
-        turns[-1].append(work)
-    return turns
+        if found[-1] and found[-1][-1].way != DEVICE:
+            found.append([])
+        found[-1].append(work)
+    return found

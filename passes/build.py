@@ -17,6 +17,7 @@ from ..plans.placements import AxisSolution, is_kept_key, read_placements
 from ..profiler.graph import ModelGraph, Segment
 from ..profiler.op_view import is_op
 from ..profiler.slots import INPUT, OUTPUT, PARAM, PARAM_GRAD, TANGENT, slot_name, slot_names
+from .expert_dispatch import send_again
 from .improve import Part, dump, improve_backward, improve_forward
 from .partition import Recompute, partition
 from .program import SegmentProgram, own_key
@@ -121,6 +122,8 @@ def build_segment_program(
     dump(joint, f"{label}.joint.0-shard")
     recompute = False if segment.is_prologue else recompute
     repeats = bool(recompute)
+    if not isinstance(recompute, bool):
+        send_again(joint.graph, recompute)
     forward, backward, kept = partition(joint, segment, recompute)
     dump(forward, f"{label}.forward.0-partition")
     first = Part(label, "forward", forward, len(segment.param_shapes))

@@ -3,24 +3,28 @@
 Each rank has some of the experts and some of the tokens. A token goes once to every rank that holds an expert which it
 chose, with its choices and their weights; the rank computes what its own experts add (profiler/expert_ops.py: choices
 of others' add nothing), and sends that back, where it is summed. Nothing is dropped and nothing padded: how many tokens
-go where follows from the choices, so the counts are exchanged first, and all of it is one op of a static graph. The
-backward sends tokens again, with the gradients of their results.
+go where follows from the choices, so the counts are exchanged first, and all of it is one op of a static graph.
 
-What the experts had before their activation stays on their rank for the backward: as many rows as choices came there.
-Its size in the graph is that of the rank's own choices, [N, K, 2 I], which is what comes to a rank on average.
+For the backward the tokens that came stay on the rank of the experts, and what these had before their activation: as
+many rows as tokens and choices came there. Their sizes in the graph are those of the rank's own tokens, which is what
+comes to a rank on average. Where the plan makes "NODE.2>kept" again, tokens do not stay: the backward sends them again,
+with the gradients of their results.
 
 What follows it in the arguments is where experts lie and how tokens go there (expert_routes.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from ..costmodel.experts import copies_of_token
 from ..ops.placement import shard_size, shard_start
+from ..plans.placements import kept_key
 from ..profiler.expert_ops import (
     BIASES,
     INPUTS,
@@ -30,50 +34,58 @@ from ..profiler.expert_ops import (
     results,
     run_experts,
 )
-from .expert_routes import Chunk, Place, UnderWay, bring_back, chunks_of, round_robin, send
+from .expert_routes import Chunk, Place, UnderWay, bring_back, chunks_of, in_turns, send
 from .redistribute import Emitter, MeshAxis
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
-_PLACE = "int[] firsts, int[] counts, int rank, int per_host, int chunks, str group, str across, str inside"
+_PLACE = "int[] firsts, int[] counts, int rank, int per_host, int chunks, str group, str across, str inside, int parts"
 _NUM_PLACE = len(Place._fields)
+_ROWS = 2  # among the results of the forward
 
 
-def _forward(*operands: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(*operands: Any) -> tuple[torch.Tensor, ...]:
     *tensors, activation = operands[:-_NUM_PLACE]
     hidden, index, weight, *experts = tensors
     place = Place(*operands[-_NUM_PLACE:])
 
-    def of_chunk(chunk: Chunk) -> UnderWay[tuple[torch.Tensor, torch.Tensor]]:
+    def of_chunk(chunk: Chunk) -> UnderWay[tuple[torch.Tensor, ...]]:
         orders, (rows,), here, scale = yield from send(place, chunk, [hidden], index, weight)
         out, pre = run_experts(rows, here, scale, experts, activation, chunk.choices)
-        del rows
         (out,) = yield from bring_back(chunk, orders, [out])
-        return out, pre
+        return out, pre, rows
 
-    outs, pres = zip(*round_robin([of_chunk(chunk) for chunk in chunks_of(place, index)]), strict=True)
-    return _joined(outs), _joined(pres)
+    of_chunks = in_turns([of_chunk(chunk) for chunk in chunks_of(place, index)])
+    return tuple(map(_joined, zip(*of_chunks, strict=True)))
 
 
 def _backward(*operands: Any) -> tuple[torch.Tensor, ...]:
-    *given, pre = operands
+    *given, pre, came = operands
     *tensors, activation = given[:-_NUM_PLACE]
     grad_out, hidden, index, weight, *experts = tensors
     place = Place(*given[-_NUM_PLACE:])
     chunks = chunks_of(place, index)
+    kept: list[tuple[torch.Tensor, ...]] = [()] * len(chunks)
     pres = [None] * len(chunks) if pre is None else pre.split([chunk.choices for chunk in chunks])
+    if came is not None:
+        kept = [(rows,) for rows in came.split([sum(chunk.legs[-1].received) for chunk in chunks])]
 
-    def of_chunk(chunk: Chunk, kept: torch.Tensor | None) -> UnderWay[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        orders, (grad, rows), here, scale = yield from send(place, chunk, [grad_out, hidden], index, weight)
-        work = ExpertsBackward(grad, rows, here, scale, experts, kept, activation, chunk.choices)
+    def of_chunk(
+        chunk: Chunk, pre: torch.Tensor | None, kept: tuple[torch.Tensor, ...]
+    ) -> UnderWay[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        columns = [grad_out] if kept else [grad_out, hidden]
+        orders, sent, here, scale = yield from send(place, chunk, columns, index, weight)
+        grad, rows = *sent, *kept
+        del sent
+        work = ExpertsBackward(grad, rows, here, scale, experts, pre, activation, chunk.choices)
         del grad, rows
         back = bring_back(chunk, orders, work.of_inputs())
         next(back)
-        of_experts = work.of_experts()  # beside the message
-        yield
+        yield  # for the message of the next chunk
+        of_experts = work.of_experts()  # beside this one's
         of_inputs = yield from back
         return of_inputs, of_experts
 
-    parts = round_robin([of_chunk(chunk, kept) for chunk, kept in zip(chunks, pres, strict=True)])
+    parts = in_turns([of_chunk(*each) for each in zip(chunks, pres, kept, strict=True)])
     of_inputs = [_joined(of_chunks) for of_chunks in zip(*(part[0] for part in parts), strict=True)]
     of_experts = parts[0][1]
     for _, others in parts[1:]:
@@ -85,16 +97,22 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
+def _forward_fake(*operands: Any) -> tuple[torch.Tensor, ...]:
+    hidden, index, place = operands[0], operands[1], Place(*operands[-_NUM_PLACE:])
+    rows = hidden.shape[0] * copies_of_token(index.shape[1], len(place.counts), place.parts)
+    return *forward_fake(*operands), hidden.new_empty(round(rows), hidden.shape[1])
+
+
 for _overload, _operands in (("default", INPUTS), ("bias", f"{INPUTS}, {BIASES}")):
     _name, _of_gradients = (
         f"{n}.{_overload}".removesuffix(".default") for n in ("expert_dispatch", "expert_dispatch_backward")
     )
     _given = f"{_operands}, str activation, {_PLACE}"
-    _LIBRARY.define(f"{_name}({_given}) -> (Tensor out, Tensor pre)")
-    _LIBRARY.define(f"{_of_gradients}(Tensor grad_out, {_given}, Tensor? pre) -> {results(_overload)}")
+    _LIBRARY.define(f"{_name}({_given}) -> (Tensor out, Tensor pre, Tensor rows)")
+    _LIBRARY.define(f"{_of_gradients}(Tensor grad_out, {_given}, Tensor? pre, Tensor? rows) -> {results(_overload)}")
     _LIBRARY.impl(_name, _forward, "CompositeExplicitAutograd")
     _LIBRARY.impl(_of_gradients, _backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"shardwright::{_name}", forward_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"shardwright::{_name}", _forward_fake, lib=_LIBRARY)
     torch.library.register_fake(f"shardwright::{_of_gradients}", backward_fake, lib=_LIBRARY)
 
 expert_dispatch = torch.ops.shardwright.expert_dispatch
@@ -122,16 +140,24 @@ def _where(axis: MeshAxis, num_experts: int, inner: MeshAxis | None) -> tuple[An
     """As the ops take it."""
     ways = axis.experts
     return Place(
-        *experts_of(num_experts, axis, inner), axis.index, ways.per_host, ways.chunks, axis.group, *ways.hop_groups
+        *experts_of(num_experts, axis, inner),
+        axis.index,
+        ways.per_host,
+        ways.chunks,
+        axis.group,
+        *ways.hop_groups,
+        inner.size if inner is not None else 1,
     )
 
 
 def dispatch_experts(
     emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis, inner: MeshAxis | None = None
 ) -> fx.Node:
-    """(hidden, index, weight, experts..., activation) -> out, pre"""
+    """(hidden, index, weight, experts..., activation) -> out, pre, and rows for the backward"""
     place = _where(axis, node.args[3].meta["val"].shape[0], inner)  # type: ignore[union-attr]
-    return emit.call(_overload_of(expert_dispatch, node), *args, *place)
+    result = emit.call(_overload_of(expert_dispatch, node), *args, *place)
+    emit.call(operator.getitem, result, _ROWS).meta["form"] = kept_key(node.name, _ROWS)
+    return result
 
 
 def dispatch_experts_backward(
@@ -142,7 +168,24 @@ def dispatch_experts_backward(
     *operands, pre, activation = args
     place = _where(axis, node.args[4].meta["val"].shape[0], inner)  # type: ignore[union-attr]
     op = _overload_of(expert_dispatch_backward, node)
-    return emit.call(op, *operands, activation, *place, pre if inner is None else None)
+    return emit.call(op, *operands, activation, *place, pre if inner is None else None, _rows_beside(pre))
+
+
+def _rows_beside(pre: fx.Node) -> fx.Node | None:
+    """Of the results of a forward, those that its lowering named beside this one."""
+    results = pre.args[0].users if pre.target is operator.getitem else ()  # type: ignore[union-attr]
+    return next((node for node in results if node.args[1] == _ROWS), None)
+
+
+def send_again(graph: fx.Graph, recomputed: Collection[str]) -> None:
+    """In place: backwards of experts whose tokens are among what is made again have none, and send them. Where the
+    experts' forward itself is made again, they come with it."""
+    of_gradients = (expert_dispatch_backward.default, expert_dispatch_backward.bias)
+    for node in list(graph.nodes):
+        rows = node.args[-1] if node.target in of_gradients else None
+        if isinstance(rows, fx.Node) and rows.meta["form"] in recomputed and rows.meta["of"] not in recomputed:
+            node.args = (*node.args[:-1], None)
+    graph.eliminate_dead_code()
 
 
 def _overload_of(packet: Any, node: fx.Node) -> Any:

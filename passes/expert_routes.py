@@ -2,8 +2,8 @@
 
 Tokens go in chunks, one after the other: while experts compute one chunk, the next is on its way to them and the one
 before on its way back (Hwang et al., "Tutel: Adaptive Mixture-of-Experts at Scale", arXiv:2206.03382, section 3.2).
-What a chunk does is a generator that yields while a message of its own is under way; round_robin() runs those of all
-chunks in turns, in an order that follows from their number alone, so that all ranks send alike.
+What a chunk does is a generator that yields while a message of its own is under way; in_turns() runs those of all
+chunks, in an order that follows from their number alone, so that all ranks send alike.
 
 How many tokens of each chunk go where is exchanged once, before any of them leaves: afterwards nothing waits for a
 device to say how much there is, so that messages and products are started ahead of it.
@@ -32,7 +32,7 @@ class Place(NamedTuple):
     other, share a host. Where that is more than one, a token crosses once to each host that has an expert which it
     chose, to the rank in its own rank's place there, which sends it on; results are summed on each host before they go
     back. chunks: of each rank's tokens. across, inside: groups of the ranks in the same place on each host, and of
-    those of a host.
+    those of a host. parts: into how many another axis cuts the experts of each rank.
     """
 
     firsts: Sequence[int]
@@ -43,6 +43,7 @@ class Place(NamedTuple):
     group: str = ""
     across: str = ""
     inside: str = ""
+    parts: int = 1
 
     @property
     def hosts(self) -> int:
@@ -197,14 +198,17 @@ def _summed(leg: Leg, order: torch.Tensor, num_tokens: int, part: torch.Tensor) 
     return total.to(part.dtype)
 
 
-def round_robin(sequences: Sequence[UnderWay[Result]]) -> list[Result]:
-    """What each returns, in their order. Each runs to where it waits for a message, then the next one does."""
+def in_turns(sequences: Sequence[UnderWay[Result]]) -> list[Result]:
+    """What each returns, in their order. Each runs to where it waits for a message, as costmodel.experts.turns() says;
+    all have as many turns."""
     found: dict[int, Result] = {}
+    step = 0
     while len(found) < len(sequences):
-        for k, sequence in enumerate(sequences):
+        for k in reversed(range(min(step + 1, len(sequences)))):
             if k not in found:
                 try:
-                    next(sequence)
+                    next(sequences[k])
                 except StopIteration as end:
                     found[k] = end.value
+        step += 1
     return [found[k] for k in range(len(sequences))]

@@ -19,7 +19,7 @@ from torch import nn
 
 import shardwright
 from shardwright import api
-from shardwright.costmodel.experts import DEVICE, Work, goes_by_hosts, in_turns_s
+from shardwright.costmodel.experts import DEVICE, Work, goes_by_hosts, in_turns_s, turns
 from shardwright.costmodel.memory import StageState, StateBytes, state_memory
 from shardwright.costmodel.model import CostModel
 from shardwright.errors import ShardwrightError
@@ -33,7 +33,7 @@ from shardwright.planner.sharding.mesh import Axis, Mesh, Sizes
 from shardwright.planner.sharding.sharder import Sharder
 from shardwright.planner.space.candidates import enumerate_candidates
 from shardwright.planner.space.choices import Choices
-from shardwright.plans.axes import expert_axes, role_of
+from shardwright.plans.axes import MeshShape, expert_axes, role_of
 from shardwright.plans.document import Plan
 from shardwright.profiler.gates import traced_gate
 from shardwright.profiler.hardware import parse_hardware
@@ -251,6 +251,33 @@ def test_tokens_that_go_in_chunks_give_the_numbers_of_one_device(kind: str, chun
     _assert_as_on_one_device(kind, plan.model_copy(update={"expert_chunks": chunks}), layers=1)
 
 
+def _sending_again(plan: Plan) -> Plan:
+    """The same plan, whose backwards send tokens again."""
+    found = [(name, key) for name, rows in plan.placements.items() for key in rows if key.startswith("expert_mlp")]
+    again = {name: (f"{key}.2>kept",) for name, key in found if key == "expert_mlp"}
+    policy = plan.memory_policy.model_copy(update={"recompute": again, "instances": {}})
+    return plan.model_copy(update={"memory_policy": policy})
+
+
+def test_tokens_that_are_sent_again_give_the_numbers_of_one_device() -> None:
+    plan = _planned("uneven", 2, {"dp": 2, "ep": 2, "experts": "dispatch"}, layers=1)
+    _assert_as_on_one_device("uneven", _sending_again(plan).model_copy(update={"expert_chunks": 2}), layers=1)
+
+
+def test_what_came_to_experts_stays_where_memory_allows_and_is_sent_again_where_not() -> None:
+    """As bytes of the plan's own choices: less is kept where tokens are sent again, which takes their messages."""
+    graph, cluster = api.capture_of(_planned("even", 2, LAYOUTS[0], layers=1), _workload("even", 1)[0]), "2xH100-80GB"
+    sharder = Sharder(graph, CostModel(parse_hardware(cluster)), job=job_of(_workload("even", 1)[0], 8, {}))
+    solution = sharder.solve(MeshShape.of({"dp": 2, "ep": 2}), 4)
+    costs = [c for c in solution.costs.values() if any("expert_mlp.2>kept" in p.recomputed for p in c.recompute_points)]
+    assert costs
+    for cost in costs:
+        point = min(
+            (p for p in cost.recompute_points if "expert_mlp.2>kept" in p.recomputed), key=lambda p: len(p.recomputed)
+        )
+        assert point.forward_comm_s > 0 and point.saved_bytes < cost.saved_bytes
+
+
 def test_by_hosts_a_token_crosses_to_each_once() -> None:
     """Experts of ranks 1 and 3, each on a host of two: rank 0 sends a token that chose both once to its own host, and
     once to the other one; each sends it on to the one that has the expert."""
@@ -304,6 +331,7 @@ def test_messages_of_a_chunk_pass_beside_products_of_others() -> None:
     beside = [Work("link", 2.0), Work(DEVICE, 1.5), Work("link", 2.0), Work(DEVICE, 1.5, False)]
     assert in_turns_s(beside, 1) == 5.5  # what nobody waits for passes beside the way back
     hops = [Work("hop 0", 2.0), Work("hop 1", 2.0), Work(DEVICE, 1.0)]
+    assert list(turns(2, 2)) == [(0, 0), (1, 0), (0, 1), (1, 1)]
     assert in_turns_s(hops, 3) == 3 * 2 + 2 + 1  # one chunk's second hop beside the next one's first
 
 
@@ -378,17 +406,20 @@ def _bytes_sent(rank: int, kind: str, plan: str) -> list[int]:
     return found
 
 
-def test_what_is_sent_is_what_it_is_priced_at() -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_sent_is_what_it_is_priced_at(again: bool) -> None:
     """Where all tokens choose experts of one rank, each goes to one; that rank alone sends results."""
-    plan = _planned("uneven", 2, {"dp": 2, "ep": 2, "experts": "dispatch"}, layers=1).to_json()
-    of_ranks = fork_ranks(2, _bytes_sent, "uneven", plan)
+    plan = _planned("uneven", 2, {"dp": 2, "ep": 2, "experts": "dispatch"}, layers=1)
+    if again:
+        plan = _sending_again(plan)
+    of_ranks = fork_ranks(2, _bytes_sent, "uneven", plan.to_json())
     messages = [sum(pair) for pair in zip(*of_ranks, strict=True)]
     assert of_ranks[1][1] == of_ranks[1][3] == 0  # whose experts nobody chose
     tokens = 8 * 3
     hidden, index, weight = ((tokens, n) for n in (WIDTH, CHOICES, CHOICES))
     operands = [Sizes(shape, (), 8.0 * math.prod(shape), True) for shape in (hidden, hidden, index, weight)]
     experts = [Sizes((1,), (), 0.0, True)]
-    forward, backward = row_bytes([*operands[1:], *experts * 2]), row_bytes([*operands, *experts * 3])
+    forward, backward = row_bytes([*operands[1:], *experts * 2]), row_bytes([*operands, *experts * 3], again=again)
     assert messages == [tokens * each for each in (*forward, *backward)]
 
 
@@ -407,7 +438,7 @@ def test_any_number_of_rows_comes_as_it_was_sent(
     sent += [torch.randn(num_tokens, WIDTH, dtype=torch.float64), torch.randn(choices, num_tokens).t()]
     for columns in (sent, sent[1:], sent[4:]):
         for back in (False, True):
-            (came,) = expert_routes.round_robin([expert_routes.exchange(leg, columns, back=back)])
+            (came,) = expert_routes.in_turns([expert_routes.exchange(leg, columns, back=back)])
             assert all(torch.equal(here, there) for here, there in zip(came, columns, strict=True))
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx
 
 from ...costmodel.segment import RecomputePoint, SegmentCost
-from ...ops.expert_rules import is_expert_op
 from ...ops.placement import P, R
 from ...profiler.op_view import origin
 from ...profiler.slots import BUFFER, INPUT, PARAM, PARAM_GRAD, kind_of, slot_name, slot_names
-from .expert_costs import dispatch_s
+from .expert_sends import experts_moved
 from .mesh import RINGS
 from .recompute import Recomputation, hull
 from .routes import Placed, Route, routes
@@ -44,8 +43,9 @@ def evaluate(placed: Placed) -> SegmentCost:
 
     asked = routes(placed)
     comm: dict[str, float] = defaultdict(float, rings_s)
-    for phase, dispatched_s in _dispatches(placed, op_s):
-        comm[phase] += dispatched_s
+    moved_s, sent = experts_moved(placed, op_s)
+    for node, dispatched_s in moved_s.items():
+        comm[node.meta.get("phase", "forward")] += dispatched_s
     for route in asked:
         comm[route.phase] += collective_s(route)
 
@@ -57,7 +57,9 @@ def evaluate(placed: Placed) -> SegmentCost:
     elements = [local(n) / n.meta["val"].element_size() for n in params]
     trained = [e if t else 0.0 for e, t in zip(elements, segment.param_requires_grad, strict=True)]
     inputs = [placeholders[name] for name in slot_names(INPUT, len(segment.inputs))]
-    saved_bytes = int(sum(placed.local_bytes(*s, placed.kept(*s)) for s in facts.saved))
+    saved_bytes = int(
+        sum(placed.local_bytes(*s, placed.kept(*s)) for s in facts.saved) + sum(each.num_bytes for each in sent)
+    )
     working = Working(placed, scratch, lasting)
     held = working.of(frozenset(facts.saved))
     return SegmentCost(
@@ -75,7 +77,9 @@ def evaluate(placed: Placed) -> SegmentCost:
         output_bytes=int(sum(local(*o) for o in facts.outputs)),
         workspace_bytes=held.backward,
         model_flops=flops,
-        recompute_points=_points(placed, Recomputation(placed, op_s, asked, collective_s), saved_bytes, working),
+        recompute_points=_points(
+            placed, Recomputation(placed, op_s, asked, collective_s, (moved_s, sent)), saved_bytes, working
+        ),
         expert_elements=int(sum(e for i, e in enumerate(trained) if is_of_experts(placed, i))),
         summed_elements=int(sum(e for i, e in enumerate(trained) if is_summed(placed, i))),
         workspace=held,
@@ -106,15 +110,6 @@ def _rings_s(placed: Placed, phase: str, op_s: Mapping[fx.Node, float]) -> float
             results = [mesh.sizes(node, k) for k in range(len(view.outputs))]
             seconds += mesh.ring_s(strategies, operands, results, op_s.get(node, 0.0))
     return seconds
-
-
-def _dispatches(placed: Placed, op_s: Mapping[fx.Node, float]) -> Iterator[tuple[str, float]]:
-    """(phase, seconds) of what sends tokens to experts inside its own program."""
-    for node, view in placed.facts.views.items():
-        if is_expert_op(node):
-            operands = [placed.mesh.sizes(*origin(n)) for n in view.operands]
-            seconds = dispatch_s(placed.mesh, placed.strategies(node), operands, op_s[node])
-            yield node.meta.get("phase", "forward"), seconds
 
 
 def _points(placed: Placed, again: Recomputation, saved_bytes: int, working: Working) -> tuple[RecomputePoint, ...]:

@@ -142,14 +142,15 @@ def by_hosts(graph: ModelGraph, links: GroupLink) -> int:
     return per_host if choices and goes_by_hosts(min(choices), links.size, per_host) else 1
 
 
-def row_bytes(operands: Sequence[Sizes]) -> tuple[float, float]:
-    """Bytes of a token that are sent to a rank, and back. operands: of an expert op."""
+def row_bytes(operands: Sequence[Sizes], *, again: bool = False) -> tuple[float, float]:
+    """Bytes of a token that are sent to a rank, and back. operands: of an expert op. again: does a backward send tokens
+    with their gradients? Else those that came in the forward are still there."""
     first = [sizes.num_bytes / max(sizes.shape[0], 1) for sizes in operands]
     if not _has_gradient(operands):
         hidden, index, weight, *_ = first
         return hidden + index / 2 + weight, hidden  # choices travel as 32-bit numbers
     grad, hidden, index, weight, *_ = first
-    return grad + hidden + index / 2 + weight, hidden + weight
+    return grad + again * hidden + index / 2 + weight, hidden + weight
 
 
 def _has_gradient(operands: Sequence[Sizes]) -> bool:
@@ -191,34 +192,50 @@ def _least_option(mesh: Mesh, listed: Sequence[Strategy]) -> list[Strategy]:
     return [sent if axis.role.cuts_experts else cut if axis.role.cuts_params else tokens for axis in mesh.axes]
 
 
-def dispatch_s(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes], compute_s: float) -> float:
+def dispatch_s(
+    mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes], compute_s: float, *, again: bool = False
+) -> float:
     """What sending tokens to experts and back adds to the seconds of the experts' products. The rank that most tokens
-    go to has the others wait. compute_s: of those products, which pass beside messages of other chunks."""
+    go to has the others wait. compute_s: of those products, which pass beside messages of other chunks. again: as
+    row_bytes has it."""
     found = dispatched(mesh, strategies)
     if found is None:
         return 0.0
     axis, _ = found
     chunks = mesh.expert_chunks
-    there, back = _messages(mesh, strategies, operands)
+    there, back = _messages(mesh, strategies, operands, again)
     each_s = compute_s / chunks
     if _has_gradient(operands):  # half of the products are of the experts' own gradients, which nobody waits for
         products = [Work(DEVICE, each_s / 2), back[0], Work(DEVICE, each_s / 2, False), *back[1:]]
     else:
         products = [Work(DEVICE, each_s), *back]
-    experts = [sizes.num_bytes / axis.size for sizes in operands if sizes.of_experts]
-    again_s = (chunks - 1) * mesh.memory_s((1 + 2 * _has_gradient(operands)) * sum(experts))
+    # each further chunk reads the experts anew, and in the backward adds its gradients of them to the others'
+    experts = sum(sizes.num_bytes / axis.size for sizes in operands if sizes.of_experts)
+    again_s = (chunks - 1) * mesh.memory_s((2.0 if _has_gradient(operands) else 0.5) * experts)
     counts_s = axis.collective_s("all_to_all", 8.0 * chunks * axis.size**2 * (2 if axis.hops else 1))
     return counts_s + in_turns_s([*there, *products], chunks) - compute_s + again_s
 
 
-def _messages(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes]) -> tuple[list[Work], list[Work]]:
+def came_bytes(mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes]) -> float:
+    """Of the tokens that a rank's experts have from the others, on average. operands: of a forward."""
+    found = dispatched(mesh, strategies)
+    if found is None:
+        return 0.0
+    axis, parts = found
+    copies = copies_of_token(operands[1].shape[1], axis.size, parts)
+    return operands[0].num_bytes / mesh.shares(tuple(s.inputs[0] for s in strategies)) * copies
+
+
+def _messages(
+    mesh: Mesh, strategies: Sequence[Strategy], operands: Sequence[Sizes], again: bool
+) -> tuple[list[Work], list[Work]]:
     """Of a chunk on its way to experts, and back: each packed or summed on the device, and sent."""
     axis, parts = dispatched(mesh, strategies)  # type: ignore[misc]
     at = 1 + _has_gradient(operands)
     shares = [s.inputs[at - 1] for s in strategies]
     others = mesh.shares(tuple(R if a is axis else p for a, p in zip(mesh.axes, shares, strict=True)))
     tokens, num_choices = operands[at].shape[0] / others / mesh.expert_chunks, operands[at].shape[1]
-    bytes_there, bytes_back = row_bytes(operands)
+    bytes_there, bytes_back = row_bytes(operands, again=again)
     there: list[Work] = []
     back: list[Work] = []
     for k, (ranks, group, collective_s) in enumerate(axis.hops or ((axis.size, axis.size, axis.collective_s),)):

@@ -16,6 +16,7 @@ from ...plans.placements import kept_key
 from ...profiler.op_view import origin
 from ...profiler.slots import INPUT, kind_of
 from ...profiler.work import is_free, is_view
+from .expert_sends import Sent
 from .lifetimes import Result
 from .recompute_cut import Choice, Unit, Values
 from .routes import Placed, Route
@@ -34,7 +35,8 @@ class _Made(Unit):
 
 
 class Recomputation:
-    """Units and values of a segment. op_s: of the forward's ops. collective_s: of a route's collectives."""
+    """Units and values of a segment. op_s: of the forward's ops. collective_s: of a route's collectives. experts: what
+    messages add to expert ops, and their tokens that stay for the backward."""
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class Recomputation:
         op_s: Mapping[fx.Node, float],
         routes: Collection[Route],
         collective_s: Callable[[Route], float],
+        experts: tuple[Mapping[fx.Node, float], Collection[Sent]] = ({}, ()),
     ) -> None:
         self.placed, self.op_s = placed, op_s
         self.route_s = [(route, collective_s(route)) for route in routes if route.phase == "forward"]
@@ -51,12 +54,16 @@ class Recomputation:
         self.result_of: dict[str, Result] = {}  # of each value
         self.needed: dict[str, None] = {}  # values that the backward reads
         self._of_forms: set[int] = set()  # routes that are units of their own
+        self.moved_s, self._sent = experts[0], {each.key: each for each in experts[1]}
         moving = {reader for route, _ in self.route_s for reader in route.readers}
         for node in placed.facts.views:
             if node.meta.get("phase") == "backward":
                 for operand in node.all_input_nodes:
                     if operand.meta.get("phase") != "backward":
                         self._need(operand, moving)
+        for key, each in self._sent.items():  # the backward has at hand what it sends again
+            self.units[key] = _Made(own_comm_s=each.again_s)
+            self.num_bytes[key], self.made_by[key], self.needed[key] = each.num_bytes, key, None
         self._routes_of: dict[fx.Node, list[int]] = {}
         for k, (route, _) in enumerate(self.route_s):
             for reader in route.readers if k not in self._of_forms else ():
@@ -122,7 +129,9 @@ class Recomputation:
         self.result_of[value] = node, output
         self.num_bytes[value], self.made_by[value] = self.placed.local_bytes(node, output), node.name
         if node.name not in self.units:
-            unit = self.units[node.name] = _Made(compute_s=self.op_s.get(node, 0.0), readers=[node])
+            unit = self.units[node.name] = _Made(
+                compute_s=self.op_s.get(node, 0.0), own_comm_s=self.moved_s.get(node, 0.0), readers=[node]
+            )
             read = [self._value(operand, unit.readers) for operand in self.placed.facts.views[node].operands]
             unit.reads = [name for name in dict.fromkeys(read) if name]
         return value
@@ -136,15 +145,19 @@ class Recomputation:
 
     def kept(self, choice: Collection[str]) -> frozenset[Result]:
         """What stays from the forward to the backward under a choice."""
-        return frozenset(self.result_of[value] for value in self.values.walk(choice)[1])
+        return frozenset(self.result_of[value] for value in self.values.walk(choice)[1] if value not in self._sent)
 
     def point(self, choice: Choice, *, is_whole: bool = False) -> RecomputePoint:
         """The figures of a choice; saved_bytes: less what is kept where nothing runs again, 0 for nothing."""
         again, kept = self.values.walk(self.units.keys() if is_whole else choice)
-        units = [self.units[name] for name in again]
+        units = [self.units[name] for name in again if not self._comes_along(name, again)]
         freed = sum(self.num_bytes[name] for name in self.needed) - sum(self.num_bytes[name] for name in kept)
         names = () if is_whole else tuple(sorted(again))
         return RecomputePoint(names, sum(unit.compute_s for unit in units), self._comm_s(units), -int(freed), is_whole)
+
+    def _comes_along(self, name: str, again: Collection[str]) -> bool:
+        """Are they tokens that the experts' own forward brings, which runs again?"""
+        return name in self._sent and self._sent[name].forward.name in again
 
 
 def hull(points: Collection[RecomputePoint]) -> Iterator[RecomputePoint]:

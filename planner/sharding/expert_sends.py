@@ -1,0 +1,61 @@
+"""What the expert ops of a segment send under given placements, and what of it the backward may send again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import fx
+
+from ...ops.expert_rules import is_expert_op, weights_at
+from ...plans.placements import kept_key
+from ...profiler.joint import is_getitem
+from ...profiler.op_view import origin
+from .expert_costs import came_bytes, dispatch_s
+from .routes import Placed
+
+ROWS = (
+    2  # behind an expert op's own results, those of tokens that came to this rank's experts (passes/expert_dispatch.py)
+)
+
+
+class Sent(NamedTuple):
+    """Tokens that came to experts in a forward and stay for its backward. again_s: of sending them again instead."""
+
+    forward: fx.Node
+    num_bytes: float
+    again_s: float
+
+    @property
+    def key(self) -> str:
+        """As what is made again."""
+        return kept_key(self.forward.name, ROWS)
+
+
+def experts_moved(placed: Placed, op_s: Mapping[fx.Node, float]) -> tuple[dict[fx.Node, float], list[Sent]]:
+    """(seconds that each expert op's messages add to it, tokens that stay). op_s: of every op."""
+    seconds: dict[fx.Node, float] = {}
+    stay: list[Sent] = []
+    for node, view in placed.facts.views.items():
+        if not is_expert_op(node):
+            continue
+        mesh, strategies = placed.mesh, placed.strategies(node)
+        operands = [mesh.sizes(*origin(n)) for n in view.operands]
+        seconds[node] = dispatch_s(mesh, strategies, operands, op_s[node])
+        forward = _forward_of(node, view.operands)
+        if forward is not None:
+            again_s = dispatch_s(mesh, strategies, operands, op_s[node], again=True) - seconds[node]
+            sizes = [mesh.sizes(*origin(n)) for n in placed.facts.views[forward].operands]
+            num_bytes = came_bytes(mesh, placed.strategies(forward), sizes)
+            if num_bytes:
+                stay.append(Sent(forward, num_bytes, again_s))
+    return seconds, stay
+
+
+def _forward_of(node: fx.Node, operands: list[fx.Node]) -> fx.Node | None:
+    """Of a backward, what kept something for it."""
+    if weights_at(node).start == 3:
+        return None
+    pre = operands[-1]
+    source, output = origin(pre)
+    return source if output == 1 and is_getitem(pre) and is_expert_op(source) else None
