@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--only gpt2] [--write]
 
-Ours are the ladders of recomputation that a search climbs (planner/memory/options.py), of one device: the first rung,
-or part of one, that is measured to need no more than theirs. Theirs are torch's min-cut partitioner at several values
-of activation_memory_budget (runtime estimated by FLOPs), and checkpointing of each block: full, of every second block,
-and selective in that products and attention are kept, or every second product is.
+Ours are the choices that a search makes on one device (planner/memory/options.py, then fewest.py), under ever lower
+limits of memory: the first that is measured to need no more than theirs. Theirs are torch's min-cut partitioner at
+several values of activation_memory_budget (runtime estimated by FLOPs), and checkpointing of each block: full, of every
+second block, and selective in that products and attention are kept, or every second product is.
 
 The model is captured once; its segments' joint graphs, put one behind the other, are the joint graph that is
 partitioned. Every step runs op by op in the same interpreter. Peak: of live tensors beyond parameters, batch and
@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import numpy as np
 import torch
 from memory_graphs import (
     Model,
@@ -47,18 +48,25 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import CheckpointPolicy
 
 from shardwright.costmodel.model import CostModel
-from shardwright.planner.memory.options import Ladder, ladders
+from shardwright.planner.memory.fewest import fewest_seconds
+from shardwright.planner.memory.options import again_seconds, ladders
+from shardwright.planner.memory.rank_bytes import quick_peaks
+from shardwright.planner.search.stage_recompute import recomputation
 from shardwright.planner.sharding.sharder import Sharder
-from shardwright.planner.stages.chain import KEPT, levels_of, model_shape, points_of
+from shardwright.planner.space.candidates import Candidate
+from shardwright.planner.stages.chain import KEPT, levels_of
+from shardwright.planner.stages.setting import Setting
 from shardwright.plans.axes import MeshShape
 from shardwright.profiler.capture import capture
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.models import load_workload
+from shardwright.profiler.workload import Workload
 from shardwright.units import format_bytes
 
 RESULTS = Path(__file__).parent / "results" / "memory.md"
 BUDGETS = (0.2, 0.35, 0.5, 0.65, 0.8)
 BATCH, WARM, REPEATS = 1, 1, 2
+LIMITS = 80  # of memory, for which ours are asked
 aten = torch.ops.aten
 MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "gpt2": ("preset:gpt2", 512, {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 2048}),
@@ -175,37 +183,34 @@ def their_steps(model: Model, whole: Whole) -> Iterator[Step]:
 # ---------------------------------------------------------------------- ours
 
 
-def our_levels(ladder: Ladder) -> Iterator[tuple[int, ...]]:
-    """From the rung that recomputes least; where a rung may be climbed in part, position by position."""
-    shape = ladder.shape
-    for at, rung in enumerate(ladder.rungs):
-        levels = list(levels_of(shape, ladder.rungs[max(at - 1, 0)]))
-        whole = levels_of(shape, rung)
-        rising = [k for k, rises in enumerate(ladder.risers[at]) if rises]
-        if not ladder.is_divided[at]:
-            yield whole
-            continue
-        for position in rising:
-            levels[position] = whole[position]
-            yield tuple(levels)
-
-
 class Ours:
-    def __init__(self, model: Model, batch: int, hardware: str) -> None:
+    """What a search would recompute on one device, under ever lower limits of memory."""
+
+    def __init__(self, model: Model, batch: int, workload: Workload, hardware: str) -> None:
         cluster = parse_hardware(hardware)
-        (solution,) = Sharder(model.graph, CostModel(cluster)).frontier(MeshShape.of({}), batch)[:1]
-        shape = model_shape(model.graph)
-        (ladder,) = ladders(shape, [solution], "auto")
-        self.segments = Segments(model, shape, solution)
-        self.ways = list(dict.fromkeys(our_levels(ladder)))
+        self.setting = Setting(model.graph, cluster, CostModel(cluster), workload)
+        (solution,) = Sharder(model.graph, self.setting.cost_model).frontier(MeshShape.of({}), batch)[:1]
+        (self.ladder,) = ladders(self.setting.shape, [solution], "auto")
+        self.segments = Segments(model, self.setting.shape, solution)
+        self.candidate = Candidate(MeshShape.of({}), batch, 1, "1f1b", 1, 0)
+        self.bounds = (0, len(self.setting.shape.segments))
+        self.ways = self._ways()
         self._peaks: dict[tuple[int, ...], int] = {}
 
-    def _kept(self, levels: tuple[int, ...]) -> int:
-        """Less than any peak; an input that several read is counted once."""
-        points = points_of(self.segments.shape, self.segments.solution, levels)
-        costs = [self.segments.solution.costs[name] for name in self.segments.shape.segments]
-        kept = [c.saved_bytes if p is None else p.saved_bytes for c, p in zip(costs, points, strict=True)]
-        return sum(kept) - sum(c.input_bytes for c in costs)
+    def _ways(self) -> list[tuple[int, ...]]:
+        """From that which recomputes least."""
+        setting, solution = self.setting, self.ladder.solution
+        chains = [setting.chain(solution, rung) for rung in self.ladder.rungs]
+        predicted = [quick_peaks(setting, self.candidate, chain, self.bounds).max() for chain in chains]
+        found: dict[tuple[int, ...], float] = {}
+        for limit in np.linspace(max(predicted), min(predicted), LIMITS):
+            setting.memory_limit_bytes = int(limit) + 1
+            setting.forget()
+            rung = recomputation(setting, self.candidate, self.ladder, self.bounds)
+            assert rung is not None
+            recompute = fewest_seconds(setting, self.candidate, self.ladder, self.bounds, rung)
+            found[levels_of(setting.shape, recompute)] = again_seconds(setting.shape, solution, recompute)
+        return sorted(found, key=lambda levels: found[levels])
 
     def _peak(self, levels: tuple[int, ...]) -> int:
         if levels not in self._peaks:
@@ -217,7 +222,7 @@ class Ours:
         low, high = 0, len(self.ways)
         while low < high:
             middle = (low + high) // 2
-            if self._kept(self.ways[middle]) <= peak and self._peak(self.ways[middle]) <= peak:
+            if self._peak(self.ways[middle]) <= peak:
                 high = middle
             else:
                 low = middle + 1
@@ -225,7 +230,7 @@ class Ours:
             return None
         levels = self.ways[low]
         return Step(
-            f"rung {low + 1} of {len(self.ways)}",
+            f"choice {low + 1} of {len(self.ways)}",
             lambda: self.segments.run(levels),
             self._peak(levels),
             self.segments.flops(levels),
@@ -276,8 +281,8 @@ def rows_of(name: str, hardware: str, *, times: bool) -> Iterator[Row]:
     )
     model = build_model(workload, capture(workload), BATCH)
     whole = whole_graph(model)
-    ours = Ours(model, BATCH, hardware)
-    nothing = (KEPT,) * len(ours.segments.shape.segments)
+    ours = Ours(model, BATCH, workload, hardware)
+    nothing = (KEPT,) * len(ours.setting.shape.segments)
     needed, loss = counted_flops(whole.module), ours.segments.run(nothing)
     for step in their_steps(model, whole):
         step.peak, step.flops = measured_peak(step.run), step.flops - needed

@@ -39,27 +39,19 @@ def test_a_plan_states_its_memory_error_and_stays_below_the_limit_by_it():
     assert max(predicted.peak_bytes) <= usable
 
 
-def test_a_limit_of_the_users_is_kept_with_the_margin_or_by_name_without():
+def test_what_is_kept_free_may_be_said_by_name():
+    """Of a limit of the user's nothing is, unless it is asked for."""
     needed = needed_bytes()
-    between = round(needed * (1 + memory_error("gpu", own_stack()) / 2))
+    limit = round(1.2 * needed)
+    plan = planned(force=FORCED, memory_limit_bytes=limit)
+    assert plan.predicted.memory_margin_bytes == 0 < plan.predicted.memory_error
+    assert max(plan.predicted.peak_bytes) == needed <= plan.predicted.memory_limit_bytes == limit
+    kept = planned(force=FORCED | {"memory_margin": "10%"}, memory_limit_bytes=limit).predicted
+    assert kept.memory_margin_bytes == pytest.approx(0.1 * limit, abs=2)
     with pytest.raises(ShardwrightError) as caught:
-        planned(force=FORCED, memory_limit_bytes=between)
-    assert "kept free" in caught.value.means and "memory_margin=0" in caught.value.works
-    plan = planned(force=FORCED | {"memory_margin": "0"}, memory_limit_bytes=between)
-    assert max(plan.predicted.peak_bytes) == needed and plan.predicted.memory_margin_bytes == 0
-    assert plan.predicted.memory_error > 0, "what is known of the prediction does not change"
-    assert planned(force=FORCED, memory_limit_bytes=round(1.2 * needed)).predicted.memory_margin_bytes > 0
-    with pytest.raises(ShardwrightError, match="nothing fits"):
-        planned(force=FORCED | {"memory_margin": "30%"}, memory_limit_bytes=round(1.2 * needed))
-
-
-def test_the_nearest_limit_that_is_advised_is_enough():
-    with pytest.raises(ShardwrightError) as caught:
-        planned(force=FORCED, memory_limit_bytes=needed_bytes() // 2)
-    option, value = caught.value.works.split()
-    assert option == "--memory-limit"
-    gib = float(value.removesuffix("GiB"))
-    assert planned(force=FORCED, memory_limit_bytes=int(gib * 2**30)).predicted.peak_bytes
+        planned(force=FORCED | {"memory_margin": "0.3"}, memory_limit_bytes=limit)
+    assert "kept free" in caught.value.means and caught.value.works == "--force memory_margin=0"
+    assert planned(force={"memory_margin": "0"}).predicted.memory_margin_bytes == 0
 
 
 def test_tensors_of_cpus_are_counted_as_they_are():

@@ -67,19 +67,12 @@ class Beside:
 
     def of_stage(self, kept: np.ndarray, start: int, stop: int) -> dict[str, int]:
         """By kind, at the worst moment. kept: by each position of the stage."""
-        part, count = slice(start, stop), stop - start
+        part = slice(start, stop)
         behind = kept.sum() - np.cumsum(kept)
-        left = self.packed[[start, min(start + 1, stop - 1)]] * self.leaves
-        coming = np.concatenate([self.packed[start + 1 : stop], left])
-        first, both = self.buffers * coming[:count], self.buffers * (coming[:count] + coming[1:])
-        own, in_backward, in_forward = self.packed[part], *(size[part] for size in self._around())
-        rest = np.full(count, self.buffers * left.sum())
-        moments = [  # alive, gathered, buffers of reductions
-            (self.forward[part], in_forward, rest),
-            (np.zeros(count), 2 * self.gathered[part], rest),
-            (self.backward[part], in_backward, both),
-            (self.end[part], in_backward, own + both),
-            (self.end[part], in_backward, self.buffers * own + first),
+        alive = {kind: getattr(self, kind)[part] for kind in ("forward", "backward", "end")}
+        moments = [
+            (alive.get(kind, np.zeros(stop - start)), gathered, buffers)
+            for kind, gathered, buffers in self._moments(start, stop)
         ]
         totals = np.array([alive + gathered + buffers - behind for alive, gathered, buffers in moments])
         at, k = np.unravel_index(int(totals.argmax()), totals.shape)
@@ -92,6 +85,27 @@ class Beside:
             "gathered_parameters": gathered,
             "gradient_buffers": buffers,
         }
+
+    def moments(self, start: int, stop: int) -> list[tuple[str, np.ndarray]]:
+        """Of each moment of a stage's positions: what of theirs is alive ("forward", "backward", "end" or none of it),
+        and bytes of all else."""
+        return [(kind, gathered + buffers) for kind, gathered, buffers in self._moments(start, stop)]
+
+    def _moments(self, start: int, stop: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        """(what is alive, gathered parameters, buffers of reductions) of each position."""
+        part, count = slice(start, stop), stop - start
+        left = self.packed[[start, min(start + 1, stop - 1)]] * self.leaves
+        coming = np.concatenate([self.packed[start + 1 : stop], left])
+        first, both = self.buffers * coming[:count], self.buffers * (coming[:count] + coming[1:])
+        own, in_backward, in_forward = self.packed[part], *(size[part] for size in self._around())
+        rest = np.full(count, self.buffers * left.sum())
+        return [
+            ("forward", in_forward, rest),
+            ("", 2 * self.gathered[part], rest),
+            ("backward", in_backward, both),
+            ("end", in_backward, own + both),
+            ("end", in_backward, self.buffers * own + first),
+        ]
 
     def table(self, kept: np.ndarray) -> np.ndarray:
         """[i, j] -> the sum of that, of every stage. kept: by each position."""

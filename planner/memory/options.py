@@ -68,12 +68,14 @@ class Ladder:
 
     A stage stands on a rung, or between two: where the upper one recomputes more of one segment alone, some of the
     stage's positions may do so and the others not. ends_in_all: no more than the last rung recomputes would be of use.
+    is_free: positions may do otherwise than any rung (fewest.py).
     """
 
     shape: Shape
     solution: ShardingSolution
     rungs: tuple[Recompute, ...]
     ends_in_all: bool
+    is_free: bool = False
 
     @cached_property
     def risers(self) -> tuple[np.ndarray, ...]:
@@ -86,6 +88,19 @@ class Ladder:
         """Of each rung: may only some positions of a stage rise to it?"""
         rising = (zip(self.shape.segments, rises, strict=True) for rises in self.risers)
         return tuple(len({name for name, rises in pairs if rises}) == 1 for pairs in rising)
+
+    @cached_property
+    def every_step(self) -> Ladder:
+        """With each step along each segment's points as a rung, in the order of bytes freed per second, none of them
+        late: no choice of all positions frees as much for less, so that bounds are computed from it."""
+        if not self.is_free:
+            return self
+        taken: dict[str, int] = {}
+        rungs = [NOTHING]
+        for step in sorted(_all_steps(self.shape, self.solution), key=lambda step: -step.freed_per_s):
+            taken = taken | {step.segment: step.level}
+            rungs.append(everywhere(self.shape, taken))
+        return replace(self, rungs=tuple(rungs))
 
     def is_all(self, recompute: Recompute) -> bool:
         return self.ends_in_all and recompute == self.rungs[-1]
@@ -114,7 +129,7 @@ def ladders(shape: Shape, solutions: Sequence[ShardingSolution], forced: str) ->
 
 def _of_rungs(ladder: Ladder, heights: Sequence[int]) -> Ladder:
     whole = ladder.ends_in_all and heights[-1] == len(ladder.rungs) - 1
-    return Ladder(ladder.shape, ladder.solution, tuple(ladder.rungs[k] for k in heights), whole)
+    return replace(ladder, rungs=tuple(ladder.rungs[k] for k in heights), ends_in_all=whole)
 
 
 def _of_solution(shape: Shape, solution: ShardingSolution, forced: str) -> Ladder:
@@ -124,11 +139,7 @@ def _of_solution(shape: Shape, solution: ShardingSolution, forced: str) -> Ladde
         return Ladder(shape, solution, (NOTHING,), False)
     counts = Counter(shape.segments)
     steps = sorted(
-        (
-            step
-            for name in counts
-            for step in _steps(name, solution.costs[name], is_last=counts[name] == 1 and name == shape.segments[-1])
-        ),
+        _all_steps(shape, solution),
         key=lambda step: (step.is_late and forced != "selective", -step.freed_per_s),
     )
     all_bytes = sum(counts[step.segment] * step.freed_bytes for step in steps)
@@ -138,7 +149,13 @@ def _of_solution(shape: Shape, solution: ShardingSolution, forced: str) -> Ladde
     least = LEAST_STEP * all_bytes if len(steps) > MAX_RUNGS else 0.0
     rungs = [everywhere(shape, taken) for taken in _prefixes(counts, steps, least, all_bytes)]
     rungs = [rung for rung in rungs if rung != NOTHING]
-    return Ladder(shape, solution, (NOTHING, *rungs), bool(rungs))
+    return Ladder(shape, solution, (NOTHING, *rungs), bool(rungs), is_free=True)
+
+
+def _all_steps(shape: Shape, solution: ShardingSolution) -> Iterator[_Step]:
+    counts = Counter(shape.segments)
+    for name in counts:
+        yield from _steps(name, solution.costs[name], is_last=counts[name] == 1 and name == shape.segments[-1])
 
 
 def _prefixes(counts: Counter[str], steps: Sequence[_Step], least: float, most: float) -> Iterator[dict[str, int]]:

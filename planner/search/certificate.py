@@ -42,7 +42,7 @@ def any_order_bound(state: SearchState, candidate: Candidate, ladders: Sequence[
     for ladder, least in least_of_each(state, base, ladders, in_flight=1):
         seconds = lower_bound(state.setting, base, _split_least(state, base, least), any_order=True)
         if not state.forced.offload and state.may_win(seconds):
-            rungs = tuple(_split(state, base, chain) for chain in rungs_of(state.setting, ladder))
+            rungs = tuple(_split(state, base, chain) for chain in rungs_of(state.setting, ladder.every_step))
             tail_s = least_tail(state.setting, base, rungs[0])
             seconds = max(seconds, held_bound(state.setting, base, rungs, tail_s))
         bound_s = min(bound_s, seconds * ladder.solution.proven_share)

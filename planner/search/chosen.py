@@ -18,7 +18,7 @@ from ..space.candidates import Candidate
 from ..stages.chain import Chain
 from ..stages.setting import Setting
 from .outcome import Outcome, is_preferable
-from .published_schedules import compare_orders, polished
+from .published_schedules import compare_orders, lowered, polished
 from .scoring import score_alone
 from .state import SearchState
 from .step_time import run_timeline, stage_times
@@ -116,6 +116,9 @@ def _compare(state: SearchState) -> None:
         state.record(compared.outcome)
         if compared.is_best:
             state.incumbent = compared.outcome
+    assert state.incumbent is not None
+    state.incumbent = lowered(state, state.incumbent)
+    state.record(state.incumbent)
 
 
 def _simplest(state: SearchState) -> Outcome:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from ...profiler.buffer_updates import update_scales
 from ...schedules.published.library import SCHEDULES, SEARCHED
+from ..memory.fewest import fewest_seconds
 from ..memory.rank_bytes import quick_peaks
 from ..space.candidates import Candidate
 from ..stages.chain import NOTHING
@@ -111,6 +112,23 @@ def polished(state: SearchState, outcome: Outcome) -> Outcome:
         return known[bounds].step_s or 0.0
 
     return known[improve_cuts(outcome.bounds, seconds)]
+
+
+def lowered(state: SearchState, outcome: Outcome) -> Outcome:
+    """With the least recomputation, position by position, under its cuts; where that makes the step shorter."""
+    setting, candidate, solution = state.setting, outcome.candidate, outcome.solution
+    if solution is None or not outcome.recompute or time.monotonic() > state.deadline:
+        return outcome
+    (ladder,) = state.ladders([solution])
+    recompute = fewest_seconds(setting, candidate, ladder, outcome.bounds, outcome.recompute)
+    if recompute == outcome.recompute:
+        return outcome
+    chain = setting.chain(solution, recompute)
+    step_s = step_seconds(setting, candidate, chain, outcome.bounds)
+    if step_s >= (outcome.step_s or 0.0):
+        return outcome
+    peak_bytes = int(quick_peaks(setting, candidate, chain, outcome.bounds).max())
+    return replace(outcome, recompute=recompute, recompute_all=False, step_s=step_s, peak_bytes=peak_bytes)
 
 
 def free_bound(state: SearchState, candidate: Candidate) -> float:

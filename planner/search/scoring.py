@@ -159,7 +159,7 @@ class _Scoring:
         if self.best is not None and least_s >= (self.best.step_s or 0.0):
             self._bound(ladder, least_s)
             return
-        rungs = rungs_of(setting, ladder)
+        rungs = rungs_of(setting, ladder.every_step)
         work_s = busiest_path_s(setting, candidate, rungs[0], least_work_s(setting, candidate, rungs))
         least_s = max(least_s, work_s)
         if not state.may_win(max(estimate(setting, candidate, least, work_s), least_s)):
@@ -241,7 +241,7 @@ class _Scoring:
             cuts = search.find()
             self.too_slow = self.too_slow or (cuts is None and search.is_narrowed)
             found = self._under([cuts.bounds] if cuts is not None else [], ladder)
-            if cuts is not None and bounded:
+            if cuts is not None and bounded and not ladder.is_free:  # positions may do with less than the rungs
                 found = [replace(fit, bottleneck_s=cuts.bottleneck) for fit in found]
             return found, cuts is None and not search.is_narrowed
         cuts = None if is_too_large(setting, candidate, first) else find_cuts(setting, candidate, first)

@@ -43,6 +43,7 @@ def least_recomputation(
     """The least under which the mean rank may fit: what bounds are computed from. None where no cuts fit.
 
     in_flight: in place of what the candidate's schedule holds at once."""
+    ladder = ladder.every_step
     chains = rungs_of(setting, ladder)
     rung = first_in_mean(setting, candidate, chains, in_flight)
     if rung is None or rung == 0:

@@ -71,14 +71,20 @@ class Setting:
         device = self.mesh(candidate).devices[rank]
         if self.memory_limit_bytes is not None:
             return min(device.memory_bytes, self.memory_limit_bytes)
-        is_free = self.cluster.memory_limit_bytes is None and device.kind == "cpu"
+        is_free = not self._is_limited and device.kind == "cpu"
         return usable_bytes(device.memory_bytes) if is_free else device.memory_bytes
+
+    @property
+    def _is_limited(self) -> bool:
+        return self.memory_limit_bytes is not None or self.cluster.memory_limit_bytes is not None
 
     def margin(self, candidate: Candidate, rank: int) -> float:
         """Share of the limit that is left free: a peak that is higher than predicted by the stated error then still
-        stays within the limit."""
+        stays within the device's memory. A limit of the user's is one of the prediction, and taken as it is said."""
         if self.memory_margin is not None:
             return self.memory_margin
+        if self._is_limited:
+            return 0.0
         error = self.memory_error(self.mesh(candidate).devices[rank])
         return error / (1.0 + error)
 
