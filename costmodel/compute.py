@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from functools import cache, lru_cache
 
+from ..ops.facts import KINDS
 from ..profiler.device import Device, dtype_key
 from .constants import Constants
 
@@ -60,9 +61,13 @@ def bare_name(op_name: str) -> str:
     return parts[0] if parts else op_name
 
 
-@cache
 def op_class(op_name: str) -> str:
-    """One of the names in OP_CLASSES, else 'pointwise'."""
+    """One of the names in OP_CLASSES, else 'pointwise'; of an op that was added with its class, that."""
+    return KINDS.get(op_name) or _class_of_name(op_name)
+
+
+@cache
+def _class_of_name(op_name: str) -> str:
     name = bare_name(op_name).lower()
     for pattern, found in _COMPILED:
         if pattern.fullmatch(name):

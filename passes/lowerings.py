@@ -1,6 +1,7 @@
 """Local programs of ops whose sharded form is not the op itself on local tensors.
 
 A strategy names one of these; it emits the local nodes, collectives included, and returns the result (or results).
+What each reduces over ranks is in its record (ops/lowering.py), which the cost and the proof of a build read.
 Arguments: emitter, the captured node, its arguments with tensors replaced by local nodes, the mesh axis.
 
     embedding_rows            vocabulary split: look up own rows, zero elsewhere (Shoeybi et al. 2019, section 3)
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ops.lowering import LOWERINGS
 from ..ops.placement import shard_size, shard_start
 from .attention_ring import attention_ring, attention_ring_backward
 from .attention_rows import attention_rows, attention_rows_backward
@@ -35,7 +37,7 @@ from .expert_dispatch import dispatch_experts, dispatch_experts_backward
 from .redistribute import Emitter, MeshAxis
 
 aten = torch.ops.aten
-Lowering = Callable[[Emitter, fx.Node, list[Any], MeshAxis], Any]
+Program = Callable[[Emitter, fx.Node, list[Any], MeshAxis], Any]
 
 
 def _range(size: int, axis: MeshAxis) -> tuple[int, int]:
@@ -188,7 +190,7 @@ def own_experts_backward(emit: Emitter, node: fx.Node, args: list[Any], axis: Me
     return emit.call(node.target, *args[:2], index, *args[3:-2], None, args[-1])
 
 
-_ATTENTION: dict[str, Lowering] = {
+_ATTENTION: dict[str, Program] = {
     f"attention_{form}{phase}": function
     for forms, functions in (
         (("rows", "near_rows"), (attention_rows, attention_rows_backward)),
@@ -197,7 +199,7 @@ _ATTENTION: dict[str, Lowering] = {
     for form in forms
     for phase, function in zip(("", "_backward"), functions, strict=True)
 }
-LOWERINGS: dict[str, Lowering] = _ATTENTION | {
+PROGRAMS: dict[str, Program] = _ATTENTION | {
     function.__name__: function
     for function in (
         embedding_rows, embedding_rows_backward, nll_rows, nll_cols, nll_cols_backward, log_softmax_cols, softmax_cols,
@@ -206,3 +208,8 @@ LOWERINGS: dict[str, Lowering] = _ATTENTION | {
         dispatch_experts, dispatch_experts_backward,
     )
 }  # fmt: skip
+
+
+def program_of(name: str) -> Program:
+    """That of an op which was added with all its facts stands with them (ops/facts.py)."""
+    return LOWERINGS[name].emit or PROGRAMS[name]

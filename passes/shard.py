@@ -26,7 +26,7 @@ from ..profiler.signature import results
 from ..profiler.slots import UPDATE, kind_of
 from ..profiler.work import is_free
 from .formats import arranged
-from .lowerings import LOWERINGS, nll
+from .lowerings import nll, program_of
 from .redistribute import Emitter, MeshAxis, redistribute
 
 aten = torch.ops.aten
@@ -221,9 +221,9 @@ class _Sharding:
             return nll(self.emit, node, args, rows, [axis for name, axis in lowered if name == "nll_cols"])
         if len(lowered) == 2:  # tokens are sent along one axis, to experts that another one cuts besides
             (name, axis), (_, inner) = lowered
-            return LOWERINGS[name](self.emit, node, args, axis, inner)  # type: ignore[call-arg]
+            return program_of(name)(self.emit, node, args, axis, inner)  # type: ignore[call-arg]
         ((name, axis),) = lowered
-        return LOWERINGS[name](self.emit, node, args, axis)
+        return program_of(name)(self.emit, node, args, axis)
 
     def _target(self, node: fx.Node) -> Any:
         # shards come with strides of their own: a view that held for the whole tensor may need a copy

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from ..kernels.attention import attention_backward
+from ..ops.lowering import LOWERINGS, AllReduce
 from ..ops.placement import R, transition, way
 from ..ops.strategy import Strategy
 from ..profiler.graph import Segment
@@ -135,7 +136,7 @@ class _Implied:
                 yield Collective(phase, axis, kind, math.prod(shape) * _tensor(source, output).element_size())
 
     def lowered(self) -> Iterator[Collective]:
-        """The all-reduces inside lowerings.py."""
+        """Collectives of the programs that stand in for ops (ops/lowering.py)."""
         for node in filter(is_op, self.segment.joint.graph.nodes):
             if node in self.live:
                 yield from self._lowered(node)
@@ -183,18 +184,11 @@ class _Implied:
                 for kind, num_bytes in self._ring(node, strategies, axis):
                     yield Collective(phase, axis.name, kind, num_bytes)
                 continue
-            if strategy.lowering in ("nll_rows", "nll_cols"):
-                sizes = self._loss_sums(node)
-            elif strategy.lowering in ("softmax_cols", "log_softmax_cols"):  # maximum and sum
-                sizes = [self._row_bytes(node, strategies, _tensor(node, 0), 1)] * 2
-            elif strategy.lowering == "linear_cross_entropy_cols":  # maximum, sum, the target's logit
-                sizes = [self._row_bytes(node, strategies, _tensor(node, 1), None)] * 3
-            elif strategy.lowering in ("softmax_cols_backward", "log_softmax_cols_backward"):
-                sizes = [self._row_bytes(node, strategies, view_of(node).inputs[0], 2)]
-            else:
-                sizes = []
-            for num_bytes in sizes:
-                yield Collective(phase, axis.name, "all_reduce", num_bytes)
+            read = {origin(user)[1] for user in node.users if user in self.live}
+            for one in LOWERINGS[strategy.lowering].all_reduces:
+                if one.is_needed(node, read):
+                    num_bytes = self._reduced_bytes(node, strategies, one)
+                    yield Collective(phase, axis.name, "all_reduce", num_bytes)
 
     def _ring(self, node: fx.Node, strategies: Sequence[Strategy], axis: MeshAxis) -> Iterator[tuple[str, int]]:
         """(kind, bytes) of what ring attention sends: keys and values n - 1 times, in the backward their gradients n
@@ -219,18 +213,13 @@ class _Implied:
             for num_bytes in (*(operands if back else operands[:3]), *results):
                 yield ("all_to_all", num_bytes * axis.size) if is_even else (SENT, num_bytes)
 
-    def _loss_sums(self, node: fx.Node) -> list[int]:
-        """Bytes of the sum of losses, where it is read, and of the sum of weights, where it is or is divided by."""
-        read = {origin(user)[1] for user in node.users if user in self.live}
-        weight = 1 in read or (0 in read and node.args[3] == 1)
-        return [_tensor(node, k).element_size() for k, needed in ((0, 0 in read), (1, weight)) if needed]
-
-    def _row_bytes(self, node: fx.Node, strategies: Sequence[Strategy], like: torch.Tensor, dim_at: int | None) -> int:
-        """Of one value for each row of a softmax. dim_at: position of the argument that says what a row is; None: like
-        has one value for each."""
+    def _reduced_bytes(self, node: fx.Node, strategies: Sequence[Strategy], one: AllReduce) -> int:
+        like = _tensor(node, one.result) if one.operand is None else view_of(node).inputs[one.operand]
+        if not one.per_row:
+            return like.element_size()
         shape, dim = list(like.shape), len(like.shape)
-        if dim_at is not None:
-            dim = int(node.args[dim_at]) % len(shape)  # type: ignore[arg-type]
+        if one.dim_at is not None:
+            dim = int(node.args[one.dim_at]) % len(shape)  # type: ignore[arg-type]
             shape[dim] = 1
         places = tuple(R if s.outputs[0] == dim else s.outputs[0] for s in strategies)
         return math.prod(local_shape(shape, places, self.axes)) * like.element_size()

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ...ops.expert_rules import is_dispatch, makes_again
+from ...ops.lowering import LOWERINGS, cuts_again, may_run_at_once
 from ...ops.placement import INFINITE, P, Places, R, can_shard, route, shares, transition
 from ...ops.strategy import HEADS, Strategy
 from ...plans.axes import AxisRole, Carries
@@ -271,16 +272,15 @@ class Mesh:
             if is_split(strategy):
                 share /= axis.size
             if axis.size > 1:
-                share *= self.work_factor(strategy)
-            if strategy.lowering in _UNEVEN:  # of n ranks the last has 2 n - 1 of the n^2 parts of a triangle
-                share *= 2.0 - 1.0 / axis.size
+                share *= self.work_factor(strategy, axis.size)
         return share
 
-    def work_factor(self, strategy: Strategy) -> float:
-        """Of an expert op's work, over an equal share of it: experts that are cut in place compute gate and up again in
-        the backward, two of its six products; the rank that most tokens go to has the others wait."""
+    def work_factor(self, strategy: Strategy, ranks: int) -> float:
+        """Of the work of the rank that has most, over an equal share: where tokens are sent to experts, the others wait
+        for the rank that most go to; what else is uneven the program's record says."""
         factor = self.imbalance if is_dispatch(strategy) else 1.0
-        return factor * 4 / 3 if strategy.lowering == "own_experts_backward" else factor
+        work = LOWERINGS[strategy.lowering].work if strategy.lowering else None
+        return factor * work(ranks) if work is not None else factor
 
     def state_bytes(self, sizes: Sizes, is_trained: bool) -> float:
         """Of training state that a whole parameter of these sizes stands for."""
@@ -335,15 +335,15 @@ class Mesh:
         return seconds
 
     def lowering_s(self, strategies: Sequence[Strategy], first: Sizes) -> float:
-        """The all-reduces inside the lowerings (passes/lowerings.py) of an op whose first operand has these sizes."""
+        """The all-reduces inside the lowerings (ops/lowering.py) of an op whose first operand has these sizes."""
         seconds = 0.0
         for k, (axis, strategy) in enumerate(zip(self.axes, strategies, strict=True)):
-            times, per_row = _LOWERING_REDUCES.get(strategy.lowering, (0, False))
-            if times:
+            record = LOWERINGS.get(strategy.lowering)
+            if record is not None and record.all_reduces:
                 others = tuple(R if j == k else s.inputs[0] for j, s in enumerate(strategies))
-                values = math.prod(first.shape[:-1]) / self.shares(others) if per_row else 1
+                values = math.prod(first.shape[:-1]) / self.shares(others) if record.of_rows else 1
                 item = first.num_bytes / max(math.prod(first.shape), 1)
-                seconds += times * axis.collective_s("all_reduce", values * item)
+                seconds += len(record.all_reduces) * axis.collective_s("all_reduce", values * item)
         return seconds
 
     def ring_s(
@@ -381,20 +381,13 @@ def is_split(strategy: Strategy) -> bool:
 
 
 def compatible(first: Strategy, second: Strategy, shared: bool = False) -> bool:
-    """On two axes at once: no tensor split twice on one dimension, unless it may be shared, and at most one of the two
-    replaces the op's program, but for losses, whose programs sum over several axes."""
-    if first.lowering and second.lowering and not _splits_twice(first, second):
-        both = {first.lowering, second.lowering}
-        if both != {"nll_rows", "nll_cols"} and not (shared and both == {"nll_rows"}):
-            return False
-    shared = shared or _splits_twice(first, second)
+    """On two axes at once: no tensor split twice on one dimension, unless it may be shared, and no two programs in the
+    place of the op's, but those that are made for each other."""
+    if not may_run_at_once(first, second, shared):
+        return False
+    shared = shared or cuts_again(first, second)
     places = zip((*first.inputs, *first.outputs), (*second.inputs, *second.outputs), strict=True)
     return shared or not any(a == b and a >= 0 for a, b in places)
-
-
-def _splits_twice(first: Strategy, second: Strategy) -> bool:
-    """Tokens are sent along the first axis, to experts that the second one cuts besides."""
-    return is_dispatch(first) and second.lowering.startswith("own_experts")
 
 
 def _may_dispatch(operands: Sequence[Sizes]) -> bool:
@@ -403,9 +396,3 @@ def _may_dispatch(operands: Sequence[Sizes]) -> bool:
 
 
 RINGS = ("attention_ring", "attention_zigzag")
-_UNEVEN = ("attention_rows", "attention_rows_backward")
-# lowering -> number of all-reduces (passes/lowerings.py), and whether of one value per row of the first operand
-_LOWERING_REDUCES = {"nll_rows": (2, False), "nll_cols": (2, False),
-                     "log_softmax_cols": (2, True), "softmax_cols": (2, True),
-                     "linear_cross_entropy_cols": (3, True),
-                     "log_softmax_cols_backward": (1, True), "softmax_cols_backward": (1, True)}  # fmt: skip
