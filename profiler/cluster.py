@@ -146,6 +146,11 @@ class Cluster:
         self._check_ranks(rank)
         return int(self._places.host[rank])
 
+    @property
+    def is_accelerated(self) -> bool:
+        """Does a step run on accelerators, which hide copies behind kernels and have a host's memory beside theirs?"""
+        return self.worst_device().kind != "cpu"
+
     def worst_device(self, ranks: Iterable[int] | None = None) -> Device:
         """Slowest and smallest of the devices of ranks (all of them by default). Where one is slower and another
         smaller, a device that is both: what a step in lock-step waits for, and what must fit."""

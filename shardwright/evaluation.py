@@ -10,14 +10,13 @@ from . import hashes
 from .costmodel.model import CostModel
 from .costmodel.stacks import stack_named
 from .errors import ExitCode, ShardwrightError
+from .jobs import job_of_evaluation
 from .ops.placement import Places
 from .passes.build import build_segment_programs
 from .passes.program import SegmentProgram
 from .passes.redistribute import MeshAxis
-from .planner.sharding.pins import choices_of
 from .planner.sharding.sharder import Sharder
 from .planner.sharding.training import Job
-from .planner.space.forcing import parse_forced
 from .plans.axes import MeshShape
 from .plans.document import MemoryPolicy, Plan
 from .profiler.as_captured import AsCaptured
@@ -106,15 +105,13 @@ def _placements(
 ) -> dict[str, dict[str, list[str]]]:
     mesh = mesh_for(plan.mesh.shape, size)
     cost_model = CostModel(_cluster(plan), stack=stack_named(plan.stack))
-    forced = parse_forced(choices_of(plan.forced))
-    as_planned = Job(attention=forced.attention, experts=forced.experts)
 
     def solve(job: Job) -> dict[str, dict[str, list[str]]]:
         sharder = Sharder(graph, cost_model, wishes, job=job, axes=plan.placement_axes)
         return sharder.solve(mesh, size // mesh.batch_ranks).placements
 
     try:
-        return solve(as_planned)
+        return solve(job_of_evaluation(plan.forced))
     except ShardwrightError:  # what was forced is not to be had at this size; all forms compute the same
         return solve(Job())
 

@@ -147,7 +147,7 @@ def not_searched(state: SearchState) -> list[str]:
             left_out.append(f"{axis} above {MAX_PP}")
     if any(outcome.assumed for outcome in state.outcomes.values()):
         left_out.append("larger microbatches than one that does not fit")
-    if not forced.offload and cluster.worst_device().kind != "cpu":
+    if not forced.offload and cluster.is_accelerated:
         left_out.append("offload")
     return left_out
 

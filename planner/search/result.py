@@ -146,16 +146,12 @@ def step_range_s(setting: Setting, step_s: float) -> list[float]:
     """Between which times eight of ten published runs were, of those predicted to take this long; empty where nothing
     is known, as of CPUs."""
     spread = setting.cost_model.stack.spread
-    return [step_s * share for share in spread] if spread and _is_accelerated(setting) else []
+    return [step_s * share for share in spread] if spread and setting.cost_model.cluster.is_accelerated else []
 
 
 def order_error(setting: Setting) -> float:
     """What two steps may differ by, as predicted, that measured ones do not."""
-    return setting.cost_model.stack.order_error if _is_accelerated(setting) else 0.0
-
-
-def _is_accelerated(setting: Setting) -> bool:
-    return setting.cost_model.cluster.worst_device().kind != "cpu"
+    return setting.cost_model.stack.order_error if setting.cost_model.cluster.is_accelerated else 0.0
 
 
 def _schedule(candidate: Candidate, own: PipelineSchedule | None) -> plan_document.Schedule:

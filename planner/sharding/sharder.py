@@ -272,7 +272,7 @@ class Sharder:
     def _norm_scratch(self, node: fx.Node, bytes_of: Callable[[fx.Node], float]) -> float:
         """Of an RMSNorm that plain PyTorch computes."""
         is_norm = str(node.target).removesuffix(".default") in _NORMS
-        if not is_norm or self.cost_model.cluster.worst_device().kind != "cpu":
+        if not is_norm or self.cost_model.cluster.is_accelerated:
             return 0.0
         given = named_arguments(node)
         source = given["sum"] if "grad_y" in given else given["x"]
@@ -323,7 +323,7 @@ class Sharder:
             imbalance=self.cost_model.table.get("expert_imbalance"),
             expert_results=self._experts if shape.expert_ranks > 1 else frozenset(),
             dispatch_s=self.cost_model.stack.figures.dispatch_s,
-            on_cpu=self.cost_model.cluster.worst_device().kind == "cpu",
+            on_cpu=not self.cost_model.cluster.is_accelerated,
             lengths=self._lengths if shape.sequence_ranks > 1 else frozenset(),
             weighs_vectors=self.job.prefer != "state",
             kept_whole=None if self.job.sequence_parallel else self._lengths,

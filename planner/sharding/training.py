@@ -58,7 +58,7 @@ class Sums:
         mesh = mesh.within(cluster.num_devices)
         self.kinds, self.state_ranks = kinds, mesh.state_ranks
         self.byte_s = cost_model.op_seconds("copy_", 0.0, SAMPLE_BYTES, torch.float32) / SAMPLE_BYTES
-        self.hides = cluster.worst_device().kind != "cpu"
+        self.hides = cluster.is_accelerated
         held = [sum(math.prod(shape) for shape in segment.param_shapes) for segment in graph.segments.values()]
         total = sum(math.prod(graph.params[name][0]) for name in graph.params)
         most = MOST_BUCKETS * most_bucket_bytes()
