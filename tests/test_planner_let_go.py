@@ -32,7 +32,7 @@ def on_a_busy_machine():
 
 
 def planned(memory_limit_bytes: int = LIMIT, **force: str) -> Plan:
-    workload = tasks.check_workload({"model": "preset:tiny-gpt2", "global_batch": 32, "overrides": SHAPE})
+    workload = tasks.check_workload({"model": "preset:tiny-gpt2", "global_batch": 16, "overrides": SHAPE})
     settings = {"pp": "4", "tp": "1", "microbatch": "2", **force}
     with captured_once(), on_a_busy_machine():
         return api.plan(workload, "4xCPU", force=settings, memory_limit_bytes=memory_limit_bytes)
@@ -120,7 +120,15 @@ def test_offloading_is_planned_where_it_is_asked_for() -> None:
             global_batch=16,
             seq_len=32768,
             overrides={"vocab_size": 8192, "num_layers": 8},
-            force={"pp": "4", "tp": "1", "microbatch": "1", "schedule": "auto", "chunks": "2", "offload": "auto"},
+            force={
+                "pp": "4",
+                "tp": "1",
+                "microbatch": "1",
+                "schedule": "auto",
+                "chunks": "2",
+                "offload": "auto",
+                "memory_margin": "0",
+            },
             memory_limit_bytes=8 << 30,
         )
     assert num_let_go(plan)[1] > 0
