@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from as_written import workload_of
-from distributed import run_ranks
+from compared import planned_and_ran
 from torch import nn
 
 import shardwright
@@ -55,14 +55,17 @@ def _workload() -> tuple[Any, dict[str, torch.Tensor]]:
     return workload_of(Model(), batch), batch
 
 
-def _step(rank: int, added: str, force: dict[str, Any]) -> Any:
+def _step(added: str, force: dict[str, Any]) -> list[Any]:
+    """(plan, loss, gradients, cuts of parameters) of each of four ranks."""
+    workload, batch = _workload()
     with registered(*ADDED[added]):
-        workload, batch = _workload()
-        plan = shardwright.plan(workload, "4xCPU", force=force)
-        program = shardwright.build(Plan.model_validate_json(plan.to_json()), workload)
-        loss = program.forward_backward(program.shard_batch(batch))
-        cuts = {name: spec.cuts for name, spec in program.store.specs.items()}
-        return plan, loss.item(), program.gradients(), cuts
+        return planned_and_ran(workload, 4, force, _ran, batch)
+
+
+def _ran(rank: int, plan: Plan, workload: Any, batch: dict[str, torch.Tensor]) -> Any:
+    program = shardwright.build(Plan.model_validate_json(plan.to_json()), workload)
+    loss = program.forward_backward(program.shard_batch(batch))
+    return plan, loss.item(), program.gradients(), {name: spec.cuts for name, spec in program.store.specs.items()}
 
 
 def _assert_as_on_one_device(results: Any, sizes: dict[str, int]) -> None:
@@ -82,13 +85,13 @@ def test_a_second_axis_that_carries_the_batch_plans_and_runs(zero: int, extent: 
     force = {"pp": 1, "copies": 2, "dp": 2, "zero": zero, "microbatch": 1}
     if extent is not None:
         force["zero_extent"] = extent
-    results = run_ranks(4, _step, "copies", force)
+    results = _step("copies", force)
     _assert_as_on_one_device(results, {"copies": 2, "dp": 2, "tp": 1})
     assert all(row[:2] == ["P", "P"] for row in _of(results[0][0], "param_grad"))
 
 
 def test_a_second_axis_that_cuts_parameters_shares_their_dimensions() -> None:
-    results = run_ranks(4, _step, "columns", {"pp": 1, "columns": 2, "tp": 2, "prefer": "memory"})
+    results = _step("columns", {"pp": 1, "columns": 2, "tp": 2, "prefer": "memory"})
     _assert_as_on_one_device(results, {"columns": 2, "dp": 1, "tp": 2})
     plan, _, _, cuts = results[0]
     assert cuts["blocks.0.up.weight"] == (("columns", dim := cuts["blocks.0.up.weight"][0][1]), ("tp", dim))
@@ -97,7 +100,7 @@ def test_a_second_axis_that_cuts_parameters_shares_their_dimensions() -> None:
 
 
 def test_both_kinds_of_parallelism_work_beside_a_second_one() -> None:
-    results = run_ranks(4, _step, "columns", {"pp": 1, "columns": 2, "dp": 2, "zero": 1, "prefer": "memory"})
+    results = _step("columns", {"pp": 1, "columns": 2, "dp": 2, "zero": 1, "prefer": "memory"})
     _assert_as_on_one_device(results, {"columns": 2, "dp": 2, "tp": 1})
 
 
