@@ -85,7 +85,10 @@ def put_back(graph: fx.Graph, view: fx.Node, whole: fx.Node, new: fx.Node) -> fx
 
     def call(op: Any, *args: Any, **kwargs: Any) -> fx.Node:
         made = graph.call_function(op, args, kwargs)
-        made.meta = {**new.meta, "val": before}
+        made.meta = {
+            **{k: v for k, v in new.meta.items() if k != "random"},
+            "val": before,
+        }  # the new part may be a draw
         return made
 
     if packet in _SAME and before.shape == after.shape and not (packet is aten.detach and before.requires_grad):

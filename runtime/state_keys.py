@@ -22,7 +22,8 @@ def by_our_keys(program: Trained, state: Mapping[str, torch.Tensor], *, strict: 
     ours = {f"model.{name}" for name in graph.params} | {f"buffer.{name}" for name in graph.buffers}
     theirs = {name: f"model.{name}" for name in graph.params} | {name: f"buffer.{name}" for name in graph.buffers}
     theirs |= {name: theirs[tied] for name, tied in graph.tied.items() if tied in theirs}
-    unread = {name for name, _ in (*model.named_parameters(), *model.named_buffers(), *model.state_dict().items())}
+    parameters = model.named_parameters(remove_duplicate=False)  # tied ones by each of their names
+    unread = {name for name, _ in (*parameters, *model.named_buffers(remove_duplicate=False))}
     found: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         if key in ours or optimizer_state.is_state(key) or key == _LOSS_SCALE:

@@ -390,7 +390,8 @@ def planning_batch(workload: Workload) -> Workload:
     """The workload with a batch whose size no other dimension is a multiple of."""
     dims = batch_dims_of(workload)
     sizes = {s for n, t in workload.example_batch.items() for d, s in enumerate(t.shape) if d != dims.get(n)}
-    sizes |= {size for tensor in workload.model.state_dict().values() for size in tensor.shape}
+    held = (*workload.model.parameters(), *workload.model.buffers())
+    sizes |= {size for tensor in held for size in tensor.shape}
     batch = next((b for b in PLANNING_BATCHES if not any(size % b == 0 for size in sizes if size)), PLANNING_BATCHES[0])
     return resize_batch(workload, batch)
 

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .amounts import byte_amount, gib_amount
 from .backend_test import holds_collectives, tested_at_first_call
 from .costmodel.model import CostModel
+from .equal_gradients import watched
 from .errors import ExitCode, ShardwrightError, near_matches
 from .memory_budget import budget_of
 from .passes import _torch
@@ -154,9 +155,10 @@ def shardwright(
     if settings.self_test and not talking:
         # made without averaging, as another rank may not compile now: no collective may wait for it
         run = tested_at_first_call(run, lambda: run if ranks == 1 else compiled(1), graph_module)
-    if ranks == 1 or not settings.broadcast or not parameters:
+    if ranks == 1 or not parameters:
         return run
-    return _broadcast_first(run, static_slots)
+    run = watched(run, parameters)
+    return _broadcast_first(run, static_slots) if settings.broadcast else run
 
 
 def _refuse_frozen_checkpoints(graph_module: fx.GraphModule) -> None:

@@ -25,6 +25,7 @@ from . import api
 from .amounts import byte_amount, gib_amount
 from .devices import join_torchrun
 from .errors import ShardwrightError
+from .not_a_module import call_refusal, refusal
 from .plans.document import Plan
 from .profiler.calling import take_apart
 from .profiler.cluster import Cluster
@@ -34,6 +35,7 @@ from .profiler.models import with_precision
 from .profiler.workload import Loss, OptimizerSpec, Precision, Workload
 from .runtime.batch import BatchPart
 from .runtime.program import Program
+from .watched_module import WatchedModule
 
 Batch = Any  # what the model is called with; see profiler/calling.py
 
@@ -132,6 +134,14 @@ class Parallel:
         self.settings = settings
         self.module = module
         self._program: Program | None = None
+        self._watched: WatchedModule | None = None
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        raise call_refusal(type(self.module).__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        module = self.__dict__.get("module")
+        raise refusal(type(module).__name__, name)
 
     def __repr__(self) -> str:
         state = "not planned yet" if self._program is None else f"mesh {self.plan.mesh.model_dump()}"
@@ -145,18 +155,28 @@ class Parallel:
         batch: what the model is called with, and what the loss needs: a dictionary, a tuple, whatever forward takes.
         The global batch, the same on every rank; or this rank's part of it, as shard_batch() cuts it.
         """
-        return self.prepare(batch).step(self._part(batch))
+        return self._training(batch, self.prepare(batch).step)
 
     def forward_backward(self, batch: Batch) -> torch.Tensor:
         """Loss, with gradients left in .grad of parameters(); optimizer_step() uses them."""
-        return self.prepare(batch).forward_backward(self._part(batch))
+        return self._training(batch, self.prepare(batch).forward_backward)
+
+    def _training(self, batch: Batch, run: Callable[[BatchPart], torch.Tensor]) -> torch.Tensor:
+        assert self._watched is not None
+        self._watched.refuse_changes()
+        loss = run(self._part(batch))
+        self._watched.note()  # a new shape was captured, which runs the module's own code
+        return loss
 
     def optimizer_step(self) -> None:
         self.program.optimizer_step()
 
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The loss of a batch; nothing is updated."""
-        return self.prepare(batch).evaluate(self._part(batch))
+        program = self.prepare(batch)
+        assert self._watched is not None
+        with self._watched.running():
+            return program.evaluate(self._part(batch))
 
     def shard_batch(self, batch: Batch) -> BatchPart:
         """This rank's part of a global batch. Needs a prepared model."""
@@ -190,6 +210,7 @@ class Parallel:
             self._program = api.build(plan, workload, adopt=alone, self_test=settings.self_test)
             if not alone:
                 release(self.module)  # each rank has its shards now
+            self._watched = WatchedModule(self.module, self._program, released=not alone)
         return self._program
 
     def _workload(self, batch: Batch) -> Workload:

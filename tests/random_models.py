@@ -50,7 +50,11 @@ def distributions(x: torch.Tensor) -> torch.Tensor:
     x = x + torch.normal(0.0, 2.0, x.shape, dtype=x.dtype) + torch.empty_like(x).normal_(1.0, 2.0)
     y = torch.empty_like(x)
     y.log_normal_(0.0, 0.3)
-    x = x * y + torch.empty_like(x).exponential_(2.0) + torch.empty_like(x).geometric_(0.4)
+    parts = torch.zeros_like(x)
+    parts[..., ::2].normal_()
+    parts[:, 1:].uniform_(-0.1, 0.1)
+    parts.transpose(1, 2)[:, 3].exponential_(2.0)
+    x = x * y + parts * x + torch.empty_like(x).exponential_(2.0) + torch.empty_like(x).geometric_(0.4)
     return x * torch.empty_like(x).cauchy_().atan() + F.gumbel_softmax(x)
 
 

@@ -496,3 +496,36 @@ def test_an_output_of_another_shape_or_dtype_is_a_difference():
     for other in (ones.double(), ones[:1], 1.0):
         assert backend_test._first_difference("output", [other], [ones]) is not None
     assert backend_test._first_difference("output", [ones.clone()], [ones]) is None
+
+
+class PartlyEager(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.compiled, self.eager = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.left_out(torch.tanh(self.compiled(x)))
+
+    @torch._dynamo.disable
+    def left_out(self, x: torch.Tensor) -> torch.Tensor:
+        return self.eager(x)
+
+
+def _first_step(rank: int, same_batch: bool) -> str:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = PartlyEager()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0 if same_batch else rank))
+    torch.compile(model, backend="shardwright")(x).square().mean().backward()
+    try:
+        optimizer.step()
+    except ShardwrightError as error:
+        return error.what
+    return ""
+
+
+def test_gradients_that_dynamo_leaves_to_eager_are_not_stepped_by_unaveraged():
+    for found in run_ranks(2, _first_step, False):
+        assert "the gradient of eager.weight of shape (4, 4) and 1 more differs between ranks" in found
+    assert run_ranks(2, _first_step, True) == ["", ""]
