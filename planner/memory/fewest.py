@@ -18,6 +18,7 @@ anew as the chain that it makes; what it then misses is taken from the room, and
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ from .options import Ladder
 from .rank_bytes import interval_bytes, profile_table, quick_peaks, shared_bytes, stages_by_rank
 
 GAP = 1e-3
-SECONDS = 2.0  # of one program
+SECONDS, ALL_SECONDS = 2.0, 6.0  # of one program, and of those of all ranks: the rest stay as they were
 TRIES = 3
 MIB = float(1 << 20)
 LEAST_GAIN = 1e-6  # of a rank's seconds: less is none
@@ -62,7 +63,10 @@ def fewest_seconds(
         return recompute
     tables = _tables(setting, candidate, ladder)
     stages = stages_by_rank(candidate.schedule, candidate.pp, candidate.virtual_stages)
+    stop_at = time.monotonic() + ALL_SECONDS
     for rank in range(candidate.pp):
+        if time.monotonic() > stop_at:
+            break
         runs = tuple((bounds[s], bounds[s + 1]) for s in stages[:, rank].tolist())
         levels = _Rank(setting, candidate, ladder, bounds, tables, rank, runs).improved(levels)
     return recompute_of(levels.tolist())
