@@ -30,7 +30,7 @@ FLOORS = (
     "runtime",
     "shardwright",
 )
-WITHIN_PLANNER = ("interfaces", "solver", "space", "sharding", "stages", "memory", "search", "report")
+WITHIN_PLANNER = ("interfaces", "solver", "space", "sharding", "stages", "memory", "lengths", "search", "report")
 OPEN_TO_ALL = {"errors", "units"}
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree")

@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="software to predict for, such as megatron; `shardwright hardware --show-assumptions` lists them",
     )
+    parser.add_argument(
+        "--lengths",
+        metavar="FILE",
+        help="assign sequences of these lengths, one a line, or lognormal:median=N,sigma=X,max=N,seed=N, to groups of "
+        "ranks; --global-batch of them make a step",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--output", metavar="PATH", help="write the plan here")
     output.add_argument("--json", action="store_true", help="print the plan as JSON, and nothing else, on stdout")
@@ -55,6 +61,8 @@ def execute(args: argparse.Namespace) -> int:
     cluster = _check_names(args, force)
     if args.output is not None:
         _options.refuse_unwritable(Path(args.output), "-o PATH", "-o plan.json", "nothing was planned")
+    if args.lengths is not None:
+        return _plan_lengths(args, cluster, force)
     from .. import api
 
     with _options.progress_line() as progress:
@@ -76,6 +84,32 @@ def execute(args: argparse.Namespace) -> int:
     if args.output is not None:
         print(f"plan written to {args.output}", file=sys.stderr if args.json else sys.stdout)
     return code
+
+
+def _plan_lengths(args: argparse.Namespace, cluster: Cluster, force: dict[str, str]) -> int:
+    import json
+
+    from ..lengths import plan_lengths, print_lengths, read_lengths
+    from ..profiler.workload import Workload
+
+    lengths = read_lengths(args.lengths, args.global_batch)
+    if args.memory_limit is not None:
+        cluster = cluster.with_memory_limit(args.memory_limit)
+
+    def workload_of(tokens: int) -> Workload:
+        return _options.workload_from_args(argparse.Namespace(**{**vars(args), "seq_len": tokens}))
+
+    with _options.progress_line() as progress:
+        progress(f"capturing {args.model}")
+        found = plan_lengths(workload_of, cluster, lengths, force)
+    text = json.dumps(found.to_dict(), indent=1)
+    if args.output is not None:
+        Path(args.output).write_text(text + "\n")
+    if args.json:
+        _options.print_json(text)
+    else:
+        print_lengths(found)
+    return ExitCode.DONE
 
 
 def _check_names(args: argparse.Namespace, force: dict[str, str]) -> Cluster:
