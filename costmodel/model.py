@@ -11,6 +11,7 @@ from ..profiler.device import Device, GroupLink, Link
 from . import communication, compute
 from .attention import AttentionCall
 from .constants import Constants, default_constants
+from .op_classes import op_class
 from .stacks import Stack, own_stack
 
 HOPPER = ("H100", "H200")
@@ -43,7 +44,7 @@ class CostModel:
         return self._in_stack(op_name, seconds, device) if seconds else 0.0
 
     def _in_stack(self, op_name: str, seconds: float, device: Device) -> float:
-        figures, kind = self.stack.figures, compute.op_class(op_name)
+        figures, kind = self.stack.figures, op_class(op_name)
         if kind.startswith("attention"):
             return seconds * figures.attention_factor + figures.op_s
         factor = figures.memory_factor

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ..errors import ShardwrightError
+from .measured_rates import MeasuredRates
 
 DTYPE_NAMES = {
     "float64": "fp64", "double": "fp64", "complex128": "fp64", "float32": "fp32", "float": "fp32", "complex64": "fp32",
@@ -89,6 +90,7 @@ class Device:
     nvme_bytes: int = 0
     nvme_bytes_per_s: float = 0.0
     measured: bool = False  # peaks and bandwidth are what ops reach: no efficiency is taken off them
+    rates: MeasuredRates | None = None  # what ops of each size take on this very device
     figures: tuple[Figure, ...] = field(default=(), compare=False)
 
     def peak_flops_per_s(self, dtype: object) -> float:
@@ -170,8 +172,11 @@ def worse_device(first: Device, second: Device) -> Device:
     rates = [dict(first.peaks), dict(second.peaks)]
     keys = list(dict.fromkeys([*rates[0], *rates[1]]))
     peaks = tuple((key, min(first.peak_flops_per_s(key), second.peak_flops_per_s(key))) for key in keys)
+    if first == second:
+        return first
     worst = replace(
         first,
+        rates=first.rates if first.rates == second.rates else None,
         peaks=peaks,
         memory_bytes=min(first.memory_bytes, second.memory_bytes),
         nominal_memory_bytes=min(first.nominal_memory_bytes, second.nominal_memory_bytes),

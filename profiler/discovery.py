@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..errors import ShardwrightError
 from ..units import GIB
@@ -19,7 +20,11 @@ from .cpu_calibration import (
     host_memory_bytes,
     machine_name,
 )
-from .host_groups import find_accelerator, host_group
+from .host_groups import find_accelerator, host_group, with_rates
+from .measurements import cached_rates, here
+
+if TYPE_CHECKING:
+    import torch
 
 
 def discover_local(num_processes: int | None = None) -> Cluster:
@@ -41,14 +46,29 @@ def discover_local(num_processes: int | None = None) -> Cluster:
         host = host_memory_bytes() // max(1, num_devices)
         figures = tuple(f for f in group.device.figures if not f.name.endswith("usable_memory_gib"))
         device = replace(
-            group.device, memory_bytes=memory_bytes, host_memory_bytes=host, nvme_bytes=0, figures=(*figures, found)
+            group.device,
+            memory_bytes=memory_bytes,
+            host_memory_bytes=host,
+            nvme_bytes=0,
+            figures=(*figures, found),
         )
+        device = with_rates(device, cached_rates(here(device_name, 1)), "the cache")
         return Cluster("local", (replace(group, device=device),), notes=(f"found {num_visible} x {device_name}",))
     calibrate_cpu()
     num_processes = per_host or 1
     num_hosts = max(1, world // num_processes) if world else 1
     group = host_group(find_accelerator("CPU"), num_hosts, num_processes)
     return Cluster("local", (group,), notes=(f"no accelerator found; {machine_name()}",))
+
+
+def accelerator_key(device: torch.device) -> str:
+    """The catalog's name of this process's device."""
+    import torch
+
+    if device.type == "cpu":
+        return "CPU"
+    properties = torch.cuda.get_device_properties(device)
+    return _match_accelerator(properties.name, int(properties.total_memory)).key
 
 
 def num_accelerators() -> int:

@@ -11,10 +11,11 @@ from ..errors import ShardwrightError
 from ..units import GB, GIB
 from .accelerators import find_link, read_toml
 from .cluster import Cluster, Figure, HostGroup, HostPairLink, Link
-from .host_groups import MAX_DEVICES, checked_groups, notes_on, parse_term
+from .host_groups import MAX_DEVICES, checked_groups, notes_on, parse_term, with_rates
+from .measured_rates import MeasuredRates
 
 HOST_KEYS = {"devices", "count", "local_link", "network_link", "memory_gib", "host_memory_gib",
-             "host_memory_gb_per_s", "nvme_gib", "nvme_gb_per_s", "domain_devices"}  # fmt: skip
+             "host_memory_gb_per_s", "nvme_gib", "nvme_gb_per_s", "domain_devices", "rates"}  # fmt: skip
 LINK_KEYS = {"name", "family", "gb_per_s", "latency_us", "kind", "source", "date"}
 KINDS = ("datasheet", "measured", "fitted", "assumed")
 # Of memory in GiB, rates in GB/s and latencies in microseconds: beyond these a file is mistyped.
@@ -111,7 +112,8 @@ def _group(path: Path, index: int, entry: Any) -> HostGroup:
     devices = host.text("devices", "8xH100-SXM-80GB")
     group = parse_term(devices, devices)
     changes: dict[str, Any] = {}
-    figures = list(group.device.figures)
+    device = group.device
+    figures = list(device.figures)
     # what a host has is shared by its devices; what a device has is its own
     for key, field, unit, share in (
         ("memory_gib", "memory_bytes", GIB, 1),
@@ -124,14 +126,31 @@ def _group(path: Path, index: int, entry: Any) -> HostGroup:
             value = host.figure(key) * unit / share
             changes[field] = int(value) if unit == GIB else value
             figures.append(Figure(f"{host.where}.{key}", host.figure(key), "measured", str(path), ""))
+    if "rates" in host:
+        device = with_rates(replace(device, figures=tuple(figures), **changes), _rates(host), str(path))
+    else:
+        device = replace(device, figures=tuple(figures), **changes)
     return replace(
         group,
         count=group.count * host.count("count", 1),
-        device=replace(group.device, figures=tuple(figures), **changes),
+        device=device,
         local=_link(host.where, entry["local_link"]) if "local_link" in host else group.local,
         network=_link(host.where, entry["network_link"]) if "network_link" in host else group.network,
         domain_devices=host.count("domain_devices", group.domain_devices),
     )
+
+
+def _rates(host: _Table) -> MeasuredRates:
+    """Tables as MeasuredRates.tables makes them."""
+    try:
+        return MeasuredRates.of_tables(host.rows("rates"))
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise ShardwrightError(
+            f"{host.where}: rates: {error}",
+            means="each table has op, dtype, and flops, bytes and seconds as lists of one length, seconds above 0",
+            change="rates",
+            works="what shardwright profile -o FILE writes",
+        ) from None
 
 
 def _link(where: str, value: Any) -> Link:

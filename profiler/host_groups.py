@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from ..errors import ShardwrightError
 from .accelerators import Accelerator, accelerators
-from .cluster import Device, HostGroup, Link
-from .cpu_calibration import read_cpu_calibration
+from .cluster import Device, Figure, HostGroup, Link
+from .cpu_calibration import machine_name, read_cpu_calibration
+from .measured_rates import MeasuredRates
+from .measurements import cached_rates, here
 
 MAX_DEVICES = 1 << 18
 MAX_DIGITS = 9
@@ -23,9 +25,7 @@ _TERM = re.compile(r"(?:(\d+)\s*x\s*)?(\d+)\s*x\s*([A-Za-z0-9][A-Za-z0-9\- ]*)",
 def notes_on(groups: tuple[HostGroup, ...]) -> tuple[str, ...]:
     notes = []
     if any(group.device.kind == "cpu" and not group.device.measured for group in groups):
-        notes.append(
-            "CPU figures are the catalog's nominal ones; `--hardware local` or calibrate_cpu() measures this machine"
-        )
+        notes.append("CPU figures are the catalog's nominal ones; `shardwright profile` measures this machine")
     if len({group.device.name for group in groups}) > 1:
         notes.append("mixed devices: every group is costed by its slowest and smallest member")
     return tuple(notes)
@@ -154,13 +154,34 @@ def host_group(entry: Accelerator, num_hosts: int, num_devices: int) -> HostGrou
 
 
 def _cpu_group(entry: Accelerator, num_hosts: int, num_processes: int) -> HostGroup:
-    """Processes share the machine's cores, memory and memory bus. A cached calibration replaces the nominal figures."""
+    """Processes share the machine's cores, memory and memory bus. A cached calibration replaces the nominal figures,
+    and what `shardwright profile` measured with as many processes, the time of ops."""
     device, local = entry.device, entry.local
     calibration = read_cpu_calibration()
     if calibration is not None:
         device, local = calibration.apply(device, local)
-    return HostGroup(
-        num_hosts, num_processes, share_cpu(device, num_processes), share_link(local, num_processes), entry.network
+    shared = with_rates(
+        share_cpu(device, num_processes), cached_rates(here(machine_name(), num_processes)), "the cache"
+    )
+    return HostGroup(num_hosts, num_processes, shared, share_link(local, num_processes), entry.network)
+
+
+def with_rates(device: Device, rates: MeasuredRates | None, source: str) -> Device:
+    """The device whose ops take what was measured; a CPU's figures are then those too."""
+    if rates is None:
+        return device
+    figures = list(device.figures)
+    figures.append(Figure("ops measured", rates.num_points, "measured", f"shardwright profile, from {source}", ""))
+    if device.kind != "cpu":
+        return replace(device, rates=rates, figures=tuple(figures))
+    products, memory = rates.product_flops_per_s(), rates.memory_bytes_per_s()
+    return replace(
+        device,
+        rates=rates,
+        peaks=tuple((dict(device.peaks) | products).items()),
+        memory_bytes_per_s=memory or device.memory_bytes_per_s,
+        measured=device.measured or bool(products and memory),
+        figures=tuple(figures),
     )
 
 

@@ -1,4 +1,4 @@
-"""What the workers of shardwright/launch.py do: train for `run`, compare for `check`."""
+"""What the workers of shardwright/launch.py do: train for `run`, compare for `check`, measure for `profile`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .profiler.batches import make_batch
 from .profiler.initial_values import materialize
 from .profiler.models import make_reference_dtype, reload_workload
 from .profiler.workload import OptimizerSpec, Workload
+from .profiling import measured
 from .rounding import dense, largest, roundings
 from .runtime.program import Program
 
@@ -185,4 +186,14 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-TASKS: dict[str, Callable[[Mapping[str, Any], torch.device, Report], None]] = {"run": run, "check": check}
+def profile(task: Mapping[str, Any], device: torch.device, report: Report) -> None:
+    """Measure ops and links. Reports what is being measured, then {"event": "profiled", document}."""
+    document = measured(device, task["options"], lambda event: report(event="measuring", **event))
+    report(event="profiled", document=document)
+
+
+TASKS: dict[str, Callable[[Mapping[str, Any], torch.device, Report], None]] = {
+    "run": run,
+    "check": check,
+    "profile": profile,
+}

@@ -68,7 +68,7 @@ def _run(task: dict[str, Any], folder: Path, rank: int) -> None:
         seed(0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = join_torchrun(
-        Plan.load(task["plan"]),
+        Plan.load(task["plan"]) if "plan" in task else task["hardware"],
         init_method=f"file://{folder / 'ranks'}",  # a file, so that nothing listens beyond the loopback interface
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
     )

@@ -44,6 +44,7 @@ LINES = {
     "schedule": [["schedule", "--ranks", "2", "--microbatches", "2", "--time-limit", "0.2"]],
     "models": [["models"]],
     "hardware": [["hardware"], ["hardware", "4xCPU"]],
+    "profile": [["profile", "--hardware", "1xCPU", "--ops", "sum"]],
     "doctor": [["doctor"]],
 }
 
@@ -68,6 +69,7 @@ def test_stdout_is_one_document(
     command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("SHARDWRIGHT_CACHE", str(folder))
     for line in LINES[command]:
         capfd.readouterr()
         assert cli.main([*line, "--json"]) == 0

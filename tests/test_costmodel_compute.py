@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.cli import main
-from shardwright.costmodel.compute import op_class
 from shardwright.costmodel.constants import default_constants
 from shardwright.costmodel.model import CostModel
+from shardwright.costmodel.op_classes import op_class
 from shardwright.profiler.accelerators import accelerators
 from shardwright.profiler.hardware import parse_hardware
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from . import check, diff, doctor, explain, fits, hardware, models, plan, run, schedule
+from . import check, diff, doctor, explain, fits, hardware, models, plan, profile, run, schedule
 
 
 class Command(Protocol):
@@ -21,4 +21,16 @@ class Command(Protocol):
     def execute(self, args: argparse.Namespace) -> int: ...
 
 
-COMMANDS: tuple[Command, ...] = (plan, fits, explain, diff, run, check, schedule, models, hardware, doctor)
+COMMANDS: tuple[Command, ...] = (
+    plan,
+    fits,
+    explain,
+    diff,
+    run,
+    check,
+    schedule,
+    models,
+    hardware,
+    profile,
+    doctor,
+)

@@ -1,0 +1,123 @@
+"""Times messages between the processes of a job: each pair of hosts, and what all processes of a host reach at once.
+
+Two ends exchange at once, as they do in a step. The time of a message is latency + bytes / rate: the latency is that of
+the smallest, the rate that of a large one less the latency. All other processes wait meanwhile. Processes of one host
+are taken together by an all-reduce, which keeps every one of its links busy; between hosts, processes of the same
+number on the two exchange all at once, so that a port that they share counts as each one's share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+SMALL_BYTES = 4
+FIRST_BYTES = 1 << 18  # of a large message; larger where the link is quick
+ENOUGH_S = 0.1  # that a large message takes
+MOST_BYTES = 1 << 28
+REPEATS = 5
+MOST_HOSTS = 24  # of which every pair is measured; of more, each with the next ones by powers of two
+
+
+@dataclass(frozen=True)
+class MeasuredLink:
+    """hosts: the pair; the same twice for what joins the processes of one. bytes_per_s: of one process, one way."""
+
+    hosts: tuple[int, int]
+    latency_s: float
+    bytes_per_s: float
+
+
+def hosts_of(ranks_of_host: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """The pairs of hosts that are measured."""
+    count = len(ranks_of_host)
+    if count <= MOST_HOSTS:
+        yield from itertools.combinations(range(count), 2)
+        return
+    for host in range(count):
+        for step in (2**k for k in range(count.bit_length())):
+            if host + step < count:
+                yield host, host + step
+
+
+def ranks_by_host(name: str) -> list[list[int]]:
+    """Ranks of each host, by the names that the processes give for theirs, in the order of their first ranks."""
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, name)
+    found: dict[str, list[int]] = {}
+    for rank, host in enumerate(names):
+        found.setdefault(str(host), []).append(rank)
+    return list(found.values())
+
+
+def measure_links(ranks_of_host: Sequence[Sequence[int]], device: torch.device) -> list[MeasuredLink]:
+    """Every process calls it; all get all. Needs a process group."""
+    found = [link for host in range(len(ranks_of_host)) if (link := _inside(host, ranks_of_host, device)) is not None]
+    return found + [_between(pair, ranks_of_host, device) for pair in hosts_of(ranks_of_host)]
+
+
+def _inside(host: int, ranks_of_host: Sequence[Sequence[int]], device: torch.device) -> MeasuredLink | None:
+    ranks = ranks_of_host[host]
+    if len(ranks) < 2:
+        return None
+    group = dist.new_group(list(ranks))
+    mine = dist.get_rank() in ranks
+
+    def run(num_bytes: int) -> None:
+        tensor = torch.zeros(num_bytes // 4, device=device)
+        dist.all_reduce(tensor, group=group)
+
+    steps = 2 * (len(ranks) - 1)
+    latency_s, bytes_per_s = _curve(run, device, mine, share=steps / len(ranks))
+    return MeasuredLink((host, host), latency_s / steps, bytes_per_s)
+
+
+def _between(pair: tuple[int, int], ranks_of_host: Sequence[Sequence[int]], device: torch.device) -> MeasuredLink:
+    ends = {a: b for a, b in zip(*(ranks_of_host[host] for host in pair), strict=False)}
+    ends |= {b: a for a, b in ends.items()}
+    other = ends.get(dist.get_rank())
+
+    def run(num_bytes: int) -> None:
+        assert other is not None
+        sent, got = (torch.zeros(num_bytes // 4, device=device) for _ in range(2))
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, got, other)]):
+            work.wait()
+
+    latency_s, bytes_per_s = _curve(run, device, other is not None, share=1.0)
+    return MeasuredLink(pair, latency_s, bytes_per_s)
+
+
+def _curve(run: object, device: torch.device, takes_part: bool, share: float) -> tuple[float, float]:
+    """(seconds of the smallest message, bytes/s of one process). share: of a message's bytes that one process sends."""
+    latency_s = _slowest(_median_s(run, SMALL_BYTES, device) if takes_part else 0.0)
+    num_bytes = FIRST_BYTES
+    while True:
+        seconds = _slowest(_median_s(run, num_bytes, device) if takes_part else 0.0)
+        if seconds >= ENOUGH_S or num_bytes >= MOST_BYTES:
+            return latency_s, share * num_bytes / max(seconds - latency_s, 1e-9)
+        num_bytes = min(MOST_BYTES, num_bytes * max(2, min(16, int(ENOUGH_S / max(seconds, 1e-6)))))
+
+
+def _median_s(run: object, num_bytes: int, device: torch.device) -> float:
+    assert callable(run)
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(1 + REPEATS):
+        synchronize()
+        started = time.perf_counter()
+        run(num_bytes)
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def _slowest(seconds: float) -> float:
+    found: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(found, seconds)
+    return max(found)
