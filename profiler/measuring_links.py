@@ -1,9 +1,10 @@
 """Times messages between the processes of a job: each pair of hosts, and what all processes of a host reach at once.
 
-Two ends exchange at once, as they do in a step. The time of a message is latency + bytes / rate: the latency is that of
-the smallest, the rate that of a large one less the latency. All other processes wait meanwhile. Processes of one host
-are taken together by an all-reduce, which keeps every one of its links busy; between hosts, processes of the same
-number on the two exchange all at once, so that a port that they share counts as each one's share.
+The time of a message is latency + bytes / rate: the latency is that of the smallest, the rate that of a large one less
+the latency. All other processes wait meanwhile. Processes of one host are taken together by an all-reduce, which keeps
+every one of its links busy. Between hosts a message goes there and back, as transports differ in whether they send both
+ways at once; processes of the same number on the two do so all at once, so that a port that they share counts as each
+one's share.
 """
 
 from __future__ import annotations
@@ -84,13 +85,15 @@ def _between(pair: tuple[int, int], ranks_of_host: Sequence[Sequence[int]], devi
     other = ends.get(dist.get_rank())
 
     def run(num_bytes: int) -> None:
+        """There and back."""
         assert other is not None
-        sent, got = (torch.zeros(num_bytes // 4, device=device) for _ in range(2))
-        for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, got, other)]):
-            work.wait()
+        tensor = torch.zeros(num_bytes // 4, device=device)
+        first, second = (dist.send, dist.recv) if dist.get_rank() < other else (dist.recv, dist.send)
+        first(tensor, other)
+        second(tensor, other)
 
-    latency_s, bytes_per_s = _curve(run, device, other is not None, share=1.0)
-    return MeasuredLink(pair, latency_s, bytes_per_s)
+    both_s, bytes_per_s = _curve(run, device, other is not None, share=2.0)
+    return MeasuredLink(pair, both_s / 2, bytes_per_s)
 
 
 def _curve(run: object, device: torch.device, takes_part: bool, share: float) -> tuple[float, float]:
