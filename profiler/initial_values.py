@@ -95,7 +95,7 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, child in module.named_children():
             child_path = f"{path}.{name}" if path else name
             if isinstance(child, nn.ModuleList):
-                found.extend((f"{child_path}.{index}", entry) for index, entry in enumerate(child))
+                found.extend((f"{child_path}.{index}", entry) for index, entry in enumerate(child) if entry is not None)
             else:
                 visit(child_path, child)
 

@@ -108,14 +108,22 @@ def is_inplace(target: Any) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return False
     name = target._schema.name.split("::")[1]
-    return name.endswith("_") and not name.startswith("_") and not name.endswith("__")
+    return name in _OF_OPERATORS or (name.endswith("_") and not name.startswith("_") and not name.endswith("__"))
+
+
+# x |= y and its like
+_OF_OPERATORS = {
+    "__ior__": "__or__", "__iand__": "__and__", "__ixor__": "__xor__", "__ilshift__": "__lshift__",
+    "__irshift__": "__rshift__",
+}  # fmt: skip
 
 
 def _functional(target: Any) -> Any | None:
     """add_.Tensor -> add.Tensor, where it exists with the same overload name; add.out -> add.Tensor."""
     if not is_inplace(target):
         return _without_out(target)
-    name = target._schema.name.split("::")[1][:-1]
+    name = target._schema.name.split("::")[1]
+    name = _OF_OPERATORS.get(name, name[:-1])
     if name == "zero":
         return aten.zeros_like.default
     packet = getattr(aten, name, None)

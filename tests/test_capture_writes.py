@@ -16,6 +16,7 @@ from shardwright import api, tasks
 from shardwright.errors import ExitCode, ShardwrightError
 from shardwright.profiler.batches import make_batch
 from shardwright.profiler.capture import capture, compute_loss
+from shardwright.profiler.initial_values import initial_tensors
 
 
 class Rebuilds(nn.Module):
@@ -263,3 +264,28 @@ def test_a_random_mask_drawn_without_gradients_is_captured() -> None:
         return h * mask
 
     capture(workload_of(Changes(dropped), {"x": torch.randn(4, 5)}))
+
+
+class Seen(nn.Module):
+    """Python's operators that write; a list of layers in a list, with gaps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6), None, nn.ModuleList([None, nn.Linear(6, 6)])])
+        self.register_buffer("seen", torch.zeros(6, dtype=torch.bool))
+        self.register_buffer("bits", torch.full((6,), 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.layers[0], self.layers[2][1]):
+            x = torch.tanh(layer(x))
+        self.seen |= (x.detach() > 0).any(0)
+        self.bits &= 4 + self.seen
+        self.bits <<= 1
+        return (x * self.seen + self.bits).square().mean()
+
+
+def test_operators_that_write_are_captured_and_gaps_in_nested_lists_passed_over() -> None:
+    torch.manual_seed(0)
+    workload = workload_of(Seen(), {"x": torch.randn(4, 6)})
+    assert largest_difference(workload, capture(workload)) < 1e-12
+    assert len(list(initial_tensors(workload.model, seed=0))) == 6
