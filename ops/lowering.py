@@ -77,7 +77,7 @@ def cuts_again(first: Strategy, second: Strategy) -> bool:
 
 _LOSS = (
     AllReduce(0, is_needed=lambda node, read: 0 in read),
-    AllReduce(1, is_needed=lambda node, read: 1 in read or (0 in read and node.args[3] == 1)),  # 1: the mean
+    AllReduce(1, is_needed=lambda node, read: 1 in read or (0 in read and bool(node.args[3] == 1))),  # 1: the mean
 )
 _ROW, _ROW_BACK = AllReduce(per_row=True, dim_at=1), AllReduce(operand=0, per_row=True, dim_at=2)
 _BOTH_WAYS = ("", "_backward")
