@@ -56,6 +56,23 @@ def copies_of_token(num_choices: int, ranks: int, parts: int = 1) -> float:
     return ranks * (1.0 - (1.0 - 1.0 / (ranks * parts)) ** num_choices)
 
 
+def imbalances(counts: Sequence[Sequence[float]]) -> dict[int, float]:
+    """Number of ranks -> tokens of the rank with most of them over the mean, where each has as many experts, next to
+    each other: the mean of all layers, of which each waits for its own. counts: of each layer, tokens of each expert.
+    """
+    fewest = min(len(layer) for layer in counts)
+    found = {}
+    for ranks in range(2, fewest + 1):
+        if all(len(layer) % ranks == 0 for layer in counts):
+            found[ranks] = sum(_imbalance(layer, len(layer) // ranks) for layer in counts) / len(counts)
+    return found
+
+
+def _imbalance(layer: Sequence[float], each: int) -> float:
+    of_ranks = [sum(layer[k : k + each]) for k in range(0, len(layer), each)]
+    return max(of_ranks) * len(of_ranks) / sum(of_ranks)
+
+
 FEWER_ROWS = 1.5  # between hosts, from which on a second hop within each, with counts of its own, is worth it
 
 

@@ -156,11 +156,12 @@ def exchange(leg: Leg, columns: Sequence[torch.Tensor], *, back: bool = False) -
 
 def send(
     place: Place, chunk: Chunk, columns: Sequence[torch.Tensor], index: torch.Tensor, weight: torch.Tensor
-) -> UnderWay[tuple[list[torch.Tensor], list[list[torch.Tensor]], torch.Tensor, torch.Tensor]]:
+) -> UnderWay[tuple[list[tuple[torch.Tensor, int]], list[torch.Tensor], torch.Tensor, torch.Tensor]]:
     """(tokens of each leg in the order in which they went, with how many there were; rows of the columns; choices
     counted from this rank's first expert; their weights) of the tokens that come: at once, or to each host and from
     there to its ranks."""
-    orders, rows = [], [t[chunk.span] for t in (*columns, index.to(torch.int32), weight)]
+    orders: list[tuple[torch.Tensor, int]] = []
+    rows = [t[chunk.span] for t in (*columns, index.to(torch.int32), weight)]
     for k, leg in enumerate(chunk.legs):
         chosen = place.chosen(rows[-2])
         goes = chosen > 0 if len(chunk.legs) == 1 else place.in_host(chosen) if k else place.to_hosts(chosen)

@@ -150,7 +150,8 @@ class ExpertsBackward:
     ) -> None:
         """pre: what run_experts gave with the same count; computed again without."""
         self.gate_up, self.down, *biases = experts
-        self.up_bias, self.down_bias = biases or (None, None)
+        self.up_bias: torch.Tensor | None = biases[0] if biases else None
+        self.down_bias: torch.Tensor | None = biases[1] if biases else None
         self.groups = _Groups(index, self.gate_up.shape[0], count)
         self.rows, self.grad = hidden[self.groups.tokens], grad_out[self.groups.tokens]
         self.pre, self.activation, self.weight = pre, activation, weight

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from .planner.sharding.pins import choices_of
 from .planner.sharding.training import Job
-from .planner.space.forcing import parse_forced
+from .planner.space.forcing import imbalance_of, parse_forced
 from .planner.stages.setting import state_kinds
 from .profiler.workload import Workload
 
@@ -27,4 +27,9 @@ def job_of(workload: Workload, global_batch: int, force: Mapping[str, str]) -> J
 def job_of_evaluation(force: Mapping[str, str]) -> Job:
     """Nothing is trained: of what is forced, the forms alone count."""
     forced = parse_forced(choices_of(force))
-    return Job(attention=forced.attention, experts=forced.experts, sequence_parallel=forced.sequence_parallel == "auto")
+    return Job(
+        attention=forced.attention,
+        experts=forced.experts,
+        imbalances=imbalance_of(forced.expert_imbalance),
+        sequence_parallel=forced.sequence_parallel == "auto",
+    )

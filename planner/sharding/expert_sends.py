@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import fx
@@ -52,7 +52,7 @@ def experts_moved(placed: Placed, op_s: Mapping[fx.Node, float]) -> tuple[dict[f
     return seconds, stay
 
 
-def _forward_of(node: fx.Node, operands: list[fx.Node]) -> fx.Node | None:
+def _forward_of(node: fx.Node, operands: Sequence[fx.Node]) -> fx.Node | None:
     """Of a backward, what kept something for it."""
     if weights_at(node).start == 3:
         return None

@@ -320,7 +320,7 @@ class Sharder:
             sum_all_s=self.sums(shape).seconds if shape.tensor_ranks > 1 else None,
             attention=self.job.attention,
             experts=self.job.experts,
-            imbalance=self.cost_model.table.get("expert_imbalance"),
+            imbalance=self.job.imbalance(shape.expert_ranks, self.cost_model.table.get("expert_imbalance")),
             expert_results=self._experts if shape.expert_ranks > 1 else frozenset(),
             dispatch_s=self.cost_model.stack.figures.dispatch_s,
             on_cpu=not self.cost_model.cluster.is_accelerated,

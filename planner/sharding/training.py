@@ -24,7 +24,8 @@ class Job:
     prefer: "time"; "state", placements that split all weights but vectors, whatever they take; "memory", those of
     least training state, and then of least bytes kept. attention: its form where sequences are cut
     (ops/attention_rules.FORMS). experts: their form on an expert axis (ops/expert_rules.FORMS). sequence_parallel: may
-    axes that carry heads and features divide what lies between the products that they cut, by tokens say?"""
+    axes that carry heads and features divide what lies between the products that they cut, by tokens say?
+    imbalances: ranks that hold experts, 0 for any number, with the work of the busiest over the mean."""
 
     kinds: StateBytes = field(default_factory=lambda: StateBytes(2, 4, 4, 2, False))
     global_batch: int = 0
@@ -33,6 +34,12 @@ class Job:
     attention: str = "auto"
     experts: str = "auto"
     sequence_parallel: bool = True
+    imbalances: tuple[tuple[int, float], ...] = ()
+
+    def imbalance(self, ranks: int, otherwise: float) -> float:
+        """Of so many ranks that hold experts: as is known of them, or of the next fewer."""
+        known = [factor for of_ranks, factor in sorted(self.imbalances) if of_ranks <= ranks]
+        return known[-1] if known else otherwise
 
     def num_microbatches(self, batch_ranks: int, local_batch: int) -> int:
         return max(1, self.global_batch // (batch_ranks * local_batch))

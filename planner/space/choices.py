@@ -33,6 +33,7 @@ class Choices:
     # training state that can be split, and then what is kept for the backward
     attention: str = "auto"  # where sequences are cut
     experts: str = "auto"  # how their work is shared on an expert axis
+    expert_imbalance: str = "auto"  # of any number of ranks that hold experts, or RANKS:FACTOR/RANKS:FACTOR/...
     loss: str = "auto"  # "chunked": some rows of a linear layer's logits at a time; "whole": all of them
     sequence_parallel: str = "auto"  # may tensor ranks divide tokens between the products that they cut?
     memory_margin: float | None = None  # share of the memory limit that is left free; None: as the memory error asks

@@ -17,7 +17,7 @@ from .choices import Choices
 
 CHOICES = ("zero", "schedule", "microbatch", "global_microbatch", "virtual_stages", "recompute", "cuts", "zero_extent",
            "offload", "optimizer_state", "prefer", "attention", "experts", "sequence_parallel",
-           "memory_margin", "loss")  # fmt: skip
+           "memory_margin", "loss", "expert_imbalance")  # fmt: skip
 ALIASES = {"chunks": "virtual_stages", "micro_batch_size": "microbatch"}
 WORDS = {
     "recompute": ("auto", "none", "selective", "all"),
@@ -61,6 +61,9 @@ def parse_forced(force: Mapping[str, str]) -> Choices:
             values[name] = _one_of(name, text.lower(), ("none", "auto")) == "auto"
         elif name == "memory_margin":
             values[name] = _share(name, text)
+        elif name == "expert_imbalance":
+            imbalance_of(text)
+            values[name] = text
         elif name == "cuts":
             values[name] = tuple(_integer(name, part, 1) for part in text.replace("/", ",").split(",") if part.strip())
         elif name == "zero_extent":
@@ -90,6 +93,7 @@ def _example(key: str) -> str:
         "loss": "chunked",
         "sequence_parallel": "off",
         "memory_margin": "0",
+        "expert_imbalance": "1.1",
     }.get(key, "2")
 
 
@@ -122,6 +126,27 @@ def _share(key: str, text: str) -> float:
             works=f"--force {key}={_example(key)}",
         )
     return value
+
+
+def imbalance_of(text: str) -> tuple[tuple[int, float], ...]:
+    """(ranks, factor): of 0 ranks, for any number. "1.1" or "4:1.1/8:1.2"; nothing of "auto"."""
+    if text == "auto":
+        return ()
+    found = []
+    for part in text.split("/"):
+        ranks, _, factor = part.rpartition(":")
+        try:
+            found.append((int(ranks or 0), float(factor)))
+        except ValueError:
+            found.append((0, 0.0))
+    if any(not 1 <= factor < math.inf or ranks < 0 for ranks, factor in found):
+        raise ShardwrightError(
+            f"--force expert_imbalance={text}: it takes a factor of 1 or more, or RANKS:FACTOR/RANKS:FACTOR/...",
+            means="so many times the mean of all ranks goes to the rank that most tokens go to",
+            change="--force expert_imbalance",
+            works="--force expert_imbalance=1.1",
+        )
+    return tuple(found)
 
 
 def _one_of(key: str, text: str, choices: Sequence[str]) -> str:

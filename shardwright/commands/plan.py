@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="assign sequences of these lengths, one a line, or lognormal:median=N,sigma=X,max=N,seed=N, to groups of "
         "ranks; --global-batch of them make a step",
     )
+    parser.add_argument(
+        "--routing",
+        metavar="FILE",
+        help="tokens that chose each expert of each layer: JSON lists, or layer,expert,count",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("-o", "--output", metavar="PATH", help="write the plan here")
     output.add_argument("--json", action="store_true", help="print the plan as JSON, and nothing else, on stdout")
@@ -58,6 +63,10 @@ def execute(args: argparse.Namespace) -> int:
     if args.hardware is None:
         raise ShardwrightError("no hardware is named", change="--hardware", works="--hardware 4xCPU")
     force = _options.parse_assignments(args.force, "--force")
+    if args.routing is not None:
+        from ..routing import forced_imbalance
+
+        force.setdefault("expert_imbalance", forced_imbalance(args.routing))
     cluster = _check_names(args, force)
     if args.output is not None:
         _options.refuse_unwritable(Path(args.output), "-o PATH", "-o plan.json", "nothing was planned")
