@@ -56,7 +56,9 @@ def fuse_linear_losses(graph: fx.Graph, asked: Asked) -> int:
 def _match(loss: fx.Node) -> _Found | None:
     if loss.target is not aten.cross_entropy_loss.default:
         return None
-    logits, target, weight, reduction, _, smoothing = [*loss.args, *[None, 1, -100, 0.0][len(loss.args) - 2 :]]
+    defaults: list[Any] = [None, 1, -100, 0.0]
+    given: list[Any] = [*loss.args, *defaults[len(loss.args) - 2 :]]
+    logits, target, weight, reduction, _, smoothing = given
     dtype = value(logits).dtype
     is_plain = weight is None and not smoothing and reduction in (_NONE, _SUM) and not loss.kwargs
     if not is_plain or value(logits).dim() != 2 or value(target).is_floating_point():
@@ -85,7 +87,8 @@ def _takes_rows(node: fx.Node) -> bool:
     if node.target in _CASTS:
         return after.dtype in (torch.float32, torch.float64) and before.dtype.itemsize <= after.dtype.itemsize
     if node.target is aten.slice.Tensor:
-        return int(node.args[1] if len(node.args) > 1 else 0) % before.dim() != before.dim() - 1  # type: ignore[call-overload]
+        dim: Any = node.args[1] if len(node.args) > 1 else 0
+        return int(dim) % before.dim() != before.dim() - 1
     return node.target in _SAME or node.target in _RESHAPES
 
 

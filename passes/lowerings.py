@@ -163,7 +163,7 @@ def linear_cross_entropy_cols(emit: Emitter, node: fx.Node, args: list[Any], axi
 
 def linear_cross_entropy_cols_backward(
     emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis
-) -> tuple[fx.Node, ...]:
+) -> tuple[fx.Node | None, ...]:
     """(grad, hidden, weight, bias, target, lse, ignore): rows whose target is another rank's have their share of the
     gradient too, so that targets are told from ignored ones by a row of grad that is zero."""
     start, count = _range(node.args[2].meta["val"].shape[0], axis)  # type: ignore[union-attr]
@@ -171,9 +171,8 @@ def linear_cross_entropy_cols_backward(
     target, outside = _own(emit, args[4], start, count)
     target = emit.call(aten.masked_fill.Scalar, target, outside, -1)
     both = emit.call(node.target, grad, *args[1:4], target, args[5], -100)
-    return tuple(emit.call(operator.getitem, both, k) for k in range(3 if args[3] is not None else 2)) + (
-        () if args[3] is not None else (None,)
-    )
+    made = [emit.call(operator.getitem, both, k) for k in range(3 if args[3] is not None else 2)]
+    return (*made, *[None] * (3 - len(made)))
 
 
 def own_experts(emit: Emitter, node: fx.Node, args: list[Any], axis: MeshAxis) -> fx.Node:

@@ -79,13 +79,8 @@ def _products(device: torch.device, dtype: str) -> Iterator[Series]:
                 if thin and n // thin < 4:
                     continue
                 moved = float(item * (m * n + n * n + m * n))
-                yield Sized(
-                    Case("mm", dtype, form, f"{m}x{n}x{n}"),
-                    2.0 * m * n * n,
-                    moved,
-                    lambda m=m, n=n: (_drawn((m, n), kind, device), _drawn((n, n), kind, device)),
-                    torch.mm,
-                )
+                make = lambda m=m, n=n: (_drawn((m, n), kind, device), _drawn((n, n), kind, device))  # noqa: E731
+                yield Sized(Case("mm", dtype, form, f"{m}x{n}x{n}"), 2.0 * m * n * n, moved, make, torch.mm)
 
         yield _series("mm", dtype, form, sizes())
 

@@ -18,7 +18,7 @@ _SAMPLE = 16  # elements of each gradient, by which a factor is known
 
 
 class GradientsByHand:
-    def __init__(self, store: ParameterStore, group: object) -> None:
+    def __init__(self, store: ParameterStore, group: dist.ProcessGroup | None) -> None:
         """group: of all ranks, on the host; None where there is one."""
         self.store, self._group = store, group
         self._is_pipeline = group is not None and store.grid.size("pp") > 1

@@ -103,7 +103,8 @@ def make_what_is_missing(program: Trained, saved: Shapes) -> None:
             continue
         name = parameter_of(entry)
         if name is None:
-            optimizer.state[entry.split(".", 1)[1]] = _empty(entry, None, shape, dtype)
+            of_none: dict[Any, Any] = optimizer.state  # of no parameter, under its own name
+            of_none[entry.split(".", 1)[1]] = _empty(entry, None, shape, dtype)
         elif name in held and held[name] in optimizer.state:
             whole = tuple(program.store.specs[name].shape)
             like = held[name] if shape == whole else None
