@@ -48,7 +48,7 @@ def follow(text: str, sizes: Sizes, hardware: str, batch: int) -> None:
     ("sizes", "hardware", "first"),
     [
         (LLAMA_8B, "1xH200", "--state-dtype bf16"),
-        (LLAMA_8B, "2xRTX4090", "--state-dtype bf16 --optimizer SGD"),
+        (LLAMA_8B, "2xRTX4090", "--seq-len 4096 --state-dtype bf16 --optimizer SGD"),
         (Sizes(16, 2048, 8192, 512, 32000, 131072), "1xA100-40GB", "--seq-len"),
     ],
 )
