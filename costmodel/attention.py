@@ -1,8 +1,9 @@
 """What attention runs as on a device, its seconds and the memory it needs besides its results.
 
 kernels/attention.py takes one of PyTorch's fused kernels where one does what is asked, and a formula over blocks of
-rows elsewhere: dropout, which PyTorch's kernels draw from another generator, the gradient of a mask, values of another
-size than keys, float64 on GPUs, and everything on AMD accelerators. The formula reads and writes each score many times,
+rows elsewhere: dropout, which PyTorch's kernels draw from another generator, the gradient of a mask, values wider than
+keys, float64 on GPUs, and everything on AMD accelerators. Narrower values, as of multi-head latent attention, are made
+as wide. The formula reads and writes each score many times,
 in float32 or wider. The choice here is that of kernels/attention_fused.lowering, which a test holds it to.
 """
 
@@ -75,7 +76,7 @@ class AttentionCall:
     def kernel(self, device: Device) -> str:
         """'cpu', 'flash', 'efficient' or 'math', as kernels/attention_fused.lowering has it."""
         half, dim = self.dtypes[0] in _HALF, self.query[3]
-        if self.mask_needs_grad or self.dropout_p > 0 or self.value[3] != dim or len(set(self.dtypes)) > 1:
+        if self.mask_needs_grad or self.dropout_p > 0 or self.value[3] > dim or len(set(self.dtypes)) > 1:
             return "math"
         if not math.prod(self.query) or not math.prod(self.key):
             return "math"
@@ -98,6 +99,24 @@ class AttentionCall:
         queries, keys = self.query[2], self.key[2]
         whole = attention_pairs(queries, keys, self.causal, 0)
         return whole / attention_pairs(queries, keys, self.causal, self.window)
+
+    def widened_work(self, device: Device) -> float:
+        """FLOPs with values made as wide as keys, as the fused kernels want them, over those of the model."""
+        keys, values = self.query[3], self.value[3]
+        if values == keys or self.kernel(device) == "math":
+            return 1.0
+        over_keys, over_values = (3, 2) if self.is_backward else (1, 1)
+        return (over_keys + over_values) * keys / (over_keys * keys + over_values * values)
+
+    def widened_bytes(self, device: Device, share: float) -> float:
+        """Of values, outputs and their gradients made as wide as keys, and of the part of results that is kept; what
+        of them is held while the kernel runs is the same, as results come out as wide."""
+        if self.value[3] == self.query[3] or self.kernel(device) == "math":
+            return 0.0
+        queries = math.prod(self.query[:3])
+        values = math.prod(self.value[:3])
+        elements = 2 * (queries + values) if self.is_backward else queries + values
+        return float(elements * self.query[3] * self.dtypes[0].itemsize * share)
 
     def _window_is_bias(self, kernel: str) -> bool:
         return self.window > 0 and (kernel == "cpu" or (kernel == "efficient" and not self.causal))
@@ -131,6 +150,7 @@ class AttentionCall:
             held = min(MAX_SCORES[device.kind], math.prod(self.query[:3]) * self.key[2] * share)
             return held * self._tensors_of_scores(device.kind) * (8 if self.dtypes[0] == torch.float64 else 4), 0.0
         bias, repeated = self._bias_bytes(kernel, mask_bytes), self._repeated_bytes(kernel, share)
+        repeated += self.widened_bytes(device, share)
         return (repeated, bias) if self.mask is not None else (repeated + bias, 0.0)
 
     def _tensors_of_scores(self, kind: str) -> int:

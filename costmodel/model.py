@@ -65,7 +65,13 @@ class CostModel:
 
     def attention_work(self, call: AttentionCall) -> float:
         """FLOPs of the fused kernel on the cluster's worst device, over those that the model needs."""
-        return call.computed_pairs(self.cluster.worst_device())
+        device = self.cluster.worst_device()
+        return call.computed_pairs(device) * call.widened_work(device)
+
+    def attention_copies_seconds(self, call: AttentionCall, share: float) -> float:
+        """Of values made as wide as keys for a fused kernel, and of results made as narrow as values again."""
+        num_bytes = call.widened_bytes(self.cluster.worst_device(), share)
+        return self.op_seconds("copy_", 0.0, 2 * num_bytes, call.dtypes[0]) if num_bytes else 0.0
 
     def attention_scratch_bytes(self, call: AttentionCall, share: float, mask_bytes: float) -> tuple[float, float]:
         """(held while the kernel runs, left for the next call with the same mask)."""

@@ -74,16 +74,19 @@ def _forward(
     spec = Spec(scale, causal, window, dropout_p, rng_index, rng_shape, rng_offset)
     _check(query, key, value, rng_key, dropout_p)
     query, key, value = _readable(query), _readable(key), _readable(value)
-    match fused.lowering(query, key, value, mask, spec):
+    lowering = fused.lowering(query, key, value, mask, spec)
+    if lowering == "math":
+        out, lse = attention_math(query, key, value, mask, rng_key, spec)
+        return _sequence_major(out), _contiguous(lse)
+    given = query, key, fused.widened(value, query.shape[3])
+    match lowering:
         case "cpu":
-            out, lse = fused.cpu_forward(query, key, value, mask, spec)
+            out, lse = fused.cpu_forward(*given, mask, spec)
         case "flash":
-            out, lse = fused.flash_forward(query, key, value, spec)
-        case "efficient":
-            out, lse = fused.efficient_forward(query, key, value, mask, spec)
+            out, lse = fused.flash_forward(*given, spec)
         case _:
-            out, lse = attention_math(query, key, value, mask, rng_key, spec)
-    return _sequence_major(out), _contiguous(lse)
+            out, lse = fused.efficient_forward(*given, mask, spec)
+    return _sequence_major(fused.narrowed(out, value.shape[3])), _contiguous(lse)
 
 
 def _backward(
@@ -107,21 +110,25 @@ def _backward(
     spec = Spec(scale, causal, window, dropout_p, rng_index, rng_shape, rng_offset)
     grad_out, query, key, value = (_readable(tensor) for tensor in (grad_out, query, key, value))
     lse = _contiguous(lse)
-    grad_mask = None
     grads: Sequence[torch.Tensor]
-    match "math" if mask_needs_grad else fused.lowering(query, key, value, mask, spec):
+    lowering = "math" if mask_needs_grad else fused.lowering(query, key, value, mask, spec)
+    if lowering == "math":
+        *grads, grad_mask = attention_backward_math(
+            grad_out, query, key, value, mask, rng_key, out, lse, spec, mask_needs_grad
+        )
+        grad_query, grad_key, grad_value = (_sequence_major(grad) for grad in grads)
+        return grad_query, grad_key, grad_value, grad_mask
+    grad_out, wide, out = (fused.widened(tensor, query.shape[3]) for tensor in (grad_out, value, out))
+    match lowering:
         case "cpu":
-            grads = fused.cpu_backward(grad_out, query, key, value, mask, out, lse, spec)
+            grads = fused.cpu_backward(grad_out, query, key, wide, mask, out, lse, spec)
         case "flash":
-            grads = fused.flash_backward(grad_out, query, key, value, out, lse, spec)
-        case "efficient":
-            grads = fused.efficient_backward(grad_out, query, key, value, mask, out, lse, spec)
+            grads = fused.flash_backward(grad_out, query, key, wide, out, lse, spec)
         case _:
-            *grads, grad_mask = attention_backward_math(
-                grad_out, query, key, value, mask, rng_key, out, lse, spec, mask_needs_grad
-            )
-    grad_query, grad_key, grad_value = (_sequence_major(grad) for grad in grads)
-    return grad_query, grad_key, grad_value, grad_mask
+            grads = fused.efficient_backward(grad_out, query, key, wide, mask, out, lse, spec)
+    grad_query, grad_key, grad_value = grads
+    grad_value = fused.narrowed(grad_value, value.shape[3])
+    return _sequence_major(grad_query), _sequence_major(grad_key), _sequence_major(grad_value), None
 
 
 def _check(

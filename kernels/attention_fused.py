@@ -27,7 +27,7 @@ def lowering(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: 
     """'cpu', 'flash', 'efficient' or 'math': by device, dtype and shape alone, so that forward and backward agree."""
     half = query.dtype in (torch.float16, torch.bfloat16)
     dim = query.shape[3]
-    if spec.dropout_p > 0 or value.shape[3] != dim or not query.numel() or not key.numel():
+    if spec.dropout_p > 0 or value.shape[3] > dim or not query.numel() or not key.numel():
         return "math"
     if not (query.dtype == key.dtype == value.dtype):
         return "math"
@@ -44,6 +44,18 @@ def lowering(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: 
     if dim % (8 if half else 4) == 0 and (half or query.dtype == torch.float32):
         return "efficient"
     return "math"
+
+
+def widened(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Heads of `dim` elements, the last of them zero: the kernels want values as wide as keys, and those of multi-head
+    latent attention are narrower. Zeros in values make zeros in the output, which add nothing to a gradient."""
+    missing = dim - tensor.shape[3]
+    return tensor if not missing else torch.nn.functional.pad(tensor, (0, missing))
+
+
+def narrowed(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """What widened() started from."""
+    return tensor if tensor.shape[3] == dim else tensor.narrow(3, 0, dim)
 
 
 def _flash_takes(dim: int, capability: tuple[int, int]) -> bool:

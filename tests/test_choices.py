@@ -15,7 +15,7 @@ EVERY = Choices.of(
     {"pp": 2, "dp": 4, "cp": 1, "ep": 2, "tp": 2}, zero=3, schedule="1f1b", microbatch=2,
     global_microbatch=8, virtual_stages=1, recompute="all", cuts=(3, 5), zero_extent=(2, 4), offload=True,
     optimizer_state="host", prefer="memory", attention="gather", experts="dispatch", sequence_parallel="off",
-    memory_margin=0.05, loss="chunked",
+    memory_margin=0.05, loss="chunked", expert_imbalance="2:1.25",
 )  # fmt: skip
 
 

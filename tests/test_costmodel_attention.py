@@ -69,7 +69,11 @@ def test_the_kernel_that_is_priced_is_the_one_that_runs(hardware, capability, mo
             query, key = (torch.empty(s, dtype=call.dtypes[0], device=place) for s in (call.query, call.key))
             mask = None if call.mask is None else torch.empty(call.mask[0], dtype=call.mask[1], device=place)
             spec = Spec(1.0, call.causal, call.window, call.dropout_p)
-            assert call.kernel(device) == attention_fused.lowering(query, key, key, mask, spec), call
+            for wide in (0, -2, 2):  # values as wide as keys, narrower and wider
+                sizes = (*call.key[:3], call.key[3] + wide)
+                value = torch.empty(sizes, dtype=call.dtypes[0], device=place)
+                other = dataclasses.replace(call, value=sizes)
+                assert other.kernel(device) == attention_fused.lowering(query, key, value, mask, spec), other
     assert call_of((2, 4, 16, 64), mask_needs_grad=True).kernel(device) == "math"
     assert call_of((2, 4, 16, 64)).kernel(parse_hardware("1xMI300X").device(0)) == "math"
 
@@ -112,6 +116,24 @@ def test_a_window_makes_attention_cheaper_where_the_kernel_skips():
             flops[window] = op_work(node).flops
     assert flops[0] == 2 * 2 * 32 * 128 * 32768**2 / 2
     assert flops[4096] / flops[0] == pytest.approx(expected)
+
+
+def test_values_narrower_than_keys_are_priced_as_wide_and_their_copies_beside():
+    """Multi-head latent attention of DeepSeek-V3: 128 heads with keys of 192 numbers and values of 128."""
+    cost_model = CostModel(parse_hardware("1xH100-SXM-80GB"))
+    device = cost_model.cluster.device(0)
+    call = call_of((1, 128, 4096, 192), causal=True, value=(1, 128, 4096, 128))
+    backward = dataclasses.replace(call, is_backward=True)
+    assert call.kernel(device) == backward.kernel(device) == "flash"
+    assert call.widened_work(device) == pytest.approx(2 * 192 / (192 + 128))
+    assert backward.widened_work(device) == pytest.approx(5 * 192 / (3 * 192 + 2 * 128))
+    one = 128 * 4096 * 192 * 2
+    assert (call.widened_bytes(device, 1.0), backward.widened_bytes(device, 0.5)) == (2 * one, 2 * one)
+    assert cost_model.attention_seconds(call, 1.0) is None
+    assert cost_model.attention_copies_seconds(call, 1.0) == cost_model.op_seconds(
+        "copy_", 0.0, 4 * one, torch.bfloat16
+    )
+    assert call_of((1, 128, 4096, 192), value=(1, 128, 4096, 256)).kernel(device) == "math"
 
 
 def test_limits_of_a_block_are_those_of_the_kernels():

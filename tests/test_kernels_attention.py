@@ -15,7 +15,7 @@ from shardwright.kernels.generator import keep_mask, keep_scale
 from shardwright.kernels.ops import attention, make_key
 
 CPU = torch.device("cpu")
-B, H, S, T, D, E = 2, 4, 5, 7, 8, 6
+B, H, S, T, D, E, W = 2, 4, 5, 7, 8, 6, 10
 
 
 def oracle(query, key, value, mask=None, scale=0.3, causal=False, window=0, keep=None):
@@ -92,7 +92,7 @@ def masks():
 
 @pytest.mark.parametrize("mask", list(masks()))
 @pytest.mark.parametrize("causal,window", [(False, 0), (True, 0), (True, 3), (False, 3)])
-@pytest.mark.parametrize("value_dim", [D, E])  # E != D takes the formula, D the fused kernel
+@pytest.mark.parametrize("value_dim", [D, E, W])  # W takes the formula, D and, made wider, E the fused kernel
 def test_output_and_gradients_agree_with_autograd_of_the_formula(mask, causal, window, value_dim):
     inputs = qkv(value_dim=value_dim)
     mask = masks()[mask]
@@ -159,7 +159,7 @@ def test_dropout_of_a_shard_is_the_slice_of_the_whole():
 def test_blocks_of_rows_give_what_one_block_gives(monkeypatch, causal, window, limit):
     monkeypatch.setitem(attention_math._MAX_SCORES, "cpu", limit)
     mask = masks()["float"].clone().requires_grad_()
-    inputs, rng_key = [*qkv(value_dim=E), mask], make_key(2)
+    inputs, rng_key = [*qkv(value_dim=W), mask], make_key(2)
     keep = keep_mask(
         rng_key, (B, H, S, T), (B, H, S, T), (0, 0, 0, 0), 0, 0.3, torch.device("cpu")
     ).double() * keep_scale(0.3)
@@ -168,7 +168,7 @@ def test_blocks_of_rows_give_what_one_block_gives(monkeypatch, causal, window, l
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
-@pytest.mark.parametrize("value_dim", [D, E])
+@pytest.mark.parametrize("value_dim", [D, E, W])
 def test_fake_tensors_promise_the_dtypes_and_layouts_that_come(dtype, tolerance, value_dim):
     inputs = qkv(dtype, value_dim=value_dim)
     mask = torch.zeros(1, H, S, T).transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()

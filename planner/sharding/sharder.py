@@ -246,6 +246,8 @@ class Sharder:
             flops *= self.cost_model.misaligned_factor()
         name, dtype = str(node.target), self._dtypes[key]
         seconds = self.cost_model.op_seconds(name, flops, moved, dtype, launches=work.launches)
+        if call is not None:
+            seconds += self.cost_model.attention_copies_seconds(call, share)
         loss = LossCall.read(node)
         if loss is not None:
             seconds += self.cost_model.op_seconds("aten._log_softmax", 0.0, loss.traffic_bytes(share), dtype)
