@@ -102,6 +102,12 @@ def num_cores() -> int:
     return cores
 
 
+def threads_each(num_processes: int) -> int:
+    """Of one of so many processes that share this machine: what OMP_NUM_THREADS says, else its share of the cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdigit() and int(said) > 0 else max(1, (os.cpu_count() or 1) // num_processes)
+
+
 def host_memory_bytes() -> int:
     """Physical memory, or the container's limit where that is less."""
     total = 0

@@ -9,9 +9,9 @@ from dataclasses import replace
 from ..errors import ShardwrightError
 from .accelerators import Accelerator, accelerators
 from .cluster import Device, Figure, HostGroup, Link
-from .cpu_calibration import machine_name, read_cpu_calibration
+from .cpu_calibration import read_cpu_calibration
 from .measured_rates import MeasuredRates
-from .measurements import cached_rates, here
+from .measurements import cached_rates, cpus_here
 
 MAX_DEVICES = 1 << 18
 MAX_DIGITS = 9
@@ -160,9 +160,7 @@ def _cpu_group(entry: Accelerator, num_hosts: int, num_processes: int) -> HostGr
     calibration = read_cpu_calibration()
     if calibration is not None:
         device, local = calibration.apply(device, local)
-    shared = with_rates(
-        share_cpu(device, num_processes), cached_rates(here(machine_name(), num_processes)), "the cache"
-    )
+    shared = with_rates(share_cpu(device, num_processes), cached_rates(cpus_here(num_processes)), "the cache")
     return HostGroup(num_hosts, num_processes, shared, share_link(local, num_processes), entry.network)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ShardwrightError
-from .cpu_calibration import cache_folder
+from .cpu_calibration import cache_folder, machine_name, threads_each
 from .measured_rates import MeasuredRates, Measurement, Point
 
 _TABLE = """
@@ -70,37 +70,44 @@ class Measurements:
         self.where, self.path = where, path if path is not None else measurements_path()
 
     def __enter__(self) -> Measurements:
-        try:
+        with self._refusals():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(self.path, timeout=30)
             self._connection.execute(_TABLE)
-        except (OSError, sqlite3.Error) as error:
-            raise ShardwrightError(
-                f"cannot keep measurements in {self.path}: {error}",
-                means="what is measured would be lost",
-                change="SHARDWRIGHT_CACHE, the folder for it",
-                works="SHARDWRIGHT_CACHE=/tmp/shardwright; where the file is damaged, remove it",
-            ) from None
         return self
 
     def __exit__(self, *error: object) -> None:
         self._connection.close()
 
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What SQLite and the file system refuse, said as our error."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise ShardwrightError(
+                f"cannot keep measurements in {self.path}: {error}",
+                means="what is measured would be lost",
+                change="SHARDWRIGHT_CACHE, the folder for it",
+                works="SHARDWRIGHT_CACHE=/tmp/shardwright; where the file is damaged or of another program, remove it",
+            ) from None
+
     def _place(self) -> tuple[str, str, int]:
         return self.where.device, self.where.versions, self.where.processes
 
     def rows(self) -> dict[Case, Row]:
-        found = self._connection.execute(
-            "SELECT op, dtype, form, size, flops, bytes, seconds, error FROM measurements"
-            " WHERE device = ? AND versions = ? AND processes = ?",
-            self._place(),
-        )
+        with self._refusals():
+            found = self._connection.execute(
+                "SELECT op, dtype, form, size, flops, bytes, seconds, error FROM measurements"
+                " WHERE device = ? AND versions = ? AND processes = ?",
+                self._place(),
+            ).fetchall()
         return {Case(*row[:4]): Row(Case(*row[:4]), *row[4:]) for row in found}
 
     def put(self, row: Row) -> None:
         case = row.case
         today = datetime.date.today().isoformat()
-        with self._connection:
+        with self._refusals(), self._connection:
             self._connection.execute(
                 "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (*self._place(), case.op, case.dtype, case.form, case.size, row.flops, row.bytes_moved, row.seconds,
@@ -110,7 +117,7 @@ class Measurements:
     def forget(self, dtypes: Sequence[str], ops: Sequence[str] = ()) -> None:
         """Remove the rows of this place, of these dtypes and ops; no ops: of all."""
         mine = [case for case in self.rows() if case.dtype in dtypes and (not ops or case.op in ops)]
-        with self._connection:
+        with self._refusals(), self._connection:
             self._connection.executemany(
                 "DELETE FROM measurements WHERE device = ? AND versions = ? AND processes = ?"
                 " AND op = ? AND dtype = ? AND form = ? AND size = ?",
@@ -131,10 +138,15 @@ def here(device: str, processes: int) -> Where:
     return Where(device, f"torch {importlib.metadata.version('torch')}", processes)
 
 
+def cpus_here(processes: int) -> Where:
+    """This machine's cores, shared by so many processes."""
+    return here(f"{machine_name()}, {threads_each(processes)} threads a process", processes)
+
+
 def cached_rates(where: Where) -> MeasuredRates | None:
     """What was measured there; None where nothing was, or no cache can be read."""
     if not measurements_path().is_file():
         return None
-    with contextlib.suppress(ShardwrightError, sqlite3.Error), Measurements(where) as kept:
+    with contextlib.suppress(ShardwrightError), Measurements(where) as kept:
         return rates_of(list(kept.rows().values())) or None
     return None

@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from ..errors import ExitCode, ShardwrightError
 from ..units import GB, GIB
-from .cpu_calibration import host_memory_bytes, machine_name
+from .cpu_calibration import host_memory_bytes, machine_name, threads_each
 from .discovery import accelerator_key
 from .files import replace_text
 from .measured_rates import MeasuredRates
-from .measurements import Case, Measurements, Row, Where, here, rates_of
+from .measurements import Case, Measurements, Row, Where, cpus_here, here, rates_of
 from .measuring import DTYPES, Together, all_series, measure
 from .measuring_links import MeasuredLink, measure_links, ranks_by_host
 
@@ -70,11 +70,34 @@ def _median(links: Sequence[MeasuredLink]) -> MeasuredLink | None:
 def _where(device: torch.device, alone: bool) -> Where:
     if device.type == "cuda":
         return here(torch.cuda.get_device_name(device), 1)
-    names: list[Any] = [machine_name()]
+    processes = _gathered(machine_name(), alone).count(machine_name())
+    torch.set_num_threads(threads_each(processes))
+    return cpus_here(processes)
+
+
+def _gathered(value: str, alone: bool) -> list[str]:
+    """Of all processes."""
+    found: list[Any] = [value]
     if not alone:
-        names = [None] * dist.get_world_size()
-        dist.all_gather_object(names, machine_name())
-    return here(machine_name(), names.count(machine_name()))
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value)
+    return found
+
+
+def _refuse_unlike(device: torch.device, by_host: Sequence[Sequence[int]], alone: bool) -> None:
+    """Hosts of one file are alike: what is measured is the mean over all."""
+    own = machine_name().partition(", ")[2] if device.type == "cpu" else torch.cuda.get_device_name(device)
+    kinds = sorted(set(_gathered(own, alone)))
+    counts = sorted({len(ranks) for ranks in by_host})
+    if len(kinds) > 1 or len(counts) > 1:
+        what = " and ".join(kinds) if len(kinds) > 1 else f"{' and '.join(map(str, counts))} processes a host"
+        raise ShardwrightError(
+            f"the hosts of this job are unlike: {what}",
+            means="one figure for all of them would be that of none",
+            change="the hosts of the job, or the processes on each",
+            works="one run for each kind of host, and a hardware file with the [[hosts]] of all",
+            exit_code=ExitCode.USAGE,
+        )
 
 
 def profile(
@@ -98,6 +121,7 @@ def profile(
     series = [one for one in series if not ops or one.op in ops]
     alone = not (dist.is_available() and dist.is_initialized())
     by_host = [[0]] if alone else ranks_by_host(_host_name())
+    _refuse_unlike(device, by_host, alone)
     where, first = _where(device, alone), alone or dist.get_rank() == 0
     if first:
         with Measurements(where, cache) as kept:
@@ -170,7 +194,7 @@ def _together(alone: bool) -> Together:
 def write_hardware(made: Profile, path: Path) -> None:
     """As a file that --hardware takes. Raises ShardwrightError where it cannot be written."""
     today, source = datetime.date.today().isoformat(), f"shardwright profile on {made.where.device}"
-    lines = [f"# {source}, {made.where.versions}, {today}, {platform.system()}", f'name = "{path.stem}"', ""]
+    lines = [f"# {source}, {made.where.versions}, {today}, {platform.system()}", f"name = {_text(path.stem)}", ""]
     lines += ["[[hosts]]", f'devices = "{made.devices}"', f"count = {made.num_hosts}"]
     lines.append(f"memory_gib = {made.memory_gib:.3f}")
     for key, link in (("local_link", made.link_inside()), ("network_link", made.link_between_hosts())):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .costmodel.model import CostModel
+from .costmodel.stacks import Stack
 from .errors import ExitCode, ShardwrightError
 from .planner.lengths.assignment import Assignment, GroupWork, assign_in_rounds, of_width
 from .planner.lengths.work import ALL, NONE, Policy, free_bytes, group_works
@@ -123,13 +124,23 @@ class LengthsPlan:
 
 
 def plan_lengths(
-    workload_of: Callable[[int], Workload], cluster: Cluster, lengths: list[int], force: Mapping[str, str]
+    workload_of: Callable[[int], Workload], cluster: Cluster, lengths: list[int], force: Mapping[str, str], stack: Stack
 ) -> LengthsPlan:
-    """workload_of: tokens of its sequences -> a Workload. Raises ShardwrightError where the longest fits nowhere."""
+    """workload_of: tokens of its sequences -> a Workload. Raises ShardwrightError where the longest fits nowhere, and
+    for what is forced: an assignment decides widths, ZeRO stage and recomputation itself."""
     from .api import captured_for
     from .jobs import job_of
 
-    num_ranks, cost_model = cluster.num_devices, CostModel(cluster)
+    if force:
+        key = next(iter(force))
+        raise ShardwrightError(
+            f"--lengths and --force {key}={force[key]}",
+            means="an assignment decides the width of each group, the ZeRO stage and recomputation itself",
+            change="--force",
+            works="leave it out, or leave --lengths out and plan for the longest sequence",
+            exit_code=ExitCode.CONTRADICTION,
+        )
+    num_ranks, cost_model = cluster.num_devices, CostModel(cluster, stack=stack)
     widest = num_ranks & -num_ranks
     tokens = max(widest * 16, min(CAPTURED_TOKENS, max(lengths)) // widest * widest)
     captured = captured_for(workload_of(tokens), cost_model, "chunked")
@@ -178,7 +189,9 @@ def _too_long(lengths: list[int], works: list[GroupWork]) -> ShardwrightError:
 def print_lengths(plan: LengthsPlan) -> None:
     tokens = sum(plan.lengths)
     print(f"{len(plan.lengths)} sequences of {min(plan.lengths):,} to {max(plan.lengths):,} tokens, {tokens:,} in all")
-    print(f"predicted step  {plan.found.seconds:.3f} s, no assignment is below {plan.found.bound_s:.3f} s")
+    rounds = "one round" if all(group.round == 0 for group in plan.found.groups) else "any number of rounds"
+    bound = f"no assignment in {rounds} is below {plan.found.bound_s:.3f} s"
+    print(f"predicted step  {plan.found.seconds:.3f} s, {bound}")
     print(f"ZeRO {plan.policy.zero} over all {plan.num_ranks} ranks, recompute {plan.policy.recompute}")
     print(f"assigned in     {plan.solve_s:.2f} s")
     print(f"{'round':>5} {'width':>6} {'groups':>7} {'sequences':>10} {'tokens':>12} {'longest':>9} {'busiest':>10}")

@@ -20,10 +20,10 @@ from shardwright.costmodel.measured import measured_seconds
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.hardware import parse_hardware
 from shardwright.profiler.measured_rates import MeasuredRates, Measurement, Point
-from shardwright.profiler.measurements import Case, Measurements, Row, Where, cached_rates, here
+from shardwright.profiler.measurements import Case, Measurements, Row, Where, cached_rates, cpus_here, here
 from shardwright.profiler.measuring import Series, Sized, Together, all_series, measure
 from shardwright.profiler.measuring_links import MeasuredLink, hosts_of, measure_links
-from shardwright.profiler.profiling import Profile, write_hardware
+from shardwright.profiler.profiling import Profile, _refuse_unlike, write_hardware
 
 CPU = torch.device("cpu")
 
@@ -171,19 +171,48 @@ def test_a_hardware_file_with_other_rates_is_refused(rates: str, tmp_path: Path)
 def test_names_of_cpus_take_what_was_measured_with_as_many_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shardwright.profiler.cpu_calibration import machine_name
-
     monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path))
     assert parse_hardware("2xCPU").device(0).rates is None
-    with Measurements(here(machine_name(), 2)) as kept:
+    with Measurements(cpus_here(2)) as kept:
         kept.put(Row(Case("add", "fp32", "", "1"), 1.0, 12.0, 1e-6))
     assert parse_hardware("2xCPU").device(0).rates is not None
     assert parse_hardware("4xCPU").device(0).rates is None
+    with monkeypatch.context() as other:
+        other.setenv("OMP_NUM_THREADS", "7")  # of other threads nothing was measured
+        assert parse_hardware("2xCPU").device(0).rates is None
     (tmp_path / "measurements.sqlite").write_bytes(b"no database")
     assert parse_hardware("2xCPU").device(0).rates is None
-    assert cached_rates(here(machine_name(), 2)) is None
+    assert cached_rates(cpus_here(2)) is None
     with pytest.raises(ShardwrightError, match="cannot keep"), Measurements(here("x", 1)):
         pass
+
+
+def test_a_cache_of_another_program_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.sqlite"
+    sqlite3.connect(path).execute("CREATE TABLE measurements (x TEXT)")
+    row = Row(Case("a", "fp32", "", "1"), 1.0, 1.0, 1.0)
+    with Measurements(Where("here", "torch", 1), path) as kept:
+        for use in (kept.rows, lambda: kept.put(row), lambda: kept.forget([])):
+            with pytest.raises(ShardwrightError, match="cannot keep"):
+                use()
+
+
+def test_a_hardware_file_is_one_whatever_its_name(tmp_path: Path) -> None:
+    path = tmp_path / 'a"b.toml'
+    write_hardware(Profile(Where("here", "torch", 1), "1xCPU", 1, _rates(), [], 4.0, {}, 8), path)
+    assert parse_hardware(str(path)).name == 'a"b'
+
+
+def _unlike(rank: int) -> str:
+    try:
+        _refuse_unlike(CPU, [[0], [1, 2]], alone=False)
+    except ShardwrightError as error:
+        return error.what
+    return ""
+
+
+def test_hosts_that_are_unlike_are_refused() -> None:
+    assert all("unlike" in text for text in run_ranks(2, _unlike))
 
 
 def _links(rank: int, hosts: list[list[int]]) -> list[MeasuredLink]:

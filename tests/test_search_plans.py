@@ -338,6 +338,7 @@ def test_all_force_keys_parse():
         "attention": "gather",
         "experts": "dispatch",
         "sequence_parallel": "off",
+        "loss": "chunked",
     }
     forced = parse_forced(values)
     assert forced.cuts == (3, 5) and forced.schedule == "gpipe"

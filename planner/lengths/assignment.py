@@ -27,6 +27,7 @@ import pulp
 from ..solver import solve_model
 
 MOST_KINDS = 20  # of lengths
+IMPOSSIBLE, UNKNOWN = "impossible", "unknown"  # what a program of a limit came to
 TOLERANCE = 5e-3  # of T
 PROGRAM_S = 0.25  # of one integer program
 MOST_MOVES = 400
@@ -66,8 +67,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Assignment:
-    """seconds: of the busiest group of each round. bound_s: no assignment is faster, in as many rounds, but for what
-    kinds of lengths average out; in any number of them, where there are several."""
+    """seconds: of the busiest group of each round. bound_s: no assignment is faster, in one round; in any number of
+    them, where there are several."""
 
     groups: tuple[Group, ...]
     seconds: float
@@ -108,22 +109,26 @@ def assign(lengths: Sequence[int], works: Sequence[GroupWork], num_ranks: int) -
     if not np.isfinite(seconds).any(1).all():
         return None
     kinds = _kinds(np.array(lengths), seconds)
+    exact = all(np.unique(np.array(lengths)[kind]).size == 1 for kind in kinds)
     best = single_width(lengths, works, num_ranks)
     high = best.seconds if best is not None else float(np.where(np.isfinite(seconds), seconds, 0).max(1).sum())
-    low = _least(seconds, widths, num_ranks)
+    bound_s = low = _least(seconds, widths, num_ranks)
     while high - low > TOLERANCE * high:
         middle = (low + high) / 2
         found = _program(middle, seconds, kinds, widths, num_ranks)
-        if found is None:
+        if found in (IMPOSSIBLE, UNKNOWN):
             low = middle
+            if found == IMPOSSIBLE and exact:  # what averages out, or was not solved, proves nothing
+                bound_s = middle
             continue
+        assert not isinstance(found, str)
         packed = _packed(found, seconds, kinds, widths, num_ranks)
         best = packed if best is None or packed.seconds < best.seconds else best
         high = middle
         if best.seconds <= low * (1 + TOLERANCE):
             break
     assert best is not None
-    return Assignment(best.groups, best.seconds, min(low, best.seconds))
+    return Assignment(best.groups, best.seconds, min(bound_s, best.seconds))
 
 
 def single_width(lengths: Sequence[int], works: Sequence[GroupWork], num_ranks: int) -> Assignment | None:
@@ -162,12 +167,13 @@ def _kinds(lengths: np.ndarray, seconds: np.ndarray) -> list[np.ndarray]:
 
 def _program(
     limit_s: float, seconds: np.ndarray, kinds: Sequence[np.ndarray], widths: Sequence[int], num_ranks: int
-) -> tuple[np.ndarray, list[int]] | None:
-    """(sequences of each kind on each width, groups of each width) within limit_s; None where there are none."""
+) -> tuple[np.ndarray, list[int]] | str:
+    """(sequences of each kind on each width, groups of each width) within limit_s; IMPOSSIBLE, or UNKNOWN where the
+    time for it was too short."""
     fits = np.array([[np.isfinite(seconds[kind, d]).all() and seconds[kind, d].max() <= limit_s
                       for d in range(len(widths))] for kind in kinds])  # fmt: skip
     if not fits.any(1).all():
-        return None
+        return IMPOSSIBLE
     model = pulp.LpProblem("groups", pulp.LpMinimize)
     groups = [pulp.LpVariable(f"k{d}", 0, num_ranks // width, pulp.LpInteger) for d, width in enumerate(widths)]
     chosen = {
@@ -184,8 +190,9 @@ def _program(
     for d in range(len(widths)):  # _work
         work = [float(seconds[kind, d].mean()) / limit_s * chosen[q, d] for q, kind in enumerate(kinds) if fits[q, d]]
         model += pulp.lpSum(work) <= groups[d]
-    if solve_model(model, time_limit_s=PROGRAM_S, gap=1.0).status not in ("optimal", "feasible"):
-        return None
+    status = solve_model(model, time_limit_s=PROGRAM_S, gap=1.0).status
+    if status not in ("optimal", "feasible"):
+        return IMPOSSIBLE if status == "infeasible" else UNKNOWN
     counts = np.zeros((len(kinds), len(widths)), dtype=int)
     for (q, d), variable in chosen.items():
         counts[q, d] = round(variable.value() or 0)

@@ -159,5 +159,6 @@ def free_bytes(sharder: Sharder, graph: ModelGraph, zero: int, num_ranks: int) -
     """What state and the margin for errors of the memory model leave of a rank's device."""
     device = sharder.cost_model.cluster.worst_device()
     limit = (device.memory_bytes - reserve_bytes(device.kind, GROUPS)) / slack_factor(device.kind)
-    limit /= 1.0 + memory_error(device.kind, sharder.cost_model.stack)
+    if sharder.cost_model.cluster.memory_limit_bytes is None:  # a limit of the user's is taken as it is said
+        limit /= 1.0 + memory_error(device.kind, sharder.cost_model.stack)
     return limit - state_bytes(sharder, graph, zero, num_ranks)

@@ -98,7 +98,9 @@ def execute(args: argparse.Namespace) -> int:
 def _plan_lengths(args: argparse.Namespace, cluster: Cluster, force: dict[str, str]) -> int:
     import json
 
+    from ..costmodel.stacks import stack_named
     from ..lengths import plan_lengths, print_lengths, read_lengths
+    from ..profiler.files import replace_text
     from ..profiler.workload import Workload
 
     lengths = read_lengths(args.lengths, args.global_batch)
@@ -110,10 +112,10 @@ def _plan_lengths(args: argparse.Namespace, cluster: Cluster, force: dict[str, s
 
     with _options.progress_line() as progress:
         progress(f"capturing {args.model}")
-        found = plan_lengths(workload_of, cluster, lengths, force)
+        found = plan_lengths(workload_of, cluster, lengths, force, stack_named(args.stack))
     text = json.dumps(found.to_dict(), indent=1)
     if args.output is not None:
-        Path(args.output).write_text(text + "\n")
+        replace_text(Path(args.output), text + "\n")
     if args.json:
         _options.print_json(text)
     else:
