@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import ExitCode, ShardwrightError
 from ..profiler.graph import ModelGraph
 from .parameters import ParameterStore
-from .together import host_group
+from .together import host_group, on_every_rank
 
 
 class ByHand:
@@ -34,11 +34,14 @@ class ByHand:
         """Raises ShardwrightError, on all ranks, where a parameter is to train that was planned frozen, or rests on one
         rank and trains on another. Every rank calls it. stepped: the user has stepped the optimizer of this rank; the
         result is whether that is so on any."""
-        self.store.take_new_tensors()
+        refused = self._take_new_tensors()
         own = self._flags()
         rests = [name in own and not own[name] for name in self._names]
         trains = [name in own and own[name] for name in self._names]
-        rests, trains, (written, stepped) = self._together(rests, trains, [self.store.were_written(), stepped])
+        local = [self.store.were_written(), stepped, refused is not None]
+        rests, trains, (written, stepped, any_refused) = self._together(rests, trains, local)
+        if any_refused:
+            on_every_rank(lambda: _raise(refused), others="another rank refused: ")
         rows = list(zip(self._names, rests, trains, strict=True))
         if thawed := [name for name, _, train in rows if train and not self._can(name)]:
             raise _thawed(sorted(thawed))
@@ -49,6 +52,14 @@ class ByHand:
         if written:
             self.store.refresh()
         return stepped
+
+    def _take_new_tensors(self) -> ShardwrightError | None:
+        """What this rank refuses, which the others are to hear of before any raises."""
+        try:
+            self.store.take_new_tensors()
+        except ShardwrightError as error:
+            return error
+        return None
 
     def _together(self, *lists: list[bool]) -> list[list[bool]]:
         """What is true on any rank. Said on the host: no device is waited for."""
@@ -68,6 +79,11 @@ class ByHand:
 
     def _can(self, name: str) -> bool:
         return self.graph.params[name][2]
+
+
+def _raise(error: ShardwrightError | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _differs(name: str) -> ShardwrightError:

@@ -7,9 +7,11 @@ norm of the parameters that a rank of a pipeline holds clips each stage by a nor
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.utils.weak import TensorWeakRef
 
 from ..errors import ShardwrightError
 from .parameters import ParameterStore
@@ -24,7 +26,8 @@ class GradientsByHand:
         self._is_pipeline = group is not None and store.grid.size("pp") > 1
         self._left_out = 0  # calls whose gradients were neither stepped nor dropped
         self._stepped = True
-        self._samples: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._samples: dict[str, tuple[TensorWeakRef, int, torch.Tensor]] = {}
+        self._asked_factor = math.inf  # of the gradients by which the user stepped the optimizer
 
     def replaced(self) -> None:
         """forward_backward() is about to put its gradients in the place of those that are there."""
@@ -35,7 +38,7 @@ class GradientsByHand:
 
     def stepped(self) -> None:
         """They were used, or are made and used at once."""
-        self._stepped, self._left_out = True, 0
+        self._stepped, self._left_out, self._samples = True, 0, {}
 
     def made(self) -> None:
         """The gradients of the parameters are there."""
@@ -43,30 +46,49 @@ class GradientsByHand:
             return
         self._samples = {}
         for name, grad in self.store.local_grads().items():
-            self._samples[name] = grad, grad._version, grad.reshape(-1)[:_SAMPLE].clone()
+            self._samples[name] = TensorWeakRef(grad), grad._version, grad.reshape(-1)[:_SAMPLE].clone()
 
-    def refuse(self) -> None:
-        """Before a step with them. Raises ShardwrightError; every rank calls it."""
+    def refuse(self) -> Callable[[], None]:
+        """Before a step with them. Raises ShardwrightError for what a rank sees alone; every rank calls it. What they
+        see together is on its way then, and the result, called on every rank, waits for it and raises likewise."""
         if self._left_out:
             raise _accumulated(self._left_out + 1)
-        if self._is_pipeline:
-            self._refuse_unlike_factors()
+        return self._start(self._factor()) if self._is_pipeline else _nothing
 
-    def _refuse_unlike_factors(self) -> None:
+    def asked(self) -> None:
+        """Before a step that the user asks the optimizer for, which a rank that has none does not make."""
+        if self._left_out:
+            raise _accumulated(self._left_out + 1)
+        if not self._stepped:  # the second step by the same gradients has what the first one had
+            self._asked_factor = self._factor() if self._is_pipeline else math.inf
+            self.stepped()
+
+    def refuse_asked(self) -> None:
+        """After such a step. Raises ShardwrightError; every rank calls it once any has made one."""
+        if self._is_pipeline:
+            factor, self._asked_factor = self._asked_factor, math.inf
+            self._start(factor)()
+
+    def _start(self, factor: float) -> Callable[[], None]:
         """By what each rank multiplied its gradients; NaN: not all by one number; infinity: it has none."""
-        own = torch.tensor([self._factor()], dtype=torch.float64)
+        own = torch.tensor([[factor, self._tolerance()]], dtype=torch.float64)
         everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(everyone, own, group=self._group)
-        factors = torch.cat(everyone)
-        factors = factors[~factors.isinf()]
-        if factors.isnan().any() or not factors.numel():
-            return
-        low, high = factors.min().item(), factors.max().item()
-        if abs(high - low) > self._tolerance() * max(abs(high), abs(low)):
-            raise _clipped_by_stage(low, high)
+        work = dist.all_gather(everyone, own, group=self._group, async_op=True)
+
+        def look() -> None:
+            work.wait()
+            factors, tolerances = torch.cat(everyone).unbind(1)
+            factors = factors[~factors.isinf()]
+            if factors.isnan().any() or not factors.numel():
+                return
+            low, high = factors.min().item(), factors.max().item()
+            if abs(high - low) > tolerances.max().item() * max(abs(high), abs(low)):
+                raise _clipped_by_stage(low, high)
+
+        return look
 
     def _tolerance(self) -> float:
-        dtypes = {grad.dtype for grad, _, _ in self._samples.values()}
+        dtypes = {self.store.specs[name].master_dtype for name in self.store.parameters}
         return 2e-2 if dtypes & {torch.bfloat16, torch.float16} else 1e-4
 
     def _factor(self) -> float:
@@ -74,7 +96,8 @@ class GradientsByHand:
         if not now and not self._samples:
             return math.inf
         written = now.keys() != self._samples.keys() or any(
-            now[name] is not grad or grad._version != version for name, (grad, version, _) in self._samples.items()
+            now[name] is not grad() or now[name]._version != version
+            for name, (grad, version, _) in self._samples.items()
         )
         if not written:  # then no device is waited for
             return 1.0
@@ -89,6 +112,10 @@ class GradientsByHand:
             return math.inf
         low, high = ratios.min().item(), ratios.max().item()
         return low if abs(high - low) <= self._tolerance() * max(abs(low), abs(high)) else math.nan
+
+
+def _nothing() -> None:
+    pass
 
 
 def _accumulated(count: int) -> ShardwrightError:

@@ -20,13 +20,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..errors import ShardwrightError
 from ..passes.gradients import Into
 from ..plans.axes import stage_axes, state_axes
 from ..profiler.workload import Precision
 from ._torch import layout_of, local_part, with_layout
 from .collectives import Pending
 from .extents import DataCut, Level
+from .given_data import take_data
 from .host_link import HostLink
 from .mesh import RankGrid
 from .relayout import changed_axes, dim_cuts, grad_to_storage, relaid
@@ -285,15 +285,8 @@ class ParameterStore:
     @torch.no_grad()
     def take_new_tensors(self) -> None:
         """Values that were given by `parameter.data = tensor` come to where the segments read them. Raises
-        ShardwrightError where that does nothing, as with DTensors."""
-        for name, parameter, storage in self._storages:
-            if parameter.untyped_storage()._cdata == storage._cdata:
-                continue
-            if isinstance(parameter, DTensor):
-                raise _data_of_dtensor(name)
-            master = self._unit_of[name].masters[name]
-            master.copy_(parameter)
-            parameter.data = master
+        ShardwrightError where that does nothing, as with DTensors, or the shape is another, before it takes any."""
+        take_data((name, p, storage, self._unit_of[name].masters[name]) for name, p, storage in self._storages)
 
     # use by the segments
 
@@ -445,15 +438,6 @@ class ParameterStore:
     def host_bytes(self) -> int:
         """What the optimizer steps over in host memory, and the gradients there."""
         return sum(unit.host_bytes() for unit in self.units)
-
-
-def _data_of_dtensor(name: str) -> ShardwrightError:
-    return ShardwrightError(
-        f"{name}.data was given another tensor",
-        means="the parameter is a DTensor, whose values that does not change",
-        change="parameter.data = tensor",
-        works="with torch.no_grad(): parameter.copy_(tensor)",
-    )
 
 
 def local_tensor(tensor: Any) -> torch.Tensor:

@@ -28,7 +28,7 @@ from .buffers import Buffers, SecondDirection, buffer_names, written_buffers
 from .by_hand import ByHand
 from .collectives import Summing
 from .conditions import Conditions
-from .coupling import maker_of, refuse_coupled
+from .coupling import refuse_coupled
 from .evaluation import Evaluator, MakeEvaluation
 from .extents import DataCut
 from .gradients_by_hand import GradientsByHand
@@ -169,10 +169,10 @@ class Program:
         )
         self._by_hand = ByHand(self.store, graph, workload.model)
         self.scaler = loss_scaler(workload.precision)
-        self._stepper = Stepper(workload.optimizer, self.store, self.scaler)
         self._gradients_by_hand = GradientsByHand(self.store, self._by_hand.group)
-        make = lambda parameters: workload.optimizer.factory(parameters, **workload.optimizer.options)  # noqa: E731
-        refuse_coupled(workload.optimizer.name, make, self.grid.size("pp"))
+        self._stepper = Stepper(workload.optimizer, self.store, self.scaler, before_asked=self._gradients_by_hand.asked)
+        spec = workload.optimizer
+        refuse_coupled(spec.name, spec.factory, spec.options, self.grid.size("pp"))
 
     def _make_buffers(self) -> None:
         counted = [self._counting] if self._counting is not None else []
@@ -256,7 +256,7 @@ class Program:
 
     def save(self, path: str | Path) -> None:
         """A checkpoint folder, by torch.distributed.checkpoint. Every rank calls it."""
-        self.half_loaded.refuse()
+        self._begin()
         checkpoint.save(self, path)
 
     def load(self, path: str | Path) -> None:
@@ -266,6 +266,7 @@ class Program:
             self.load_safetensors(path)
         else:
             checkpoint.load(self, path)
+            self._stepper.was_asked = False  # steps are counted from the loaded one
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """This rank's part: model.NAME, buffer.NAME, optimizer.NAME.STATE. See runtime/checkpoint.py."""
@@ -296,6 +297,7 @@ class Program:
         Returns the loss: the mean over the microbatches (weighted by their samples, where the last is shorter), the
         same on every rank.
         """
+        self._begin()
         loss = self._forward_backward(batch)
         self._gradients_by_hand.stepped()
         self._optimizer_step()
@@ -303,6 +305,7 @@ class Program:
 
     def forward_backward(self, batch: Any) -> torch.Tensor:
         """Loss and gradients, which are in .grad of the parameters, in the place of those of an earlier call."""
+        self._begin()
         self._gradients_by_hand.replaced()
         loss = self._forward_backward(batch)
         self._gradients_by_hand.made()
@@ -310,9 +313,6 @@ class Program:
 
     @torch.no_grad()
     def _forward_backward(self, batch: Any) -> Summing:
-        self.half_loaded.refuse()
-        self.settle()
-        self._follow()
         self.recorder.begin()
         self.memory.begin(self._optimizer)
         self.store.clear_gradients()
@@ -345,21 +345,23 @@ class Program:
             raise
         return self._mean_loss(results, weights, self.graph)
 
-    def _follow(self) -> None:
-        """What the user has changed by hand since."""
+    def _begin(self) -> None:
+        """What the user has changed by hand since is followed. Every rank calls it before it computes or saves."""
+        self.half_loaded.refuse()
+        self.settle()
         asked, self._stepper.was_asked = self._stepper.was_asked, False
-        if asked:
-            self._gradients_by_hand.stepped()
-        self.step_index += self._by_hand.follow(asked)
+        if self._by_hand.follow(asked):
+            self.step_index += 1
+            self._gradients_by_hand.refuse_asked()
 
     @torch.no_grad()
     def optimizer_step(self) -> None:
         """Clip, step, bring the new parameters to where the segments read them, free the gradients.
 
         Raises ShardwrightError where gradients of several forward_backward() were to be added up for it."""
-        self._gradients_by_hand.refuse()
+        refuse = self._gradients_by_hand.refuse()
         self._gradients_by_hand.stepped()
-        self._optimizer_step()
+        self._optimizer_step(refuse)
 
     def zero_grad(self) -> None:
         """Let the gradients of the last forward_backward() go."""
@@ -367,9 +369,9 @@ class Program:
         self._gradients_by_hand.stepped()
 
     @torch.no_grad()
-    def _optimizer_step(self) -> None:
+    def _optimizer_step(self, refuse: Callable[[], None] = lambda: None) -> None:
         with self.recorder.action("optimizer", resource=COMPUTE):
-            self._stepper.step(self.optimizer)
+            self._stepper.step(self.optimizer, refuse)
             self.memory.end(self.optimizer, self._stepper.kept_bytes())
             self.store.clear_gradients()
         self.step_index += 1
@@ -397,9 +399,7 @@ class Program:
         return self._mean_loss(results, self._weights(parts), graph).wait()
 
     def _evaluated(self, batch: Any) -> tuple[list[MicrobatchPart], dict[int, dict[str, torch.Tensor]], ModelGraph]:
-        self.half_loaded.refuse()
-        self.settle()
-        self._follow()
+        self._begin()
         if self._make_evaluation is None:
             parts = self.microbatches.split(batch)
             results = self._run(parts, self._eval_runners, None, training=False)
@@ -420,9 +420,7 @@ class Program:
         """What the model returns in evaluation mode, one entry for each microbatch: of this data-parallel rank's
         samples, whole over the tensor axis. Empty on ranks without the last stage."""
         if self._make_evaluation is not None:
-            self.half_loaded.refuse()
-            self.settle()
-            self._follow()
+            self._begin()
             return self._evaluation().outputs(batch)
         _, results, _ = self._evaluated(batch)
         return [{name: results[k][name] for name in self.graph.outputs} for k in sorted(results)]
@@ -527,15 +525,20 @@ class Program:
 
         Its state may be that of a step on trial: settle() first where that matters."""
         if not self._has_optimizer:
-            self.optimizer = build_optimizer(self.workload.optimizer, self.store)
+            self._take(build_optimizer(self.workload.optimizer, self.store))
         return self._optimizer
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
         self.settle()
+        if optimizer is not None:
+            kind = type(optimizer)
+            refuse_coupled(kind.__name__, kind, optimizer.defaults, self.grid.size("pp"))
+        self._take(optimizer)
+
+    def _take(self, optimizer: torch.optim.Optimizer | None) -> None:
         self._optimizer, self._has_optimizer = optimizer, True
         if optimizer is not None:
-            refuse_coupled(type(optimizer).__name__, maker_of(optimizer), self.grid.size("pp"))
             self._stepper.follow(optimizer)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -24,18 +24,27 @@ def by_our_keys(program: Trained, state: Mapping[str, torch.Tensor], *, strict: 
     theirs |= {name: theirs[tied] for name, tied in graph.tied.items() if tied in theirs}
     parameters = model.named_parameters(remove_duplicate=False)  # tied ones by each of their names
     unread = {name for name, _ in (*parameters, *model.named_buffers(remove_duplicate=False))}
+    unread |= {f"{kind}.{name}" for kind in ("model", "buffer") for name in unread}
     found: dict[str, torch.Tensor] = {}
     for key, value in state.items():
-        if key in ours or optimizer_state.is_state(key) or key == _LOSS_SCALE:
+        if key in ours or _is_state(key, graph.params) or key == _LOSS_SCALE:
             found[key] = value
         elif key in theirs:
             found.setdefault(theirs[key], value)
-        elif key not in unread and key.split(".", 1)[-1] not in unread:
+        elif key not in unread:
             raise _unknown(key, [*theirs, *ours])
     missing = sorted(name for name, _ in program.named_parameters() if f"model.{name}" not in found)
     if strict and missing:
         raise _missing(missing)
     return found
+
+
+def _is_state(key: str, parameters: Collection[str]) -> bool:
+    """Of the optimizer: kept for one of the parameters, or for none."""
+    if not optimizer_state.is_state(key):
+        return False
+    name = optimizer_state.parameter_of(key)
+    return name is None or name in parameters
 
 
 def _unknown(key: str, known: list[str]) -> ShardwrightError:

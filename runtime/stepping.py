@@ -16,7 +16,7 @@ while the next is stepped.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,9 +37,17 @@ SUBGROUP_ELEMENTS = 1 << 26
 class Stepper:
     """One rank's optimizer steps, of which the last may still be on trial."""
 
-    def __init__(self, spec: OptimizerSpec, store: ParameterStore, scaler: LossScaler | None = None) -> None:
-        """scaler: is told of each step's gradient; spec leaves out those that are not finite."""
-        self.spec, self.store, self.scaler = spec, store, scaler
+    def __init__(
+        self,
+        spec: OptimizerSpec,
+        store: ParameterStore,
+        scaler: LossScaler | None = None,
+        *,
+        before_asked: Callable[[], None] = lambda: None,
+    ) -> None:
+        """scaler: is told of each step's gradient; spec leaves out those that are not finite. before_asked: called
+        before a step that the user asks the optimizer for."""
+        self.spec, self.store, self.scaler, self._before_asked = spec, store, scaler, before_asked
         assert scaler is None or spec.skip_nonfinite
         self._norm: torch.Tensor | None = None
         self._trial: _Trial | None = None
@@ -59,6 +67,7 @@ class Stepper:
             return
         if self.spec.needs_norm:
             raise _leaves_out_norm(self.spec)
+        self._before_asked()
         self.store.take_gradients()
 
     def _after(self) -> None:
@@ -81,16 +90,20 @@ class Stepper:
         return self._norm if self._trial is None else self._trial.square.wait().sqrt()
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer | None) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None, refuse: Callable[[], None] = lambda: None) -> None:
+        """refuse: raises on all ranks alike where the gradients are not to be stepped by; it waits for the others, so
+        it is called where the step does."""
         self.settle()
         if not self.spec.needs_norm:
+            refuse()
             self._apply(optimizer)
             return
         square = start_grad_norm(self.store)
         if self.spec.post_validation and not self._was_clipped and _leaves_gradients(optimizer):
-            self._trial = _Trial(self.store, optimizer, square)
+            self._trial = _Trial(self.store, optimizer, square, refuse)
             self._apply(optimizer)
         else:
+            refuse()
             self._norm = square.wait().sqrt()
             self._was_clipped = self.spec.post_validation and self._rejects(self._norm)
             self._redo(optimizer)
@@ -99,10 +112,16 @@ class Stepper:
     @torch.no_grad()
     def settle(self) -> None:
         """Keep the step that is on trial, or put it right. Every rank calls it before anything else uses the
-        parameters."""
+        parameters. Raises ShardwrightError for a step that was none, with all as it was before it."""
         trial, self._trial = self._trial, None
         if trial is None:
             return
+        try:
+            trial.refuse()
+        except ShardwrightError:
+            trial.roll_back()
+            self.store.refresh()
+            raise
         self._norm = trial.square.wait().sqrt()
         self._was_clipped = self._rejects(self._norm)
         if self._was_clipped:
@@ -222,8 +241,14 @@ def _leaves_gradients(optimizer: torch.optim.Optimizer | None) -> bool:
 class _Trial:
     """What a step overwrites, as it was, and what it steps by."""
 
-    def __init__(self, store: ParameterStore, optimizer: torch.optim.Optimizer | None, square: Summing) -> None:
-        self.store, self.optimizer, self.square = store, optimizer, square
+    def __init__(
+        self,
+        store: ParameterStore,
+        optimizer: torch.optim.Optimizer | None,
+        square: Summing,
+        refuse: Callable[[], None],
+    ) -> None:
+        self.store, self.optimizer, self.square, self.refuse = store, optimizer, square, refuse
         self._grads = {name: p.grad for name, p in store.parameters.items() if p.grad is not None}
         self._values: dict[torch.Tensor, torch.Tensor] = {}
         self._states: dict[torch.Tensor, dict[str, Any]] = {}

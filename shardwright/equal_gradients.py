@@ -64,7 +64,9 @@ def _look_once(optimizer: torch.optim.Optimizer) -> None:
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     if count.sum():  # each rank steps its own part of the parameters
         return
-    sums = [torch.zeros((), dtype=torch.float64) if p.grad is None else p.grad.double().sum() for _, p in named]
+    sums = [
+        torch.zeros((), dtype=torch.float64) if p.grad is None else p.grad.sum(dtype=torch.float64) for _, p in named
+    ]
     own = torch.stack([total.to(device) for total in sums]).nan_to_num()
     extremes = torch.cat([own, -own])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)

@@ -49,12 +49,14 @@ class WatchedModule:
         before = dict(self._set_now())
         yield
         after = dict(self._set_now())
-        self._settings.update({name: value for name, value in after.items() if before.get(name, _ABSENT) != value})
+        self._settings.update(
+            {name: value for name, value in after.items() if _differ(before.get(name, _ABSENT), value)}
+        )
 
     def refuse_changes(self) -> None:
         """Before a step. Raises ShardwrightError."""
         now = dict(self._set_now())
-        if name := next((name for name in now if now[name] != self._settings.get(name, now[name])), None):
+        if name := next((name for name in now if _differ(now[name], self._settings.get(name, now[name]))), None):
             raise _changed(name, self._settings[name], now[name])
         tensors = dict(self._written_now())
         if name := next((name for name in tensors if tensors[name] != self._tensors.get(name, tensors[name])), None):
@@ -88,6 +90,13 @@ def _settings(part: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in vars(part).items():
         if isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value)):
             yield key, value
+
+
+def _differ(before: Any, now: Any) -> bool:
+    """A NaN is as it was."""
+    if isinstance(before, tuple) and isinstance(now, tuple) and len(before) == len(now):
+        return any(map(_differ, before, now))
+    return before is not now and before != now and (before == before or now == now)
 
 
 def _changed(name: str, before: Any, now: Any) -> ShardwrightError:

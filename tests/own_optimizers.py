@@ -60,6 +60,36 @@ class DividesByTheNormOfAll(_Own):
         return p.grad / self.norm
 
 
+class AddsNoise(_Own):
+    def update(self, p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        return p.grad + 0.01 * torch.randn_like(p)
+
+
+class TakesMatrices(_Own):
+    def update(self, p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        if p.dim() != 2:
+            raise ValueError("matrices alone")
+        return p.grad
+
+
+class ScalesByTheNormOfMatrices(DividesByTheNormOfAll):
+    def update(self, p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        if p.dim() != 2:
+            raise ValueError("matrices alone")
+        return super().update(p, state)
+
+
+class HasAnArgumentOfItsOwn(_Own):
+    """Which is not among its defaults."""
+
+    def __init__(self, params: Any, scale: float, rate: float = 1e-2) -> None:
+        super().__init__(params, rate)
+        self.scale = scale
+
+    def update(self, p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        return self.scale * p.grad
+
+
 class KeepsAList(_Own):
     def update(self, p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
         state["history"] = [*state.get("history", []), float(p.grad.norm())]

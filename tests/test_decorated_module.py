@@ -101,6 +101,18 @@ def test_a_module_put_into_evaluation_and_back_trains_on_with_any_batch_size() -
     model.step(batch(3))
 
 
+def test_a_nan_on_the_module_is_as_it_was() -> None:
+    model = parallel()
+    model.module.best, model.module.bounds = float("nan"), (float("nan"), 1.0)
+    model.step(batch(0))
+    model.step(batch(1))
+    model.module.best = float("nan")  # another object
+    model.step(batch(2))
+    model.module.bounds = (float("nan"), 2.0)
+    with pytest.raises(ShardwrightError, match="bounds of the module was"):
+        model.step(batch(3))
+
+
 def _on_two_ranks(rank: int) -> list[str]:
     model = parallel(2)
     model.step(batch(0))

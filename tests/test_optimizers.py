@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed import run_ranks
-from own_optimizers import CountsForAll, CountsInPython, DividesByTheNormOfAll, KeepsAList, KeepsMoreLater
+from own_optimizers import (
+    AddsNoise,
+    CountsForAll,
+    CountsInPython,
+    DividesByTheNormOfAll,
+    HasAnArgumentOfItsOwn,
+    KeepsAList,
+    KeepsMoreLater,
+    ScalesByTheNormOfMatrices,
+    TakesMatrices,
+)
 from torch import nn
 
 import shardwright
 from shardwright.doors import Parallel
 from shardwright.errors import ShardwrightError
+from shardwright.runtime.coupling import refuse_coupled
 
 LAYOUTS: list[dict[str, int]] = [{"dp": 2, "zero": 3}, {"tp": 2}, {"pp": 2}]
 RATE = {"lr": 1e-2}
@@ -123,6 +136,30 @@ def test_a_step_that_looks_at_all_parameters_is_refused_on_stages_alone() -> Non
     assert run_ranks(2, _refusal, {"tp": 2}, DividesByTheNormOfAll) == ["", ""]
 
 
+def _own_scaled(rank: int) -> list[str]:
+    """What is refused, of an optimizer that is given by its class and options, and of one that is assigned."""
+    model = parallel(2, {"pp": 2}, HasAnArgumentOfItsOwn, {"scale": 0.5})
+    model.step(batch(0))
+    try:
+        model.program.optimizer = HasAnArgumentOfItsOwn(model.parameters(), 2.0)
+    except ShardwrightError as error:
+        assert model.optimizer.scale == 0.5  # it stays
+        return [error.what, error.works]
+    return []
+
+
+def test_an_optimizer_that_cannot_be_tried_is_refused_on_stages_by_name() -> None:
+    for what, works in run_ranks(2, _own_scaled):
+        assert what.startswith("HasAnArgumentOfItsOwn could not be tried") and "scale" in what and "pp=1" in works
+
+
+def test_optimizers_of_matrices_alone_and_of_noise_are_tried_as_they_are() -> None:
+    for kind in (AddsNoise, TakesMatrices):
+        refuse_coupled("", kind, {}, 2)
+    with pytest.raises(ShardwrightError, match="steps a parameter by what the other parameters"):
+        refuse_coupled("", ScalesByTheNormOfMatrices, {}, 2)
+
+
 def test_what_an_optimizer_raises_is_said_by_its_name() -> None:
     with pytest.raises(ShardwrightError, match=r"LBFGS\.step\(\) failed: .*closure"):
         parallel(1, {}, torch.optim.LBFGS).step(batch(0))
@@ -146,6 +183,12 @@ def test_gradients_that_are_not_added_up_are_not_stepped_by() -> None:
     for dropped in (lambda m: m.program.zero_grad(), lambda m: m.optimizer_step(), lambda m: m.optimizer.step()):
         model.program.zero_grad()
         _two_calls(model, dropped)
+    model.forward_backward(batch(0))
+    model.optimizer.step()
+    with pytest.raises(ShardwrightError, match="called 2 times since the last step"):
+        _two_calls(model)
+    with pytest.raises(ShardwrightError, match="called 2 times since the last step"):
+        model.optimizer.step()
 
 
 def _steps_itself(rank: int, size: int, force: dict[str, int]) -> tuple[list[float], int]:
@@ -205,6 +248,52 @@ def test_gradients_halved_on_every_stage_are_stepped_by() -> None:
     run_ranks(2, _halves)
 
 
+def _clips_and_steps_itself(rank: int, after: str) -> str:
+    model = parallel(2, {"pp": 2}, options=RATE)
+    model.forward_backward(batch(0))
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    model.optimizer.step()
+    try:
+        model.program.save("unused") if after == "save" else model.forward_backward(batch(1))
+    except ShardwrightError as error:
+        return error.change
+    return ""
+
+
+@pytest.mark.parametrize("after", ["save", "forward_backward"])
+def test_a_step_of_the_optimizer_itself_by_unlike_factors_is_refused_at_the_next_call(after: str) -> None:
+    assert run_ranks(2, _clips_and_steps_itself, after) == ["max_grad_norm"] * 2
+
+
+def _saves_after_its_step(rank: int, folder: str) -> list[int]:
+    model = parallel(2, {"pp": 2}, options=RATE)
+    for step in range(3):
+        model.forward_backward(batch(step))
+        model.optimizer.step()
+    model.program.save(folder)
+    model.forward_backward(batch(3))
+    model.optimizer.step()
+    model.program.load(folder)
+    model.evaluate(batch(0))
+    return [json.loads((Path(folder) / "program.json").read_text())["step"], model.program.step_index]
+
+
+def test_a_step_of_the_optimizer_itself_is_counted_before_a_save_and_not_after_a_load(tmp_path: Path) -> None:
+    assert run_ranks(2, _saves_after_its_step, str(tmp_path / "saved")) == [[3, 3]] * 2
+
+
+def _gradients_alive(rank: int) -> int:
+    model = parallel(2, {"pp": 2}, options=RATE)
+    model.forward_backward(batch(0))
+    held = [weakref.ref(parameter.grad) for parameter in model.parameters()]
+    model.optimizer_step()
+    return sum(ref() is not None for ref in held)
+
+
+def test_gradients_are_let_go_with_the_step() -> None:
+    assert run_ranks(2, _gradients_alive) == [0, 0]
+
+
 # values by hand
 
 
@@ -229,6 +318,32 @@ def test_values_given_as_data_are_followed_or_refused() -> None:
     assert run_ranks(2, _sets_data) == ["parameter.data = tensor"] * 2
 
 
+def _sets_another_shape(rank: int) -> str:
+    model = parallel(2, {"pp": 2}, options=RATE)
+    model.step(batch(0))
+    if "b.bias" in (own := dict(model.named_parameters())):
+        own["b.bias"].data = torch.zeros(1).double()
+    try:
+        model.step(batch(1))
+    except ShardwrightError as error:
+        return error.what
+    return ""
+
+
+def test_data_of_another_shape_on_one_rank_is_refused_on_all() -> None:
+    said = "b.bias.data was given a tensor of shape (1,); the parameter has (4,)"
+    assert sorted(run_ranks(2, _sets_another_shape)) == ["another rank refused: " + said, said]
+
+
+def test_another_view_given_as_data_is_followed() -> None:
+    model, plain = parallel(1, {}, options=RATE), make()
+    program = model.prepare(batch(0))
+    for named in (dict(program.named_parameters()), dict(plain.named_parameters())):
+        weight = named["mid.0.0.weight"]
+        weight.data = weight.data.t()
+    assert model.step(batch(0)).item() == pytest.approx(loss_of(plain(batch(0)["x"]), batch(0)).item(), rel=1e-12)
+
+
 def test_a_state_dictionary_of_the_model_itself_loads_and_one_of_another_does_not() -> None:
     torch.manual_seed(50)
     other = Net().double()
@@ -238,6 +353,9 @@ def test_a_state_dictionary_of_the_model_itself_loads_and_one_of_another_does_no
     assert model.evaluate(batch(0)).item() == pytest.approx(loss_of(other(batch(0)["x"]), batch(0)).item(), rel=1e-12)
     with pytest.raises(ShardwrightError, match=r"the model has no 'c\.weight'"):
         program.load_state_dict({"c.weight": torch.zeros(3)})
+    for key in ("module.b.bias", "model.c.bias", "optimizer.c.bias.exp_avg"):
+        with pytest.raises(ShardwrightError, match=f"the model has no '{key}'"):
+            program.load_state_dict({key: torch.zeros(4)}, strict=False)
     part = {"b.bias": torch.zeros(4)}
     with pytest.raises(ShardwrightError, match=r"has no a\.bias and 10 more"):
         program.load_state_dict(part)

@@ -13,6 +13,7 @@ from distributed import run_ranks
 from matrix import cells
 from runtime_toy import make_batch, make_plan, make_program, make_toy
 
+from shardwright.errors import ShardwrightError
 from shardwright.profiler.workload import OptimizerSpec, Precision
 from shardwright.runtime.parameters import local_tensor
 
@@ -134,3 +135,25 @@ def test_no_rank_waits_for_the_others_before_it_steps() -> None:
     assert seconds < 0.5
     assert kept == pytest.approx(spec.kept_tensors, rel=0.2)
     assert run_ranks(2, _late, dataclasses.replace(spec, post_validation=False))[0][0] > 0.5
+
+
+def _scales_a_stage(rank: int, spec: OptimizerSpec) -> tuple[str, bool]:
+    """What is refused, and whether the parameters are those of before the step."""
+    toy = make_toy()
+    program = make_program(toy, make_plan(toy, pp=2), optimizer=spec)
+    data = program.shard_batch(make_batch(16))
+    program.forward_backward(data)
+    before = {name: p.detach().clone() for name, p in program.named_parameters()}
+    for parameter in program.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(0.5 + rank)
+    program.optimizer_step()
+    try:
+        program.forward_backward(data)
+    except ShardwrightError as error:
+        return error.change, all(torch.equal(p, before[name]) for name, p in program.named_parameters())
+    return "", False
+
+
+def test_a_step_on_trial_by_unlike_factors_is_taken_back_and_refused() -> None:
+    assert run_ranks(2, _scales_a_stage, dataclasses.replace(ADAM, max_grad_norm=1e3)) == [("max_grad_norm", True)] * 2
