@@ -33,7 +33,7 @@ def take_data(held: Iterable[tuple[str, nn.Parameter, torch.UntypedStorage, torc
 
 def _place(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     """Within its storage."""
-    return tensor.storage_offset(), tensor.stride()
+    return int(tensor.storage_offset()), tensor.stride()
 
 
 def _data_of_dtensor(name: str) -> ShardwrightError:
