@@ -50,6 +50,17 @@ def expert_scratch_bytes(rows: float, sizes: ExpertSizes, *, is_backward: bool) 
     return rows * (2 * hidden + max(moments) + _ORDER_BYTES)  # rows of tokens and of their gradients all the while
 
 
+def chunks_scratch_bytes(weights: Sequence[tuple[float, int]], chunks: int) -> float:
+    """Of a backward whose tokens come in chunks, beside what one chunk holds: the sums of experts' gradients over all
+    chunks, in float32 where they are narrower, and one chunk's own of one weight; less the results, which come after.
+    weights: (bytes, bytes of an element) of each. Rows of all chunks are joined when nothing of expert_scratch_bytes()
+    is alive any more, and one tensor at a time: that takes no more than it counts."""
+    if chunks == 1 or not weights:
+        return 0.0
+    wider = sum(num_bytes * (max(4, size) / size - 1.0) for num_bytes, size in weights)
+    return wider + max(num_bytes for num_bytes, _ in weights)
+
+
 def copies_of_token(num_choices: int, ranks: int, parts: int = 1) -> float:
     """Of `ranks`, to how many a token goes on average, whose choices fall on any expert alike. parts: of each rank's
     experts, of which this rank sends to one."""

@@ -15,8 +15,9 @@ What follows it in the arguments is where experts lie and how tokens go there (e
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +55,7 @@ def _forward(*operands: Any) -> tuple[torch.Tensor, ...]:
         (out,) = yield from bring_back(chunk, orders, [out])
         return out, pre, rows
 
-    of_chunks = in_turns([of_chunk(chunk) for chunk in chunks_of(place, index)])
-    return tuple(map(_joined, zip(*of_chunks, strict=True)))
+    return tuple(_joined(in_turns([of_chunk(chunk) for chunk in chunks_of(place, index)])))
 
 
 def _backward(*operands: Any) -> tuple[torch.Tensor, ...]:
@@ -68,10 +68,11 @@ def _backward(*operands: Any) -> tuple[torch.Tensor, ...]:
     pres = [None] * len(chunks) if pre is None else pre.split([chunk.choices for chunk in chunks])
     if came is not None:
         kept = [(rows,) for rows in came.split([sum(chunk.legs[-1].received) for chunk in chunks])]
+    totals = Totals(len(chunks))
 
     def of_chunk(
         chunk: Chunk, pre: torch.Tensor | None, kept: tuple[torch.Tensor, ...]
-    ) -> UnderWay[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    ) -> UnderWay[list[torch.Tensor]]:
         columns = [grad_out] if kept else [grad_out, hidden]
         orders, sent, here, scale = yield from send(place, chunk, columns, index, weight)
         grad, rows = *sent, *kept
@@ -81,20 +82,50 @@ def _backward(*operands: Any) -> tuple[torch.Tensor, ...]:
         back = bring_back(chunk, orders, work.of_inputs())
         next(back)
         yield  # for the message of the next chunk
-        of_experts = work.of_experts()  # beside this one's
-        of_inputs = yield from back
-        return of_inputs, of_experts
+        totals.add(work.of_experts())  # beside this one's
+        del work
+        return (yield from back)
 
-    parts = in_turns([of_chunk(*each) for each in zip(chunks, pres, kept, strict=True)])
-    of_inputs = [_joined(of_chunks) for of_chunks in zip(*(part[0] for part in parts), strict=True)]
-    of_experts = parts[0][1]
-    for _, others in parts[1:]:
-        of_experts = [total.add_(other) for total, other in zip(of_experts, others, strict=True)]
-    return *of_inputs, *of_experts
+    of_inputs = in_turns([of_chunk(*each) for each in zip(chunks, pres, kept, strict=True)])
+    of_experts = totals.taken()  # before tokens' are joined: totals are wider than what is left of them
+    return *_joined(of_inputs), *of_experts
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+class Totals:
+    """Gradients of experts, summed over chunks as each chunk ends: in float32 where they are narrower, so that their
+    sum is rounded once."""
+
+    def __init__(self, chunks: int) -> None:
+        self._chunks = chunks
+        self._sums: list[torch.Tensor] = []
+        self._dtypes: list[torch.dtype] = []
+
+    def add(self, parts: Iterator[torch.Tensor]) -> None:
+        """parts: of one chunk, computed one after the other."""
+        for k in itertools.count():
+            part = next(parts, None)
+            if part is None:
+                break
+            if k < len(self._sums):
+                self._sums[k].add_(part)
+            else:
+                wide = torch.promote_types(part.dtype, torch.float32)
+                self._dtypes.append(part.dtype)
+                self._sums.append(part.to(wide) if self._chunks > 1 else part)
+            del part  # before the next one is computed
+
+    def taken(self) -> list[torch.Tensor]:
+        """In the types in which they came. Nothing is left here."""
+        return [self._sums.pop(0).to(dtype) for dtype in self._dtypes]
+
+
+def _joined(of_chunks: list[Sequence[torch.Tensor]]) -> Iterator[torch.Tensor]:
+    """Rows of all chunks, tensor by tensor: parts are let go of once they are joined. of_chunks is emptied."""
+    columns = [list(column) for column in zip(*of_chunks, strict=True)]
+    of_chunks.clear()
+    for column in columns:
+        yield torch.cat(column) if len(column) > 1 else column[0]
+        column.clear()
 
 
 def _forward_fake(*operands: Any) -> tuple[torch.Tensor, ...]:

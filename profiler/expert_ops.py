@@ -22,7 +22,7 @@ of the host, and a loop over experts elsewhere.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -175,13 +175,14 @@ class ExpertsBackward:
         self.grad = grad * scale
         return [grad_hidden.to(grad.dtype), groups.back(grad_weight.to(self.weight.dtype))]
 
-    def of_experts(self) -> list[torch.Tensor]:
-        """Of gate_up and down, and of their biases where they have any."""
+    def of_experts(self) -> Iterator[torch.Tensor]:
+        """Of gate_up and down, and of their biases where they have any. Each is computed when it is asked for."""
         groups = self.groups
-        found = [groups.outer(self.grad_both, self.rows), groups.outer(self.grad, self.product)]
+        yield groups.outer(self.grad_both, self.rows)
+        yield groups.outer(self.grad, self.product)
         if self.down_bias is not None:
-            found += [groups.sums(self.grad_both, len(self.gate_up)), groups.sums(self.grad, len(self.gate_up))]
-        return found
+            yield groups.sums(self.grad_both, len(self.gate_up))
+            yield groups.sums(self.grad, len(self.gate_up))
 
 
 def run_experts_backward(*operands: Any) -> tuple[torch.Tensor, ...]:

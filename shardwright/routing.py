@@ -26,7 +26,10 @@ def forced_imbalance(path: str) -> str:
         raise _unreadable(path, str(error)) from error
     if not counts or any(len(layer) < 2 or min(layer) < 0 or sum(layer) == 0 for layer in counts):
         raise _unreadable(path, "each layer needs counts of two experts or more, none below zero, not all zero")
-    return "/".join(f"{ranks}:{factor:.4g}" for ranks, factor in imbalances(counts).items())
+    found = imbalances(counts)
+    if not found:
+        raise _indivisible(path, [len(layer) for layer in counts])
+    return "/".join(f"{ranks}:{factor:.4g}" for ranks, factor in found.items())
 
 
 def _of_json(text: str) -> list[list[float]]:
@@ -48,6 +51,20 @@ def _of_csv(text: str) -> list[list[float]]:
             experts[int(row[1])] = experts.get(int(row[1]), 0.0) + float(row[2])
     num_experts = 1 + max((expert for experts in layers.values() for expert in experts), default=-1)
     return [[layers[layer].get(expert, 0.0) for expert in range(num_experts)] for layer in sorted(layers)]
+
+
+def _indivisible(path: str, num_experts: list[int]) -> ShardwrightError:
+    layers: dict[int, int] = {}
+    for layer, count in enumerate(num_experts):
+        layers.setdefault(count, layer)
+    named = ", ".join(f"{count} (layer {layer})" for count, layer in layers.items())
+    return ShardwrightError(
+        f"the layers of {path} have {named} experts, and no number of ranks divides all of these",
+        means="the same ranks hold the experts of every layer, each as many as the others",
+        change="--routing FILE",
+        works="a file of layers whose numbers of experts share a divisor, such as 8 and 12; "
+        "or without --routing, --force expert_imbalance=1.2",
+    )
 
 
 def _unreadable(path: str, why: str) -> ShardwrightError:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# plans for CPUs are made with the nominal figures, not with what someone measured on this machine, at some load
-os.environ.setdefault("SHARDWRIGHT_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "shardwright"))
 
 import pytest
 from matrix import FULL
@@ -27,6 +25,13 @@ from shardwright.plans.document import (
     Schedule,
     Stage,
 )
+
+# plans for CPUs are made with the nominal figures, not with what someone measured on this machine, at some load
+_CACHE = Path(__file__).parents[1] / ".pytest_cache" / "shardwright"
+os.environ.setdefault("SHARDWRIGHT_CACHE", str(_CACHE))
+if "PYTEST_XDIST_WORKER" in os.environ and os.environ["SHARDWRIGHT_CACHE"] == str(_CACHE):
+    _CACHE /= os.environ["PYTEST_XDIST_WORKER"]  # what one process measures is not what another plans with
+    os.environ["SHARDWRIGHT_CACHE"] = str(_CACHE)
 
 
 @pytest.fixture
@@ -75,6 +80,14 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("launch", "checking"):
         monkeypatch.setattr(f"shardwright.{module}.launch", forked_launch)
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured_stays() -> Iterator[None]:
+    """A test that measures this machine, as drawn command lines may, leaves nothing that others then plan with."""
+    yield
+    for name in ("measurements.sqlite", "cpu.json"):
+        (_CACHE / name).unlink(missing_ok=True)
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,14 @@ def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
         forced_imbalance(str(tmp_path / "missing"))
 
 
+def test_layers_that_no_number_of_ranks_divides_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps([[1] * 4, [1] * 9, [1] * 4]))
+    with pytest.raises(ShardwrightError, match=r"4 \(layer 0\), 9 \(layer 1\) experts") as caught:
+        forced_imbalance(str(path))
+    assert str(path) in caught.value.what and caught.value.change == "--routing FILE"
+
+
 def test_a_width_that_was_not_counted_takes_the_next_fewer_ranks() -> None:
     job = Job(imbalances=imbalance_of("2:1.3/4:1.7"))
     assert [job.imbalance(ranks, 1.1) for ranks in (2, 3, 4, 8)] == [1.3, 1.3, 1.7, 1.7]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from ...profiler.buffer_updates import update_scales
 from ...schedules.published.library import SCHEDULES, SEARCHED
 from ..memory.fewest import fewest_seconds
+from ..memory.limits import fits
 from ..memory.rank_bytes import quick_peaks
 from ..space.candidates import Candidate
 from ..stages.chain import NOTHING
@@ -124,6 +125,8 @@ def lowered(state: SearchState, outcome: Outcome) -> Outcome:
     if recompute == outcome.recompute:
         return outcome
     chain = setting.chain(solution, recompute)
+    if not fits(setting, candidate, chain, outcome.bounds):  # what several positions keep once may lie on another rank
+        return outcome
     step_s = step_seconds(setting, candidate, chain, outcome.bounds)
     if step_s >= (outcome.step_s or 0.0):
         return outcome

@@ -12,7 +12,7 @@ from ...costmodel.segment import RecomputePoint, SegmentCost
 from ...ops.placement import P, R
 from ...profiler.op_view import origin
 from ...profiler.slots import BUFFER, INPUT, PARAM, PARAM_GRAD, kind_of, slot_name, slot_names
-from .expert_sends import experts_moved
+from .expert_sends import chunks_bytes, experts_moved
 from .mesh import RINGS
 from .recompute import Recomputation, hull
 from .routes import Placed, Route, routes
@@ -23,6 +23,7 @@ def evaluate(placed: Placed) -> SegmentCost:
     segment, mesh, facts = placed.segment, placed.mesh, placed.facts
     seconds: dict[str, float] = defaultdict(float)
     flops = 0.0
+    of_chunks = chunks_bytes(placed)
     scratch: dict[fx.Node, float] = {}
     lasting = 0.0  # what an op leaves for the next of its kind: one at a time
     op_s: dict[fx.Node, float] = {}
@@ -31,6 +32,7 @@ def evaluate(placed: Placed) -> SegmentCost:
         op_s[node] = mesh.op_s(node, share, moved)
         flops += facts.model_flops.get(node, 0.0) * share
         scratch[node], left = mesh.scratch_of(node, share, lambda operand: placed.local_bytes(*origin(operand)))
+        scratch[node] += of_chunks.get(node, 0.0)
         lasting = max(lasting, left)
     op_s = _as_dispatched(op_s, facts.parts, mesh.dispatch_s) if mesh.dispatch_s else op_s
     for node, part in facts.parts.items():

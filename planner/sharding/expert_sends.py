@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from torch import fx
 
+from ...costmodel.experts import chunks_scratch_bytes
 from ...ops.expert_rules import is_expert_op, weights_at
 from ...plans.placements import kept_key
 from ...profiler.joint import is_getitem
 from ...profiler.op_view import origin
-from .expert_costs import came_bytes, dispatch_s
+from .expert_costs import came_bytes, dispatch_s, dispatched
 from .routes import Placed
 
 ROWS = (
@@ -50,6 +51,26 @@ def experts_moved(placed: Placed, op_s: Mapping[fx.Node, float]) -> tuple[dict[f
             if num_bytes:
                 stay.append(Sent(forward, num_bytes, again_s))
     return seconds, stay
+
+
+def chunks_bytes(placed: Placed) -> dict[fx.Node, float]:
+    """What backwards of experts hold more for tokens that come in several chunks."""
+    mesh = placed.mesh
+    if mesh.expert_chunks == 1:
+        return {}
+    found: dict[fx.Node, float] = {}
+    for node, view in placed.facts.views.items():
+        if not is_expert_op(node) or weights_at(node).start == 3:
+            continue
+        strategies = placed.strategies(node)
+        if dispatched(mesh, strategies) is not None:
+            weights = {k: view.operands[k] for k in weights_at(node)}
+            shares = {k: mesh.shares(tuple(s.inputs[k] for s in strategies)) for k in weights}
+            sizes = [
+                (mesh.sizes(*origin(w)).num_bytes / shares[k], w.meta["val"].element_size()) for k, w in weights.items()
+            ]
+            found[node] = chunks_scratch_bytes(sizes, mesh.expert_chunks)
+    return found
 
 
 def _forward_of(node: fx.Node, operands: Sequence[fx.Node]) -> fx.Node | None:
