@@ -41,7 +41,11 @@ _OF_OPTION: dict[str, Sequence[str]] = {
     "--name": ("auto", "1f1b", "zb-v", "gpipe", "interleaved_1f1b"),
     "name": ("4xCPU", "2x8xH100-80GB", "TOML", "local"),
 }
-_SHRINKS = {"plan": ["--layers", "1", "--seq-len", "8"], "check": ["--layers", "1", "--seq-len", "4"]}
+_SHRINKS = {
+    "profile": ["--ops", "sum"],
+    "plan": ["--layers", "1", "--seq-len", "8"],
+    "check": ["--layers", "1", "--seq-len", "4"],
+}
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
