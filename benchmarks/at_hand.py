@@ -58,7 +58,7 @@ LAYOUTS: tuple[dict[str, Any], ...] = (
 def planned(model: str, hardware: str, force: dict[str, Any] | None = None) -> Plan:
     name, seq_len, settings, batch = MODELS[model]
     length = {} if seq_len is None else {"seq_len": seq_len}
-    return api.plan(name, hardware, force=force, global_batch=batch, overrides=settings, **length)
+    return api.plan(name, hardware, force=force, global_batch=batch, overrides=settings, precision="float32", **length)
 
 
 def median_of(steps: Sequence[float]) -> float:
