@@ -242,9 +242,14 @@ def _measured(sized: Sized, device: torch.device, together: Together) -> Row:
     return Row(sized.case, sized.flops, sized.bytes_moved, mean_s)
 
 
+def synchronize_of(device: torch.device) -> Callable[[], None]:
+    """What waits for all that the device was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
 def _median_s(sized: Sized, device: torch.device) -> float:
     operands = itertools.cycle([sized.make() for _ in range(COPIES)])
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = synchronize_of(device)
     with torch.no_grad():
         sized.run(*next(operands))
         synchronize()

@@ -11,10 +11,11 @@ import torch
 
 from . import devices
 from .errors import ExitCode, ShardwrightError
+from .job_profile import profile
 from .launch import launch
 from .profiler.discovery import num_accelerators
+from .profiler.measured_hardware import as_document, write_hardware
 from .profiler.measurements import Row
-from .profiler.profiling import as_document, profile, write_hardware
 
 Event = dict[str, Any]
 

@@ -18,12 +18,13 @@ from shardwright.costmodel.compute import op_seconds
 from shardwright.costmodel.constants import default_constants
 from shardwright.costmodel.measured import measured_seconds
 from shardwright.errors import ShardwrightError
+from shardwright.job_profile import _refuse_unlike
+from shardwright.measuring_links import hosts_of, measure_links
 from shardwright.profiler.hardware import parse_hardware
+from shardwright.profiler.measured_hardware import MeasuredLink, Profile, write_hardware
 from shardwright.profiler.measured_rates import MeasuredRates, Measurement, Point
 from shardwright.profiler.measurements import Case, Measurements, Row, Where, cached_rates, cpus_here, here
 from shardwright.profiler.measuring import Series, Sized, Together, all_series, measure
-from shardwright.profiler.measuring_links import MeasuredLink, hosts_of, measure_links
-from shardwright.profiler.profiling import Profile, _refuse_unlike, write_hardware
 
 CPU = torch.device("cpu")
 
@@ -205,7 +206,7 @@ def test_a_hardware_file_is_one_whatever_its_name(tmp_path: Path) -> None:
 
 def _unlike(rank: int) -> str:
     try:
-        _refuse_unlike(CPU, [[0], [1, 2]], alone=False)
+        _refuse_unlike(CPU, [[0], [1, 2]])
     except ShardwrightError as error:
         return error.what
     return ""

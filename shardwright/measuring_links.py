@@ -12,11 +12,14 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+
+from .profiler.measured_hardware import MeasuredLink
+from .profiler.measuring import synchronize_of
+from .runtime.together import of_all_ranks
 
 SMALL_BYTES = 4
 FIRST_BYTES = 1 << 18  # of a large message; larger where the link is quick
@@ -24,15 +27,6 @@ ENOUGH_S = 0.1  # that a large message takes
 MOST_BYTES = 1 << 28
 REPEATS = 5
 MOST_HOSTS = 24  # of which every pair is measured; of more, each with the next ones by powers of two
-
-
-@dataclass(frozen=True)
-class MeasuredLink:
-    """hosts: the pair; the same twice for what joins the processes of one. bytes_per_s: of one process, one way."""
-
-    hosts: tuple[int, int]
-    latency_s: float
-    bytes_per_s: float
 
 
 def hosts_of(ranks_of_host: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
@@ -49,11 +43,9 @@ def hosts_of(ranks_of_host: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]
 
 def ranks_by_host(name: str) -> list[list[int]]:
     """Ranks of each host, by the names that the processes give for theirs, in the order of their first ranks."""
-    names: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, name)
     found: dict[str, list[int]] = {}
-    for rank, host in enumerate(names):
-        found.setdefault(str(host), []).append(rank)
+    for rank, host in enumerate(of_all_ranks(name)):
+        found.setdefault(host, []).append(rank)
     return list(found.values())
 
 
@@ -96,20 +88,19 @@ def _between(pair: tuple[int, int], ranks_of_host: Sequence[Sequence[int]], devi
     return MeasuredLink(pair, both_s / 2, bytes_per_s)
 
 
-def _curve(run: object, device: torch.device, takes_part: bool, share: float) -> tuple[float, float]:
+def _curve(run: Callable[[int], None], device: torch.device, takes_part: bool, share: float) -> tuple[float, float]:
     """(seconds of the smallest message, bytes/s of one process). share: of a message's bytes that one process sends."""
-    latency_s = _slowest(_median_s(run, SMALL_BYTES, device) if takes_part else 0.0)
+    latency_s = max(of_all_ranks(_median_s(run, SMALL_BYTES, device) if takes_part else 0.0))
     num_bytes = FIRST_BYTES
     while True:
-        seconds = _slowest(_median_s(run, num_bytes, device) if takes_part else 0.0)
+        seconds = max(of_all_ranks(_median_s(run, num_bytes, device) if takes_part else 0.0))
         if seconds >= ENOUGH_S or num_bytes >= MOST_BYTES:
             return latency_s, share * num_bytes / max(seconds - latency_s, 1e-9)
         num_bytes = min(MOST_BYTES, num_bytes * max(2, min(16, int(ENOUGH_S / max(seconds, 1e-6)))))
 
 
-def _median_s(run: object, num_bytes: int, device: torch.device) -> float:
-    assert callable(run)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def _median_s(run: Callable[[int], None], num_bytes: int, device: torch.device) -> float:
+    synchronize = synchronize_of(device)
     times = []
     for _ in range(1 + REPEATS):
         synchronize()
@@ -118,9 +109,3 @@ def _median_s(run: object, num_bytes: int, device: torch.device) -> float:
         synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
-
-
-def _slowest(seconds: float) -> float:
-    found: list[float] = [0.0] * dist.get_world_size()
-    dist.all_gather_object(found, seconds)
-    return max(found)
