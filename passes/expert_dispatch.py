@@ -119,7 +119,7 @@ class Totals:
         return [self._sums.pop(0).to(dtype) for dtype in self._dtypes]
 
 
-def _joined(of_chunks: list[Sequence[torch.Tensor]]) -> Iterator[torch.Tensor]:
+def _joined(of_chunks: list[list[torch.Tensor]]) -> Iterator[torch.Tensor]:
     """Rows of all chunks, tensor by tensor: parts are let go of once they are joined. of_chunks is emptied."""
     columns = [list(column) for column in zip(*of_chunks, strict=True)]
     of_chunks.clear()

@@ -39,13 +39,12 @@ from . import optimizer_state
 from .checkpoint_files import SafeReader, damaged, digests, document_digest, file_names, first_difference
 from .parameter_groups import merged, options_for, options_of, set_options
 from .parameters import local_tensor
-from .state_keys import by_our_keys
+from .state_keys import LOSS_SCALE, by_our_keys
 from .together import num_ranks, of_all_ranks, on_every_rank, on_rank_0
 from .trained import Trained
 
 FORMAT = "shardwright.checkpoint/2"
 _DOCUMENT = "program.json"
-_LOSS_SCALE = "loss_scale.state"
 
 
 def state_dict(program: Trained) -> dict[str, torch.Tensor]:
@@ -53,7 +52,7 @@ def state_dict(program: Trained) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {f"model.{n}": p.detach() for n, p in program.named_parameters()}
     state.update({f"buffer.{name}": tensor for name, tensor in program.named_buffers()})
     if program.scaler is not None:
-        state[_LOSS_SCALE] = program.scaler.state
+        state[LOSS_SCALE] = program.scaler.state
     return {**state, **optimizer_state.entries(program)}
 
 
@@ -246,8 +245,8 @@ def _loaded_state(program: Trained, found: Mapping[str, Any], *, with_optimizer:
     """What is to come from a checkpoint that has these entries. One made in another dtype has no loss scale."""
     whole = state_dict(program)
     state = {k: tensor for k, tensor in whole.items() if with_optimizer or not optimizer_state.is_state(k)}
-    if _LOSS_SCALE not in found:
-        state.pop(_LOSS_SCALE, None)
+    if LOSS_SCALE not in found:
+        state.pop(LOSS_SCALE, None)
     return state
 
 

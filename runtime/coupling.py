@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import ExitCode, ShardwrightError
+from ..errors import ExitCode, ShardwrightError, first_line
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 _SHAPES: tuple[Shapes, ...] = (((4, 3), (5,)), ((4, 3), (5, 2)))
@@ -40,9 +40,8 @@ def refuse_coupled(name: str, make: Callable[..., Any], options: Mapping[str, An
 
 
 def _not_known(name: str, error: Exception, num_stages: int) -> ShardwrightError:
-    said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return ShardwrightError(
-        f"{name} could not be tried on two small parameters: {type(error).__name__}: {said}",
+        f"{name} could not be tried on two small parameters: {type(error).__name__}: {first_line(error)}",
         means="whether it steps a parameter by what others are is not known, and each of the "
         f"{num_stages} ranks of the pipeline would step by its own stages alone",
         change="pp, or the optimizer",

@@ -10,7 +10,7 @@ from ..errors import ExitCode, ShardwrightError, near_matches
 from . import optimizer_state
 from .trained import Trained
 
-_LOSS_SCALE = "loss_scale.state"
+LOSS_SCALE = "loss_scale.state"
 
 
 def by_our_keys(program: Trained, state: Mapping[str, torch.Tensor], *, strict: bool) -> dict[str, torch.Tensor]:
@@ -27,7 +27,7 @@ def by_our_keys(program: Trained, state: Mapping[str, torch.Tensor], *, strict: 
     unread |= {f"{kind}.{name}" for kind in ("model", "buffer") for name in unread}
     found: dict[str, torch.Tensor] = {}
     for key, value in state.items():
-        if key in ours or _is_state(key, graph.params) or key == _LOSS_SCALE:
+        if key in ours or _is_state(key, graph.params) or key == LOSS_SCALE:
             found[key] = value
         elif key in theirs:
             found.setdefault(theirs[key], value)

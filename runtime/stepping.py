@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..errors import ExitCode, ShardwrightError
+from ..errors import ExitCode, ShardwrightError, first_line
 from ..profiler.workload import OptimizerSpec
 from ._torch import num_step_hooks
 from .collectives import Summing
@@ -202,10 +202,9 @@ def refusals_of(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     except ShardwrightError:
         raise
     except Exception as error:  # anybody's code, which may raise anything
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         cut = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
         raise ShardwrightError(
-            f"{type(optimizer).__name__}.step() failed: {type(error).__name__}: {said}",
+            f"{type(optimizer).__name__}.step() failed: {type(error).__name__}: {first_line(error)}",
             means="it steps over DTensors here, of which this rank holds a part, and uses an op that those lack"
             if cut
             else "the step is the optimizer's own, over the parameters as plain tensors",

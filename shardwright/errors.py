@@ -46,6 +46,11 @@ class ShardwrightError(ValueError):
         return [label + text for label, text in parts if text]
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of anybody's code says, to be said in one of ours; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def near_matches(word: str, known: Iterable[str]) -> str:
     """'did you mean a or b?' for the known words nearest to this one; '' where none is near."""
     lowered = {name.lower(): name for name in known}

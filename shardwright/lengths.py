@@ -144,7 +144,7 @@ def plan_lengths(
     widest = num_ranks & -num_ranks
     tokens = max(widest * 16, min(CAPTURED_TOKENS, max(lengths)) // widest * widest)
     captured = captured_for(workload_of(tokens), cost_model, "chunked")
-    sharder = Sharder(captured.graph, cost_model, job=job_of(captured.workload, len(lengths), force))
+    sharder = Sharder(captured.graph, cost_model, job=job_of(captured.workload, len(lengths), {}))
     found: list[LengthsPlan] = []
     works: list[GroupWork] = []
     for zero in STAGES:
