@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -29,6 +29,7 @@ from ..plans.placements import kept_key
 from ..profiler.expert_ops import (
     BIASES,
     INPUTS,
+    ROWS,
     ExpertsBackward,
     backward_fake,
     forward_fake,
@@ -41,7 +42,7 @@ from .redistribute import Emitter, MeshAxis
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
 _PLACE = "int[] firsts, int[] counts, int rank, int per_host, int chunks, str group, str across, str inside, int parts"
 _NUM_PLACE = len(Place._fields)
-_ROWS = 2  # among the results of the forward
+Columns = TypeVar("Columns", bound=Sequence[torch.Tensor])
 
 
 def _forward(*operands: Any) -> tuple[torch.Tensor, ...]:
@@ -119,7 +120,7 @@ class Totals:
         return [self._sums.pop(0).to(dtype) for dtype in self._dtypes]
 
 
-def _joined(of_chunks: list[list[torch.Tensor]]) -> Iterator[torch.Tensor]:
+def _joined(of_chunks: list[Columns]) -> Iterator[torch.Tensor]:
     """Rows of all chunks, tensor by tensor: parts are let go of once they are joined. of_chunks is emptied."""
     columns = [list(column) for column in zip(*of_chunks, strict=True)]
     of_chunks.clear()
@@ -187,7 +188,7 @@ def dispatch_experts(
     """(hidden, index, weight, experts..., activation) -> out, pre, and rows for the backward"""
     place = _where(axis, node.args[3].meta["val"].shape[0], inner)  # type: ignore[union-attr]
     result = emit.call(_overload_of(expert_dispatch, node), *args, *place)
-    emit.call(operator.getitem, result, _ROWS).meta["form"] = kept_key(node.name, _ROWS)
+    emit.call(operator.getitem, result, ROWS).meta["form"] = kept_key(node.name, ROWS)
     return result
 
 
@@ -205,7 +206,7 @@ def dispatch_experts_backward(
 def _rows_beside(pre: fx.Node) -> fx.Node | None:
     """Of the results of a forward, those that its lowering named beside this one."""
     results = pre.args[0].users if pre.target is operator.getitem else ()  # type: ignore[union-attr]
-    return next((node for node in results if node.args[1] == _ROWS), None)
+    return next((node for node in results if node.args[1] == ROWS), None)
 
 
 def send_again(graph: fx.Graph, recomputed: Collection[str]) -> None:

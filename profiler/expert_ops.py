@@ -34,6 +34,7 @@ from .gates import ACTIVATIONS, gate_of
 __all__ = ["ACTIVATIONS", "BIASES", "INPUTS", "WEIGHTS", "ExpertsBackward", "run_experts", "run_experts_backward"]
 
 _LIBRARY = torch.library.Library("shardwright", "FRAGMENT")
+ROWS = 2  # behind the results of a forward: tokens that came to this rank's experts, where they are sent to them
 INPUTS = "Tensor hidden, Tensor index, Tensor weight, Tensor gate_up, Tensor down"
 
 BIASES = "Tensor gate_up_bias, Tensor down_bias"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ...costmodel.attention import AttentionCall
 from ...costmodel.memory import memory_error, reserve_bytes, slack_factor
-from ...costmodel.segment import SegmentCost
+from ...costmodel.segment import RecomputePoint, SegmentCost
 from ...plans.axes import MeshShape, free_axis, sequence_axes
 from ...profiler.graph import ModelGraph
 from ..sharding.mesh import RINGS
@@ -84,23 +84,23 @@ def _group_work(
     )
 
 
-def _whole(cost: SegmentCost) -> object:
+def _whole(cost: SegmentCost) -> RecomputePoint | None:
     return next((point for point in cost.recompute_points if point.is_whole), None)
 
 
 def _seconds(cost: SegmentCost, again: bool) -> float:
     found = cost.forward_s + cost.backward_s + cost.forward_comm_s + cost.backward_comm_s
     point = _whole(cost) if again else None
-    return found + (point.seconds if point is not None else 0.0)  # type: ignore[attr-defined]
+    return found + (point.seconds if point is not None else 0.0)
 
 
 def _kept_bytes(cost: SegmentCost, again: bool) -> int:
     point = _whole(cost) if again else None
-    return cost.saved_bytes if point is None else point.saved_bytes  # type: ignore[attr-defined]
+    return cost.saved_bytes if point is None else point.saved_bytes
 
 
 def _held_bytes(cost: SegmentCost, again: bool) -> int:
-    held = cost.held_at(_whole(cost) if again else None)  # type: ignore[arg-type]
+    held = cost.held_at(_whole(cost) if again else None)
     return max(held.forward, held.backward_made, 0)
 
 

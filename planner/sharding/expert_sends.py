@@ -10,14 +10,11 @@ from torch import fx
 from ...costmodel.experts import chunks_scratch_bytes
 from ...ops.expert_rules import is_expert_op, weights_at
 from ...plans.placements import kept_key
+from ...profiler.expert_ops import ROWS
 from ...profiler.joint import is_getitem
 from ...profiler.op_view import origin
 from .expert_costs import came_bytes, dispatch_s, dispatched
 from .routes import Placed
-
-ROWS = (
-    2  # behind an expert op's own results, those of tokens that came to this rank's experts (passes/expert_dispatch.py)
-)
 
 
 class Sent(NamedTuple):
